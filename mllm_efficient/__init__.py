@@ -1,0 +1,72 @@
+"""Fewer visual tokens for Hugging Face LLaVA-family models, measured honestly."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# In a source checkout the folders eval/, patches/ and configs/ beside this package are its subpackages.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "patches" / "llava.py").is_file():
+    __path__.append(str(_root))
+
+_HOME = {
+    "VisualTokens": "tokens", "CompressedTokens": "tokens", "Budget": "budget",
+    "Compressor": "compressors.base", "Selector": "compressors.base", "Merger": "compressors.base",
+    "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
+    "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
+    "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
+    "prepare": "shrink", "Prepared": "shrink",
+    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
+    "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
+    "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
+    "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
+}  # fmt: skip
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .budget import Budget as Budget
+    from .compressors.base import Compressor as Compressor
+    from .compressors.base import Merger as Merger
+    from .compressors.base import Selector as Selector
+    from .compressors.divprune import DivPrune as DivPrune
+    from .compressors.none import NoCompression as NoCompression
+    from .compressors.pool import Pool as Pool
+    from .compressors.random import Random as Random
+    from .compressors.resize import Resize as Resize
+    from .compressors.uniform import Uniform as Uniform
+    from .errors import AlreadyWrappedError as AlreadyWrappedError
+    from .errors import BadBudgetError as BadBudgetError
+    from .errors import CountMismatchError as CountMismatchError
+    from .errors import MllmEfficientError as MllmEfficientError
+    from .errors import UnknownMethodError as UnknownMethodError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .registry import build as build
+    from .registry import get_method as get_method
+    from .registry import list_methods as list_methods
+    from .registry import register as register
+    from .report import CompressionReport as CompressionReport
+    from .report import ImageReport as ImageReport
+    from .report import last_report as last_report
+    from .shrink import Prepared as Prepared
+    from .shrink import prepare as prepare
+    from .tokens import CompressedTokens as CompressedTokens
+    from .tokens import VisualTokens as VisualTokens
+    from .wrapper import compressed as compressed
+    from .wrapper import unwrap as unwrap
+    from .wrapper import wrap as wrap
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

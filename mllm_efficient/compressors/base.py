@@ -1,0 +1,183 @@
+"""The base classes of pre-LLM methods. A new method overrides one function (CONTRIBUTING.md shows one in 40 lines)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..budget import Budget
+from ..errors import BadBudgetError, CountMismatchError
+from ..lazy import torch
+from ..tokens import CompressedTokens, VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor:
+    """What every method has: a name, a budget, a position rule. Frozen; nothing of a call is kept on it.
+
+    keep, tokens, prune: fraction kept, count kept, fraction removed; exactly one. min_tokens, max_tokens bound a
+    fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE), "keep" leaves every
+    kept token at its place in the uncompressed prompt.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = "P"
+    needs: ClassVar[Any] = frozenset()
+    trained: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+    merges: ClassVar[bool] = False
+
+    keep: float | None = None
+    tokens: int | None = None
+    prune: float | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    positions: str | None = None
+
+    def __post_init__(self):
+        self.budget  # noqa: B018  (raises on a bad budget)
+        if self.positions not in (None, "renumber", "keep"):
+            raise BadBudgetError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
+        if self.positions == "keep" and self.merges:
+            raise BadBudgetError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens)
+
+    @property
+    def full_is_identity(self) -> bool:
+        """Whether keeping all N tokens returns them as they were, so that the call can be left alone."""
+        return True
+
+    def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
+        """K of an image with n tokens, known before any pixel is looked at."""
+        return self.budget.count(n, fixed=fixed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
+        out: dict[str, Any] = {"method": self.name}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                out[field.name] = value
+        return out
+
+    def spec(self) -> str:
+        """The method as a specification string, ``divprune:keep=0.1``."""
+        settings = ",".join(f"{k}={v}" for k, v in self.to_dict().items() if k != "method")
+        return f"{self.name}:{settings}" if settings else self.name
+
+
+def query_aware(cls: type[Compressor]) -> bool:
+    """Whether a method looks at the question."""
+    return bool({"text", "clip_text"} & set(cls.needs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(Compressor):
+    """Keeps K of the N tokens as they are. Override ``score`` (the K highest stay) or ``select``.
+
+    ``select(v, k)`` may return any order; callers get raster order. It may be called with a tensor (N, D) and
+    without k, which is then computed from the budget.
+    """
+
+    def score(self, v: VisualTokens) -> Tensor:
+        """One score per token, (N,); the highest stay, ties go to the lowest index."""
+        raise TypeError(f"{type(self).__name__} must define score(v) or select(v, k)")
+
+    def select(self, v: VisualTokens | Tensor, k: int | None = None) -> Tensor:
+        """Indices of the tokens to keep, LongTensor (K,)."""
+        assert isinstance(v, VisualTokens)
+        scores = self.score(v)
+        if scores.shape != (len(v),):
+            raise CountMismatchError(f"{self.name}: score gave {tuple(scores.shape)} for {len(v)} tokens: one each")
+        if scores.isnan().any():
+            raise CountMismatchError(f"{self.name}: score gave NaN")
+        return scores.sort(descending=True, stable=True).indices[:k]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "select" in cls.__dict__:
+            cls.select = _checked(cls.select)
+
+    def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
+        indices = self.select(v, k)
+        return CompressedTokens(v.features[indices], indices)
+
+
+def _checked(select: Callable) -> Callable:
+    """``select`` that takes a bare tensor too, and returns exactly k indices in raster order."""
+    if hasattr(select, "__wrapped__"):
+        return select
+
+    @functools.wraps(select)
+    def checked(self, v, k=None):
+        if not isinstance(v, VisualTokens):
+            if v.ndim != 2:
+                raise CountMismatchError(f"{self.name}: features must be (tokens, width), not {tuple(v.shape)}")
+            v = VisualTokens(v, generator=generator_for(self, 0))
+        k = self.count(len(v), v.grid) if k is None else k
+        indices = select(self, v, k)
+        if indices.shape != (k,):
+            raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
+        return indices if getattr(self, "order", "raster") == "picked" else indices.sort().values
+
+    return checked
+
+
+Selector.select = _checked(Selector.select)  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(Compressor):
+    """Makes K new tokens out of N. Override ``merge(v, k) -> CompressedTokens``."""
+
+    merges: ClassVar[bool] = True
+
+    def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
+        raise TypeError(f"{type(self).__name__} must define merge(v, k)")
+
+    def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
+        out = self.merge(v, k)
+        if len(out) != k:
+            raise CountMismatchError(f"{self.name}: merge gave {len(out)} tokens where {k} were asked")
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resizer(Compressor):
+    """Changes the picture instead of its tokens. ``target(grid, k)`` gives the grid the tower shall see."""
+
+    merges: ClassVar[bool] = True
+
+    def target(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
+        raise TypeError(f"{type(self).__name__} must define target(grid, k)")
+
+
+def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:
+    """A CPU generator of its own for (the method's seed, the image's key): batches never change a result."""
+    import hashlib
+
+    text = f"{getattr(compressor, 'seed', 0)}/{key}".encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(cls: type[Compressor]) -> dict[str, Any]:
+    """The settings a method takes and their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.init}
+
+
+def one_line(cls: type) -> str:
+    """The first line of a class's docstring."""
+    return (inspect.getdoc(cls) or "").split("\n")[0]

@@ -1,0 +1,97 @@
+"""DivPrune: the subset of visual tokens whose closest pair is farthest apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import BadBudgetError, CountMismatchError
+from ..lazy import torch
+from ..registry import register
+from ..tokens import VisualTokens
+from .base import Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("divprune")
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Selector):
+    """Max-min diversity of the projected tokens (Alvar et al., CVPR 2025, arXiv 2503.02175), without a query.
+
+    First the token whose nearest neighbour is farthest, then repeatedly the token farthest from those chosen, by
+    distance to the nearest of them. O(N^2 D) for the distances, O(N) for each of the K picks (running minimum).
+
+    metric: "cosine" (the paper's default), "l2", "l1". order: "raster", or "picked" (the order of choice: the published
+    numbers used unsorted indices). Equal distances go to the lowest index; a zero row is at cosine distance 1 from
+    everything; a picked token is never picked again, so duplicates give K different indices. Distances are in float32
+    at least, whatever the dtype, autocast or TF32 setting. NaN or infinity in the features raises.
+    """
+
+    paper: ClassVar[str] = "arXiv 2503.02175"
+
+    metric: str = "cosine"
+    order: str = "raster"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, values in (("metric", ("cosine", "l2", "l1")), ("order", ("raster", "picked"))):
+            if getattr(self, field) not in values:
+                raise BadBudgetError(f"divprune: {field}={getattr(self, field)!r} is not one of {values}")
+        if self.order == "picked" and self.positions == "keep":
+            raise BadBudgetError("divprune: order='picked' shuffles tokens, so positions='keep' has no meaning")
+
+    @property
+    def full_is_identity(self) -> bool:
+        return self.order == "raster"
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        if not v.features.isfinite().all():
+            raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
+        return farthest_first(distances(v.features, self.metric), k)
+
+
+def distances(x: Tensor, metric: str = "cosine") -> Tensor:
+    """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input."""
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    with torch.autocast(x.device.type, enabled=False), full_float32():
+        if metric != "cosine":
+            return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
+        # Rows scaled by powers of two: exact, and no square can overflow.
+        exponent = torch.frexp(x.abs().amax(1, keepdim=True))[1]
+        x = torch.ldexp(x, -exponent.clamp(min=-126))
+        norm = x.norm(dim=1)
+        norm = torch.where(norm == 0, torch.ones_like(norm), norm)
+        return 1 - (x @ x.T) / (norm[:, None] * norm[None, :])
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """TF32 off, on the one kind of device that has it."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def farthest_first(d: Tensor, k: int) -> Tensor:
+    """K indices in the order of choice from distances d (N, N), which is used up. No host synchronisation."""
+    n = d.shape[0]
+    picked = torch.empty(k, dtype=torch.long, device=d.device)
+    d.fill_diagonal_(float("inf"))
+    nearest = d.amin(1) if n > 1 else d[0]
+    nearest_chosen = torch.full((n,), float("inf"), dtype=d.dtype, device=d.device)
+    for i in range(k):
+        j = (nearest if i == 0 else nearest_chosen).argmax()
+        picked[i] = j
+        nearest_chosen = torch.minimum(nearest_chosen, d.index_select(0, j.view(1))[0])
+        nearest_chosen.index_fill_(0, j.view(1), float("-inf"))
+    return picked

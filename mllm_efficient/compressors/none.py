@@ -1,0 +1,22 @@
+"""The uncompressed baseline as a method, so that every command can name it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import BadBudgetError
+from ..registry import register
+from .base import Selector
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoCompression(Selector):
+    """All visual tokens, untouched: the baseline."""
+
+    keep: float | None = 1.0
+
+    def __post_init__(self):
+        if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
+            raise BadBudgetError("none keeps every token and takes no budget")
+        super().__post_init__()

@@ -1,0 +1,36 @@
+"""The package's errors. Each message is one line that says what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MllmEfficientError(ValueError):
+    """Bad input or an unsupported setting; the command line turns it into one line and exit code 2."""
+
+
+class UnknownMethodError(MllmEfficientError):
+    """A method name that nothing registered."""
+
+
+class BadBudgetError(MllmEfficientError):
+    """A token budget that cannot be honoured."""
+
+
+class UnsupportedModelError(MllmEfficientError):
+    """A model that no adapter knows, or a wrapper around one (DDP, FSDP, torch.compile)."""
+
+
+class CountMismatchError(MllmEfficientError):
+    """Placeholders, features or lengths that do not belong together."""
+
+
+class AlreadyWrappedError(MllmEfficientError):
+    """``wrap`` on a model that is wrapped."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` - did you mean 'x' or 'y'?`` for the nearest known words, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=2)
+    return f" - did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,181 @@
+"""Names to methods: ``"divprune:keep=0.1"``, a dict or a YAML file to an object and back.
+
+Built-in and registered methods are found by name; installed packages add theirs through the entry-point group
+``mllm_efficient.compressors`` (name = class), which is loaded only when the name is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import MllmEfficientError, UnknownMethodError, did_you_mean
+
+if TYPE_CHECKING:
+    from .compressors.base import Compressor
+
+GROUP = "mllm_efficient.compressors"
+BUILTIN = {name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune")}
+_registered: dict[str, type] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Class decorator: makes a method known by ``name`` to every function and command."""
+
+    def decorate(cls: type) -> type:
+        if not is_dataclass(cls):
+            raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
+        old = _registered.get(name)
+        if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise MllmEfficientError(f"method {name!r} is already registered by {old.__module__}.{old.__qualname__}")
+        cls.name = name  # type: ignore[attr-defined]
+        _registered[name] = cls
+        return cls
+
+    return decorate
+
+
+@lru_cache(maxsize=1)
+def _installed() -> dict[str, Any]:
+    return {ep.name: ep for ep in entry_points(group=GROUP)}
+
+
+def list_methods() -> list[str]:
+    """Names of all methods. An entry point that cannot be loaded is reported as a warning and left out."""
+    names = [*BUILTIN, *_registered]
+    for name in _installed():
+        if name not in names:
+            try:
+                get_method(name)
+            except MllmEfficientError as error:
+                warnings.warn(str(error), stacklevel=2)
+                continue
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def get_method(name: str) -> type[Compressor]:
+    """The class of a method. Raises ``UnknownMethodError`` with the nearest names."""
+    if name in BUILTIN and name not in _registered:
+        importlib.import_module(BUILTIN[name])
+    if name not in _registered and name in _installed():
+        _load_entry_point(name)
+    if name not in _registered:
+        known = {*BUILTIN, *_registered, *_installed()}
+        hint = did_you_mean(name, known)
+        raise UnknownMethodError(f"unknown method {name!r}{hint} (mllm-efficient methods lists all)")
+    return _registered[name]
+
+
+def _load_entry_point(name: str) -> None:
+    entry = _installed()[name]
+    try:
+        cls = entry.load()
+    except Exception as error:
+        raise MllmEfficientError(f"method {name!r} of package {entry.dist and entry.dist.name} does not load: {error!r}") from error
+    if name not in _registered:
+        register(name)(cls)
+
+
+def build(what: str | dict | Path | Compressor | Iterable) -> Compressor | tuple[Compressor, ...]:
+    """A method from a specification string, a dict (``to_dict()``), a YAML file or an object.
+
+    ``"a:x=1 | b:y=2"``, a list, or ``{"stages": [...]}`` compose: at most one method of each family, run in the order
+    J (projector), P (before the language model), L (in the decoder); the result is then a tuple in that order.
+    """
+    from .compressors.base import Compressor
+
+    if isinstance(what, Compressor):
+        return what
+    if isinstance(what, Path) or (isinstance(what, str) and what.endswith((".yaml", ".yml"))):
+        return build(_read_yaml(Path(what)))
+    if isinstance(what, str):
+        return _compose([_from_spec(part) for part in what.split("|")])
+    if isinstance(what, dict):
+        if "stages" in what:
+            if set(what) != {"stages"}:
+                raise MllmEfficientError(f"a dict with 'stages' has nothing else: {sorted(set(what) - {'stages'})}")
+            return build(what["stages"])
+        return _from_settings(what)
+    if isinstance(what, Iterable):
+        parts = [build(part) for part in what]
+        return _compose([p for part in parts for p in (part if isinstance(part, tuple) else (part,))])
+    raise MllmEfficientError(f"cannot build a method from {what!r}: give 'divprune:keep=0.1', a dict or a YAML file")
+
+
+def _compose(parts: list[Compressor]) -> Compressor | tuple[Compressor, ...]:
+    if not parts:
+        raise MllmEfficientError("no method given: 'divprune:keep=0.1' is one")
+    if len(parts) == 1:
+        return parts[0]
+    parts = [p for p in parts if p.name != "none"] or parts[:1]
+    for family in {p.family for p in parts}:
+        same = [p.name for p in parts if p.family == family]
+        if len(same) > 1:
+            raise MllmEfficientError(f"{' and '.join(same)} are of one family ({family}): at most one of each can run")
+    ordered = sorted(parts, key=lambda p: "JPL".index(p.family))
+    return ordered[0] if len(ordered) == 1 else tuple(ordered)
+
+
+def _from_spec(spec: str) -> Compressor:
+    import yaml
+
+    name, _, rest = spec.strip().partition(":")
+    settings: dict[str, Any] = {"method": name.strip()}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise MllmEfficientError(f"{spec.strip()!r}: {part!r} is not name=value, as in 'divprune:keep=0.1'")
+        if key.strip() in settings:
+            raise MllmEfficientError(f"{spec.strip()!r}: {key.strip()} is given twice")
+        try:
+            settings[key.strip()] = _number(value.strip(), yaml.safe_load(value.strip()))
+        except yaml.YAMLError:
+            raise MllmEfficientError(f"{spec.strip()!r}: {value.strip()!r} is not a value") from None
+    return _from_settings(settings)
+
+
+def _number(text: str, value: Any) -> Any:
+    """YAML 1.1 reads 1e-1, nan and inf as strings; a user means numbers."""
+    if isinstance(value, str):
+        try:
+            return float(text)
+        except ValueError:
+            return value
+    return value
+
+
+def _from_settings(settings: dict) -> Compressor:
+    from .compressors.base import parameters
+
+    settings = dict(settings)
+    name = settings.pop("method", None)
+    if not isinstance(name, str) or not name:
+        raise MllmEfficientError(f"{settings or 'an empty specification'}: no method named; 'divprune:keep=0.1' is one")
+    cls = get_method(name)
+    known = parameters(cls)
+    for key in settings:
+        if key not in known:
+            hint = did_you_mean(str(key), known)
+            raise MllmEfficientError(f"{name} has no parameter {key!r}{hint} (it takes {', '.join(known)})")
+    return cls(**settings)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise MllmEfficientError(f"cannot read the method file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MllmEfficientError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, (dict, list)):
+        raise MllmEfficientError(f"{path}: expected 'method: divprune' and its settings, or a list of such")
+    return build(content)

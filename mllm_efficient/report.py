@@ -1,0 +1,78 @@
+"""What a call did: tokens per image, indices, positions, time."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import MllmEfficientError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image: ``full`` tokens before, ``kept`` after; ``indices`` (K,) on the CPU, None where tokens were merged."""
+
+    row: int
+    full: int
+    kept: int
+    indices: Tensor | None
+    grid: tuple[int, int] | None = None
+    tile: Tensor | None = None
+    clamped: bool = False
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """One call. ``images`` in prompt order; ``stages`` are the methods that ran, as ``to_dict()`` gives them.
+
+    ``tokens_per_layer``: visual tokens of the whole batch at each decoder layer. ``compress_seconds`` is the method's
+    own time, without the vision tower (0.0 where nothing was compressed). An empty ``images`` is a text-only call.
+    """
+
+    images: tuple[ImageReport, ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
+    positions: str = "renumber"
+    decoder_layers: int = 0
+    compress_seconds: float = 0.0
+    note: str = field(default="", compare=False)
+
+    @property
+    def visual_tokens_full(self) -> int:
+        return sum(i.full for i in self.images)
+
+    @property
+    def visual_tokens_kept(self) -> int:
+        return sum(i.kept for i in self.images)
+
+    @property
+    def tokens_per_layer(self) -> list[int]:
+        return [self.visual_tokens_kept] * self.decoder_layers
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "no images: nothing was compressed"
+        return f"kept {self.visual_tokens_kept} of {self.visual_tokens_full} visual tokens in {len(self.images)} image(s)"
+
+
+_last: weakref.WeakKeyDictionary[Any, CompressionReport] = weakref.WeakKeyDictionary()
+
+
+def remember(model: Any, report: CompressionReport) -> None:
+    _last[model] = report
+
+
+def last_report(model: Any) -> CompressionReport:
+    """The report of the model's last completed call, also after ``unwrap``.
+
+    Concurrent callers read ``prepare(...).report`` or ``generate(return_dict_in_generate=True).compression`` instead.
+    """
+    from .patches import inner_model
+
+    try:
+        return _last[inner_model(model)]
+    except KeyError:
+        raise MllmEfficientError("no report yet: this model has made no call since it was wrapped") from None
