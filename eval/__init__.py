@@ -1,0 +1,1 @@
+"""The harness: accuracy of methods beside the uncompressed baseline."""

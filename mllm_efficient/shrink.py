@@ -129,6 +129,11 @@ def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
     return Encoded(adapter.encode(inputs, frozenset(method.needs), grid=grid), images)
 
 
+def encoding_key(method: Compressor, n: int, grid: tuple[int, int] | None) -> tuple[frozenset[str], tuple[int, int] | None]:
+    """What the vision side does for a method on images of n tokens: (extra tensors, smaller grid). Equal keys, equal output."""
+    return frozenset(method.needs) & {"attention", "keys"}, _target(method, [(n, grid)], [method.count(n, grid)])
+
+
 def _target(method: Compressor, images: list, counts: list[int]) -> tuple[int, int] | None:
     """The grid that a resizing method wants the tower to see; None for the image as it is."""
     if not isinstance(method, Resizer) or not images or counts[0] == images[0][0]:

@@ -75,11 +75,13 @@ def load_part(packed: Packed, path: Path) -> None:
 
 
 def start_from(packed: Packed, stage: str, args) -> None:
-    if stage == "align":
-        load_part(packed, args.output_dir / "vision.safetensors")
-        load_part(packed, args.output_dir / "language.safetensors")
-    if stage == "joint":
-        load_part(packed, args.init or args.output_dir / "align.safetensors")
+    """Loads what earlier stages trained: each stage's file holds its own part alone."""
+    if stage in ("align", "joint") and args.init is None:
+        earlier = ("vision", "language") if stage == "align" else ("vision", "language", "align")
+        for name in earlier:
+            load_part(packed, args.output_dir / f"{name}.safetensors")
+    elif args.init is not None:
+        load_part(packed, args.init)
 
 
 class Batches:
@@ -226,7 +228,8 @@ def run_stage(stage: str, args) -> None:
         if rank == 0 and step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:
             checkpoint(packed, opts, partial, step + 1, log.minutes)
     if rank == 0:
-        save_file({k: v.contiguous() for k, v in packed.state_dict().items() if not tied(k)}, final)
+        own = {n for n, p in packed.named_parameters() if p.requires_grad}
+        save_file({k: v.contiguous() for k, v in packed.state_dict().items() if k in own}, final)
         if stage == "joint":
             packed.model.eval().save_pretrained(args.output_dir / "model")
             build_processor().save_pretrained(args.output_dir / "model")

@@ -1,0 +1,57 @@
+# make run     compares all methods on the embedded benchmark, 1000 questions (installs into .venv first)
+# make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
+# make test    all tests
+# make lint    ruff, and mypy on the tree that a wheel would install
+# make clean   removes .venv and everything built; runs/ stays
+#
+# PYTHON=python3.12   the interpreter of .venv, 3.11 to 3.13
+# TORCH_INDEX=URL     where torch itself comes from, such as https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
+EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
+PIP := .venv/bin/python -m pip -q --disable-pip-version-check
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: run table test lint clean
+
+run: .venv/.installed
+	$(EVAL) --limit 1000
+
+table: .venv/.installed
+	$(EVAL) --limit 5000 --output-dir runs/table
+
+test: .venv/.installed-dev
+	.venv/bin/pytest -n 2
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	rm -rf build
+	$(PIP) install --no-deps --no-build-isolation --target build/tree .
+	.venv/bin/mypy build/tree/mllm_efficient
+
+clean:
+	rm -rf .venv build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+	  echo "mllm-efficient needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' gives: $$($(PYTHON) -V 2>&1 | head -n 1) (make PYTHON=... sets another)" >&2; \
+	  exit 2; }
+	@echo "installing into .venv (first time: a few minutes)"
+	@.venv/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+ifneq ($(strip $(TORCH_INDEX)),)
+	@$(PIP) install "$$(grep '^torch==' constraints.txt)" --index-url "$(TORCH_INDEX)"
+endif
+	@$(PIP) install -e . -c constraints.txt
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "installing the tools for tests into .venv"
+	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@

@@ -1,0 +1,96 @@
+"""One line of JSON per answered sample, appended as it comes, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mllm_efficient.errors import MllmEfficientError
+
+
+def fingerprint_of(config: dict[str, Any]) -> str:
+    """A short hash of a configuration; two runs may share a folder only if theirs agree."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Records:
+    """The answers of a run, in memory and, with a folder, in ``samples.jsonl``.
+
+    A torn last line (a kill in mid-write) is dropped. A folder belongs to one process at a time and to one
+    configuration; anything else raises and leaves the folder as it was.
+    """
+
+    def __init__(self, folder: Path | None, config: dict[str, Any]):
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.fingerprint = fingerprint_of(config)
+        self.file = self._lock = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+        except OSError as error:
+            raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
+        path = folder / "samples.jsonl"
+        end = self._read(path, folder, config) if path.exists() else 0
+        self.file = path.open("ab")
+        self.file.truncate(end)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def _read(self, path: Path, folder: Path, config: dict[str, Any]) -> int:
+        """Reads finished lines; returns where the last of them ends."""
+        end = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            if row["fingerprint"] != self.fingerprint:
+                raise MllmEfficientError(f"{folder} holds another run ({_difference(folder, config)}): use another --output-dir")
+            self.rows[row["method"], row["id"]] = row
+            end += len(line)
+        return end
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self.rows
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps the rows whose (method, id) are new."""
+        new = [{**r, "fingerprint": self.fingerprint} for r in rows if (r["method"], r["id"]) not in self.rows]
+        for row in new:
+            self.rows[row["method"], row["id"]] = row
+        if self.file is not None:
+            self.file.write("".join(json.dumps(r) + "\n" for r in new).encode())
+            self.file.flush()
+
+    def close(self) -> None:
+        for handle in (self.file, self._lock):
+            if handle is not None:
+                handle.close()
+
+
+def _lock(folder: Path):
+    """An exclusive lock on the folder until it is closed or the process ends."""
+    handle = (folder / ".lock").open("w")
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory locks; two processes on one folder are the user's care there
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MllmEfficientError(f"another process is writing to {folder}: wait for it or use another --output-dir") from None
+    return handle
+
+
+def _difference(folder: Path, config: dict[str, Any]) -> str:
+    try:
+        old = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return "of another configuration"
+    changed = [f"{k}: {old.get(k)!r} there, {config.get(k)!r} now" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]
+    return "; ".join(changed) or "of another configuration"

@@ -1,0 +1,151 @@
+"""Asks a model every question under every method, the uncompressed baseline first, through the shipped ``prepare``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.models import Loaded, environment, require_supported
+from mllm_efficient.shrink import Encoded, encoding_key, prepare
+
+from .builtin.suite import Sample
+from .records import Records
+
+NO_IMAGE = "no-image"  # the floor: the same questions without the image
+MAX_NEW_TOKENS = 8
+
+
+@dataclass
+class Run:
+    """One evaluation: a loaded model, samples and methods, with the vision tower's output shared between methods."""
+
+    loaded: Loaded
+    samples: Sequence[Sample]
+    methods: Sequence[Compressor]
+    batch_size: int = 32
+    output_dir: Path | None = None
+    floor: bool = True
+    progress: Callable[[int], None] = lambda n: None
+    _vision: dict[Any, Encoded] = field(default_factory=dict)
+    _processed: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.adapter = require_supported(self.loaded)
+        self.builtin = self.loaded.options.model == "builtin"
+        self.size = self.loaded.model.config.vision_config.image_size
+        self.records = Records(self.output_dir, self.config)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that answers depend on besides the method and the sample; part of every record's fingerprint."""
+        return {"suite": "builtin", "form": "short" if self.builtin else "natural", **environment(self.loaded)}
+
+    @property
+    def arms(self) -> list[str]:
+        return [*([NO_IMAGE] if self.floor else []), *(m.spec() for m in self.methods)]
+
+    @property
+    def total(self) -> int:
+        return len(self.arms) * len(self.samples)
+
+    def answer_all(self) -> list[dict[str, Any]]:
+        """Runs what is not recorded yet; returns the records of this run's methods and samples."""
+        try:
+            for low in range(0, len(self.samples), self.batch_size):
+                self._batch(self.samples[low : low + self.batch_size])
+        finally:
+            self.records.close()
+        return [self.records.rows[arm, s.id] for arm in self.arms for s in self.samples]
+
+    def _batch(self, batch: Sequence[Sample]) -> None:
+        """Every arm on one batch. A half-recorded batch is asked again whole, so that padding is as it was."""
+        self._vision.clear()
+        self._processed.clear()
+        for arm, method in zip(self.arms, [*([None] if self.floor else []), *self.methods]):
+            if not all((arm, s.id) in self.records for s in batch):
+                self.records.add(self._ask(arm, method, batch))
+            self.progress(len(batch))
+
+    def _ask(self, arm: str, method: Compressor | None, batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        """Records of a batch; if it fails as a whole its samples are asked one by one, and those that fail say why."""
+        try:
+            return self._answers(arm, method, batch)
+        except MllmEfficientError:
+            raise
+        except Exception as error:
+            if len(batch) > 1:
+                return [row for s in batch for row in self._ask(arm, method, [s])]
+            return [{**self._head(arm, batch[0]), "answer": None, "correct": False, "error": f"{type(error).__name__}: {error}"}]
+
+    def _head(self, arm: str, sample: Sample) -> dict[str, Any]:
+        q = sample.question
+        return {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
+
+    def _answers(self, arm: str, method: Compressor | None, batch: Sequence[Sample]) -> list[dict[str, Any]]:
+        if method is None:
+            ids, reports = self._generate(self._inputs(batch, images=False)), None
+        else:
+            inputs = self._inputs(batch, images=True)
+            encoded = self._encode(method, batch, inputs.pop("pixel_values"))
+            prepared = prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **inputs)
+            ids, reports = self._generate(prepared.model_kwargs), prepared.report.images
+        rows = []
+        for i, (sample, text) in enumerate(zip(batch, self.loaded.processor.batch_decode(ids, skip_special_tokens=True))):
+            answer = first_word(text)
+            row = {**self._head(arm, sample), "answer": answer, "correct": answer == sample.question.answer, "error": None}
+            if reports is not None:
+                row |= {"visual_tokens_full": reports[i].full, "visual_tokens_kept": reports[i].kept} | _region(sample, reports[i])
+            rows.append(row)
+        return rows
+
+    def _inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]:
+        """The processor's output for a batch, made once for all methods."""
+        key = (images, *(s.id for s in batch))
+        if key not in self._processed:
+            texts = [s.question.text if self.builtin else s.question.natural for s in batch]
+            prompts = [self.loaded.prompt(t, int(images)) for t in texts]
+            self._processed[key] = self.loaded.inputs(prompts, [s.picture(self.size) for s in batch] if images else ())
+        return dict(self._processed[key])
+
+    def _generate(self, inputs: dict[str, Any]) -> torch.Tensor:
+        out = self.loaded.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    def _encode(self, method: Compressor, batch: Sequence[Sample], pixels: torch.Tensor) -> Encoded:
+        """The batch's visual tokens; each picture goes through the tower once for all methods that see it alike."""
+        n, grid = self.adapter.images({"pixel_values": pixels[:1]})[0]
+        wanted = encoding_key(method, n, grid)
+        key = (*wanted, *(s.id for s in batch))
+        encoded = self._vision.get(key)
+        if encoded is None:
+            first = {s.image: i for i, s in reversed(list(enumerate(batch)))}
+            with torch.no_grad():
+                tokens = self.adapter.encode({"pixel_values": pixels[list(first.values())]}, wanted[0], grid=wanted[1])
+            by_image = dict(zip(first, tokens))
+            encoded = Encoded([by_image[s.image] for s in batch], [(n, grid)] * len(batch))
+            self._vision[key] = encoded
+        return encoded
+
+
+def first_word(text: str) -> str:
+    """The first word of an answer in lower case, without punctuation; numbers stay numbers."""
+    match = re.search(r"\w+", text.lower())
+    return match.group() if match else ""
+
+
+def _region(sample: Sample, image: Any) -> dict[str, float]:
+    """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
+    if image.indices is None or image.grid is None:
+        return {}
+    region = sample.region(image.grid)
+    if not region:
+        return {}
+    inside = sum(int(i) in region for i in image.indices)
+    return {"region_share": inside / image.kept, "region_kept": inside / len(region)}

@@ -1,0 +1,67 @@
+"""``mllm-efficient generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import MllmEfficientError
+from . import options
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="The question; put in the model's chat template unless it holds <image>.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file. Repeatable.")] = None,
+    model: options.Model = "builtin",
+    method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    quantization: options.Quantization = None,
+    revision: options.Revision = None,
+    seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    imports: options.Import = None,
+) -> None:
+    """Answers one question about one or more images and says what it cost."""
+    import time
+
+    from ..images import load_image
+
+    options.import_files(imports)
+    if not image:
+        raise MllmEfficientError("no image: give at least one --image FILE")
+    compressor = options.one_method(method)
+    pictures = [load_image(path) for path in image]
+
+    from .. import wrapper
+    from ..models import ModelOptions, environment, load
+
+    settings = ModelOptions(
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+    )  # fmt: skip
+    loaded = load(settings)
+    options.announce(loaded, [compressor])
+    inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+    with wrapper.compressed(loaded.model, compressor):
+        start = time.perf_counter()
+        out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
+        seconds = time.perf_counter() - start
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    answer = loaded.processor.decode(new, skip_special_tokens=True).strip()
+    report = out.compression
+    row = {
+        "method": compressor.spec(), "answer": answer, "images": len(pictures),
+        "visual_tokens_full": report.visual_tokens_full, "visual_tokens_kept": report.visual_tokens_kept,
+        "new_tokens": len(new), "seconds": round(seconds, 3), "compress_seconds": round(report.compress_seconds, 5),
+    }  # fmt: skip
+    if json:
+        options.print_json([row], {**environment(loaded), "methods": [compressor.to_dict()], "prompt": prompt})
+        return
+    print(answer)
+    options.say(f"{row['visual_tokens_kept']} of {row['visual_tokens_full']} visual tokens, {len(new)} new tokens in {seconds:.2f} s")

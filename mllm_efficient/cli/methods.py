@@ -1,0 +1,39 @@
+"""``mllm-efficient methods``."""
+
+from __future__ import annotations
+
+from . import options
+
+
+def methods(json: options.Json = False, imports: options.Import = None) -> None:
+    """Lists the methods: family, trained or not, query-aware or not, what they need, paper, parameters."""
+    import warnings
+
+    from ..compressors.base import one_line, parameters, query_aware
+    from ..registry import get_method, list_methods
+
+    options.import_files(imports)
+    with warnings.catch_warnings(record=True) as broken:
+        warnings.simplefilter("always")
+        names = list_methods()
+    for warning in broken:
+        options.say(f"left out: {warning.message}")
+    rows = []
+    for name in names:
+        cls = get_method(name)
+        rows.append({
+            "name": name, "family": cls.family, "trained": cls.trained, "query_aware": query_aware(cls),
+            "needs": sorted(cls.needs), "paper": cls.paper, "parameters": parameters(cls), "summary": one_line(cls),
+        })  # fmt: skip
+    if json:
+        options.print_json(rows, {"count": len(rows)})
+        return
+    shared = ("keep", "tokens", "prune", "min_tokens", "max_tokens", "positions")
+    lines = []
+    for r in rows:
+        own = ", ".join(f"{k}={v}" for k, v in r["parameters"].items() if k not in shared)
+        flags = ["yes" if r[k] else "no" for k in ("trained", "query_aware")]
+        lines.append([r["name"], r["family"], *flags, ", ".join(r["needs"]) or "-", r["paper"] or "-", own or "-"])
+    options.print_table(["method", "family", "trained", "query-aware", "needs", "paper", "own parameters"], lines, left=7)
+    print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=.")
+    print("Families: P before the language model. Example: --method divprune:keep=0.1")

@@ -1,0 +1,93 @@
+"""Options that several commands take, and how results are printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MllmEfficientError
+
+if TYPE_CHECKING:
+    from ..compressors.base import Compressor
+    from ..models import Loaded
+
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model; 'builtin' is the embedded one.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Accelerate's device map, such as auto.")]
+Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
+Quantization = Annotated[str | None, typer.Option("--quantization", help="int8 or int4 weights (torchao).")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the run and of the bootstrap.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python file that registers methods. Repeatable.")]
+
+
+def import_files(paths: Sequence[Path] | None) -> None:
+    """Runs the user's method files."""
+    for path in paths or ():
+        if not path.is_file():
+            raise MllmEfficientError(f"--import: no file {path}")
+        spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise MllmEfficientError(f"--import: {path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except MllmEfficientError:
+            raise
+        except Exception as error:
+            raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {error}") from error
+
+
+def one_method(spec: str) -> Compressor:
+    """A method for commands that run pre-LLM methods."""
+    from ..shrink import pre_llm
+
+    return pre_llm(spec)
+
+
+def say(text: str) -> None:
+    """A line for the reader, off stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
+    """Says before anything runs what each method keeps, and raises for one that the model cannot run."""
+    from ..models import require_supported
+    from ..shrink import check, describe
+
+    adapter = require_supported(loaded)
+    n, grid = adapter.full_size_grid()
+    for method in methods:
+        check(adapter, method)
+        say(describe(method, n, grid, fixed=adapter.fixed_count))
+
+
+def print_json(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
+    print(json.dumps({"rows": list(rows), "meta": meta}, allow_nan=False))
+
+
+def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> None:
+    """A plain table on stdout; the first ``left`` columns are text, the others numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal or console.width < table.__rich_measure__(console, console.options).minimum:
+        console = Console(highlight=False, markup=False, width=200)
+    console.print(table)

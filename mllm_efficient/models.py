@@ -1,0 +1,191 @@
+"""Loading models and processors for the commands, and describing where and how they run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import MllmEfficientError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+BUILTIN = "builtin"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options every model command takes."""
+
+    model: str = BUILTIN
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    quantization: str | None = None
+    revision: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode with its processor."""
+
+    model: Any
+    processor: Any
+    options: ModelOptions
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def prompt(self, question: str, images: int) -> str:
+        """The chat prompt of a question about a number of images. A question with ``<image>`` in it is taken as it is."""
+        token = self.processor.image_token
+        if token in question:
+            found = question.count(token)
+            if found != images:
+                raise MllmEfficientError(f"the prompt has {found} {token} and {images} image(s) are given")
+            return question
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+        if not getattr(self.processor, "chat_template", None):
+            return f"USER: {(token + chr(10)) * images}{question} ASSISTANT:"
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Picture] = ()) -> dict[str, Any]:
+        """Left-padded model inputs on the model's device."""
+        self.processor.tokenizer.padding_side = "left"
+        batch = self.processor(images=list(images) or None, text=list(prompts), return_tensors="pt", padding=True)
+        batch = batch.to(self.device)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        return dict(batch)
+
+
+def builtin_folder() -> Path:
+    """The embedded model's folder inside the package."""
+    return Path(str(files("mllm_efficient.eval.builtin") / "model"))
+
+
+def load(options: ModelOptions) -> Loaded:
+    """Loads a model by folder, hub id or ``builtin``. Raises ``MllmEfficientError`` with one line on any failure."""
+    source = str(builtin_folder()) if options.model == BUILTIN else options.model
+    looks_local = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
+    if looks_local and not Path(source).expanduser().is_dir():
+        raise MllmEfficientError(f"no model folder {source}")
+    if options.dtype not in DTYPES:
+        raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    device = _device(options)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(options.seed)
+    common = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    settings: dict[str, Any] = {"dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)}
+    if options.attn_implementation:
+        settings["attn_implementation"] = options.attn_implementation
+    if options.device_map:
+        settings["device_map"] = options.device_map
+    if options.quantization:
+        settings["quantization_config"] = _quantization(options.quantization, device)
+        settings["device_map"] = options.device_map or device
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **settings, **common)
+        processor = AutoProcessor.from_pretrained(source, **common)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}") from error
+    if "device_map" not in settings:
+        model = model.to(device)
+    return Loaded(model.eval(), processor, options)
+
+
+def _device(options: ModelOptions) -> str:
+    import torch
+
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MllmEfficientError(f"device {options.device!r} cannot be used: {_first_line(error)}") from None
+    return options.device
+
+
+def _quantization(kind: str, device: str) -> Any:
+    if kind not in QUANTIZATIONS:
+        raise MllmEfficientError(f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)}")
+    try:
+        version("torchao")
+    except PackageNotFoundError:
+        raise MllmEfficientError(f"{kind} weights need torchao: pip install torchao") from None
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    if kind == "int4" and not device.startswith("cuda"):
+        raise MllmEfficientError("int4 weights need a CUDA device: use int8 here")
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig())
+
+
+def _first_line(error: Exception) -> str:
+    """The first sentence of a library's message, without its advice on how to log in to a hub."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0]
+
+
+def require_supported(loaded: Loaded):
+    """The model's adapter, or one line naming the supported families."""
+    from .patches import adapter_for
+
+    try:
+        return adapter_for(loaded.model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{loaded.options.model}: {error}") from None
+
+
+def fingerprint(loaded: Loaded) -> str:
+    """What identifies the weights: commit of the hub, or a hash over the local folder's files."""
+    commit = getattr(loaded.model.config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    folder = builtin_folder() if loaded.options.model == BUILTIN else Path(loaded.options.model).expanduser()
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+        if file.is_file():
+            stat = file.stat()
+            small = stat.st_size < 64 * 2**20
+            digest.update(file.read_bytes() if small else f"{file.name}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def environment(loaded: Loaded) -> dict[str, Any]:
+    """What a result depends on besides the method: versions, device, dtype, kernel, image backend, seed."""
+    import torch
+
+    versions = {"mllm_efficient": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+    model, options = loaded.model, loaded.options
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "model": options.model,
+        "weights": fingerprint(loaded),
+        "device": f"{model.device} ({device}, {os.cpu_count()} cores)",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config.get_text_config()._attn_implementation,
+        "image_processor": type(loaded.processor.image_processor).__name__,
+        "quantization": options.quantization,
+        "seed": options.seed,
+        "versions": versions,
+    }
