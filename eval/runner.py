@@ -15,6 +15,7 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.shrink import Encoded, encoding_key, prepare
 
+from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
 from .records import Records
 
@@ -38,7 +39,8 @@ class Run:
 
     def __post_init__(self):
         self.adapter = require_supported(self.loaded)
-        self.builtin = self.loaded.options.model == "builtin"
+        # models trained by the recipe know the questions alone; others are told to answer with one word
+        self.builtin = self.loaded.processor.tokenizer.get_vocab() == VOCABULARY
         self.size = self.loaded.model.config.vision_config.image_size
         self.records = Records(self.output_dir, self.config)
 

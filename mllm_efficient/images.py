@@ -48,7 +48,9 @@ def _check_size(path: Path, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise MllmEfficientError(f"{path} is {width} x {height} pixels: each side needs at least {MIN_SIDE}")
     if width * height > MAX_PIXELS:
-        raise MllmEfficientError(f"{path} has {width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}: make it smaller first")
+        raise MllmEfficientError(
+            f"{path} has {width * height / 1e6:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}: make it smaller first"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise MllmEfficientError(f"{path} is {width} x {height} pixels, an aspect ratio above {MAX_ASPECT}:1: crop it first")
 

@@ -162,7 +162,7 @@ def fingerprint(loaded: Loaded) -> str:
         return str(commit)
     folder = builtin_folder() if loaded.options.model == BUILTIN else Path(loaded.options.model).expanduser()
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) + [folder / "config.json"]:
+    for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
         if file.is_file():
             stat = file.stat()
             small = stat.st_size < 64 * 2**20

@@ -217,7 +217,9 @@ def prepare(
         kept[index.sort().values if index is not None else torch.arange(k)] = True
         keep[row, columns + start] = kept
     found = (
-        ImageReport(row, n, k, index, t.grid if index is not None else c.grid, t.tile, k < n and method.tokens is not None and method.tokens > n)
+        ImageReport(
+            row, n, k, index, t.grid if index is not None else c.grid, t.tile, k < n and method.tokens is not None and method.tokens > n
+        )
         for (row, _), (n, _), k, index, t, c in zip(spans, images, counts, indices, tokens, compressed)
     )
     report = CompressionReport(tuple(found), compress_seconds=seconds, **settings)
@@ -265,7 +267,8 @@ def _with_context(adapter, method, tokens, spans, ids: Tensor, mask: Tensor, ima
     """Adds what a method may ask for beyond the tower's output: a generator and the row's text."""
     if image_keys is not None:
         _require(len(image_keys) == len(tokens), f"{len(image_keys)} image_keys for {len(tokens)} images")
-    out, seen = [], {}
+    out: list[VisualTokens] = []
+    seen: dict[int, int] = {}
     for i, (t, (row, _)) in enumerate(zip(tokens, spans)):
         index = seen[row] = seen.get(row, -1) + 1
         t = replace(t, generator=generator_for(method, index if image_keys is None else image_keys[i]))

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -105,7 +105,7 @@ class CompressForward:
         if _generating.get() or kwargs.get("mm_encoder_outputs") is not None:
             return None
         if args:
-            kwargs = {**dict(zip(_forward_names(type(model)), args)), **kwargs}
+            kwargs = {**dict(zip(_forward_names(type(model).forward), args)), **kwargs}
         cache = kwargs.get("past_key_values")
         layout = getattr(cache, CACHE_ATTRIBUTE, None)
         has_images = kwargs.get("pixel_values") is not None
@@ -144,8 +144,8 @@ def _leave_on(cache: Any, layout: Layout | None) -> None:
 
 
 @functools.cache
-def _forward_names(cls: type) -> list[str]:
-    return [p for p in inspect.signature(cls.forward).parameters if p != "self"]  # type: ignore[attr-defined]
+def _forward_names(forward: Callable) -> list[str]:
+    return [p for p in inspect.signature(forward).parameters if p != "self"]
 
 
 def _autocast_of(model: Any):
@@ -197,18 +197,17 @@ def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict
     return kwargs
 
 
-def _class_for(cls: type) -> type:
+def _class_for(cls: Any) -> Any:
     """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
     if cls not in _swapped:
-        stock = cls.generate  # type: ignore[attr-defined]
+        stock = cls.generate
 
         @functools.wraps(stock)
         def generate(self, inputs=None, *args, compression=_UNSET, **kwargs):
             return _generate(self, stock, inputs, args, compression, kwargs)
 
         def __reduce_ex__(self, protocol):
-            rebuild, _, *state = super(_swapped[cls], self).__reduce_ex__(protocol)
-            return (_rebuild, (cls,), *state)
+            return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         _swapped[cls] = type(cls.__name__, (cls,), {**names, "generate": generate, "__reduce_ex__": __reduce_ex__})
@@ -216,7 +215,7 @@ def _class_for(cls: type) -> type:
 
 
 def _rebuild(cls: type) -> Any:
-    swapped = _class_for(cls)
+    swapped: Any = _class_for(cls)
     return swapped.__new__(swapped)
 
 
@@ -282,7 +281,9 @@ def _prepare_generate(model: Any, method: Any, ids: Tensor | None, layout: Layou
     mask = kwargs.get("attention_mask")
     if mask is None:
         mask = _infer_mask(model, ids)
-    vision = {k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None}
+    vision = {
+        k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None
+    }
     with torch.no_grad():
         return prepare(model, method, input_ids=ids, attention_mask=mask, past=layout, **vision)
 
@@ -320,7 +321,8 @@ class _OriginalPrompt:
     """Passes a stream on, with the original prompt in place of the reduced one that ``generate`` sends first."""
 
     def __init__(self, streamer: Any, ids: Tensor):
-        self.streamer, self.ids = streamer, ids
+        self.streamer = streamer
+        self.ids: Tensor | None = ids
 
     def put(self, value: Tensor) -> None:
         if self.ids is not None:

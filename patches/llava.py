@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ class LlavaAdapter:
         drop = self.config.vision_feature_select_strategy == "default"
         return side * side + self.has_cls - drop, (side, side)
 
-    def encode(self, inputs: dict[str, Any], needs: frozenset[str] = frozenset(), grid: tuple[int, int] | None = None) -> list[VisualTokens]:
+    def encode(
+        self, inputs: dict[str, Any], needs: frozenset[str] = frozenset(), grid: tuple[int, int] | None = None
+    ) -> list[VisualTokens]:
         """Visual tokens of every image, from the stock ``get_image_features``.
 
         ``grid`` makes the images smaller first, so that the tower yields that many rows and columns.
@@ -84,8 +87,11 @@ class LlavaAdapter:
         hook = self._capture(capture, *self._settings(inputs)) if needs & {"attention", "keys"} else contextlib.nullcontext()
         with hook:
             features = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **call).pooler_output
-        extras = [{k: v[i] for k, v in capture.items()} for i in range(len(features))]
-        return [VisualTokens(f, grid=g, **e) for f, g, e in zip(features, grids, extras)]
+        tokens = [VisualTokens(f, grid=g) for f, g in zip(features, grids)]
+        if not capture:
+            return tokens
+        attention, keys = capture["attention"], capture["keys"]
+        return [replace(t, attention=attention[i], keys=keys[i]) for i, t in enumerate(tokens)]
 
     @contextlib.contextmanager
     def _capture(self, into: dict[str, Tensor], layer: Any, strategy: str) -> Iterator[None]:

@@ -88,7 +88,7 @@ def test_bounds_alone_or_equal_are_fine():
 def test_prune_counts_what_is_removed(prune, n):
     budget = Budget(prune=prune)
     assert budget.fraction == 1 - prune
-    assert budget.count(n) == (Budget(keep=1 - prune).count(n) if prune < 1 else 1)
+    assert budget.count(n) == Budget(keep=1 - prune).count(n)
 
 
 def test_prune_09_keeps_58_of_576_as_keep_01_does():

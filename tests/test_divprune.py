@@ -137,11 +137,11 @@ def test_selection_is_the_papers_rule_where_distances_tie(block):
 def test_taking_the_highest_index_would_change_most_tied_cases():
     """Else the test above would prove nothing about the lowest."""
     changed = 0
-    for case in range(200):
+    for case in range(100):
         x, k = tied_case(case)
         d = plain_cosine(x)
         changed += [len(x) - 1 - i for i in paper_rule(d[::-1, ::-1], k)] != paper_rule(d, k)
-    assert changed > 150
+    assert changed > 75
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -338,9 +338,9 @@ def test_nan_and_infinity_raise(metric, dtype, bad):
 
 
 def test_a_metric_or_an_order_that_does_not_exist_raises():
-    with pytest.raises(me.MllmEfficientError, match="metric='cos' is not one of .*cosine"):
+    with pytest.raises(me.MllmEfficientError, match=r"metric='cos' is not one of .*cosine"):
         me.DivPrune(keep=0.1, metric="cos")
-    with pytest.raises(me.MllmEfficientError, match="order='sorted' is not one of .*raster"):
+    with pytest.raises(me.MllmEfficientError, match=r"order='sorted' is not one of .*raster"):
         me.DivPrune(keep=0.1, order="sorted")
     with pytest.raises(me.MllmEfficientError, match="positions='keep' has no meaning"):
         me.DivPrune(keep=0.1, order="picked", positions="keep")
@@ -396,7 +396,7 @@ def test_exactly_k_unique_ascending_indices(x, metric, data):
     indices = me.DivPrune(tokens=k, metric=metric).select(x)
     assert indices.dtype == torch.long and indices.shape == (k,)
     assert (indices[1:] > indices[:-1]).all()
-    assert 0 <= indices[0] and indices[-1] < len(x)
+    assert indices.min() >= 0 and indices.max() < len(x)
     assert sorted(picked(x, k, metric)) == indices.tolist()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import options
 
 
@@ -18,13 +20,13 @@ def methods(json: options.Json = False, imports: options.Import = None) -> None:
         names = list_methods()
     for warning in broken:
         options.say(f"left out: {warning.message}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         cls = get_method(name)
-        rows.append({
-            "name": name, "family": cls.family, "trained": cls.trained, "query_aware": query_aware(cls),
-            "needs": sorted(cls.needs), "paper": cls.paper, "parameters": parameters(cls), "summary": one_line(cls),
-        })  # fmt: skip
+        flags = {"trained": cls.trained, "query_aware": query_aware(cls), "needs": sorted(cls.needs)}
+        rows.append(
+            {"name": name, "family": cls.family, **flags, "paper": cls.paper, "parameters": parameters(cls), "summary": one_line(cls)}
+        )
     if json:
         options.print_json(rows, {"count": len(rows)})
         return
@@ -32,8 +34,8 @@ def methods(json: options.Json = False, imports: options.Import = None) -> None:
     lines = []
     for r in rows:
         own = ", ".join(f"{k}={v}" for k, v in r["parameters"].items() if k not in shared)
-        flags = ["yes" if r[k] else "no" for k in ("trained", "query_aware")]
-        lines.append([r["name"], r["family"], *flags, ", ".join(r["needs"]) or "-", r["paper"] or "-", own or "-"])
+        answers = ["yes" if r[k] else "no" for k in ("trained", "query_aware")]
+        lines.append([r["name"], r["family"], *answers, ", ".join(r["needs"]) or "-", r["paper"] or "-", own or "-"])
     options.print_table(["method", "family", "trained", "query-aware", "needs", "paper", "own parameters"], lines, left=7)
     print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=.")
     print("Families: P before the language model. Example: --method divprune:keep=0.1")

@@ -108,7 +108,7 @@ class Selector(Compressor):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "select" in cls.__dict__:
-            cls.select = _checked(cls.select)
+            cls.select = _checked(cls.select)  # type: ignore[method-assign]
 
     def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
         indices = self.select(v, k)

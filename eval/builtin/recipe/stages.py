@@ -57,7 +57,7 @@ def optimisers(packed: Packed, stage: str) -> list[torch.optim.Optimizer]:
     by_part, hidden, rest = parts(packed), [], []
     embeddings = {id(p) for m in packed.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for part in trained_parts(stage):
-        muon_lr, adam_lr = STAGES[stage]["tower" if part == "tower" else "rest"]
+        muon_lr, adam_lr = getattr(STAGES[stage], "tower" if part == "tower" else "rest")
         matrices = [p for p in by_part[part] if p.ndim == 2 and id(p) not in embeddings and part != "dense" and muon_lr]
         taken = {id(p) for p in matrices}
         hidden.append({"params": matrices, "lr": muon_lr, "base": muon_lr})
@@ -69,9 +69,9 @@ def optimisers(packed: Packed, stage: str) -> list[torch.optim.Optimizer]:
 
 
 def load_part(packed: Packed, path: Path) -> None:
-    missing, unexpected = packed.load_state_dict(load_file(path), strict=False)
-    if unexpected:
-        raise ValueError(f"{path} has unknown weights: {unexpected[:3]}")
+    unknown = packed.load_state_dict(load_file(path), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{path} has unknown weights: {unknown[:3]}")
 
 
 def start_from(packed: Packed, stage: str, args) -> None:
@@ -145,10 +145,10 @@ def loss_of(packed: Packed, stage: str):
             return nn.functional.mse_loss(packed.project(features), wanted) / wanted.var(), {}
 
         return align
-    see = torch.compile(lambda images, labels: _joint_vision(packed, images, labels))
+    look = torch.compile(lambda images, labels: _joint_vision(packed, images, labels))
 
     def joint(b, rng):
-        visual, dense, recall = see(b["images"], b["labels"])
+        visual, dense, recall = look(b["images"], b["labels"])
         visual = visual if rng is None else visual_subset(visual, rng)
         loss, hits = answer(visual, b["blocks"], b["ask_at"], b["scale"], b["blind"], b["weight"])
         shown = {"answer_loss": round(loss.item(), 4), "hits": round(hits.float().mean().item(), 3)}
@@ -157,9 +157,10 @@ def loss_of(packed: Packed, stage: str):
     return joint
 
 
-def _joint_vision(packed: Packed, images: Tensor, labels: Tensor):
+def _joint_vision(packed: Packed, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     features = packed.tower(images)
-    return packed.project(features), *packed.dense_loss(features, labels)
+    dense, recall = packed.dense_loss(features, labels)
+    return packed.project(features), dense, recall
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def run_stage(stage: str, args) -> None:
     if world > 1:
         dist.init_process_group("gloo")
     settings = STAGES[stage]
-    steps = max(1, round(settings["steps"] * args.steps_scale))
+    steps = max(1, round(settings.steps * args.steps_scale))
     train, val = build("train", args.images, args.data_dir), build("val", VAL * 5, args.data_dir)
     packed = new_model(args.seed)
     start_from(packed, stage, args)
@@ -205,7 +206,7 @@ def run_stage(stage: str, args) -> None:
         return
     first, minutes = resume(packed, opts, partial)
     log = Log(args.output_dir / "log.jsonl", stage, minutes, quiet=rank > 0)
-    batches = Batches(train, settings["batch"], rank, world, args.seed + 100 * list(STAGES).index(stage))
+    batches = Batches(train, settings.batch, rank, world, args.seed + 100 * list(STAGES).index(stage))
     loss_fn = loss_of(packed, stage)
     for step in range(first, steps):
         for opt in opts:
@@ -231,12 +232,26 @@ def run_stage(stage: str, args) -> None:
         own = {n for n, p in packed.named_parameters() if p.requires_grad}
         save_file({k: v.contiguous() for k, v in packed.state_dict().items() if k in own}, final)
         if stage == "joint":
-            packed.model.eval().save_pretrained(args.output_dir / "model")
-            build_processor().save_pretrained(args.output_dir / "model")
+            publish(packed, args.output_dir / "model")
         partial.unlink(missing_ok=True)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def publish(packed: Packed, folder: Path) -> None:
+    """The model and its processor with ``save_pretrained``, tower weights under the names hub checkpoints have.
+
+    transformers 5 writes ``vision_tower.embeddings``; vLLM reads ``vision_tower.vision_model.embeddings`` alone, and
+    transformers reads both.
+    """
+    packed.model.eval().save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    weights = {
+        k.replace("vision_tower.", "vision_tower.vision_model.", 1) if "vision_model" not in k else k: v
+        for k, v in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def tied(key: str) -> bool:
@@ -275,7 +290,8 @@ def resume(packed: Packed, opts, path: Path) -> tuple[int, float]:
         meta = f.metadata()
     packed.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("opt.")}, strict=False)
     for i, opt in enumerate(opts):
-        whole, state = opt.state_dict(), {}
+        whole = opt.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith(f"opt.{i}."):
                 _, _, j, name = key.split(".", 3)

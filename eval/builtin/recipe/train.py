@@ -16,14 +16,25 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+
+@dataclass(frozen=True)
+class Stage:
+    """steps; images per step over all processes; learning rates (Muon, AdamW) of the tower and of everything else."""
+
+    steps: int
+    batch: int
+    tower: tuple[float, float]
+    rest: tuple[float, float]
+
+
 STAGES = {
-    # steps, images per step (over all processes), learning rates (Muon, AdamW) of tower and of the rest
-    "vision": {"steps": 1400, "batch": 32, "tower": (3e-3, 1.5e-3), "rest": (0.0, 3e-3)},
-    "language": {"steps": 1500, "batch": 16, "tower": (0.0, 0.0), "rest": (5e-3, 1.5e-3)},
-    "align": {"steps": 300, "batch": 32, "tower": (0.0, 0.0), "rest": (3e-3, 3e-3)},
-    "joint": {"steps": 3000, "batch": 32, "tower": (1e-3, 3e-4), "rest": (5e-3, 1.5e-3)},
+    "vision": Stage(1400, 32, tower=(3e-3, 1.5e-3), rest=(0.0, 3e-3)),
+    "language": Stage(1500, 16, tower=(0.0, 0.0), rest=(5e-3, 1.5e-3)),
+    "align": Stage(300, 32, tower=(0.0, 0.0), rest=(3e-3, 3e-3)),
+    "joint": Stage(3000, 32, tower=(1e-3, 3e-4), rest=(5e-3, 1.5e-3)),
 }
 QUESTIONS = 12
 WEIGHTS = (0.3, 1.4, 0.6, 1.7, 1.4, 0.7, 1.3)  # per category, in the joint stage
