@@ -169,7 +169,7 @@ def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict
     kwargs = dict(kwargs)
     ids, mask, seen = kwargs.get("input_ids"), kwargs.get("attention_mask"), cache.get_seq_length()
     if ids is None:
-        return kwargs
+        raise CountMismatchError("a compressed cache goes on with input_ids alone: pass them instead of inputs_embeds")
     full_seen = seen + layout.removed
     if ids.shape[1] > full_seen:
         if not torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):
@@ -178,22 +178,18 @@ def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict
     elif layout.full_length <= ids.shape[1]:
         raise CountMismatchError(f"{ids.shape[1]} input_ids on a cache of {full_seen} tokens: pass the new tokens alone")
     total = seen + ids.shape[1]
-    if mask is not None:
-        if mask.ndim != 2 or mask.shape[1] not in (total, total + layout.removed):
-            raise CountMismatchError(
-                f"attention_mask {tuple(mask.shape)} fits neither the {total + layout.removed} tokens of the full "
-                f"conversation nor the {total} of the compressed one"
-            )
-        if layout.positions == "keep" and mask.shape[1] != total:
-            kwargs["position_ids"] = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :]
-        if mask.shape[1] != total:
-            kwargs["attention_mask"] = torch.cat([layout.mask.to(mask), mask[:, layout.full_length :]], 1)
-    elif layout.positions == "keep":
-        first = layout.keep.shape[1] + seen - layout.reduced_length
-        kwargs["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device).expand(ids.shape)
-    if mask is None and not layout.mask.bool().all():
-        new = torch.ones(ids.shape[0], total - layout.reduced_length, dtype=torch.long)
-        kwargs["attention_mask"] = torch.cat([layout.mask, new], 1).to(ids.device)
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] not in (total, total + layout.removed)):
+        raise CountMismatchError(
+            f"attention_mask {tuple(mask.shape)} fits neither the {total + layout.removed} tokens of the full "
+            f"conversation nor the {total} of the compressed one"
+        )
+    if mask is None or mask.shape[1] != total:
+        prompt = layout.mask.to(ids.device)
+        new = prompt.new_ones(ids.shape[0], total - layout.reduced_length) if mask is None else mask[:, layout.full_length :]
+        mask = kwargs["attention_mask"] = torch.cat([prompt.to(new.dtype), new.to(ids.device)], 1)
+    if layout.positions == "keep":
+        gone = (~layout.keep).sum(1, keepdim=True).to(ids.device)
+        kwargs["position_ids"] = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :] + gone
     return kwargs
 
 
