@@ -39,6 +39,7 @@ class Packed(nn.Module):
         self.model = model
         hidden = model.config.text_config.hidden_size
         self.dense = nn.ModuleList(nn.Linear(hidden, k) for k in LABEL_SIZES)
+        self.coordinates = nn.ModuleList(nn.Linear(hidden, GRID) for _ in range(2))
         self.symbols = nn.ModuleList(nn.Embedding(k, hidden) for k in LABEL_SIZES)
         self.place = nn.Embedding(N, hidden)
         self.symbol_mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
@@ -79,6 +80,13 @@ class Packed(nn.Module):
             there = wanted > 0
             recalls.append(((logits.argmax(-1) == wanted) & there).sum() / there.sum().clamp(min=1))
         return torch.stack(losses).sum(), torch.stack(recalls)
+
+    def coordinate_loss(self, features: Tensor) -> Tensor:
+        """Cross-entropy of each patch's row and of its column."""
+        place = torch.arange(N)
+        row, column = (head(features).transpose(1, 2) for head in self.coordinates)
+        b = len(features)
+        return F.cross_entropy(row, (place // GRID).expand(b, N)) + F.cross_entropy(column, (place % GRID).expand(b, N))
 
     def answer(self, visual: Tensor, blocks: Tensor, ask_at: Tensor, scale: Tensor, blind: Tensor) -> Tensor:
         """Logits at the ":" and at the answer of every block.

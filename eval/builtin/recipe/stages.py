@@ -16,7 +16,7 @@ from ..questions import CATEGORIES
 from .data import POOL, build
 from .muon import Muon
 from .packed import N, Packed
-from .train import QUESTIONS, STAGES, VAL, WEIGHTS, Log, cosine
+from .train import QUESTIONS, STAGES, VAL, WEIGHTS, Log, Stage, cosine
 
 SAVE_EVERY, LOG_EVERY, VAL_EVERY = 200, 50, 400
 
@@ -38,7 +38,7 @@ def parts(packed: Packed) -> dict[str, list[nn.Parameter]]:
         "tower": list(m.vision_tower.parameters()),
         "projector": list(m.multi_modal_projector.parameters()),
         "language": list(m.language_model.parameters()),
-        "dense": list(packed.dense.parameters()),
+        "dense": [p for k in (packed.dense, packed.coordinates) for p in k.parameters()],
         "symbols": [p for k in (packed.symbols, packed.place, packed.symbol_mlp) for p in k.parameters()],
     }
 
@@ -49,6 +49,7 @@ def trained_parts(stage: str) -> tuple[str, ...]:
         "language": ("language", "symbols"),
         "align": ("projector",),
         "joint": ("tower", "projector", "language", "dense"),
+        "relate": ("tower", "projector", "language", "dense"),
     }[stage]
 
 
@@ -76,26 +77,25 @@ def load_part(packed: Packed, path: Path) -> None:
 
 def start_from(packed: Packed, stage: str, args) -> None:
     """Loads what earlier stages trained: each stage's file holds its own part alone."""
-    if stage in ("align", "joint") and args.init is None:
-        earlier = ("vision", "language") if stage == "align" else ("vision", "language", "align")
-        for name in earlier:
-            load_part(packed, args.output_dir / f"{name}.safetensors")
-    elif args.init is not None:
-        load_part(packed, args.init)
+    earlier = {"align": ("vision", "language"), "joint": ("vision", "language", "align"), "relate": ("joint",)}
+    sources = [args.output_dir / f"{name}.safetensors" for name in earlier.get(stage, ())]
+    for path in sources if args.init is None else [args.init]:
+        load_part(packed, path)
 
 
 class Batches:
     """Random batches of this process's share of the images, the same stream on every run."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], batch: int, rank: int, world: int, seed: int):
-        self.a, self.batch = arrays, batch // world
+    def __init__(self, arrays: dict[str, np.ndarray], stage: Stage, rank: int, world: int, seed: int):
+        self.a, self.batch, self.mix = arrays, stage.batch // world, np.log(stage.mix)
         n = len(arrays["images"]) // world
         self.low, self.high, self.seed, self.rank = rank * n, (rank + 1) * n, seed, rank
 
     def at(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.seed, self.rank, step])
         rows = np.sort(rng.integers(self.low, self.high, self.batch))
-        pick = rng.permuted(np.tile(np.arange(POOL), (self.batch, 1)), axis=1)[:, :QUESTIONS]
+        likely = self.mix[self.a["meta"][rows, :, 1]] + rng.gumbel(size=(self.batch, POOL))
+        pick = np.argsort(-likely, axis=1)[:, :QUESTIONS]
         meta = np.take_along_axis(self.a["meta"][rows], pick[..., None], 1)
         jitter = np.where(rng.random(self.batch) < 0.5, rng.uniform(0.06, 1, self.batch), 1.0)
         weight = np.array(WEIGHTS)[meta[..., 1]]
@@ -145,7 +145,7 @@ def loss_of(packed: Packed, stage: str):
             return nn.functional.mse_loss(packed.project(features), wanted) / wanted.var(), {}
 
         return align
-    look = torch.compile(lambda images, labels: _joint_vision(packed, images, labels))
+    look = torch.compile(lambda images, labels: _joint_vision(packed, images, labels, STAGES[stage].coordinates))
 
     def joint(b, rng):
         visual, dense, recall = look(b["images"], b["labels"])
@@ -157,9 +157,11 @@ def loss_of(packed: Packed, stage: str):
     return joint
 
 
-def _joint_vision(packed: Packed, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _joint_vision(packed: Packed, images: Tensor, labels: Tensor, coordinates: float) -> tuple[Tensor, Tensor, Tensor]:
     features = packed.tower(images)
     dense, recall = packed.dense_loss(features, labels)
+    if coordinates:
+        dense = dense + coordinates / 0.15 * packed.coordinate_loss(features)
     return packed.project(features), dense, recall
 
 
@@ -206,12 +208,12 @@ def run_stage(stage: str, args) -> None:
         return
     first, minutes = resume(packed, opts, partial)
     log = Log(args.output_dir / "log.jsonl", stage, minutes, quiet=rank > 0)
-    batches = Batches(train, settings.batch, rank, world, args.seed + 100 * list(STAGES).index(stage))
+    batches = Batches(train, settings, rank, world, args.seed + 100 * list(STAGES).index(stage))
     loss_fn = loss_of(packed, stage)
     for step in range(first, steps):
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = group["base"] * cosine(step, steps)
+                group["lr"] = group["base"] * cosine(step, round((settings.horizon or settings.steps) * args.steps_scale))
         rng = np.random.default_rng([args.seed, 9, step]) if args.drop else None
         loss, shown = loss_fn(batches.at(step), rng)
         for p in trained:
@@ -224,14 +226,14 @@ def run_stage(stage: str, args) -> None:
             opt.step()
         if step % LOG_EVERY == 0 or step == steps - 1:
             log(step=step, steps=steps, loss=round(loss.item(), 4), **shown)
-        if rank == 0 and stage in ("language", "joint") and (step % VAL_EVERY == VAL_EVERY - 1 or step == steps - 1):
+        if rank == 0 and stage in ("language", "joint", "relate") and (step % VAL_EVERY == VAL_EVERY - 1 or step == steps - 1):
             log(step=step, val=validate(packed, stage, val))
         if rank == 0 and step % SAVE_EVERY == SAVE_EVERY - 1 and step < steps - 1:
             checkpoint(packed, opts, partial, step + 1, log.minutes)
     if rank == 0:
         own = {n for n, p in packed.named_parameters() if p.requires_grad}
         save_file({k: v.contiguous() for k, v in packed.state_dict().items() if k in own}, final)
-        if stage == "joint":
+        if stage == "relate":
             publish(packed, args.output_dir / "model")
         partial.unlink(missing_ok=True)
     if world > 1:

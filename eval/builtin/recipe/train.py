@@ -4,7 +4,9 @@
 
 Stages (each resumes from its last checkpoint): ``vision`` teaches the tower dense labels, ``language`` teaches the
 language model on symbolic visual tokens (both at the same time, one core each), ``align`` fits the projector to the
-symbolic tokens, ``joint`` trains everything with two data-parallel processes. ``--log`` lines are JSON.
+symbolic tokens, ``joint`` trains everything with two data-parallel processes, ``relate`` goes on with each patch's row
+and column as two more dense labels and with more questions of the categories that come last. OUTPUT_DIR/log.jsonl has
+loss and accuracy by minutes.
 """
 
 from __future__ import annotations
@@ -22,19 +24,29 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """steps; images per step over all processes; learning rates (Muon, AdamW) of the tower and of everything else."""
+    """steps; images per step over all processes; learning rates (Muon, AdamW) of the tower and of everything else.
+
+    horizon: steps after which the cosine schedule would end, where the stage stops earlier. mix: how likely a question
+    of each category is drawn. coordinates: weight of the row and column labels.
+    """
 
     steps: int
     batch: int
     tower: tuple[float, float]
     rest: tuple[float, float]
+    horizon: int | None = None
+    mix: tuple[float, ...] = (1.0,) * 7
+    coordinates: float = 0.0
 
 
 STAGES = {
     "vision": Stage(1400, 32, tower=(3e-3, 1.5e-3), rest=(0.0, 3e-3)),
     "language": Stage(1500, 16, tower=(0.0, 0.0), rest=(5e-3, 1.5e-3)),
     "align": Stage(300, 32, tower=(0.0, 0.0), rest=(3e-3, 3e-3)),
-    "joint": Stage(3000, 32, tower=(1e-3, 3e-4), rest=(5e-3, 1.5e-3)),
+    "joint": Stage(1400, 32, tower=(1e-3, 3e-4), rest=(5e-3, 1.5e-3), horizon=3000),
+    "relate": Stage(
+        1900, 32, tower=(1e-3, 3e-4), rest=(4e-3, 1.2e-3), mix=(0.3, 1.0, 1.3, 2.6, 1.0, 0.5, 1.2), coordinates=0.2
+    ),
 }
 QUESTIONS = 12
 WEIGHTS = (0.3, 1.4, 0.6, 1.7, 1.4, 0.7, 1.3)  # per category, in the joint stage
@@ -49,8 +61,8 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every stage")
     parser.add_argument("--images", type=int, default=IMAGES)
-    parser.add_argument("--drop", action="store_true", help="ablation: the joint stage sees 1/16 to all visual tokens")
-    parser.add_argument("--init", type=Path, help="start the joint stage from this checkpoint")
+    parser.add_argument("--drop", action="store_true", help="ablation: the last stage sees 1/16 to all visual tokens")
+    parser.add_argument("--init", type=Path, help="run the last stage alone, from this checkpoint")
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone, in this process")
     return parser.parse_args(argv)
 
@@ -71,7 +83,8 @@ def main(argv=None) -> int:
     if args.init is None:
         wait([launch(args, "vision"), launch(args, "language")])
         wait([launch(args, "align")])
-    wait([launch(args, "joint", rank, 2) for rank in range(2)])
+        wait([launch(args, "joint", rank, 2) for rank in range(2)])
+    wait([launch(args, "relate", rank, 2) for rank in range(2)])
     return 0
 
 
