@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from .errors import BadBudgetError
 
@@ -37,7 +38,7 @@ class Budget:
             ok = 0 < value <= 1 if name == "keep" else 0 <= value < 1
             if not ok:
                 bounds = "(0, 1]" if name == "keep" else "[0, 1)"
-                raise BadBudgetError(f"{name}={value:g} is outside {bounds}")
+                raise BadBudgetError(f"{name}={getattr(self, name)} is outside {bounds}")
         for name in ("min_tokens", "max_tokens"):
             if getattr(self, name) is not None:
                 _count(name, getattr(self, name))
@@ -74,9 +75,11 @@ class Budget:
 
 
 def _fraction(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(min(max(value, -2), 2))  # whole numbers of any size; all but 0 and 1 are out of bounds
+    if not isinstance(value, float) or not math.isfinite(value):
         raise BadBudgetError(f"{name}={value!r} is not a fraction, such as {name}=0.1")
-    return float(value)
+    return value
 
 
 def _count(name: str, value) -> int:
@@ -94,12 +97,13 @@ def fit_grid(grid: tuple[int, int], k: int) -> tuple[int, int]:
     ones the larger wins, then the wider.
     """
     rows, cols = grid
-    best: tuple[tuple[float, int, int], tuple[int, int]] | None = None
+    best: tuple[tuple[Fraction, int, int], tuple[int, int]] | None = None
     for h in range(1, rows + 1):
         w = min(cols, k // h)
         if w < 1 or (h < rows and (h + 1) * w <= k):
             continue
-        rank = (abs(math.log((w * rows) / (h * cols))), -h * w, -w)
+        across, down = w * rows, h * cols
+        rank = (Fraction(max(across, down), min(across, down)), -h * w, -w)
         if best is None or rank < best[0]:
             best = (rank, (h, w))
     assert best is not None

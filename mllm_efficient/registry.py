@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,16 +28,26 @@ def register(name: str) -> Callable[[type], type]:
     """Class decorator: makes a method known by ``name`` to every function and command."""
 
     def decorate(cls: type) -> type:
-        if not is_dataclass(cls):
-            raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
+        _require_method_class(cls)
         old = _registered.get(name)
-        if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise MllmEfficientError(f"method {name!r} is already registered by {old.__module__}.{old.__qualname__}")
+        owner = f"{old.__module__}.{old.__qualname__}" if old else BUILTIN.get(name)
+        ours = f"{cls.__module__}.{cls.__qualname__}" if old else cls.__module__
+        if owner is not None and owner != ours:
+            raise MllmEfficientError(f"method {name!r} is already registered by {owner}")
         cls.name = name  # type: ignore[attr-defined]
         _registered[name] = cls
         return cls
 
     return decorate
+
+
+def _require_method_class(cls: Any) -> None:
+    from .compressors.base import Compressor
+
+    if isinstance(cls, type) and "__dataclass_params__" not in cls.__dict__:  # the class's own settings would be lost
+        raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
+    if not isinstance(cls, type) or not issubclass(cls, Compressor):
+        raise MllmEfficientError(f"{getattr(cls, '__name__', cls)!s} is not a method: derive a class from me.Selector or me.Merger")
 
 
 @lru_cache(maxsize=1)
@@ -75,12 +84,14 @@ def get_method(name: str) -> type[Compressor]:
 
 def _load_entry_point(name: str) -> None:
     entry = _installed()[name]
+    package = entry.dist.name if entry.dist else entry.value
     try:
         cls = entry.load()
+        if name not in _registered:
+            register(name)(cls)
     except Exception as error:
-        raise MllmEfficientError(f"method {name!r} of package {entry.dist and entry.dist.name} does not load: {error!r}") from error
-    if name not in _registered:
-        register(name)(cls)
+        reason = str(error) if isinstance(error, MllmEfficientError) else f"{type(error).__name__}: {error}"
+        raise MllmEfficientError(" ".join(f"method {name!r} of package {package} does not load: {reason}".split())) from error
 
 
 def build(what: str | dict | Path | Compressor | Iterable) -> Compressor | tuple[Compressor, ...]:

@@ -119,8 +119,13 @@ def processor(make_processor):
     return make_processor()
 
 
+@pytest.fixture(scope="session")
+def picture() -> Callable:
+    """``picture(seed)``: seeded noise, 48 x 48."""
+    return noise
+
+
 def noise(seed: int, size: int = 48):
-    """A picture of seeded noise."""
     from PIL import Image
 
     pixels = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -146,13 +151,38 @@ def make_batch(make_processor) -> Callable:
 @pytest.fixture(scope="session")
 def reference():
     """The slow path: one row at a time, features put between the text by hand, no cache, no padding."""
-    return SimpleNamespace(features=image_features, splice=splice, logits=bare_logits, greedy=slow_greedy, loss=slow_loss)
+    return SimpleNamespace(
+        features=image_features, compressed=compressed_by_hand, splice=splice, logits=bare_logits, greedy=slow_greedy, loss=slow_loss
+    )
 
 
 @torch.no_grad()
 def image_features(model, pixel_values: Tensor, **call) -> list[Tensor]:
     """What the stock tower and projector make of each picture, (N, D) each."""
     return list(model.model.get_image_features(pixel_values=pixel_values, return_dict=True, **call).pooler_output)
+
+
+def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
+    """What ``spec`` leaves of the pictures of one row, and the places the tokens had if their positions are kept.
+
+    The built-in mergers are written out for 6 x 6 tokens to 3 x 3; a selector is asked picture by picture.
+    """
+    import mllm_efficient as me
+    from mllm_efficient.compressors.base import generator_for
+
+    method = me.build(spec)
+    if len(pixels) == 0:
+        return [], None
+    if method.name == "resize":
+        small = torch.nn.functional.interpolate(pixels, (24, 24), mode="bicubic", antialias=True)
+        return image_features(model, small, interpolate_pos_encoding=True), None
+    full = image_features(model, pixels)
+    if method.name == "pool":
+        blocks = [f.reshape(3, 2, 3, 2, -1) for f in full]
+        return [(b.mean((1, 3)) if method.mode == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
+    generators = [generator_for(method, key) for key in keys or range(len(full))]
+    places = [method.select(me.VisualTokens(f, grid=(6, 6), generator=g)) for f, g in zip(full, generators)]
+    return [f[p] for f, p in zip(full, places)], places if method.positions == "keep" else None
 
 
 def splice(model, ids: Tensor, visual: Sequence[Tensor], n: int, places: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -180,7 +210,10 @@ def splice(model, ids: Tensor, visual: Sequence[Tensor], n: int, places: Sequenc
 def bare_logits(model, embeds: Tensor, positions: Tensor) -> Tensor:
     """Logits (length, vocabulary) of the bare language model and head, without a cache."""
     hidden = model.model.language_model(
-        inputs_embeds=embeds[None], position_ids=positions[None], attention_mask=torch.ones(1, len(embeds), dtype=torch.long), use_cache=False
+        inputs_embeds=embeds[None],
+        position_ids=positions[None],
+        attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+        use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden)[0]
 

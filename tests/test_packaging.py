@@ -103,8 +103,8 @@ def test_the_wheel_is_small_and_holds_exactly_the_package(wheel):
 
 @pytest.mark.slow
 def test_the_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
-    pytest.importorskip("build")
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, checkout)
+    pytest.importorskip("build.__main__")
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, checkout, cwd=tmp_path)
     (again,) = tmp_path.glob("*.whl")
     with ZipFile(wheel) as one, ZipFile(again) as two:
         assert sorted(one.namelist()) == sorted(two.namelist())

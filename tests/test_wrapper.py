@@ -15,7 +15,6 @@ import torch
 from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 import mllm_efficient as me
-from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.patches.llava import LlavaAdapter
 
 N, GRID, IMAGE = 36, (6, 6), 4
@@ -56,19 +55,6 @@ def explicit(plain, spec, batch, **how):
     return torch.cat([prompt, out[:, kwargs["input_ids"].shape[1] :]], 1)
 
 
-def visual_of(reference, model, spec, pixels):
-    """Compressed tokens of a row's pictures and the places they had (for positions="keep"), by hand."""
-    method = me.build(spec)
-    if method.name == "resize":
-        small = torch.nn.functional.interpolate(pixels, (24, 24), mode="bicubic", antialias=True)
-        return reference.features(model, small, interpolate_pos_encoding=True), None
-    full = reference.features(model, pixels)
-    if method.name == "pool":
-        return [f.reshape(3, 2, 3, 2, -1).mean((1, 3)).reshape(9, -1) for f in full], None
-    places = [method.select(me.VisualTokens(f, grid=GRID, generator=generator_for(method, i))) for i, f in enumerate(full)]
-    return [f[p] for f, p in zip(full, places)], places if method.positions == "keep" else None
-
-
 def trace(model) -> dict:
     """Everything ``wrap`` could leave behind, module by module."""
     hooks = [n for n in vars(torch.nn.Module()) if "hook" in n]
@@ -84,7 +70,8 @@ def trace(model) -> dict:
 def test_wrap_and_unwrap_leave_no_trace(tiny_llava, make_batch):
     batch = make_batch(*MIXED)
     stock = tiny_llava.generate(**batch, **NEW), tiny_llava(**batch).logits  # transformers puts hooks of its own on at first use
-    before, weights, config = trace(tiny_llava), {k: v.clone() for k, v in tiny_llava.state_dict().items()}, tiny_llava.generation_config.to_dict()
+    before, config = trace(tiny_llava), tiny_llava.generation_config.to_dict()
+    weights = {k: v.clone() for k, v in tiny_llava.state_dict().items()}
     assert me.wrap(tiny_llava, "divprune:tokens=9") is tiny_llava
     tiny_llava.generate(**batch, num_beams=2, **NEW)
     tiny_llava(**batch)
@@ -177,7 +164,7 @@ def test_compressed_is_undone_when_the_block_fails(tiny_llava):
 
 def test_a_call_that_fails_leaves_the_next_one_right(wrapped, plain, make_batch):
     batch = make_batch("one image")
-    with pytest.raises(Exception):
+    with pytest.raises(ValueError, match="no_such_argument"):
         wrapped.generate(**batch, max_new_tokens=2, no_such_argument=1)
     with pytest.raises(me.CountMismatchError):
         wrapped(**{**batch, "input_ids": batch.input_ids[:, :20], "attention_mask": batch.attention_mask[:, :20]})
@@ -281,18 +268,18 @@ def test_every_greedy_mode_equals_the_slow_reference(tiny_llava, plain, make_lla
         with pytest.raises(me.MllmEfficientError, match="needs the cache"):
             tiny_llava.generate(**batch, **how, **NEW)
         return
-    visual, places = visual_of(reference, plain, spec, batch.pixel_values)
+    visual, places = reference.compressed(plain, spec, batch.pixel_values)
     expected = reference.greedy(plain, batch.input_ids[0], visual, N, 6, places)
     assert tiny_llava.generate(**batch, **how, **NEW)[0, batch.input_ids.shape[1] :].tolist() == expected
 
 
 @pytest.mark.parametrize("spec", POSITIONED)
-def test_prompt_lookup_equals_the_slow_reference(tiny_llava, plain, processor, reference, spec):
+def test_prompt_lookup_equals_the_slow_reference(tiny_llava, plain, processor, reference, spec, picture):
     """Drafts come from the prompt's own repetitions: "the ring" is followed by "red ?" once."""
     batch = processor(images=picture(3), text="user : <image> is the ring red ? is the ring", return_tensors="pt")
     how = dict(prompt_lookup_num_tokens=3, **NEW)
     assert torch.equal(plain.generate(**batch, **how), plain.generate(**batch, **NEW))
-    visual, places = visual_of(reference, plain, spec, batch["pixel_values"])
+    visual, places = reference.compressed(plain, spec, batch["pixel_values"])
     out = me.wrap(tiny_llava, spec).generate(**batch, **how)[0, batch["input_ids"].shape[1] :]
     assert out.tolist() == reference.greedy(plain, batch["input_ids"][0], visual, N, 6, places)
 
@@ -311,7 +298,9 @@ def test_greedy_modes_on_a_padded_batch_equal_the_plain_mode(wrapped, make_batch
     assert torch.equal(wrapped.generate(**batch, **MODES[mode], **NEW), wrapped.generate(**batch, **NEW))
 
 
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams", "beams returned"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams", "beams returned"]
+)
 @pytest.mark.parametrize("spec", METHODS)
 def test_batch_equals_one_by_one(tiny_llava, make_batch, spec, how):
     me.wrap(tiny_llava, spec)
@@ -335,7 +324,7 @@ def test_greedy_of_every_row_equals_the_slow_reference(tiny_llava, plain, make_b
         if images and report[0].indices is not None:  # whatever the method, these are the tokens it said it kept
             visual = [f[i.indices] for f, i in zip(reference.features(plain, pixels), report)]
         else:
-            visual = visual_of(reference, plain, spec, pixels)[0] if images else []
+            visual = reference.compressed(plain, spec, pixels)[0] if images else []
         ids = batch.input_ids[row][batch.attention_mask[row].bool()]
         assert out[row].tolist() == reference.greedy(plain, ids, visual, N, 6)
         at += images
@@ -420,7 +409,9 @@ def test_without_a_length_generate_makes_as_many_tokens_as_stock(wrapped, plain,
 
 def test_max_new_tokens_wins_over_max_length_as_in_stock(wrapped, plain, make_batch):
     batch = make_batch("one image")
-    assert torch.equal(wrapped.generate(**batch, max_length=500, max_new_tokens=3), explicit(plain, "divprune:tokens=9", batch, max_new_tokens=3))
+    assert torch.equal(
+        wrapped.generate(**batch, max_length=500, max_new_tokens=3), explicit(plain, "divprune:tokens=9", batch, max_new_tokens=3)
+    )
 
 
 @pytest.mark.parametrize("where", ["argument", "config", "model"])
@@ -447,7 +438,9 @@ def test_a_generation_config_object_is_honoured(wrapped, plain, make_batch):
     before = config.to_dict()
     wanted = explicit(plain, "divprune:tokens=9", batch, generation_config=copy.deepcopy(config))
     assert torch.equal(wrapped.generate(**batch, generation_config=config), wanted)
-    assert torch.equal(wrapped.generate(batch.input_ids, config, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values), wanted)
+    assert torch.equal(
+        wrapped.generate(batch.input_ids, config, attention_mask=batch.attention_mask, pixel_values=batch.pixel_values), wanted
+    )
     assert config.to_dict() == before
 
 
@@ -459,7 +452,11 @@ def test_ids_may_be_positional(wrapped, make_batch):
     assert torch.equal(wrapped.generate(inputs=batch.input_ids, **rest, **NEW), wanted)
 
 
-@pytest.mark.parametrize("how", [{}, {"pad_token_id": 0}, {"generation_config": GenerationConfig(pad_token_id=0, max_new_tokens=6)}], ids=["model", "argument", "config"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"pad_token_id": 0}, {"generation_config": GenerationConfig(pad_token_id=0, max_new_tokens=6)}],
+    ids=["model", "argument", "config"],
+)
 def test_without_a_mask_padding_is_found_as_stock_finds_it(wrapped, make_batch, how):
     batch = make_batch(*MIXED)
     wanted = wrapped.generate(**batch, **NEW)
@@ -607,16 +604,45 @@ def test_a_decode_loop_over_tuples_equals_generate(wrapped, make_batch):
     assert torch.equal(torch.stack(tokens, 1), wanted)
 
 
-def test_embeddings_on_a_compressed_cache_are_mapped_like_ids(wrapped, make_batch):
+def test_embeddings_on_a_compressed_cache_are_refused(wrapped, make_batch):
     """A mask of full length on a shorter cache is cut without an error by transformers, which gives wrong tokens."""
     batch = make_batch(*MIXED)
     with torch.no_grad():
-        outs = [wrapped(**batch) for _ in range(2)]
-        token = outs[0].logits[:, -1].argmax(-1)[:, None]
-        mask = torch.cat([batch.attention_mask, torch.ones(4, 1, dtype=torch.long)], 1)
-        by_ids = wrapped(input_ids=token, attention_mask=mask, past_key_values=outs[0].past_key_values).logits
-        by_embeds = wrapped(inputs_embeds=wrapped.get_input_embeddings()(token), attention_mask=mask, past_key_values=outs[1].past_key_values).logits
-    assert torch.equal(by_ids, by_embeds)
+        out = wrapped(**batch)
+        embeds = wrapped.get_input_embeddings()(out.logits[:, -1:].argmax(-1))
+        with pytest.raises(me.CountMismatchError, match="input_ids"):
+            wrapped(inputs_embeds=embeds, past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize("setting", [{"vision_feature_layer": -2}, {"vision_feature_layer": 1}])
+def test_a_feature_layer_for_one_call_is_the_configured_one(wrapped, make_llava, make_batch, setting):
+    batch = make_batch(*MIXED)
+    configured = me.wrap(make_llava(**setting), "divprune:tokens=9")
+    assert torch.equal(wrapped(**batch, **setting).logits, configured(**batch).logits)
+    assert not torch.equal(wrapped(**batch).logits, configured(**batch).logits)
+    assert torch.equal(wrapped.generate(**batch, **setting, **NEW), configured.generate(**batch, **NEW))
+
+
+def test_a_boolean_mask_is_a_mask(wrapped, make_batch):
+    batch = make_batch(*MIXED)
+    boolean = {**batch, "attention_mask": batch.attention_mask.bool()}
+    assert torch.equal(wrapped(**boolean).logits, wrapped(**batch).logits)
+    assert torch.equal(wrapped.generate(**boolean, **NEW), wrapped.generate(**batch, **NEW))
+
+
+def test_another_wrapped_model_called_within_generate_is_compressed_too(wrapped, make_llava, make_batch):
+    """Contrastive decoding asks a second model in a logits processor."""
+    from transformers import LogitsProcessorList
+
+    batch, other, seen = make_batch("one image"), me.wrap(make_llava(seed=1), "divprune:tokens=4"), []
+    wanted = other(**batch).logits
+
+    def ask(ids, scores):
+        seen.append(other(**batch).logits)
+        return scores
+
+    wrapped.generate(**batch, logits_processor=LogitsProcessorList([ask]), max_new_tokens=1)
+    assert torch.equal(seen[0], wanted)
 
 
 # ------------------------------------------------------------------------------------------------ the next turn
@@ -634,34 +660,28 @@ def say(processor, text, pictures=None):
 @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
 @pytest.mark.parametrize("turn", ["text only", "new image"])
 @pytest.mark.parametrize("spec", [*POSITIONED, "resize:tokens=9"])
-def test_a_second_turn_on_the_cache_equals_the_slow_reference(tiny_llava, plain, make_batch, processor, reference, spec, turn, with_mask):
+def test_a_second_turn_on_the_cache_equals_the_slow_reference(
+    tiny_llava, plain, make_batch, processor, reference, spec, turn, with_mask, picture
+):
     me.wrap(tiny_llava, spec)
     batch = make_batch("two images")
     first = tiny_llava.generate(**batch, return_dict_in_generate=True, **NEW)
-    _, pixels = say(processor, TURN_2_IMAGE, [picture(99)])
-    new, images = (say(processor, TURN_2)[0], None) if turn == "text only" else (say(processor, TURN_2_IMAGE, [picture(99)])[0], pixels)
+    new, images = say(processor, TURN_2) if turn == "text only" else say(processor, TURN_2_IMAGE, [picture(99)])
     ids = torch.cat([first.sequences, new], 1)
     how = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
     out = tiny_llava.generate(input_ids=ids, pixel_values=images, past_key_values=first.past_key_values, **how, **NEW)
     assert torch.equal(out[:, : ids.shape[1]], ids)
     seen = batch.pixel_values if images is None else torch.cat([batch.pixel_values, images])
-    visual, places = visual_of(reference, plain, spec, seen)
+    visual, places = reference.compressed(plain, spec, seen)
     assert out[0, ids.shape[1] :].tolist() == reference.greedy(plain, ids[0], visual, N, 6, places)
     assert me.last_report(tiny_llava).visual_tokens_kept == (0 if images is None else 9)
 
 
-def picture(seed):
-    from PIL import Image
-
-    pixels = torch.randint(0, 256, (48, 48, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
 @pytest.mark.parametrize("spec", ["divprune:tokens=9", "uniform:tokens=9,positions=keep", "pool:tokens=9"])
-def test_three_turns_of_a_padded_batch_equal_a_fresh_call_without_cache(tiny_llava, make_batch, processor, spec):
+def test_three_turns_of_a_padded_batch_equal_a_fresh_call_without_cache(tiny_llava, make_batch, processor, spec, picture):
     me.wrap(tiny_llava, spec)
     batch = make_batch(*MIXED)
-    ids, mask, pixels, cache = batch.input_ids, batch.attention_mask, [batch.pixel_values], None
+    ids, mask, cache = batch.input_ids, batch.attention_mask, None
     how = dict(batch)
     for turn in (TURN_2_IMAGE, TURN_2, TURN_2_IMAGE):
         out = tiny_llava.generate(**how, return_dict_in_generate=True, past_key_values=cache, **NEW)
@@ -681,7 +701,7 @@ def test_three_turns_of_a_padded_batch_equal_a_fresh_call_without_cache(tiny_lla
     assert torch.equal(last, fresh)
 
 
-def test_a_second_turn_draws_for_a_new_image_as_a_fresh_call_would(tiny_llava, make_batch, processor):
+def test_a_second_turn_draws_for_a_new_image_as_a_fresh_call_would(tiny_llava, make_batch, processor, picture):
     """The key of an image is its index within its row, whatever turn it came in."""
     me.wrap(tiny_llava, "random:tokens=9")
     batch = make_batch("one image")
@@ -722,7 +742,7 @@ def test_a_second_turn_by_forward_equals_the_slow_reference(tiny_llava, plain, m
         cache = tiny_llava(**batch).past_key_values
         how = {"attention_mask": torch.ones_like(ids)} if "full mask" in given else {}
         out = tiny_llava(input_ids=ids if "whole" in given else new, past_key_values=cache, **how)
-        visual, places = visual_of(reference, plain, spec, batch.pixel_values)
+        visual, places = reference.compressed(plain, spec, batch.pixel_values)
         embeds, positions = reference.splice(plain, ids[0], visual, N, places)
         wanted = reference.logits(plain, embeds, positions)[-new.shape[1] :]
     torch.testing.assert_close(out.logits[0], wanted, atol=2e-5, rtol=1e-5)  # one pass against two: order of summation
@@ -802,7 +822,7 @@ def test_wrong_lengths_on_a_compressed_cache_raise_in_forward(wrapped, make_batc
     cache, new = compressed_cache(wrapped, batch), say(processor, TURN_2)[0]
     full = batch.input_ids.shape[1] + new.shape[1]
     call = {"input_ids": new, "attention_mask": torch.ones(1, full, dtype=torch.long)}
-    (name, how), = change.items()
+    ((name, how),) = change.items()
     if isinstance(how, int):
         call["attention_mask"] = torch.ones(1, full + how, dtype=torch.long)
     elif how == "4-D":
@@ -812,7 +832,11 @@ def test_wrong_lengths_on_a_compressed_cache_raise_in_forward(wrapped, make_batc
     else:
         other = batch.input_ids.clone()
         other[0, 1] = 9
-        call["input_ids"] = {"another prompt": torch.cat([other, new], 1), "the prompt again": batch.input_ids, "cut prompt": batch.input_ids[:, 3:]}[how]
+        call["input_ids"] = {
+            "another prompt": torch.cat([other, new], 1),
+            "the prompt again": batch.input_ids,
+            "cut prompt": batch.input_ids[:, 3:],
+        }[how]
         call["attention_mask"] = torch.ones_like(call["input_ids"])
     with pytest.raises(me.CountMismatchError):
         wrapped(**call, past_key_values=cache)
@@ -837,6 +861,42 @@ def test_wrong_inputs_on_a_compressed_cache_raise_in_generate(wrapped, make_batc
         how = {"compression": None}
     with pytest.raises(me.CountMismatchError):
         wrapped.generate(input_ids=ids, past_key_values=cache, max_new_tokens=1, **how)
+
+
+@pytest.mark.parametrize("rules", [(None, "keep"), ("keep", None)], ids=["renumber then keep", "keep then renumber"])
+@pytest.mark.parametrize("turn", ["text only", "new image"])
+def test_a_turn_cannot_change_the_position_rule_of_its_cache(wrapped, make_batch, processor, rules, turn, picture):
+    """Positions of the cached tokens cannot be changed any more: the mixture would be wrong without an error."""
+    before, after = (me.Uniform(tokens=9, positions=rule) for rule in rules)
+    batch = make_batch("one image")
+    first = wrapped.generate(**batch, compression=before, return_dict_in_generate=True, **NEW)
+    new, pixels = say(processor, TURN_2) if turn == "text only" else say(processor, TURN_2_IMAGE, [picture(99)])
+    ids = torch.cat([first.sequences, new], 1)
+    with pytest.raises(me.MllmEfficientError, match="positions"):
+        wrapped.generate(input_ids=ids, pixel_values=pixels, past_key_values=first.past_key_values, compression=after, max_new_tokens=1)
+
+
+def test_a_second_turn_may_have_another_budget(wrapped, plain, make_batch, processor, reference, picture):
+    batch = make_batch("one image")
+    first = wrapped.generate(**batch, compression="uniform:tokens=4", return_dict_in_generate=True, **NEW)
+    new, pixels = say(processor, TURN_2_IMAGE, [picture(99)])
+    ids = torch.cat([first.sequences, new], 1)
+    out = wrapped.generate(input_ids=ids, pixel_values=pixels, past_key_values=first.past_key_values, compression="pool:tokens=9", **NEW)
+    visual = (
+        reference.compressed(plain, "uniform:tokens=4", batch.pixel_values)[0] + reference.compressed(plain, "pool:tokens=9", pixels)[0]
+    )
+    assert out[0, ids.shape[1] :].tolist() == reference.greedy(plain, ids[0], visual, N, 6)
+
+
+def test_a_second_turn_after_several_answers_goes_on_from_each(wrapped, make_batch, processor):
+    batch = make_batch("one image", "long text")
+    first = wrapped.generate(**batch, do_sample=True, num_return_sequences=2, return_dict_in_generate=True, **NEW)
+    new = say(processor, TURN_2)[0].expand(4, -1)
+    ids = torch.cat([first.sequences, new], 1)
+    mask = torch.cat([batch.attention_mask.repeat_interleave(2, 0), torch.ones(4, 6 + new.shape[1], dtype=torch.long)], 1)
+    cached = wrapped.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **NEW)
+    pixels = batch.pixel_values.repeat_interleave(2, 0)
+    assert torch.equal(cached, wrapped.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **NEW))
 
 
 def test_new_images_on_a_cache_that_was_not_compressed_are_refused(wrapped, make_batch):
@@ -907,7 +967,16 @@ def test_eight_threads_with_mixed_budgets_equal_the_sequential_run(wrapped, make
         def score(self, v):
             return v.attention
 
-    specs = ["divprune:tokens=9", "divprune:tokens=3", "random:tokens=5", "pool:tokens=4", "resize:tokens=9", "attentive:tokens=7", "attentive:tokens=2", None]
+    specs = [
+        "divprune:tokens=9",
+        "divprune:tokens=3",
+        "random:tokens=5",
+        "pool:tokens=4",
+        "resize:tokens=9",
+        "attentive:tokens=7",
+        "attentive:tokens=2",
+        None,
+    ]
     rows = [("one image",), ("two images",), ("long text",), ("one image", "two images")]
     jobs = [(spec, rows[(i + j) % 4]) for j in range(2) for i, spec in enumerate(specs)]
 
@@ -927,7 +996,7 @@ def test_eight_threads_with_mixed_budgets_equal_the_sequential_run(wrapped, make
         assert torch.equal(a, x) and torch.equal(b, y) and c == z
 
 
-def test_pipeline_output_equals_the_direct_path(wrapped, processor):
+def test_pipeline_output_equals_the_direct_path(wrapped, processor, picture):
     from transformers import pipeline
 
     messages = [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "what is the big ring ?"}]}]
@@ -956,7 +1025,11 @@ def test_a_training_step_moves_projector_and_decoder(tiny_llava, plain, make_bat
     loss = tiny_llava(**batch, labels=labelled(batch)).loss
     assert torch.equal(loss, plain(**me.prepare(plain, spec, labels=labelled(batch), **batch).model_kwargs).loss)
     loss.backward()
-    for part in (tiny_llava.model.multi_modal_projector.linear_1, tiny_llava.model.language_model.layers[0].self_attn.q_proj, tiny_llava.lm_head):
+    for part in (
+        tiny_llava.model.multi_modal_projector.linear_1,
+        tiny_llava.model.language_model.layers[0].self_attn.q_proj,
+        tiny_llava.lm_head,
+    ):
         assert part.weight.grad.isfinite().all() and part.weight.grad.abs().sum() > 0
     optimizer.step()
     assert tiny_llava(**batch, labels=labelled(batch)).loss < loss
@@ -978,4 +1051,3 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(tiny_llava, ma
     assert torch.equal(loss, other_loss) and gradients.keys() == other.keys()
     for name in gradients:  # the backward pass sums in another order
         torch.testing.assert_close(other[name], gradients[name], atol=1e-6, rtol=1e-4)
-

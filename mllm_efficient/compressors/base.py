@@ -74,7 +74,7 @@ class Compressor:
 
     def spec(self) -> str:
         """The method as a specification string, ``divprune:keep=0.1``."""
-        settings = ",".join(f"{k}={v}" for k, v in self.to_dict().items() if k != "method")
+        settings = ",".join(f"{k}={'null' if v is None else v}" for k, v in self.to_dict().items() if k != "method")
         return f"{self.name}:{settings}" if settings else self.name
 
 
@@ -117,8 +117,6 @@ class Selector(Compressor):
 
 def _checked(select: Callable) -> Callable:
     """``select`` that takes a bare tensor too, and returns exactly k indices in raster order."""
-    if hasattr(select, "__wrapped__"):
-        return select
 
     @functools.wraps(select)
     def checked(self, v, k=None):
@@ -127,9 +125,13 @@ def _checked(select: Callable) -> Callable:
                 raise CountMismatchError(f"{self.name}: features must be (tokens, width), not {tuple(v.shape)}")
             v = VisualTokens(v, generator=generator_for(self, 0))
         k = self.count(len(v), v.grid) if k is None else k
+        if not 1 <= k <= len(v):
+            raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
         indices = select(self, v, k)
         if indices.shape != (k,):
             raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
+        if indices.min() < 0 or indices.max() >= len(v):
+            raise CountMismatchError(f"{self.name}: select gave an index outside 0..{len(v) - 1}")
         return indices if getattr(self, "order", "raster") == "picked" else indices.sort().values
 
     return checked

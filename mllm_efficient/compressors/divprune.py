@@ -62,7 +62,8 @@ def distances(x: Tensor, metric: str = "cosine") -> Tensor:
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         # Rows scaled by powers of two: exact, and no square can overflow.
         exponent = torch.frexp(x.abs().amax(1, keepdim=True))[1]
-        x = torch.ldexp(x, -exponent.clamp(min=-126))
+        lowest = -1022 if x.dtype == torch.float64 else -126
+        x = torch.ldexp(x, -exponent.clamp(min=lowest).to(x.dtype))
         norm = x.norm(dim=1)
         norm = torch.where(norm == 0, torch.ones_like(norm), norm)
         return 1 - (x @ x.T) / (norm[:, None] * norm[None, :])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import BadBudgetError
+from ..lazy import torch
 from ..registry import register
+from ..tokens import VisualTokens
 from .base import Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("none")
@@ -20,3 +26,6 @@ class NoCompression(Selector):
         if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
             raise BadBudgetError("none keeps every token and takes no budget")
         super().__post_init__()
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        return torch.arange(k, device=v.features.device)

@@ -32,15 +32,18 @@ class Pool(Merger):
             raise BadBudgetError(f"pool: mode={self.mode!r} is not one of 'avg', 'max'")
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
-        k = super().count(n, grid, fixed=fixed)
+        h, w = self.target(grid, super().count(n, grid, fixed=fixed))
+        return h * w
+
+    def target(self, grid: tuple[int, int] | None, k: int) -> tuple[int, int]:
+        """The grid that a budget of k tokens gives; not that of the h * w tokens it has, which can be another."""
         if grid is None:
             raise CountMismatchError("pool needs the token grid, and these tokens form none")
-        h, w = fit_grid(grid, k)
-        return h * w
+        return fit_grid(grid, k)
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         assert v.grid is not None
-        h, w = fit_grid(v.grid, k)
+        h, w = self.target(v.grid, self.budget.count(len(v), fixed=False))
         plane = v.features.T.reshape(1, v.features.shape[1], *v.grid)
         pooling = torch.nn.functional.adaptive_avg_pool2d if self.mode == "avg" else torch.nn.functional.adaptive_max_pool2d
         return CompressedTokens(pooling(plane, (h, w)).flatten(2)[0].T.contiguous(), grid=(h, w))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from ..errors import CountMismatchError
@@ -24,10 +25,11 @@ class Resize(Resizer):
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def target(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
-        rows, cols = grid
-        for long in range(max(grid), 0, -1):
-            scale = long / max(grid)
-            h, w = (max(1, math.floor(side * scale + 0.5)) for side in (rows, cols))
+        half = Fraction(1, 2)
+        # a side drops by one cell just below these scales; between two of them the grid is the same
+        steps = {Fraction(1)} | {(i - half) / side for side in grid for i in range(2, side + 1)}
+        for scale in sorted(steps, reverse=True):
+            h, w = (max(1, math.floor(side * scale + half)) for side in grid)
             if h * w <= k:
                 return h, w
         return 1, 1
