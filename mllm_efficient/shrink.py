@@ -29,15 +29,35 @@ class Layout:
     """Which columns of a full prompt are in the reduced one. Sits on the cache object between calls.
 
     ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
-    column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. positions: "renumber" or
-    "keep". All on the CPU.
+    column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
+    row. positions: "renumber" or "keep". All on the CPU.
     """
 
     ids: Tensor
     keep: Tensor
     columns: Tensor
     mask: Tensor
+    images: Tensor
     positions: str
+
+    def grown(self, ids: Tensor, mask: Tensor | None, length: int) -> Layout:
+        """The layout with the columns that a cache of ``length`` got since: they stay as they are in the cache."""
+        n = length - self.reduced_length
+        start, stop = self.full_length, self.full_length + n
+        more = torch.arange(start, stop).expand(len(self.ids), n)
+        new = torch.ones_like(more) if mask is None else mask[:, start:stop].cpu().long()
+        return replace(
+            self,
+            ids=ids[:, :stop].cpu(),
+            keep=torch.cat([self.keep, torch.ones_like(more, dtype=torch.bool)], 1),
+            columns=torch.cat([self.columns, more], 1),
+            mask=torch.cat([self.mask, new], 1),
+        )
+
+    def repeated(self, times: int) -> Layout:
+        """The layout of a cache in which every row stands ``times`` times."""
+        parts = {name: getattr(self, name).repeat_interleave(times, 0) for name in ("ids", "keep", "columns", "mask", "images")}
+        return replace(self, **parts)
 
     @property
     def full_length(self) -> int:
@@ -192,6 +212,8 @@ def prepare(
         _require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
     spans = locate(ids_cpu[:, start:] == adapter.image_token_id, [n for n, _ in images])
     positions = method.positions or adapter.positions
+    same_rule = past is None or past.positions == positions
+    _require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
     settings = {"stages": (method.to_dict(),), "positions": positions, "decoder_layers": adapter.decoder_layers}
 
     if past is None and method.full_is_identity and all(k == n for k, (n, _) in zip(counts, images)):
@@ -206,7 +228,8 @@ def prepare(
         grid = _target(method, images, counts)
         encoded = Encoded(adapter.encode(vision, frozenset(method.needs), grid=grid), images)
     tokens = encoded.tokens if encoded else []
-    tokens = _with_context(adapter, method, tokens, spans, input_ids[:, start:], mask_cpu[:, start:], image_keys)
+    before = past.images.tolist() if past else [0] * len(ids_cpu)
+    tokens = _with_context(adapter, method, tokens, spans, input_ids[:, start:], mask_cpu[:, start:], image_keys, before)
     compressed, seconds = _compress(method, tokens, counts)
     indices = _indices_on_cpu(compressed)
     keep = torch.ones_like(mask_cpu)
@@ -223,7 +246,8 @@ def prepare(
         for (row, _), (n, _), k, index, t, c in zip(spans, images, counts, indices, tokens, compressed)
     )
     report = CompressionReport(tuple(found), compress_seconds=seconds, **settings)
-    layout = _layout(ids_cpu, mask_cpu, keep, past, positions)
+    images_of = torch.tensor(before) + torch.bincount(torch.tensor([r for r, _ in spans], dtype=torch.long), minlength=len(ids_cpu))
+    layout = _layout(ids_cpu, mask_cpu, keep, past, images_of, positions)
     tensors = shrink(layout, input_ids, mask, rest, _pad_id(adapter))
     return Prepared(_given(tensors), [c.features for c in compressed] or None, adapter.pack, report, layout)
 
@@ -263,14 +287,18 @@ def locate(placeholder: Tensor, lengths: list[int]) -> list[tuple[int, Tensor]]:
     return out
 
 
-def _with_context(adapter, method, tokens, spans, ids: Tensor, mask: Tensor, image_keys) -> list[VisualTokens]:
-    """Adds what a method may ask for beyond the tower's output: a generator and the row's text."""
+def _with_context(adapter, method, tokens, spans, ids: Tensor, mask: Tensor, image_keys, before: list[int]) -> list[VisualTokens]:
+    """Adds what a method may ask for beyond the tower's output: a generator and the row's text.
+
+    ``before``: images that each row had in earlier turns.
+    """
     if image_keys is not None:
         _require(len(image_keys) == len(tokens), f"{len(image_keys)} image_keys for {len(tokens)} images")
     out: list[VisualTokens] = []
-    seen: dict[int, int] = {}
+    seen = list(before)
     for i, (t, (row, _)) in enumerate(zip(tokens, spans)):
-        index = seen[row] = seen.get(row, -1) + 1
+        index = seen[row]
+        seen[row] += 1
         t = replace(t, generator=generator_for(method, index if image_keys is None else image_keys[i]))
         if "text" in method.needs:
             here = ids[row][mask[row].to(ids.device) & (ids[row] != adapter.image_token_id)]
@@ -310,7 +338,7 @@ def _indices_on_cpu(compressed: Iterable[CompressedTokens]) -> list[Tensor | Non
     return out
 
 
-def _layout(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, positions: str) -> Layout:
+def _layout(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, images: Tensor, positions: str) -> Layout:
     """Repacks the kept, unmasked columns, padded on the side the prompt is padded on.
 
     With an earlier turn its reduced columns stay as they are in the cache, and only the new columns are repacked.
@@ -325,7 +353,7 @@ def _layout(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, positi
     columns = columns + start
     if past is not None:
         columns, valid = torch.cat([past.columns, columns], 1), torch.cat([past.mask.bool(), valid], 1)
-    return Layout(ids, keep, columns, valid.long(), positions)
+    return Layout(ids, keep, columns, valid.long(), images, positions)
 
 
 def shrink(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict[str, Any], pad_id: int) -> dict[str, Any]:

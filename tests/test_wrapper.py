@@ -800,6 +800,29 @@ def test_a_cache_that_was_reset_starts_anew(wrapped, make_batch, kind):
         cache.reset() if kind == "static" else cache.crop(-cache.get_seq_length())
 
 
+def test_an_answer_can_be_cut_off_the_cache_and_another_question_asked(wrapped, make_batch, processor):
+    batch = make_batch("one image")
+    first = wrapped.generate(**batch, return_dict_in_generate=True, **NEW)
+    cache = first.past_key_values
+    cache.crop(batch.input_ids.shape[1] - 27 - cache.get_seq_length())  # what 5.23 calls crop(-n): the last n go
+    ids = torch.cat([batch.input_ids, say(processor, TURN_2)[0]], 1)
+    fresh = wrapped.generate(input_ids=ids, pixel_values=batch.pixel_values, **NEW)
+    assert torch.equal(wrapped.generate(input_ids=ids, past_key_values=cache, **NEW), fresh)
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_a_cache_that_was_cut_back_into_its_prompt_is_refused(wrapped, make_batch, processor, call):
+    """Its missing visual tokens would be read as embeddings of the placeholder, without an error."""
+    batch = make_batch("one image")
+    cache, new = compressed_cache(wrapped, batch), say(processor, TURN_2)[0]
+    cache.crop(-10)
+    with pytest.raises(me.CountMismatchError):
+        if call == "generate":
+            wrapped.generate(input_ids=torch.cat([batch.input_ids, new], 1), past_key_values=cache, max_new_tokens=1)
+        else:
+            wrapped(input_ids=new, past_key_values=cache)
+
+
 def test_an_uncompressed_cache_goes_on_uncompressed(wrapped, plain, make_batch, processor):
     batch = make_batch("one image")
     first = wrapped.generate(**batch, compression=None, return_dict_in_generate=True, **NEW)
