@@ -15,68 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, Resizer, Selector, generator_for
-from .errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
+from .compressors.base import Compressor, Resizer, generator_for
+from .errors import CountMismatchError, UnsupportedModelError
+from .layout import EncoderOutputs, Layout, lay_out, require, shrink
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .tokens import CompressedTokens, VisualTokens
-
-IGNORE = -100  # the label that enters no loss
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which columns of a full prompt are in the reduced one. Sits on the cache object between calls.
-
-    ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
-    column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
-    row. positions: "renumber" or "keep". All on the CPU.
-    """
-
-    ids: Tensor
-    keep: Tensor
-    columns: Tensor
-    mask: Tensor
-    images: Tensor
-    positions: str
-
-    def grown(self, ids: Tensor, mask: Tensor | None, length: int) -> Layout:
-        """The layout with the columns that a cache of ``length`` got since: they stay as they are in the cache."""
-        n = length - self.reduced_length
-        start, stop = self.full_length, self.full_length + n
-        more = torch.arange(start, stop).expand(len(self.ids), n)
-        new = torch.ones_like(more) if mask is None else mask[:, start:stop].cpu().long()
-        return replace(
-            self,
-            ids=ids[:, :stop].cpu(),
-            keep=torch.cat([self.keep, torch.ones_like(more, dtype=torch.bool)], 1),
-            columns=torch.cat([self.columns, more], 1),
-            mask=torch.cat([self.mask, new], 1),
-        )
-
-    def repeated(self, times: int) -> Layout:
-        """The layout of a cache in which every row stands ``times`` times."""
-        parts = {name: getattr(self, name).repeat_interleave(times, 0) for name in ("ids", "keep", "columns", "mask", "images")}
-        return replace(self, **parts)
-
-    @property
-    def full_length(self) -> int:
-        return self.ids.shape[1]
-
-    @property
-    def reduced_length(self) -> int:
-        return self.columns.shape[1]
-
-    @property
-    def removed(self) -> int:
-        """Columns by which the reduced prompt is shorter."""
-        return self.full_length - self.reduced_length
-
-
-class EncoderOutputs(dict):
-    """``mm_encoder_outputs`` that remembers the layout it belongs to."""
-
-    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -201,19 +145,19 @@ def prepare(
     images = encoded.images if encoded else adapter.images(vision) if vision.get("pixel_values") is not None else []
     counts = [method.count(n, grid, fixed=adapter.fixed_count) for n, grid in images]
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
-    _require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
-    _require(rest.get("position_ids") is None, "position_ids cannot be given with compression: use positions='keep'")
-    _require(past is None or input_ids.shape[1] > past.full_length, "this turn adds no token to the cached prompt")
+    require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
+    require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
+    require(rest.get("position_ids") is None, "position_ids cannot be given with compression: use positions='keep'")
+    require(past is None or input_ids.shape[1] > past.full_length, "this turn adds no token to the cached prompt")
     start = past.full_length if past else 0
     ids_cpu, mask_cpu = input_ids.cpu(), mask.cpu().bool()
     if past is not None:
         same = input_ids.shape[0] == past.ids.shape[0] and torch.equal(ids_cpu[:, :start], past.ids)
-        _require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
+        require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
     spans = locate(ids_cpu[:, start:] == adapter.image_token_id, [n for n, _ in images])
     positions = method.positions or adapter.positions
     same_rule = past is None or past.positions == positions
-    _require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
+    require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
     settings = {"stages": (method.to_dict(),), "positions": positions, "decoder_layers": adapter.decoder_layers}
 
     if past is None and method.full_is_identity and all(k == n for k, (n, _) in zip(counts, images)):
@@ -247,18 +191,13 @@ def prepare(
     )
     report = CompressionReport(tuple(found), compress_seconds=seconds, **settings)
     images_of = torch.tensor(before) + torch.bincount(torch.tensor([r for r, _ in spans], dtype=torch.long), minlength=len(ids_cpu))
-    layout = _layout(ids_cpu, mask_cpu, keep, past, images_of, positions)
+    layout = lay_out(ids_cpu, mask_cpu, keep, past, images_of, positions)
     tensors = shrink(layout, input_ids, mask, rest, _pad_id(adapter))
     return Prepared(_given(tensors), [c.features for c in compressed] or None, adapter.pack, report, layout)
 
 
 def _given(tensors: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in tensors.items() if v is not None}
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise CountMismatchError(message)
 
 
 def _untouched(adapter, input_ids, attention_mask, rest: dict[str, Any], report: CompressionReport) -> Prepared:
@@ -293,7 +232,7 @@ def _with_context(adapter, method, tokens, spans, ids: Tensor, mask: Tensor, ima
     ``before``: images that each row had in earlier turns.
     """
     if image_keys is not None:
-        _require(len(image_keys) == len(tokens), f"{len(image_keys)} image_keys for {len(tokens)} images")
+        require(len(image_keys) == len(tokens), f"{len(image_keys)} image_keys for {len(tokens)} images")
     out: list[VisualTokens] = []
     seen = list(before)
     for i, (t, (row, _)) in enumerate(zip(tokens, spans)):
@@ -319,7 +258,7 @@ def _compress(method: Compressor, tokens: list[VisualTokens], counts: list[int])
     else:
         out = [method.compress(t, k) for t, k in zip(tokens, counts)]  # type: ignore[attr-defined]
     for c, k in zip(out, counts):
-        _require(len(c) == k, f"{method.name} gave {len(c)} tokens where {k} were asked")
+        require(len(c) == k, f"{method.name} gave {len(c)} tokens where {k} were asked")
     if not cuda:
         return out, time.perf_counter() - started
     end.record()
@@ -338,47 +277,6 @@ def _indices_on_cpu(compressed: Iterable[CompressedTokens]) -> list[Tensor | Non
     return out
 
 
-def _layout(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, images: Tensor, positions: str) -> Layout:
-    """Repacks the kept, unmasked columns, padded on the side the prompt is padded on.
-
-    With an earlier turn its reduced columns stay as they are in the cache, and only the new columns are repacked.
-    """
-    start = past.full_length if past else 0
-    stays = (keep & mask)[:, start:]
-    right = bool(mask.shape[1]) and not bool(mask[:, -1].all())
-    length = int(stays.sum(1).max()) if stays.numel() else 0
-    order = stays.to(torch.uint8).argsort(dim=1, descending=right, stable=True)
-    columns = order[:, :length] if right else order[:, order.shape[1] - length :]
-    valid = stays.gather(1, columns)
-    columns = columns + start
-    if past is not None:
-        columns, valid = torch.cat([past.columns, columns], 1), torch.cat([past.mask.bool(), valid], 1)
-    return Layout(ids, keep, columns, valid.long(), images, positions)
-
-
-def shrink(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict[str, Any], pad_id: int) -> dict[str, Any]:
-    """Every (B, L) tensor of a call at the layout's columns; padding is ``pad_id``, 0 or, for labels, -100."""
-    columns, valid = layout.columns.to(input_ids.device), layout.mask.to(input_ids.device).bool()
-    out = dict(rest)
-    out["input_ids"] = torch.where(valid, input_ids.gather(1, columns), pad_id)
-    out["attention_mask"] = valid.to(attention_mask.dtype)
-    if rest.get("labels") is not None:
-        labels = rest["labels"]
-        _require(labels.shape == input_ids.shape, f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ")
-        at, ok = columns.to(labels.device), valid.to(labels.device)
-        shorter = torch.where(ok, labels.gather(1, at), IGNORE)
-        # The first real token after left padding would be predicted from padding.
-        after_pad = ok & ~torch.cat([torch.ones_like(ok[:, :1]), ok[:, :-1]], 1)
-        out["labels"] = torch.where(after_pad, IGNORE, shorter)
-    for name in ("mm_token_type_ids", "token_type_ids"):
-        if rest.get(name) is not None:
-            out[name] = torch.where(valid, rest[name].gather(1, columns), 0)
-    if layout.positions == "keep":
-        full = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        out["position_ids"] = torch.where(valid, full.gather(1, columns), 0)
-    return out
-
-
 def _pad_id(adapter: Any) -> int:
     text = adapter.config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
@@ -391,4 +289,4 @@ def describe(method: Compressor, n: int, grid: tuple[int, int] | None, *, fixed:
     return f"{method.name} keeps {k} of {n} tokens per image (removes {100 * (1 - k / n):.1f}%)"
 
 
-__all__ = ["Encoded", "Layout", "MllmEfficientError", "Prepared", "Selector", "describe", "encode", "prepare"]
+__all__ = ["Encoded", "Prepared", "describe", "encode", "prepare"]

@@ -1,0 +1,164 @@
+"""``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CountMismatchError, MllmEfficientError
+from .layout import Layout, layout_on, leave_on, require_empty
+from .report import CompressionReport, remember
+from .shrink import Prepared, check, pre_llm, prepare
+
+_generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
+
+
+def within_generate(model: Any) -> bool:
+    """Whether this call is one of ``generate``'s own, which the wrapped ``generate`` has prepared already."""
+    return any(m is model for m in _generating.get())
+
+
+def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+    if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
+        kwargs, inputs = {**kwargs, "input_ids": inputs}, None
+    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    layout, prepared = layout_on(cache), None
+    if method is not None:
+        from .patches import adapter_for
+
+        method = pre_llm(method)
+        check(adapter_for(model), method)
+    if method is None and layout is not None:
+        raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
+    config = kwargs.get("generation_config") or (args[0] if args else None)
+    if method is not None and kwargs.get("mm_encoder_outputs") is None:
+        prepared = _prepare_generate(model, method, ids, layout, kwargs, config)
+    if prepared is None or prepared.layout is None:
+        out = _run(model, stock, inputs, args, kwargs)
+        return _finish(model, out, prepared.report if prepared else CompressionReport())
+
+    assert ids is not None
+    removed = prepared.layout.removed
+    call = {k: v for k, v in kwargs.items() if k not in prepared.tensors and k not in _vision_keys(model)}
+    call |= prepared.model_kwargs
+    for name in ("max_length", "min_length"):
+        wanted = _setting(name, kwargs, config, model)
+        if wanted is not None:
+            call[name] = max(wanted - removed, 0)
+    if prepared.layout.positions == "keep" and _setting("use_cache", kwargs, config, model) is False:
+        raise MllmEfficientError("positions='keep' needs the cache: without it gaps are read as packed sequences")
+    if kwargs.get("streamer") is not None:
+        call["streamer"] = _OriginalPrompt(kwargs["streamer"], ids)
+    length = prepared.layout.reduced_length
+    if kwargs.get("stopping_criteria") is not None:
+        watch = [_SeesOriginalPrompt(c, ids, length) for c in kwargs["stopping_criteria"]]
+        call["stopping_criteria"] = type(kwargs["stopping_criteria"])(watch)
+    out = _run(model, stock, None, args, call)
+    sequences = out if torch.is_tensor(out) else out.sequences
+    layout = prepared.layout.repeated(len(sequences) // len(ids))
+    leave_on(cache, layout)
+    if torch.is_tensor(out):
+        return _finish(model, with_prompt(out, ids, length), prepared.report)
+    leave_on(out.get("past_key_values"), layout)
+    out.sequences = with_prompt(out.sequences, ids, length)
+    return _finish(model, out, prepared.report)
+
+
+def _run(model: Any, stock: Any, inputs: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The stock ``generate``, whose own forward calls the hook leaves alone."""
+    token = _generating.set((*_generating.get(), model))
+    try:
+        return stock(model, inputs, *args, **kwargs)
+    finally:
+        _generating.reset(token)
+
+
+def _setting(name: str, kwargs: dict[str, Any], config: Any, model: Any) -> Any:
+    """A generation setting as ``generate`` finds it: argument, given configuration, the model's configuration."""
+    values = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+    return next((v for v in values if v is not None), None)
+
+
+def _prepare_generate(
+    model: Any, method: Any, ids: Tensor | None, layout: Layout | None, kwargs: dict[str, Any], config: Any
+) -> Prepared | None:
+    if kwargs.get("pixel_values") is None and layout is None:
+        return None
+    if ids is None:
+        raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
+    cache = kwargs.get("past_key_values")
+    require_empty(cache)
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        ends = _setting("eos_token_id", kwargs, config, model)
+        mask = _infer_mask(ids, _setting("pad_token_id", kwargs, config, model), ends)
+    if layout is not None:
+        if ids.shape[0] != len(layout.ids) or not torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):
+            raise CountMismatchError("the cache holds another prompt: pass input_ids that begin with the earlier conversation")
+        layout = layout.grown(ids, mask, int(kwargs["past_key_values"].get_seq_length()))
+    vision = {
+        k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None
+    }
+    with torch.no_grad():
+        return prepare(model, method, input_ids=ids, attention_mask=mask, past=layout, **vision)
+
+
+def _vision_keys(model: Any) -> tuple[str, ...]:
+    from .patches import adapter_for
+
+    return adapter_for(model).encode_keys
+
+
+def _infer_mask(ids: Tensor, pad: int | None, eos: Any) -> Tensor:
+    """What ``generate`` assumes without a mask: padding is masked unless it doubles as the end of sequence."""
+    ends = eos if isinstance(eos, (list, tuple)) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return (ids != pad).long()
+
+
+def with_prompt(sequences: Tensor, ids: Tensor, reduced_length: int) -> Tensor:
+    """The original prompt in front of the new tokens, because callers slice by its length."""
+    times = sequences.shape[0] // ids.shape[0]
+    prompt = ids.repeat_interleave(times, 0).to(sequences.device)
+    return torch.cat([prompt, sequences[:, reduced_length:]], 1)
+
+
+def _finish(model: Any, out: Any, report: CompressionReport) -> Any:
+    remember(model, report)
+    if not torch.is_tensor(out):
+        out.compression = report
+    return out
+
+
+class _OriginalPrompt:
+    """Passes a stream on, with the original prompt in place of the reduced one that ``generate`` sends first."""
+
+    def __init__(self, streamer: Any, ids: Tensor):
+        self.streamer = streamer
+        self.ids: Tensor | None = ids
+
+    def put(self, value: Tensor) -> None:
+        if self.ids is not None:
+            value, self.ids = self.ids.cpu(), None
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+class _SeesOriginalPrompt:
+    """A caller's stopping criterion, which sees sequences as long as the caller's own prompt makes them."""
+
+    def __init__(self, criterion: Any, ids: Tensor, reduced_length: int):
+        self.criterion, self.ids, self.reduced_length = criterion, ids, reduced_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return self.criterion(with_prompt(input_ids, self.ids, self.reduced_length), scores, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.criterion, name)
