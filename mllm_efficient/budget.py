@@ -49,7 +49,7 @@ class Budget:
     def fraction(self) -> float | None:
         """The kept fraction, or None for a count."""
         if self.prune is not None:
-            return 1 - self.prune
+            return round(1 - self.prune, 12)  # 1 - 0.9 is a hair below 0.1 in binary, which can cost a token
         return self.keep
 
     def count(self, n: int, *, fixed: bool = True) -> int:

@@ -256,7 +256,7 @@ def registered():
     import mllm_efficient as me
     from mllm_efficient import registry
 
-    before = dict(registry._registered)
+    before = set(registry._registered)
     yield me.register
-    registry._registered.clear()
-    registry._registered.update(before)
+    for name in set(registry._registered) - before - set(registry.BUILTIN):
+        del registry._registered[name]

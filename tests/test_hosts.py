@@ -281,6 +281,26 @@ def test_a_training_step_equals_the_explicit_path_in_the_host(host_and_wrap, mak
 # ------------------------------------------------------------------------------------------------ taken out of the host again
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@torch.no_grad()
+def test_peft_for_causal_language_models_is_a_host_too(make_llava, make_batch, order):
+    """With a task type PEFT names every argument of ``forward`` itself and sends its own ``generate``."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    def lora(model):
+        torch.manual_seed(0)
+        return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    batch, bare = make_batch(*MIXED), lora(make_llava())
+    model = me.wrap(lora(make_llava()), SPEC) if order == "host then wrap" else lora(me.wrap(make_llava(), SPEC))
+    kwargs = me.prepare(bare, SPEC, **batch).model_kwargs
+    labels = batch.input_ids.masked_fill((batch.attention_mask == 0) | (batch.input_ids == IMAGE), -100)
+    assert torch.equal(model(**batch).logits, bare(**kwargs).logits)
+    assert torch.equal(model(**batch, labels=labels).loss, bare(**me.prepare(bare, SPEC, labels=labels, **batch).model_kwargs).loss)
+    assert torch.equal(new_tokens(model, batch, **NEW), new_tokens(bare, kwargs, **NEW))
+    assert torch.equal(me.unwrap(model).generate(**batch, **NEW), bare.generate(**batch, **NEW))
+
+
 @torch.no_grad()
 def test_merged_lora_weights_keep_the_wrap(make_llava, make_batch):
     batch = make_batch(*MIXED)

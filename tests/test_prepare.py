@@ -248,6 +248,24 @@ def test_one_encoding_serves_several_methods(tiny_llava, make_batch):
         assert torch.equal(tiny_llava(**again).logits, tiny_llava(**afresh).logits)
 
 
+@pytest.mark.parametrize("made_for, used_by", [
+    ("resize:tokens=9", "divprune:tokens=4"), ("resize:tokens=9", "resize:tokens=4"), ("divprune:tokens=9", "resize:tokens=9"),
+    ("resize:tokens=9", "divprune:keep=1"), ("divprune:tokens=9", "recorder:tokens=9"),
+])  # fmt: skip
+def test_an_encoding_made_for_another_need_is_refused(tiny_llava, make_batch, recorder, made_for, used_by):
+    """A smaller picture, or one without the attention the method asks for."""
+    batch = make_batch("one image")
+    encoded = encode(tiny_llava, made_for, **batch)
+    with pytest.raises(me.CountMismatchError):
+        me.prepare(tiny_llava, used_by, encoded=encoded, **batch)
+
+
+def test_an_encoding_of_another_batch_is_refused(tiny_llava, make_batch):
+    encoded = encode(tiny_llava, "divprune:tokens=9", **make_batch("two images"))
+    with pytest.raises(me.CountMismatchError, match="36 image placeholders .* 2 image"):
+        me.prepare(tiny_llava, "divprune:tokens=9", encoded=encoded, **make_batch("one image"))
+
+
 def test_a_wrapped_model_is_prepared_like_a_bare_one(tiny_llava, make_batch):
     batch = make_batch("one image")
     bare = me.prepare(tiny_llava, "random:tokens=9", **batch)

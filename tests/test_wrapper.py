@@ -913,13 +913,31 @@ def test_a_second_turn_may_have_another_budget(wrapped, plain, make_batch, proce
 
 def test_a_second_turn_after_several_answers_goes_on_from_each(wrapped, make_batch, processor):
     batch = make_batch("one image", "long text")
-    first = wrapped.generate(**batch, do_sample=True, num_return_sequences=2, return_dict_in_generate=True, **NEW)
+    torch.manual_seed(0)
+    how = dict(do_sample=True, num_return_sequences=2, suppress_tokens=[IMAGE], return_dict_in_generate=True, **NEW)
+    first = wrapped.generate(**batch, **how)
+    assert not torch.equal(first.sequences[0], first.sequences[1])
     new = say(processor, TURN_2)[0].expand(4, -1)
     ids = torch.cat([first.sequences, new], 1)
     mask = torch.cat([batch.attention_mask.repeat_interleave(2, 0), torch.ones(4, 6 + new.shape[1], dtype=torch.long)], 1)
     cached = wrapped.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **NEW)
     pixels = batch.pixel_values.repeat_interleave(2, 0)
     assert torch.equal(cached, wrapped.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **NEW))
+
+
+@pytest.mark.parametrize("spec", ["none", "divprune:keep=1"])
+@pytest.mark.parametrize("row", ["one image", "text only"])
+def test_new_images_on_an_uncompressed_cache_go_on_as_in_stock_where_nothing_is_removed(
+    tiny_llava, plain, make_batch, processor, picture, spec, row
+):
+    batch = make_batch(row)
+    new, pixels = say(processor, TURN_2_IMAGE, [picture(99)])
+    out = []
+    for model in (plain, me.wrap(tiny_llava, spec)):
+        first = model.generate(**batch, return_dict_in_generate=True, **NEW)
+        ids = torch.cat([first.sequences, new], 1)
+        out.append(model.generate(input_ids=ids, pixel_values=pixels, past_key_values=first.past_key_values, **NEW))
+    assert torch.equal(*out)
 
 
 def test_new_images_on_a_cache_that_was_not_compressed_are_refused(wrapped, make_batch):

@@ -19,7 +19,7 @@ class Pool(Merger):
     """Averages (``mode="avg"``) or maximises (``"max"``) the projected tokens over a smaller grid. O(N D).
 
     The grid is the one with at most K cells that is nearest the image's aspect (``budget.fit_grid``), so the count
-    can be below the budget: 64 for K = 72 on a 12 x 12 grid would be 8 x 9 = 72, and 16 for K = 18.
+    can be below the budget: on a 12 x 12 grid K = 72 gives 8 x 9 = 72 tokens, and K = 18 gives 4 x 4 = 16.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import BadBudgetError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
@@ -24,6 +25,11 @@ class Random(Selector):
     """
 
     seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise BadBudgetError(f"random: seed={self.seed!r} is not a whole number")
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         generator = v.generator or generator_for(self, 0)

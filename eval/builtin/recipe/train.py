@@ -44,9 +44,7 @@ STAGES = {
     "language": Stage(1500, 16, tower=(0.0, 0.0), rest=(5e-3, 1.5e-3)),
     "align": Stage(300, 32, tower=(0.0, 0.0), rest=(3e-3, 3e-3)),
     "joint": Stage(1400, 32, tower=(1e-3, 3e-4), rest=(5e-3, 1.5e-3), horizon=3000),
-    "relate": Stage(
-        1900, 32, tower=(1e-3, 3e-4), rest=(4e-3, 1.2e-3), mix=(0.3, 1.0, 1.3, 2.6, 1.0, 0.5, 1.2), coordinates=0.2
-    ),
+    "relate": Stage(1900, 32, tower=(1e-3, 3e-4), rest=(4e-3, 1.2e-3), mix=(0.3, 1.0, 1.3, 2.6, 1.0, 0.5, 1.2), coordinates=0.2),
 }
 QUESTIONS = 12
 WEIGHTS = (0.3, 1.4, 0.6, 1.7, 1.4, 0.7, 1.3)  # per category, in the joint stage
