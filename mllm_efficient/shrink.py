@@ -184,9 +184,7 @@ def prepare(
         kept[index.sort().values if index is not None else torch.arange(k)] = True
         keep[row, columns + start] = kept
     found = (
-        ImageReport(
-            row, n, k, index, t.grid if index is not None else c.grid, t.tile, k < n and method.tokens is not None and method.tokens > n
-        )
+        ImageReport(row, n, k, index, c.grid if index is None else t.grid, t.tile, method.tokens is not None and method.tokens > n)
         for (row, _), (n, _), k, index, t, c in zip(spans, images, counts, indices, tokens, compressed)
     )
     report = CompressionReport(tuple(found), compress_seconds=seconds, **settings)
