@@ -131,7 +131,7 @@ class Run:
             with torch.no_grad():
                 tokens = self.adapter.encode({"pixel_values": pixels[list(first.values())]}, wanted[0], grid=wanted[1])
             by_image = dict(zip(first, tokens))
-            encoded = Encoded([by_image[s.image] for s in batch], [(n, grid)] * len(batch))
+            encoded = Encoded([by_image[s.image] for s in batch], [(n, grid)] * len(batch), wanted)
             self._vision[key] = encoded
         return encoded
 

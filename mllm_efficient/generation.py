@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .errors import CountMismatchError, MllmEfficientError
-from .layout import Layout, layout_on, leave_on, require_empty
+from .layout import UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
-from .shrink import Prepared, check, pre_llm, prepare
+from .shrink import Prepared, check, keeps_all, pre_llm, prepare
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 
@@ -86,12 +86,17 @@ def _setting(name: str, kwargs: dict[str, Any], config: Any, model: Any) -> Any:
 def _prepare_generate(
     model: Any, method: Any, ids: Tensor | None, layout: Layout | None, kwargs: dict[str, Any], config: Any
 ) -> Prepared | None:
+    from .patches import adapter_for
+
     if kwargs.get("pixel_values") is None and layout is None:
         return None
     if ids is None:
         raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
-    cache = kwargs.get("past_key_values")
-    require_empty(cache)
+    adapter = adapter_for(model)
+    if holds_uncompressed(kwargs.get("past_key_values")):
+        if keeps_all(adapter, method, adapter.images(kwargs)):
+            return None
+        raise CountMismatchError(UNCOMPRESSED_CACHE)
     mask = kwargs.get("attention_mask")
     if mask is None:
         ends = _setting("eos_token_id", kwargs, config, model)

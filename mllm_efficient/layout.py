@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import CountMismatchError
 
 CACHE_ATTRIBUTE = "_visual_layout"
+UNCOMPRESSED_CACHE = "new images on a cache that was not compressed: start with an empty cache"
 IGNORE = -100  # the label that enters no loss
 
 
@@ -134,9 +135,9 @@ def layout_on(cache: Any) -> Layout | None:
     return layout
 
 
-def require_empty(cache: Any) -> None:
-    if cache is not None and layout_on(cache) is None and int(cache.get_seq_length()) > 0:
-        raise CountMismatchError("new images on a cache that was not compressed: start with an empty cache")
+def holds_uncompressed(cache: Any) -> bool:
+    """Whether a cache holds a prompt that was not compressed."""
+    return cache is not None and layout_on(cache) is None and int(cache.get_seq_length()) > 0
 
 
 def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,14 @@ from .tokens import CompressedTokens, VisualTokens
 
 @dataclass(frozen=True)
 class Encoded:
-    """The vision side of a call: ``tokens`` per image, and (N, grid) of the uncompressed image."""
+    """The vision side of a call: ``tokens`` per image, (N, grid) of the uncompressed image, and what it was made for.
+
+    made_for: the extra tensors the tokens carry, and the smaller grid the tower saw (``encoding_key``).
+    """
 
     tokens: list[VisualTokens]
     images: list[tuple[int, tuple[int, int] | None]]
+    made_for: tuple[frozenset[str], tuple[int, int] | None] = (frozenset(), None)
 
 
 @dataclass(frozen=True)
@@ -89,20 +93,24 @@ def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
 
     adapter, method = adapter_for(model), pre_llm(compressor)
     images = adapter.images(inputs)
-    grid = _target(method, images, [method.count(n, g, fixed=adapter.fixed_count) for n, g in images])
-    return Encoded(adapter.encode(inputs, frozenset(method.needs), grid=grid), images)
+    return _encode(adapter, method, inputs, images)
+
+
+def _encode(adapter: Any, method: Compressor, inputs: dict[str, Any], images: list) -> Encoded:
+    wanted = encoding_key(method, *images[0]) if images else (frozenset(), None)
+    return Encoded(adapter.encode(inputs, wanted[0], grid=wanted[1]), images, wanted)
 
 
 def encoding_key(method: Compressor, n: int, grid: tuple[int, int] | None) -> tuple[frozenset[str], tuple[int, int] | None]:
     """What the vision side does for a method on images of n tokens: (extra tensors, smaller grid). Equal keys, equal output."""
-    return frozenset(method.needs) & {"attention", "keys"}, _target(method, [(n, grid)], [method.count(n, grid)])
+    k = method.count(n, grid)
+    smaller = method.target(grid, k) if isinstance(method, Resizer) and grid is not None and k < n else None
+    return frozenset(method.needs) & {"attention", "keys"}, smaller
 
 
-def _target(method: Compressor, images: list, counts: list[int]) -> tuple[int, int] | None:
-    """The grid that a resizing method wants the tower to see; None for the image as it is."""
-    if not isinstance(method, Resizer) or not images or counts[0] == images[0][0]:
-        return None
-    return method.target(images[0][1], counts[0])
+def keeps_all(adapter: Any, method: Compressor, images: list) -> bool:
+    """Whether the method leaves these images as they are, so that the call needs no change."""
+    return method.full_is_identity and all(method.count(n, grid, fixed=adapter.fixed_count) == n for n, grid in images)
 
 
 def prepare(
@@ -160,7 +168,11 @@ def prepare(
     require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
     settings = {"stages": (method.to_dict(),), "positions": positions, "decoder_layers": adapter.decoder_layers}
 
-    if past is None and method.full_is_identity and all(k == n for k, (n, _) in zip(counts, images)):
+    if encoded is not None and images:
+        needs, smaller = encoding_key(method, *images[0])
+        require(needs <= encoded.made_for[0], f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
+        require(smaller == encoded.made_for[1], f"this encoding saw images of another size than {method.name} asks for")
+    if past is None and keeps_all(adapter, method, images):
         found = (ImageReport(row, n, n, torch.arange(n), grid) for (row, _), (n, grid) in zip(spans, images))
         report = CompressionReport(tuple(found), **settings)
         if encoded is None:
@@ -169,8 +181,7 @@ def prepare(
         return Prepared(_given(tensors), [t.features for t in encoded.tokens], adapter.pack, report, None)
 
     if encoded is None and images:
-        grid = _target(method, images, counts)
-        encoded = Encoded(adapter.encode(vision, frozenset(method.needs), grid=grid), images)
+        encoded = _encode(adapter, method, vision, images)
     tokens = encoded.tokens if encoded else []
     before = past.images.tolist() if past else [0] * len(ids_cpu)
     tokens = _with_context(adapter, method, tokens, spans, input_ids[:, start:], mask_cpu[:, start:], image_keys, before)

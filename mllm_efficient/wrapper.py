@@ -19,9 +19,9 @@ from .compressors.base import Compressor
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
-from .layout import continue_forward, layout_on, leave_on, require_empty
+from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
-from .shrink import check, pre_llm, prepare
+from .shrink import check, keeps_all, pre_llm, prepare
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
@@ -101,6 +101,8 @@ class CompressForward:
         self.method = method
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
+        from .patches import adapter_for
+
         if within_generate(model) or kwargs.get("mm_encoder_outputs") is not None:
             return None
         if args:
@@ -117,7 +119,11 @@ class CompressForward:
             return None
         if kwargs.get("input_ids") is None:
             raise CountMismatchError("images with inputs_embeds but no input_ids cannot be compressed: pass input_ids")
-        require_empty(cache)
+        adapter = adapter_for(model)
+        if holds_uncompressed(cache):
+            if keeps_all(adapter, self.method, adapter.images(kwargs)):
+                return None
+            raise CountMismatchError(UNCOMPRESSED_CACHE)
         with _autocast_of(model):
             prepared = prepare(model, self.method, **kwargs)
         remember(model, prepared.report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import VisualTokens
 
+_hooking = threading.Lock()  # registering and removing hooks is not atomic
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
 
 
@@ -120,13 +122,15 @@ class LlavaAdapter:
             into["attention"] = weights.mean((1, 2))[:, first:]
             into["keys"] = k.mean(1)[:, first:]
 
-        handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+        with _hooking:
+            handle = attention.register_forward_pre_hook(record, with_kwargs=True)
         reset = _capturing.set(token)
         try:
             yield
         finally:
             _capturing.reset(reset)
-            handle.remove()
+            with _hooking:
+                handle.remove()
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Embeddings (T, D) of text tokens (T,)."""

@@ -63,7 +63,7 @@ def _llava(tower: str, image_size: int, patch_size: int, hidden: int, layers: in
         for name, parameter in model.named_parameters():
             scale = 0.3 if "language_model" in name and parameter.ndim == 2 else 0.1
             parameter += torch.randn(parameter.shape, generator=generator) * scale
-        model.lm_head.weight[config.image_token_id] = 0  # answers hold no placeholder
+        model.lm_head.weight[[config.image_token_id, 0]] = 0  # answers hold no placeholder and no padding
     # No end of sequence: every row of every call generates the same number of tokens unless a test sets one.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
