@@ -9,6 +9,8 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
 
+RUN_FILE = "run.json"
+
 
 def fingerprint_of(config: dict[str, Any]) -> str:
     """A short hash of a configuration; two runs may share a folder only if theirs agree."""
@@ -37,21 +39,23 @@ class Records:
         end = self._read(path, folder, config) if path.exists() else 0
         self.file = path.open("ab")
         self.file.truncate(end)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / RUN_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _read(self, path: Path, folder: Path, config: dict[str, Any]) -> int:
         """Reads finished lines; returns where the last of them ends."""
         end = 0
-        for line in path.read_bytes().splitlines(keepends=True):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                break  # torn by a kill; only the last line can be
             try:
                 row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
-            if row["fingerprint"] != self.fingerprint:
+                key, made_by, error = (row["method"], row["id"]), row["fingerprint"], row.get("error")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise MllmEfficientError(f"{path} line {number} is no record of an evaluation: use another --output-dir") from None
+            if made_by != self.fingerprint:
                 raise MllmEfficientError(f"{folder} holds another run ({_difference(folder, config)}): use another --output-dir")
-            self.rows[row["method"], row["id"]] = row
+            if error is None:  # what failed is asked again
+                self.rows[key] = row
             end += len(line)
         return end
 
@@ -89,7 +93,7 @@ def _lock(folder: Path):
 
 def _difference(folder: Path, config: dict[str, Any]) -> str:
     try:
-        old = json.loads((folder / "config.json").read_text())
+        old = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError):
         return "of another configuration"
     changed = [f"{k}: {old.get(k)!r} there, {config.get(k)!r} now" for k in sorted({*old, *config}) if old.get(k) != config.get(k)]

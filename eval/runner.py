@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.shrink import Encoded, encoding_key, prepare
 
@@ -79,12 +78,12 @@ class Run:
         """Records of a batch; if it fails as a whole its samples are asked one by one, and those that fail say why."""
         try:
             return self._answers(arm, method, batch)
-        except MllmEfficientError:
-            raise
         except Exception as error:
-            if len(batch) > 1:
-                return [row for s in batch for row in self._ask(arm, method, [s])]
-            return [{**self._head(arm, batch[0]), "answer": None, "correct": False, "error": f"{type(error).__name__}: {error}"}]
+            reason = f"{type(error).__name__}: {error}"
+        # outside the handler, so that the failed batch's tensors are free when its samples are tried
+        if len(batch) > 1:
+            return [row for s in batch for row in self._ask(arm, method, [s])]
+        return [{**self._head(arm, batch[0]), "answer": None, "correct": False, "error": reason}]
 
     def _head(self, arm: str, sample: Sample) -> dict[str, Any]:
         q = sample.question

@@ -37,7 +37,7 @@ def rows_of(
                 continue
             values, base = scores[arm][:, i], scores["none"][:, i]
             row = {
-                "method": arm, "keep": method.keep, "tokens": method.tokens, "task": task, "metric": "exact_match",
+                "method": arm, "keep": method.budget.fraction, "tokens": method.tokens, "task": task, "metric": "exact_match",
                 "score": _round(values[0]), "score_interval": interval(values[1:]),
                 "baseline": _round(base[0]), "difference": _round(values[0] - base[0]),
                 "difference_interval": interval((values - base)[1:]),

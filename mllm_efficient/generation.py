@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def within_generate(model: Any) -> bool:
 
 def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+    names = [p for p in inspect.signature(stock).parameters if p != "self"]
+    kwargs, args = {**dict(zip(names[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
         kwargs, inputs = {**kwargs, "input_ids": inputs}, None
     ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
@@ -34,12 +37,14 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
         check(adapter_for(model), method)
     if method is None and layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
-    config = kwargs.get("generation_config") or (args[0] if args else None)
+    config = kwargs.get("generation_config")
     if method is not None and kwargs.get("mm_encoder_outputs") is None:
         prepared = _prepare_generate(model, method, ids, layout, kwargs, config)
     if prepared is None or prepared.layout is None:
         out = _run(model, stock, inputs, args, kwargs)
         return _finish(model, out, prepared.report if prepared else CompressionReport())
+
+    from .patches import transformers_version
 
     assert ids is not None
     removed = prepared.layout.removed
@@ -49,6 +54,8 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
         wanted = _setting(name, kwargs, config, model)
         if wanted is not None:
             call[name] = max(wanted - removed, 0)
+    if _setting("prefill_chunk_size", kwargs, config, model) is not None and transformers_version() < (5, 23):
+        raise MllmEfficientError("prefill_chunk_size with images needs transformers 5.23 or newer: leave it out")
     if prepared.layout.positions == "keep" and _setting("use_cache", kwargs, config, model) is False:
         raise MllmEfficientError("positions='keep' needs the cache: without it gaps are read as packed sequences")
     if kwargs.get("streamer") is not None:

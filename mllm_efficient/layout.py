@@ -150,8 +150,10 @@ def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict
     ids, mask, seen = kwargs.get("input_ids"), kwargs.get("attention_mask"), int(cache.get_seq_length())
     if ids is None:
         raise CountMismatchError("a compressed cache goes on with input_ids alone: pass them instead of inputs_embeds")
+    if kwargs.get("position_ids") is not None:
+        raise CountMismatchError("position_ids cannot be given on a compressed cache: use positions='keep'")
     full_seen = seen + layout.removed
-    if torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):  # the whole conversation
+    if ids.shape[1] >= layout.full_length and torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):  # the whole conversation
         if ids.shape[1] <= full_seen:
             raise CountMismatchError(f"{ids.shape[1]} input_ids on a cache of {full_seen} tokens: this turn adds none")
         ids = kwargs["input_ids"] = ids[:, full_seen:]

@@ -82,8 +82,14 @@ def load(options: ModelOptions) -> Loaded:
     """Loads a model by folder, hub id or ``builtin``. Raises ``MllmEfficientError`` with one line on any failure."""
     source = str(builtin_folder()) if options.model == BUILTIN else options.model
     looks_local = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().is_dir():
+    if looks_local:
+        source = str(Path(source).expanduser())
+    if looks_local and not Path(source).is_dir():
         raise MllmEfficientError(f"no model folder {source}")
+    if options.revision and Path(source).is_dir():
+        raise MllmEfficientError(f"--revision has no effect on the folder {source}: leave it out")
+    if options.device_map and options.device != "auto":
+        raise MllmEfficientError("--device has no effect with --device-map: give one of them")
     if options.dtype not in DTYPES:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
     device = _device(options)
@@ -105,10 +111,10 @@ def load(options: ModelOptions) -> Loaded:
     try:
         model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **settings, **common)
         processor = AutoProcessor.from_pretrained(source, **common)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        if "device_map" not in settings:
+            model = model.to(device)
+    except Exception as error:  # whatever the libraries below raise for damaged or unfitting files, or a full device
         raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}") from error
-    if "device_map" not in settings:
-        model = model.to(device)
     return Loaded(model.eval(), processor, options)
 
 

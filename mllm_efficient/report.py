@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import MllmEfficientError
@@ -38,7 +38,6 @@ class CompressionReport:
     positions: str = "renumber"
     decoder_layers: int = 0
     compress_seconds: float = 0.0
-    note: str = field(default="", compare=False)
 
     @property
     def visual_tokens_full(self) -> int:

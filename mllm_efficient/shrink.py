@@ -260,7 +260,8 @@ def _compress(method: Compressor, tokens: list[VisualTokens], counts: list[int])
     cuda = bool(tokens) and tokens[0].features.is_cuda
     if cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        stream = torch.cuda.current_stream(tokens[0].features.device)
+        begin.record(stream)
     started = time.perf_counter()
     if isinstance(method, Resizer):
         out = [CompressedTokens(t.features, grid=t.grid) for t in tokens]
@@ -270,7 +271,7 @@ def _compress(method: Compressor, tokens: list[VisualTokens], counts: list[int])
         require(len(c) == k, f"{method.name} gave {len(c)} tokens where {k} were asked")
     if not cuda:
         return out, time.perf_counter() - started
-    end.record()
+    end.record(stream)
     end.synchronize()
     return out, begin.elapsed_time(end) / 1000
 

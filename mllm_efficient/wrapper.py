@@ -115,7 +115,8 @@ class CompressForward:
                 raise CountMismatchError("new images on a compressed cache: use generate with the whole conversation")
             return (), continue_forward(layout, cache, kwargs)
         if not has_images:
-            remember(model, CompressionReport())
+            if cache is None or int(cache.get_seq_length()) == 0:  # a later step of a decode loop is no call of its own
+                remember(model, CompressionReport())
             return None
         if kwargs.get("input_ids") is None:
             raise CountMismatchError("images with inputs_embeds but no input_ids cannot be compressed: pass input_ids")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
 from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
@@ -12,6 +14,21 @@ _WRAPPERS = {
     "DistributedDataParallel": "DDP", "DataParallel": "DataParallel", "FullyShardedDataParallel": "FSDP",
     "OptimizedModule": "torch.compile",
 }  # fmt: skip
+
+
+NEWEST_TESTED = (5, 23)
+
+
+@functools.cache
+def transformers_version() -> tuple[int, int]:
+    """(major, minor) of the installed transformers; one warning if it is newer than what the tests run on."""
+    from importlib.metadata import version
+
+    major, minor = (int(part) for part in version("transformers").split(".")[:2])
+    if (major, minor) > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        warnings.warn(f"transformers {major}.{minor} is newer than {newest}, the newest tested with mllm-efficient", stacklevel=3)
+    return major, minor
 
 
 def inner_model(model: Any) -> Any:
@@ -29,6 +46,7 @@ def inner_model(model: Any) -> Any:
 
 def adapter_for(model: Any):
     """The adapter of a model's family. Raises ``UnsupportedModelError`` naming the supported ones."""
+    transformers_version()
     inner = inner_model(model)
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:

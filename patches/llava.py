@@ -92,7 +92,7 @@ class LlavaAdapter:
         tokens = [VisualTokens(f, grid=g) for f, g in zip(features, grids)]
         if not capture:
             return tokens
-        attention, keys = capture["attention"], capture["keys"]
+        attention, keys = (capture[k].to(tokens[0].features.device) for k in ("attention", "keys"))
         return [replace(t, attention=attention[i], keys=keys[i]) for i, t in enumerate(tokens)]
 
     @contextlib.contextmanager

@@ -111,6 +111,27 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
+def test_a_damaged_or_foreign_file_is_refused_and_left_alone(tmp_path):
+    line = b'{"method": "none", "id": "a", "fingerprint": "%s"}\n' % Records(None, {}).fingerprint.encode()
+    for content in (b"not ours\n", b"[1]\n", b'{"id": "a"}\n', line + b"damaged\n" + line):
+        (tmp_path / "samples.jsonl").write_bytes(content)
+        (tmp_path / "config.json").write_text("a model's")
+        with pytest.raises(me.MllmEfficientError, match="no record of an evaluation"):
+            Records(tmp_path, {})
+        assert (tmp_path / "samples.jsonl").read_bytes() == content and (tmp_path / "config.json").read_text() == "a model's"
+
+
+def test_what_failed_is_asked_again(tmp_path):
+    for error in ("boom", None):
+        records = Records(tmp_path, {})
+        assert ("none", "a") not in records
+        records.add([{"method": "none", "id": "a", "error": error}])
+        records.close()
+    again = Records(tmp_path, {})
+    assert ("none", "a") in again and again.rows["none", "a"]["error"] is None
+    again.close()
+
+
 def test_a_folder_belongs_to_one_process(tmp_path):
     first = Records(tmp_path, {})
     with pytest.raises(me.MllmEfficientError, match="another process"):

@@ -197,6 +197,26 @@ def test_a_bad_method_for_one_call_is_refused_with_and_without_images(wrapped, m
         wrapped.generate(**make_batch(row), compression=compression, max_new_tokens=1)
 
 
+def test_a_step_of_a_decode_loop_does_not_replace_the_report(tiny_llava, make_batch):
+    me.wrap(tiny_llava, "none")
+    out = tiny_llava(**make_batch("one image"))
+    tiny_llava(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+    assert me.last_report(tiny_llava).visual_tokens_kept == N
+
+
+def test_an_older_transformers_refuses_chunked_prefill_and_a_newer_one_warns(wrapped, make_batch, monkeypatch):
+    from mllm_efficient import patches
+
+    monkeypatch.setattr(patches, "transformers_version", lambda: (5, 22))
+    with pytest.raises(me.MllmEfficientError, match="5.23"):
+        wrapped.generate(**make_batch("one image"), prefill_chunk_size=7, max_new_tokens=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(patches, "NEWEST_TESTED", (5, 1))
+    patches.transformers_version.cache_clear()
+    with pytest.warns(UserWarning, match="newer than 5.1"):
+        patches.transformers_version()
+
+
 def test_last_report_of_generate_and_of_forward(wrapped, plain, make_batch):
     with pytest.raises(me.MllmEfficientError, match="no report yet"):
         me.last_report(wrapped)

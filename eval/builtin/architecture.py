@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .questions import CATEGORIES  # noqa: F401  (the vocabulary below covers these categories)
 from .scenes import COLOURS, SHAPES
 
 IMAGE_SIZE, PATCH = 144, 12

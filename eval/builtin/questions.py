@@ -155,7 +155,7 @@ def all_questions(scene: Scene, rng: Stream) -> dict[str, list[Question]]:
 
 
 def _draw(category: str, questions: list[Question], rng: Stream) -> Question | None:
-    """One question of a category; presence and reading are balanced over their answers before they are drawn."""
+    """One question of a category; presence is balanced over its answers, position and comparison over their kinds."""
     if not questions:
         return None
     if category == "presence":

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         # typer's usage errors, whichever click it brings along
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            return _fail(error.format_message())
+            return _fail(error.format_message()) if error.format_message().strip() else 2
         raise
     return code if isinstance(code, int) else 0
 

@@ -24,7 +24,7 @@ DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Accelerate'
 Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
 Quantization = Annotated[str | None, typer.Option("--quantization", help="int8 or int4 weights (torchao).")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the run and of the bootstrap.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of torch and of the bootstrap; methods have their own.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python file that registers methods. Repeatable.")]

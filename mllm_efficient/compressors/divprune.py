@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -57,7 +58,7 @@ class DivPrune(Selector):
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:
     """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input."""
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    with torch.autocast(x.device.type, enabled=False), full_float32():
+    with torch.autocast(x.device.type, enabled=False), full_float32() if x.is_cuda else contextlib.nullcontext():
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         # Rows scaled by powers of two: exact, and no square can overflow.
@@ -69,18 +70,21 @@ def distances(x: Tensor, metric: str = "cosine") -> Tensor:
         return 1 - (x @ x.T) / (norm[:, None] * norm[None, :])
 
 
+_precision = threading.Lock()  # the setting is the process's, and several threads may select at once
+
+
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """TF32 off, on the one kind of device that has it."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    """TF32 off for CUDA matrix products, by whichever of torch's two settings this version has."""
+    matmul = torch.backends.cuda.matmul
+    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    with _precision:
+        before = getattr(matmul, name)
+        setattr(matmul, name, off)
+        try:
+            yield
+        finally:
+            setattr(matmul, name, before)
 
 
 def farthest_first(d: Tensor, k: int) -> Tensor:

@@ -93,11 +93,13 @@ def build(split: str, n: int, folder: Path, workers: int = 2) -> dict[str, np.nd
     if not all(f.exists() for f in files.values()):
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {"images": (n, IMAGE_SIZE, IMAGE_SIZE, 3), "labels": (n, GRID * GRID, 5), "blocks": (n, POOL, BLOCK), "meta": (n, POOL, 2)}
-        out = {k: np.lib.format.open_memmap(files[k], "w+", np.uint8, shapes[k]) for k in names}
+        drawn = {k: f.with_suffix(".new") for k, f in files.items()}  # renamed when complete: an interrupted run starts anew
+        out = {k: np.lib.format.open_memmap(drawn[k], "w+", np.uint8, shapes[k]) for k in names}
         with get_context("spawn").Pool(workers) as pool:
             for i, row in enumerate(pool.imap(partial(_one, split), range(n), chunksize=64)):
                 for k, value in zip(names, row):
                     out[k][i] = value
-        for array in out.values():
+        for k, array in out.items():
             array.flush()
+            drawn[k].replace(files[k])
     return {k: np.load(f, mmap_mode="r") for k, f in files.items()}

@@ -1,4 +1,4 @@
-"""The four stages of ``train.py``: what is trained, on what, and when it is saved."""
+"""The five stages of ``train.py``: what is trained, on what, and when it is saved."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def validate(packed: Packed, stage: str, val: dict[str, np.ndarray], images: int
 
 
 def run_stage(stage: str, args) -> None:
-    """Runs one stage to its end, resuming from ``OUTPUT_DIR/STAGE.pt.safetensors`` if it is there."""
+    """Runs one stage to its end, resuming from ``OUTPUT_DIR/STAGE.partial.safetensors`` if it is there."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     if world > 1:
@@ -214,7 +214,7 @@ def run_stage(stage: str, args) -> None:
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = group["base"] * cosine(step, round((settings.horizon or settings.steps) * args.steps_scale))
-        rng = np.random.default_rng([args.seed, 9, step]) if args.drop else None
+        rng = np.random.default_rng([args.seed, 9, step]) if args.drop and stage == "relate" else None
         loss, shown = loss_fn(batches.at(step), rng)
         for p in trained:
             p.grad = None

@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing, in four stages, on two CPU cores.
+"""Trains the embedded model from nothing, in five stages, on two CPU cores.
 
     python -m mllm_efficient.eval.builtin.recipe.train --output-dir OUT [--data-dir DATA] [--steps-scale 1.0]
 
