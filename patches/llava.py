@@ -111,10 +111,11 @@ class LlavaAdapter:
         first = 1 if self.has_cls and strategy == "default" else 0
 
         @torch.no_grad()
-        def record(module, args, kwargs):
+        def record(module, args, kwargs=None):
+            # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
             if _capturing.get() is not token:
                 return
-            x = args[0] if args else kwargs["hidden_states"]
+            x = args[0] if args else (kwargs or {})["hidden_states"]
             heads = module.num_heads
             k = module.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
             q = module.q_proj(x[:, :1] if self.has_cls else x).unflatten(-1, (heads, -1)).transpose(1, 2).float()

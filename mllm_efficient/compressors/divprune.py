@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..lazy import torch
@@ -58,7 +58,7 @@ class DivPrune(Selector):
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:
     """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input."""
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    with torch.autocast(x.device.type, enabled=False), full_float32() if x.is_cuda else contextlib.nullcontext():
+    with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         # Rows scaled by powers of two: exact, and no square can overflow.
@@ -74,10 +74,17 @@ _precision = threading.Lock()  # the setting is the process's, and several threa
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """TF32 off for CUDA matrix products, by whichever of torch's two settings this version has."""
-    matmul = torch.backends.cuda.matmul
+def full_float32(device_type: str) -> Iterator[None]:
+    """Float32 matrix products in float32: no TF32 on CUDA, no bfloat16 on CPUs that have units for it.
+
+    By whichever of torch's two settings this version has.
+    """
+    matmul: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
+    matmul = getattr(matmul, "matmul", None)
     name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    if not hasattr(matmul, name):  # a device without reduced precision, or a torch that has no setting for it
+        yield
+        return
     with _precision:
         before = getattr(matmul, name)
         setattr(matmul, name, off)
