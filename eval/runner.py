@@ -12,7 +12,7 @@ import torch
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.models import Loaded, environment, require_supported
-from mllm_efficient.shrink import Encoded, encoding_key, prepare
+from mllm_efficient.shrink import Encoded, encode_items, encoding_key, prepare
 
 from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
@@ -94,7 +94,8 @@ class Run:
             ids, reports = self._generate(self._inputs(batch, images=False)), None
         else:
             inputs = self._inputs(batch, images=True)
-            encoded = self._encode(method, batch, inputs.pop("pixel_values"))
+            encoded = self._encode(method, batch, inputs)
+            inputs = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
             prepared = prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **inputs)
             ids, reports = self._generate(prepared.model_kwargs), prepared.report.images
         rows = []
@@ -119,18 +120,17 @@ class Run:
         out = self.loaded.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :]
 
-    def _encode(self, method: Compressor, batch: Sequence[Sample], pixels: torch.Tensor) -> Encoded:
+    def _encode(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Encoded:
         """The batch's visual tokens; each picture goes through the tower once for all methods that see it alike."""
-        n, grid = self.adapter.images({"pixel_values": pixels[:1]})[0]
-        wanted = encoding_key(method, n, grid)
-        key = (*wanted, *(s.id for s in batch))
+        items = self.adapter.items(inputs)
+        first = {s.image: i for i, s in reversed(list(enumerate(batch)))}
+        key = (encoding_key(self.adapter, method, items[0]), *(s.id for s in batch))
         encoded = self._vision.get(key)
         if encoded is None:
-            first = {s.image: i for i, s in reversed(list(enumerate(batch)))}
             with torch.no_grad():
-                tokens = self.adapter.encode({"pixel_values": pixels[list(first.values())]}, wanted[0], grid=wanted[1])
-            by_image = dict(zip(first, tokens))
-            encoded = Encoded([by_image[s.image] for s in batch], [(n, grid)] * len(batch), wanted)
+                once = encode_items(self.adapter, method, [items[i] for i in first.values()])
+            at = [list(first).index(s.image) for s in batch]
+            encoded = Encoded(items, [once.encodings[i] for i in at], [once.made_for[i] for i in at])
             self._vision[key] = encoded
         return encoded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -108,3 +109,17 @@ def fit_grid(grid: tuple[int, int], k: int) -> tuple[int, int]:
             best = (rank, (h, w))
     assert best is not None
     return best[1]
+
+
+def apportion(k: int, sizes: Sequence[int]) -> list[int]:
+    """k tokens shared out to parts of these sizes in proportion: floor(k * size / total), at least 1, never above k in all.
+
+    Raises ``BadBudgetError`` where there are more parts than tokens.
+    """
+    if k < len(sizes):
+        raise BadBudgetError(f"{k} token(s) for {len(sizes)} parts of an image: at least {len(sizes)} are needed, one for each")
+    total = sum(sizes)
+    shares = [max(1, k * size // total) for size in sizes]
+    while sum(shares) > k:
+        shares[shares.index(max(shares))] -= 1
+    return shares

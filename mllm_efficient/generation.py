@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import CountMismatchError, MllmEfficientError
 from .layout import UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
-from .shrink import Prepared, check, keeps_all, pre_llm, prepare
+from .shrink import Prepared, check, has_pixels, keeps_all, pre_llm, prepare
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 
@@ -56,7 +56,8 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
             call[name] = max(wanted - removed, 0)
     if _setting("prefill_chunk_size", kwargs, config, model) is not None and transformers_version() < (5, 23):
         raise MllmEfficientError("prefill_chunk_size with images needs transformers 5.23 or newer: leave it out")
-    if prepared.layout.positions == "keep" and _setting("use_cache", kwargs, config, model) is False:
+    gaps = prepared.layout.positions == "keep" and not prepared.layout.mrope
+    if gaps and _setting("use_cache", kwargs, config, model) is False:
         raise MllmEfficientError("positions='keep' needs the cache: without it gaps are read as packed sequences")
     if kwargs.get("streamer") is not None:
         call["streamer"] = _OriginalPrompt(kwargs["streamer"], ids)
@@ -95,13 +96,13 @@ def _prepare_generate(
 ) -> Prepared | None:
     from .patches import adapter_for
 
-    if kwargs.get("pixel_values") is None and layout is None:
+    if not has_pixels(kwargs) and layout is None:
         return None
     if ids is None:
         raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
     adapter = adapter_for(model)
     if holds_uncompressed(kwargs.get("past_key_values")):
-        if keeps_all(adapter, method, adapter.images(kwargs)):
+        if keeps_all(adapter, method, kwargs):
             return None
         raise CountMismatchError(UNCOMPRESSED_CACHE)
     mask = kwargs.get("attention_mask")

@@ -24,7 +24,8 @@ class Layout:
 
     ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
     column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
-    row. positions: "renumber" or "keep". All on the CPU.
+    row. positions: "renumber" or "keep". following: (B,) the position of the next token of each row, where positions
+    are not simply counted on (kept positions, M-RoPE). mrope: whether positions have three rows. All on the CPU.
     """
 
     ids: Tensor
@@ -33,6 +34,8 @@ class Layout:
     mask: Tensor
     images: Tensor
     positions: str
+    following: Tensor | None = None
+    mrope: bool = False
 
     def grown(self, ids: Tensor, mask: Tensor | None, length: int) -> Layout:
         """The layout with the columns that a cache of ``length`` got since: they stay as they are in the cache."""
@@ -46,12 +49,21 @@ class Layout:
             keep=torch.cat([self.keep, torch.ones_like(more, dtype=torch.bool)], 1),
             columns=torch.cat([self.columns, more], 1),
             mask=torch.cat([self.mask, new], 1),
+            following=None if self.following is None else self.following + new.sum(1),
         )
 
     def repeated(self, times: int) -> Layout:
         """The layout of a cache in which every row stands ``times`` times."""
-        parts = {name: getattr(self, name).repeat_interleave(times, 0) for name in ("ids", "keep", "columns", "mask", "images")}
-        return replace(self, **parts)
+        parts = {name: getattr(self, name) for name in ("ids", "keep", "columns", "mask", "images", "following")}
+        return replace(self, **{name: part.repeat_interleave(times, 0) for name, part in parts.items() if part is not None})
+
+    def positions_of(self, mask: Tensor, new: int) -> Tensor | None:
+        """Explicit positions, (B, new) or (4, B, new), of the last ``new`` columns of a reduced mask; None to count on."""
+        if self.following is None:
+            return None
+        since = mask[:, self.reduced_length :].long().cumsum(1)
+        places = (self.following.to(mask.device)[:, None] + since - 1)[:, -new:]
+        return with_text_row(places.expand(3, *places.shape), mask) if self.mrope else places
 
     @property
     def full_length(self) -> int:
@@ -65,6 +77,12 @@ class Layout:
     def removed(self) -> int:
         """Columns by which the reduced prompt is shorter."""
         return self.full_length - self.reduced_length
+
+
+def with_text_row(places: Tensor, mask: Tensor) -> Tensor:
+    """Positions (4, B, n) out of (3, B, n): in front the places in the prompt, from which the causal mask is made."""
+    text = (mask.long().cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - places.shape[2] :]
+    return torch.cat([text[None].to(places), places])
 
 
 class EncoderOutputs(dict):
@@ -114,9 +132,6 @@ def shrink(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict
     for name in ("mm_token_type_ids", "token_type_ids"):
         if rest.get(name) is not None:
             out[name] = torch.where(valid, rest[name].gather(1, columns), 0)
-    if layout.positions == "keep":
-        full = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        out["position_ids"] = torch.where(valid, full.gather(1, columns), 0)
     return out
 
 
@@ -167,7 +182,5 @@ def continue_forward(layout: Layout, cache: Any, kwargs: dict[str, Any]) -> dict
         prompt = layout.mask.to(ids.device)
         new = prompt.new_ones(ids.shape[0], total - layout.reduced_length) if mask is None else mask[:, layout.full_length :]
         mask = kwargs["attention_mask"] = torch.cat([prompt.to(new.dtype), new.to(ids.device)], 1)
-    if layout.positions == "keep":
-        gone = (~layout.keep).sum(1, keepdim=True).to(ids.device)
-        kwargs["position_ids"] = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :] + gone
-    return kwargs
+    positions = layout.positions_of(mask, ids.shape[1])
+    return kwargs if positions is None else {**kwargs, "position_ids": positions}

@@ -11,10 +11,19 @@ from .errors import MllmEfficientError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .tokens import Plane
+
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: ``full`` tokens before, ``kept`` after; ``indices`` (K,) on the CPU, None where tokens were merged."""
+    """One image or video: ``full`` tokens before, ``kept`` after; newline columns and separators are counted apart.
+
+    row: of the batch. indices: (K,) of the kept tokens, on the CPU, None where tokens were merged. grid: (rows, columns)
+    of the tokens, or of the merged ones, where they form one grid. tile, frame: (N,) of each token before, or None.
+    clamped: more tokens were asked than there are. modality: "image" or "video". planes: the rectangles that the N
+    tokens form, one after the other, with what each covers of the picture; kept_planes: those of the merged tokens,
+    None where tokens were selected. separators_full, separators_kept: newline columns and separators.
+    """
 
     row: int
     full: int
@@ -23,6 +32,12 @@ class ImageReport:
     grid: tuple[int, int] | None = None
     tile: Tensor | None = None
     clamped: bool = False
+    modality: str = "image"
+    planes: tuple[Plane, ...] = ()
+    kept_planes: tuple[Plane, ...] | None = None
+    frame: Tensor | None = None
+    separators_full: int = 0
+    separators_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,11 @@ class CompressionReport:
     @property
     def visual_tokens_kept(self) -> int:
         return sum(i.kept for i in self.images)
+
+    @property
+    def separators_kept(self) -> int:
+        """Newline columns and separators that stayed beside the tokens."""
+        return sum(i.separators_kept for i in self.images)
 
     @property
     def tokens_per_layer(self) -> list[int]:

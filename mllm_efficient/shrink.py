@@ -7,32 +7,34 @@ masks and ``generate`` stay stock.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, Resizer, generator_for
-from .errors import CountMismatchError, UnsupportedModelError
-from .layout import EncoderOutputs, Layout, lay_out, require, shrink
+from .compressors.base import Compressor, generator_for
+from .errors import UnsupportedModelError
+from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
+from .locate import Located, locate
+from .plan import Plan, check, plan, position_rule
+from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
-from .tokens import CompressedTokens, VisualTokens
+from .squeeze import Context, Squeezed, squeeze_all
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The vision side of a call: ``tokens`` per image, (N, grid) of the uncompressed image, and what it was made for.
+    """The vision side of a call, for ``prepare(..., encoded=...)``: what the host made of every item of the call.
 
-    made_for: the extra tensors the tokens carry, and the smaller grid the tower saw (``encoding_key``).
+    made_for: of each item the extra tensors it carries and the smaller grid the tower saw (``encoding_key``).
     """
 
-    tokens: list[VisualTokens]
-    images: list[tuple[int, tuple[int, int] | None]]
-    made_for: tuple[frozenset[str], tuple[int, int] | None] = (frozenset(), None)
+    items: list[Any]
+    encodings: list[Any]
+    made_for: list[tuple[frozenset[str], tuple[int, int] | None]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Prepared:
     """
 
     tensors: dict[str, Any]
-    features: list[Tensor] | None
-    pack: Callable[[list[Tensor]], dict[str, Any]]
+    features: list[tuple[str, Tensor, tuple[Tensor, ...]]] | None
+    pack: Callable[[list[tuple[str, Tensor, tuple[Tensor, ...]]]], dict[str, Any]]
     report: CompressionReport
     layout: Layout | None
 
@@ -74,43 +76,33 @@ def pre_llm(compressor: Any) -> Compressor:
     return stages[0]
 
 
-def check(adapter: Any, compressor: Compressor) -> None:
-    """Raises where a model cannot run a method at all, before any call is made."""
-    lacking = sorted(set(compressor.needs) - adapter.gives)
-    if lacking:
-        family = type(adapter.model).__name__
-        raise UnsupportedModelError(f"{compressor.name} needs {', '.join(lacking)}, which {family} does not give")
-    n, grid = adapter.full_size_grid()
-    compressor.count(n, grid, fixed=adapter.fixed_count)
-
-
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
     """Runs the vision side as ``compressor`` needs it, for ``prepare(..., encoded=...)``.
 
-    Methods with the same needs give the same result, so a comparison encodes each image once.
+    inputs: the processor's output, ``input_ids`` included. Methods with the same needs give the same result, so a
+    comparison encodes each image once.
     """
     from .patches import adapter_for
 
     adapter, method = adapter_for(model), pre_llm(compressor)
-    images = adapter.images(inputs)
-    return _encode(adapter, method, inputs, images)
+    return encode_items(adapter, method, adapter.items(inputs))
 
 
-def _encode(adapter: Any, method: Compressor, inputs: dict[str, Any], images: list) -> Encoded:
-    wanted = encoding_key(method, *images[0]) if images else (frozenset(), None)
-    return Encoded(adapter.encode(inputs, wanted[0], grid=wanted[1]), images, wanted)
+def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
+    """``encode`` of items that the adapter found. The host runs once on all that are alike."""
+    keys = [encoding_key(adapter, method, i) for i in items]
+    needs = keys[0][0] if keys else frozenset()
+    return Encoded(items, adapter.encode(items, needs, [grid for _, grid in keys]), keys)
 
 
-def encoding_key(method: Compressor, n: int, grid: tuple[int, int] | None) -> tuple[frozenset[str], tuple[int, int] | None]:
-    """What the vision side does for a method on images of n tokens: (extra tensors, smaller grid). Equal keys, equal output."""
-    k = method.count(n, grid)
-    smaller = method.target(grid, k) if isinstance(method, Resizer) and grid is not None and k < n else None
-    return frozenset(method.needs) & {"attention", "keys"}, smaller
+def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], tuple[int, int] | None]:
+    """What the vision side does for a method on an item: (extra tensors, smaller grid). Equal keys, equal output."""
+    return frozenset(method.needs) & {"attention", "keys"}, plan(adapter, method, item).smaller
 
 
-def keeps_all(adapter: Any, method: Compressor, images: list) -> bool:
-    """Whether the method leaves these images as they are, so that the call needs no change."""
-    return method.full_is_identity and all(method.count(n, grid, fixed=adapter.fixed_count) == n for n, grid in images)
+def keeps_all(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> bool:
+    """Whether the method leaves the images of a call as they are, so that the call needs no change."""
+    return all(plan(adapter, method, item).untouched for item in adapter.items(inputs))
 
 
 def prepare(
@@ -125,13 +117,13 @@ def prepare(
     past: Layout | None = None,
     **inputs: Any,
 ) -> Prepared:
-    """Compresses the images of a call and removes their surplus columns from its prompt.
+    """Compresses the images and videos of a call and removes their surplus columns from its prompt.
 
     Args:
         model: a supported transformers model, bare, wrapped by this package, or under PEFT.
         compressor: a method, specification string, dict or YAML file.
         input_ids, attention_mask, labels: (B, L); the processor's output.
-        image_keys: one per image in prompt order, for methods that draw; default the image's index within its row.
+        image_keys: one per image or video in prompt order, for methods that draw; default its index within its row.
         encoded: what ``encode`` returned for these images; without it the vision tower runs here.
         past: the layout of an earlier turn whose cache is passed along; ``input_ids`` then begins with its prompt.
         inputs: the rest of the processor's output (``pixel_values``) and anything else for the model.
@@ -142,16 +134,13 @@ def prepare(
     from .patches import adapter_for
 
     adapter, method = adapter_for(model), pre_llm(compressor)
-    keys = set(adapter.encode_keys)
-    vision = {k: v for k, v in inputs.items() if k in keys}
-    rest = {k: v for k, v in inputs.items() if k not in keys}
+    vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
+    rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
     if labels is not None:
         rest["labels"] = labels
-    if encoded is None and vision.get("pixel_values") is None and past is None:
-        return _untouched(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
+    if encoded is None and not has_pixels(vision) and past is None:
+        return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
     check(adapter, method)
-    images = encoded.images if encoded else adapter.images(vision) if vision.get("pixel_values") is not None else []
-    counts = [method.count(n, grid, fixed=adapter.fixed_count) for n, grid in images]
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
     require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
@@ -162,141 +151,106 @@ def prepare(
     if past is not None:
         same = input_ids.shape[0] == past.ids.shape[0] and torch.equal(ids_cpu[:, :start], past.ids)
         require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
-    spans = locate(ids_cpu[:, start:] == adapter.image_token_id, [n for n, _ in images])
-    positions = method.positions or adapter.positions
+    positions = position_rule(adapter, method)
     same_rule = past is None or past.positions == positions
     require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
+    new_ids, new_mask = ids_cpu[:, start:], mask_cpu[:, start:]
+    items = encoded.items if encoded else adapter.items({**vision, "input_ids": new_ids, "attention_mask": new_mask})
+    found = locate(new_ids, adapter.placeholders, items)
+    plans = [plan(adapter, method, f.item) for f in found]
     settings = {"stages": (method.to_dict(),), "positions": positions, "decoder_layers": adapter.decoder_layers}
-
-    if encoded is not None and images:
-        needs, smaller = encoding_key(method, *images[0])
-        require(needs <= encoded.made_for[0], f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
-        require(smaller == encoded.made_for[1], f"this encoding saw images of another size than {method.name} asks for")
-    if past is None and keeps_all(adapter, method, images):
-        found = (ImageReport(row, n, n, torch.arange(n), grid) for (row, _), (n, grid) in zip(spans, images))
-        report = CompressionReport(tuple(found), **settings)
+    if encoded is not None:
+        for f in found:
+            needs, smaller = encoding_key(adapter, method, f.item)
+            have, seen = encoded.made_for[f.index]
+            require(needs <= have, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
+            require(smaller == seen, f"this encoding saw images of another size than {method.name} asks for")
+    if past is None and all(p.untouched for p in plans):
+        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
         if encoded is None:
-            return _untouched(adapter, input_ids, attention_mask, {**rest, **vision}, report)
+            return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
+        whole = [(p.shape.modality, encoded.encodings[f.index].features, encoded.encodings[f.index].deep) for f, p in zip(found, plans)]
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        return Prepared(_given(tensors), [t.features for t in encoded.tokens], adapter.pack, report, None)
+        if adapter.mrope:
+            places, _ = native(adapter, input_ids, mask, [(f, p, None) for f, p in zip(found, plans)], "keep")
+            tensors["position_ids"] = with_text_row(places, mask)
+        return Prepared(_given(tensors), whole, adapter.pack, report, None)
 
-    if encoded is None and images:
-        encoded = _encode(adapter, method, vision, images)
-    tokens = encoded.tokens if encoded else []
+    if encoded is None:
+        encoded = encode_items(adapter, method, items)
     before = past.images.tolist() if past else [0] * len(ids_cpu)
-    tokens = _with_context(adapter, method, tokens, spans, input_ids[:, start:], mask_cpu[:, start:], image_keys, before)
-    compressed, seconds = _compress(method, tokens, counts)
-    indices = _indices_on_cpu(compressed)
+    contexts = _contexts(adapter, method, found, input_ids[:, start:], new_mask, image_keys, before)
+    squeezed, seconds = squeeze_all(method, plans, [encoded.encodings[f.index] for f in found], contexts)
     keep = torch.ones_like(mask_cpu)
     if past is not None:
         keep[:, :start] = past.keep
-    for (row, columns), index, k in zip(spans, indices, counts):
-        kept = torch.zeros(len(columns), dtype=torch.bool)
-        kept[index.sort().values if index is not None else torch.arange(k)] = True
-        keep[row, columns + start] = kept
-    found = (
-        ImageReport(row, n, k, index, c.grid if index is None else t.grid, t.tile, method.tokens is not None and method.tokens > n)
-        for (row, _), (n, _), k, index, t, c in zip(spans, images, counts, indices, tokens, compressed)
-    )
-    report = CompressionReport(tuple(found), compress_seconds=seconds, **settings)
-    images_of = torch.tensor(before) + torch.bincount(torch.tensor([r for r, _ in spans], dtype=torch.long), minlength=len(ids_cpu))
+    for f, s in zip(found, squeezed):
+        keep[f.row, f.columns + start] = s.keep
+    images_of = torch.tensor(before) + torch.bincount(torch.tensor([f.row for f in found], dtype=torch.long), minlength=len(ids_cpu))
     layout = lay_out(ids_cpu, mask_cpu, keep, past, images_of, positions)
     tensors = shrink(layout, input_ids, mask, rest, _pad_id(adapter))
-    return Prepared(_given(tensors), [c.features for c in compressed] or None, adapter.pack, report, layout)
+    short = tensors["input_ids"], tensors["attention_mask"]
+    layout, positions_of = place(adapter, layout, input_ids, mask, *short, past, list(zip(found, plans, squeezed)))
+    if positions_of is not None:
+        tensors["position_ids"] = positions_of
+    report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
+    features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
+    return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
+
+
+def has_pixels(inputs: dict[str, Any]) -> bool:
+    """Whether a call brings images or videos."""
+    from .patches.base import PIXELS
+
+    return any(inputs.get(name) is not None for name in PIXELS)
+
+
+def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
+    indices = torch.arange(p.shape.n) if s is None else s.indices
+    kept_planes = None if s is None else s.kept_planes
+    one = kept_planes is not None and len(kept_planes) == 1
+    return ImageReport(
+        f.row, p.shape.n, p.kept, indices,
+        (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
+        p.shape.tile(), p.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, p.separators,
+    )  # fmt: skip
 
 
 def _given(tensors: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in tensors.items() if v is not None}
 
 
-def _untouched(adapter, input_ids, attention_mask, rest: dict[str, Any], report: CompressionReport) -> Prepared:
+def _stock(adapter, input_ids, attention_mask, rest: dict[str, Any], report: CompressionReport) -> Prepared:
+    """The call as it came."""
     tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
     return Prepared(_given(tensors), None, adapter.pack, report, None)
 
 
-def locate(placeholder: Tensor, lengths: list[int]) -> list[tuple[int, Tensor]]:
-    """(row, columns) of every image: placeholders (B, L) bool are consumed in order by the feature lengths.
-
-    Boundaries come from the lengths, never from runs of placeholders: two images side by side form one run.
-    """
-    where = placeholder.nonzero()
-    if len(where) != sum(lengths):
-        raise CountMismatchError(
-            f"the prompt has {len(where)} image placeholders and its {len(lengths)} image(s) give {sum(lengths)} tokens: "
-            "use the processor that belongs to the model, and one <image> per image"
-        )
-    out, start = [], 0
-    for i, n in enumerate(lengths):
-        rows, columns = where[start : start + n].T
-        if len(rows) and rows[0] != rows[-1]:
-            raise CountMismatchError(f"the tokens of image {i} would span two rows of the batch: one <image> per image in each row")
-        out.append((int(rows[0]), columns))
-        start += n
-    return out
-
-
-def _with_context(adapter, method, tokens, spans, ids: Tensor, mask: Tensor, image_keys, before: list[int]) -> list[VisualTokens]:
-    """Adds what a method may ask for beyond the tower's output: a generator and the row's text.
+def _contexts(adapter, method, found: list[Located], ids: Tensor, mask: Tensor, image_keys, before: list[int]) -> list[Context]:
+    """What a method may ask for beyond the tower's output: a generator and the row's text.
 
     ``before``: images that each row had in earlier turns.
     """
     if image_keys is not None:
-        require(len(image_keys) == len(tokens), f"{len(image_keys)} image_keys for {len(tokens)} images")
-    out: list[VisualTokens] = []
+        require(len(image_keys) == len(found), f"{len(image_keys)} image_keys for {len(found)} images")
+    out: list[Context] = []
     seen = list(before)
-    for i, (t, (row, _)) in enumerate(zip(tokens, spans)):
-        index = seen[row]
-        seen[row] += 1
-        t = replace(t, generator=generator_for(method, index if image_keys is None else image_keys[i]))
+    for i, f in enumerate(found):
+        index = seen[f.row]
+        seen[f.row] += 1
+        text = None
         if "text" in method.needs:
-            here = ids[row][mask[row].to(ids.device) & (ids[row] != adapter.image_token_id)]
-            t = replace(t, text=adapter.embed_text(here))
-        out.append(t)
-    return out
-
-
-def _compress(method: Compressor, tokens: list[VisualTokens], counts: list[int]) -> tuple[list[CompressedTokens], float]:
-    """Every image compressed on its own, and the seconds it took on the device."""
-    cuda = bool(tokens) and tokens[0].features.is_cuda
-    if cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(tokens[0].features.device)
-        begin.record(stream)
-    started = time.perf_counter()
-    if isinstance(method, Resizer):
-        out = [CompressedTokens(t.features, grid=t.grid) for t in tokens]
-    else:
-        out = [method.compress(t, k) for t, k in zip(tokens, counts)]  # type: ignore[attr-defined]
-    for c, k in zip(out, counts):
-        require(len(c) == k, f"{method.name} gave {len(c)} tokens where {k} were asked")
-    if not cuda:
-        return out, time.perf_counter() - started
-    end.record(stream)
-    end.synchronize()
-    return out, begin.elapsed_time(end) / 1000
-
-
-def _indices_on_cpu(compressed: Iterable[CompressedTokens]) -> list[Tensor | None]:
-    """Kept indices per image, checked: a method may not repeat a token or name one that is not there."""
-    out = []
-    for c in compressed:
-        index = None if c.indices is None else c.indices.detach().to("cpu", torch.long)
-        if index is not None and len(index.unique()) != len(index):
-            raise CountMismatchError("a method selected the same visual token twice")
-        out.append(index)
+            row = ids[f.row]
+            visual = torch.isin(row, torch.tensor(list(adapter.placeholders.values()), device=row.device))
+            text = adapter.embed_text(row[mask[f.row].to(row.device) & ~visual])
+        out.append(Context(generator_for(method, index if image_keys is None else image_keys[i]), text))
     return out
 
 
 def _pad_id(adapter: Any) -> int:
     text = adapter.config.get_text_config()
     pad = getattr(text, "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 and pad != adapter.image_token_id else 0
+    return pad if isinstance(pad, int) and pad >= 0 and pad not in adapter.placeholders.values() else 0
 
 
-def describe(method: Compressor, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> str:
-    """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``."""
-    k = method.count(n, grid, fixed=fixed)
-    return f"{method.name} keeps {k} of {n} tokens per image (removes {100 * (1 - k / n):.1f}%)"
-
-
-__all__ = ["Encoded", "Prepared", "describe", "encode", "prepare"]
+__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "pre_llm", "prepare"]

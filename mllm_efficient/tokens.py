@@ -1,17 +1,102 @@
-"""What a compressor takes and gives: tensors of one image, no model."""
+"""What a compressor takes and gives, and the shape of an image's tokens: pure data, no model."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .lazy import torch
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A rectangle of visual tokens in raster order: a base view, a tile, a map put together from tiles, a video frame.
+
+    tile: number of its first tile; frame: index of its frame, or None. row_tiles, column_tiles: for a map put together
+    from tiles, what each row and each column add to ``tile``. box: (top, left, bottom, right) of what the plane covers,
+    in fractions of the picture; a little outside [0, 1] where tokens look at padding. newline: whether the host puts a
+    newline column behind every row.
+    """
+
+    rows: int
+    columns: int
+    tile: int = 0
+    frame: int | None = None
+    row_tiles: tuple[int, ...] = ()
+    column_tiles: tuple[int, ...] = ()
+    box: Box = (0.0, 0.0, 1.0, 1.0)
+    newline: bool = False
+
+    def __len__(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def tiles(self) -> list[int]:
+        """The tile of each token in raster order."""
+        down, across = self.row_tiles or (0,) * self.rows, self.column_tiles or (0,) * self.columns
+        return [self.tile + r + c for r in down for c in across]
+
+
+@dataclass(frozen=True)
+class VisualShape:
+    """The tokens of one image or video, known before any pixel is looked at: its planes one after the other.
+
+    modality: "image" or "video". closing: separators behind the last plane. ``n`` counts tokens; ``length`` counts the
+    placeholders of the prompt, which are the tokens, the newline columns and the closing separators.
+    """
+
+    planes: tuple[Plane, ...]
+    modality: str = "image"
+    closing: int = 0
+
+    @functools.cached_property
+    def n(self) -> int:
+        return sum(len(p) for p in self.planes)
+
+    @property
+    def separators(self) -> int:
+        return sum(p.rows for p in self.planes if p.newline) + self.closing
+
+    @property
+    def length(self) -> int:
+        return self.n + self.separators
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(rows, columns) where the tokens form a single grid."""
+        return (self.planes[0].rows, self.planes[0].columns) if len(self.planes) == 1 else None
+
+    def tile(self) -> Tensor | None:
+        """(N,) the tile of each token, or None where there is one tile."""
+        tiles = [t for p in self.planes for t in p.tiles]
+        return torch.tensor(tiles) if len(set(tiles)) > 1 else None
+
+    def frame(self) -> Tensor | None:
+        """(N,) the frame of each token, or None for an image."""
+        frames = [p.frame for p in self.planes for _ in range(len(p))]
+        return None if None in frames else torch.tensor(frames)
+
+    @functools.cached_property
+    def token_slots(self) -> Tensor:
+        """(N,) the places of the tokens among the ``length`` placeholders."""
+        is_token: list[Tensor] = []
+        for p in self.planes:
+            rows = torch.ones(p.rows, p.columns + p.newline, dtype=torch.bool)
+            rows[:, p.columns :] = False
+            is_token.append(rows.flatten())
+        is_token.append(torch.zeros(self.closing, dtype=torch.bool))
+        return torch.cat(is_token).nonzero()[:, 0]
+
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of one image, in raster order.
+    """The visual tokens of one image, in raster order (newline and separator columns are not among them).
 
     features: (N, D), what the projector hands to the language model.
     grid: (rows, columns) with rows * columns = N, or None where tokens form no single grid.

@@ -21,7 +21,7 @@ from .generation import generate as run_generate
 from .generation import within_generate
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
-from .shrink import check, keeps_all, pre_llm, prepare
+from .shrink import check, has_pixels, keeps_all, pre_llm, prepare
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
@@ -109,7 +109,7 @@ class CompressForward:
             kwargs = {**dict(zip(_forward_names(type(model).forward), args)), **kwargs}
         cache = kwargs.get("past_key_values")
         layout = layout_on(cache)
-        has_images = kwargs.get("pixel_values") is not None
+        has_images = has_pixels(kwargs)
         if layout is not None:
             if has_images:
                 raise CountMismatchError("new images on a compressed cache: use generate with the whole conversation")
@@ -122,7 +122,7 @@ class CompressForward:
             raise CountMismatchError("images with inputs_embeds but no input_ids cannot be compressed: pass input_ids")
         adapter = adapter_for(model)
         if holds_uncompressed(cache):
-            if keeps_all(adapter, self.method, adapter.images(kwargs)):
+            if keeps_all(adapter, self.method, kwargs):
                 return None
             raise CountMismatchError(UNCOMPRESSED_CACHE)
         with _autocast_of(model):
@@ -143,7 +143,7 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
         return
     if layout is not None:
         output.visual_keep_mask = layout.keep.to(output.logits.device)
-    elif kwargs.get("pixel_values") is not None:
+    elif has_pixels(kwargs):
         output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
 
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
-FAMILIES = {"LlavaForConditionalGeneration": "mllm_efficient.patches.llava:LlavaAdapter"}
+FAMILIES = {
+    "LlavaForConditionalGeneration": "llava:LlavaAdapter",
+    "LlavaNextForConditionalGeneration": "llava_next:LlavaNextAdapter",
+    "LlavaNextVideoForConditionalGeneration": "llava_next_video:LlavaNextVideoAdapter",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevisionAdapter",
+    "Qwen2VLForConditionalGeneration": "qwen_vl:QwenVLAdapter",
+    "Qwen2_5_VLForConditionalGeneration": "qwen_vl:QwenVLAdapter",
+    "Qwen3VLForConditionalGeneration": "qwen_vl:Qwen3VLAdapter",
+    "InternVLForConditionalGeneration": "internvl:InternVLAdapter",
+}
 _WRAPPERS = {
     "DistributedDataParallel": "DDP", "DataParallel": "DataParallel", "FullyShardedDataParallel": "FSDP",
     "OptimizedModule": "torch.compile",
@@ -51,5 +60,5 @@ def adapter_for(model: Any):
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
             module, _, name = FAMILIES[cls.__name__].partition(":")
-            return getattr(importlib.import_module(module), name)(inner)
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)(inner)
     raise UnsupportedModelError(f"{type(inner).__name__} is not supported: the model must be one of {', '.join(FAMILIES)}")

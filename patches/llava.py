@@ -13,35 +13,28 @@ import torch
 from torch import Tensor
 
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
-from mllm_efficient.tokens import VisualTokens
+from mllm_efficient.tokens import Box, Plane, VisualShape
+
+from .base import Adapter, Encoding, Grid, Item, smaller_pixels
 
 _hooking = threading.Lock()  # registering and removing hooks is not atomic
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
 
 
-class LlavaAdapter:
+class LlavaAdapter(Adapter):
     """What the wrapper needs to know of one LLaVA-1.5 model."""
 
     gives = frozenset({"attention", "keys", "text", "grid"})
-    fixed_count = True  # every image has the same number of tokens
-    positions = "renumber"  # 1-D RoPE: kept tokens close up
+    fixed_count = True
     encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
     def __init__(self, model: Any):
-        self.model, self.config = model, model.config
+        super().__init__(model)
         tower = model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
         if not hasattr(self.tower, "encoder") or not hasattr(self.tower, "embeddings"):
             raise UnsupportedModelError(f"LLaVA with a {type(tower).__name__} tower is not supported: CLIP and SigLIP are")
         self.has_cls = hasattr(self.tower.embeddings, "class_embedding")
-
-    @property
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
-
-    @property
-    def decoder_layers(self) -> int:
-        return self.config.text_config.num_hidden_layers
 
     def _settings(self, inputs: dict[str, Any]) -> tuple[Any, str]:
         layer, strategy = (inputs.get(k) for k in ("vision_feature_layer", "vision_feature_select_strategy"))
@@ -50,50 +43,56 @@ class LlavaAdapter:
             self.config.vision_feature_select_strategy if strategy is None else strategy,
         )
 
-    def images(self, inputs: dict[str, Any]) -> list[tuple[int, tuple[int, int] | None]]:
-        """(token count, grid or None) of every image, before any pixel is looked at."""
-        pixels = inputs["pixel_values"]
+    def _shape(self, strategy: str, grid: Grid) -> VisualShape:
+        plane = Plane(*grid)
+        if self.has_cls and strategy != "default":
+            return VisualShape((Plane(1, 1), plane))  # the class token goes in front
+        if strategy == "default" and not self.has_cls:
+            raise UnsupportedModelError("this tower has no class token: set vision_feature_select_strategy='full'")
+        return VisualShape((plane,))
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return []
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             raise CountMismatchError("pixel_values must be one tensor (images, channels, height, width)")
         if inputs.get("image_sizes") is not None:
             raise UnsupportedModelError("image_sizes belongs to Pixtral towers, which are not supported: leave it out")
         patch = self.config.vision_config.patch_size
-        rows, cols = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-        n = rows * cols + self.has_cls - (self._settings(inputs)[1] == "default")
-        return [(n, (rows, cols) if n == rows * cols else None)] * len(pixels)
+        shape = self._shape(self._settings(inputs)[1], (pixels.shape[-2] // patch, pixels.shape[-1] // patch))
+        shared = {k: inputs[k] for k in self.encode_keys[1:] if inputs.get(k) is not None}
+        return [Item({"pixel_values": pixels[i : i + 1], **shared}, shape) for i in range(len(pixels))]
 
-    def full_size_grid(self) -> tuple[int, tuple[int, int]]:
-        """(tokens, grid) of an image at the model's own size."""
+    def usual(self) -> VisualShape:
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
-        drop = self.config.vision_feature_select_strategy == "default"
-        return side * side + self.has_cls - drop, (side, side)
+        return self._shape(self.config.vision_feature_select_strategy, (side, side))
 
-    def encode(
-        self, inputs: dict[str, Any], needs: frozenset[str] = frozenset(), grid: tuple[int, int] | None = None
-    ) -> list[VisualTokens]:
-        """Visual tokens of every image, from the stock ``get_image_features``.
+    def unit(self, item: Item) -> Grid:
+        return item.shape.planes[-1].rows, item.shape.planes[-1].columns
 
-        ``grid`` makes the images smaller first, so that the tower yields that many rows and columns.
-        """
-        call = {k: inputs[k] for k in self.encode_keys if inputs.get(k) is not None}
-        pixels = call.pop("pixel_values")
-        grids = [g for _, g in self.images(inputs)]
+    def shape_at(self, item: Item, grid: Grid) -> VisualShape:
+        return self._shape(self._settings(item.arguments)[1], grid)
+
+    def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        call = dict(items[0].arguments)
+        pixels = torch.cat([i.arguments["pixel_values"] for i in items])
+        shapes = [i.shape for i in items]
         if grid is not None:
             patch = self.config.vision_config.patch_size
-            size = (grid[0] * patch, grid[1] * patch)
-            pixels = torch.nn.functional.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+            pixels = smaller_pixels(pixels, grid[0] * patch, grid[1] * patch)
             call["interpolate_pos_encoding"] = True
-            grids = [grid] * len(pixels)
+            shapes = [self.shape_at(i, grid) for i in items]
         capture: dict[str, Tensor] = {}
-        hook = self._capture(capture, *self._settings(inputs)) if needs & {"attention", "keys"} else contextlib.nullcontext()
+        hook = self._capture(capture, *self._settings(call)) if needs & {"attention", "keys"} else contextlib.nullcontext()
         with hook:
-            features = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **call).pooler_output
-        tokens = [VisualTokens(f, grid=g) for f, g in zip(features, grids)]
+            features = self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
+        out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
         if not capture:
-            return tokens
-        attention, keys = (capture[k].to(tokens[0].features.device) for k in ("attention", "keys"))
-        return [replace(t, attention=attention[i], keys=keys[i]) for i, t in enumerate(tokens)]
+            return out
+        attention, keys = (capture[k].to(out[0].features.device) for k in ("attention", "keys"))
+        return [replace(e, attention=attention[i], keys=keys[i]) for i, e in enumerate(out)]
 
     @contextlib.contextmanager
     def _capture(self, into: dict[str, Tensor], layer: Any, strategy: str) -> Iterator[None]:
@@ -133,12 +132,17 @@ class LlavaAdapter:
             with _hooking:
                 handle.remove()
 
-    def embed_text(self, ids: Tensor) -> Tensor:
-        """Embeddings (T, D) of text tokens (T,)."""
-        return self.model.get_input_embeddings()(ids)
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        """Undoes the resizing of the shorter side and the centre crop of CLIP's processor."""
+        if not getattr(image_processor, "do_center_crop", False):
+            return planes
+        wanted, crop = image_processor.size, image_processor.crop_size
+        edge = wanted.get("shortest_edge")
+        shown = [edge * side / min(size) for side in size] if edge else [wanted["width"], wanted["height"]]
+        across, down = crop["width"] / shown[0], crop["height"] / shown[1]
+        top, left = (1 - down) / 2, (1 - across) / 2
 
-    def pack(self, features: list[Tensor]) -> dict[str, Any]:
-        """Features in the container that ``forward`` and ``generate`` take as ``mm_encoder_outputs``."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        def original(box: Box) -> Box:
+            return top + box[0] * down, left + box[1] * across, top + box[2] * down, left + box[3] * across
 
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        return tuple(replace(p, box=original(p.box)) for p in planes)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import mllm_efficient as me
 from mllm_efficient.budget import fit_grid
 from mllm_efficient.compressors.base import Compressor, Resizer, generator_for, one_line, parameters, query_aware
+from mllm_efficient.patches.base import Adapter
 from mllm_efficient.shrink import check
 
 settings.register_profile("patient", deadline=None)  # no test asserts a time
@@ -319,9 +320,8 @@ def test_pool_is_adaptive_pooling_by_the_slow_loop(grid, mode):
     v = visual_tokens(grid, dtype=torch.float64)
     for budget in range(1, len(v) + 1):
         method = me.Pool(tokens=budget, mode=mode)
-        k = method.count(len(v), grid)
-        out = method.compress(v, k)
-        assert out.indices is None and len(out) == k
+        out = method.compress(v, budget)
+        assert out.indices is None and len(out) == method.count(len(v), grid)
         assert out.grid == fit_grid(grid, budget)
         expected = slow_pool(v.features, grid, *out.grid, mode)
         # 1e-14: float64, the order of a sum of values of about 1 is free.
@@ -433,8 +433,9 @@ def test_needs_may_be_a_plain_set(registered):
         needs = {"clip_text", "grid"}  # noqa: RUF012
 
     assert query_aware(Mine)
-    family = SimpleNamespace(gives=frozenset({"grid", "keys"}), model=object(), full_size_grid=lambda: (36, (6, 6)), fixed_count=True)
-    with pytest.raises(me.UnsupportedModelError, match="mine needs clip_text, which object does not give"):
+    family = Adapter(SimpleNamespace(config=None))
+    family.gives = frozenset({"grid", "keys"})
+    with pytest.raises(me.UnsupportedModelError, match="mine needs clip_text, which SimpleNamespace does not give"):
         check(family, me.build("mine:tokens=3"))
     family.gives = {"grid", "clip_text"}
     check(family, me.build("mine:tokens=3"))

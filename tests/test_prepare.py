@@ -538,11 +538,12 @@ def test_a_need_the_family_cannot_meet_is_named(tiny_llava, make_batch, register
         me.prepare(tiny_llava, "clipper:tokens=9", **make_batch("one image"))
 
 
-@pytest.mark.parametrize("spec", ["pool:tokens=9", "resize:tokens=9"])
-def test_a_method_that_needs_a_grid_refuses_tokens_without_one(make_llava, make_batch, spec):
+@pytest.mark.parametrize("spec", ["pool:tokens=10", "resize:tokens=10"])
+def test_a_class_token_that_is_kept_stays_beside_the_grid(make_llava, make_batch, spec):
     model = make_llava(vision_feature_select_strategy="full")
-    with pytest.raises(me.CountMismatchError, match="needs the token grid"):
-        me.prepare(model, spec, input_ids=with_placeholders([37]), pixel_values=make_batch("one image").pixel_values)
+    report = me.prepare(model, spec, input_ids=with_placeholders([37]), pixel_values=make_batch("one image").pixel_values).report
+    assert [(p.rows, p.columns) for p in report.images[0].kept_planes] == [(1, 1), (3, 3)]
+    assert (report.images[0].full, report.images[0].kept, report.images[0].grid) == (37, 10, None)
 
 
 def test_an_unsupported_model_is_named_with_the_supported_ones(make_batch):

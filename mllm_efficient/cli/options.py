@@ -63,13 +63,12 @@ def say(text: str) -> None:
 def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     """Says before anything runs what each method keeps, and raises for one that the model cannot run."""
     from ..models import require_supported
-    from ..shrink import check, describe
+    from ..plan import check, describe
 
     adapter = require_supported(loaded)
-    n, grid = adapter.full_size_grid()
     for method in methods:
         check(adapter, method)
-        say(describe(method, n, grid, fixed=adapter.fixed_count))
+        say(describe(method, adapter.usual(), adapter))
 
 
 def print_json(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:

@@ -25,8 +25,10 @@ class Compressor:
     """What every method has: a name, a budget, a position rule. Frozen; nothing of a call is kept on it.
 
     keep, tokens, prune: fraction kept, count kept, fraction removed; exactly one. min_tokens, max_tokens bound a
-    fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE), "keep" leaves every
-    kept token at its place in the uncompressed prompt.
+    fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE, "keep" on M-RoPE), "keep"
+    leaves every kept token at its place in the uncompressed prompt. per: what the budget is for: every "image" (or
+    video), every "tile" of an anyres image, every "frame" of a video. newline: None drops the newline and separator
+    columns of an image that loses tokens, "keep" keeps them all.
     """
 
     name: ClassVar[str] = ""
@@ -42,6 +44,8 @@ class Compressor:
     min_tokens: int | None = None
     max_tokens: int | None = None
     positions: str | None = None
+    per: str = "image"
+    newline: str | None = None
 
     def __post_init__(self):
         self.budget  # noqa: B018  (raises on a bad budget)
@@ -49,6 +53,10 @@ class Compressor:
             raise BadBudgetError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
         if self.positions == "keep" and self.merges:
             raise BadBudgetError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
+        if self.per not in ("image", "tile", "frame"):
+            raise BadBudgetError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
+        if self.newline not in (None, "keep"):
+            raise BadBudgetError(f"newline={self.newline!r} is not 'keep': leave it out to drop newline columns")
 
     @property
     def budget(self) -> Budget:
@@ -60,8 +68,12 @@ class Compressor:
         return True
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
-        """K of an image with n tokens, known before any pixel is looked at."""
-        return self.budget.count(n, fixed=fixed)
+        """K of an image with n tokens on one grid, known before any pixel is looked at."""
+        return self.yields(self.budget.count(n, fixed=fixed), grid)
+
+    def yields(self, k: int, grid: tuple[int, int] | None) -> int:
+        """How many tokens a budget of k gives on a grid."""
+        return k
 
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
@@ -142,27 +154,35 @@ Selector.select = _checked(Selector.select)  # type: ignore[method-assign]
 
 @dataclass(frozen=True, kw_only=True)
 class Merger(Compressor):
-    """Makes K new tokens out of N. Override ``merge(v, k) -> CompressedTokens``."""
+    """Makes new tokens out of N. Override ``merge(v, k) -> CompressedTokens``, and ``yields`` where it gives fewer than k.
+
+    channelwise: whether every channel is merged by itself and by places alone, as pooling does, so that the features
+    that some models add in later layers (deepstack) can be merged alike.
+    """
 
     merges: ClassVar[bool] = True
+    channelwise: ClassVar[bool] = False
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         raise TypeError(f"{type(self).__name__} must define merge(v, k)")
 
     def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
-        out = self.merge(v, k)
-        if len(out) != k:
-            raise CountMismatchError(f"{self.name}: merge gave {len(out)} tokens where {k} were asked")
+        out, wanted = self.merge(v, k), self.yields(k, v.grid)
+        if len(out) != wanted:
+            raise CountMismatchError(f"{self.name}: merge gave {len(out)} tokens where {wanted} were asked")
         return out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resizer(Compressor):
-    """Changes the picture instead of its tokens. ``target(grid, k)`` gives the grid the tower shall see."""
+    """Changes the picture instead of its tokens. ``target(grid, k, tokens)`` gives the smaller grid the tower shall see.
+
+    grid is one the picture (or each of its tiles) has now; ``tokens(smaller)`` is the image's count with a smaller one.
+    """
 
     merges: ClassVar[bool] = True
 
-    def target(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
+    def target(self, grid: tuple[int, int], k: int, tokens: Callable[[tuple[int, int]], int] = lambda g: g[0] * g[1]) -> tuple[int, int]:
         raise TypeError(f"{type(self).__name__} must define target(grid, k)")
 
 

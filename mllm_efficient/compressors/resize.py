@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from ..errors import CountMismatchError
+from ..errors import BadBudgetError, CountMismatchError
 from ..registry import register
 from .base import Resizer
 
@@ -18,25 +19,27 @@ class Resize(Resizer):
     """The image itself made smaller, aspect kept, until it yields at most K tokens; the tower runs on that.
 
     The tower's position embeddings are interpolated and its cost falls with the picture. The largest grid
-    (round(s * rows), round(s * columns)), s <= 1, with at most K cells is taken. Source of the comparison: VTC-Bench
+    (round(s * rows), round(s * columns)), s <= 1, with at most K tokens is taken; anyres tiles are all made smaller
+    alike. Source of the comparison: VTC-Bench
     (arXiv 2510.07143).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
-    def target(self, grid: tuple[int, int], k: int) -> tuple[int, int]:
+    def target(self, grid: tuple[int, int], k: int, tokens: Callable[[tuple[int, int]], int] = math.prod) -> tuple[int, int]:
         half = Fraction(1, 2)
         # a side drops by one cell just below these scales; between two of them the grid is the same
         steps = {Fraction(1)} | {(i - half) / side for side in grid for i in range(2, side + 1)}
         for scale in sorted(steps, reverse=True):
             h, w = (max(1, math.floor(side * scale + half)) for side in grid)
-            if h * w <= k:
+            if tokens((h, w)) <= k:
                 return h, w
+        fewest = tokens((1, 1))
+        if fewest > k:
+            raise BadBudgetError(f"resize: the smallest picture still has {fewest} tokens, and {k} are asked: ask for at least {fewest}")
         return 1, 1
 
-    def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
-        k = super().count(n, grid, fixed=fixed)
+    def yields(self, k: int, grid: tuple[int, int] | None) -> int:
         if grid is None:
             raise CountMismatchError("resize needs the token grid, and these tokens form none")
-        h, w = self.target(grid, k)
-        return h * w
+        return math.prod(self.target(grid, k))

@@ -1,0 +1,162 @@
+"""What a method will do to an image or video, known before any pixel is looked at: which tokens together, how many stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .budget import apportion
+from .compressors.base import Compressor, Resizer
+from .errors import UnsupportedModelError
+from .tokens import Plane, VisualShape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that are compressed together.
+
+    indices: (n,) of its tokens in the image, None for all of them. plane: the rectangle they form, if they form one.
+    k: the budget handed to the method. kept: the tokens it gives for that.
+    """
+
+    indices: Tensor | None
+    plane: Plane | None
+    k: int
+    kept: int
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        return (self.plane.rows, self.plane.columns) if self.plane else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method on one item of ``shape``.
+
+    groups: of a method that works on tokens. smaller, after: the grid a smaller picture is given and the shape it then
+    has. kept: tokens that are left. separators: newline columns and separators that are left. untouched: every token
+    and separator stays as it is. clamped: more tokens were asked than there are.
+    """
+
+    shape: VisualShape
+    kept: int
+    groups: tuple[Group, ...] = ()
+    smaller: tuple[int, int] | None = None
+    after: VisualShape | None = None
+    separators: int = 0
+    untouched: bool = False
+    clamped: bool = False
+
+
+def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
+    """The plan of a method for an item of the adapter. Raises ``BadBudgetError`` where the budget cannot be met."""
+    shape: VisualShape = item.shape
+    clamped = method.tokens is not None and method.per == "image" and method.tokens > shape.n
+    k = method.budget.count(shape.n, fixed=adapter.fixed_count)
+    whole = Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
+    if isinstance(method, Resizer):
+        smaller = method.target(adapter.unit(item), k, lambda grid: adapter.shape_at(item, grid).n) if k < shape.n else None
+        if smaller is None or smaller == adapter.unit(item):
+            return whole
+        after: VisualShape = adapter.shape_at(item, smaller)
+        return Plan(shape, after.n, smaller=smaller, after=after, separators=after.separators if method.newline else 0, clamped=clamped)
+    groups = tuple(_groups(method, shape, k))
+    kept = sum(g.kept for g in groups)
+    if kept == shape.n and method.full_is_identity:
+        return whole
+    keeps_newlines = method.newline == "keep" or kept == shape.n
+    return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+
+
+def _groups(method: Compressor, shape: VisualShape, k: int) -> Iterator[Group]:
+    if method.per == "image" or (method.per == "frame") != (shape.modality == "video"):
+        planes = [p for p in shape.planes if len(p)]
+        if len(planes) == 1:
+            yield Group(None, planes[0], k, method.yields(k, (planes[0].rows, planes[0].columns)))
+        elif not (method.merges and "grid" in method.needs):
+            yield Group(None, None, k, method.yields(k, None))
+        else:
+            shares = apportion(k, [len(p) for p in planes])
+            for (plane, indices), share in zip(_rectangles(shape, by_tile=False), shares):
+                yield Group(indices, plane, share, method.yields(share, (plane.rows, plane.columns)))
+        return
+    for plane, indices in _rectangles(shape, by_tile=method.per == "tile"):
+        share = method.budget.count(len(plane), fixed=False)
+        yield Group(indices, plane, share, method.yields(share, (plane.rows, plane.columns)))
+
+
+def _rectangles(shape: VisualShape, by_tile: bool) -> Iterator[tuple[Plane, Tensor]]:
+    """The planes of a shape, or the parts of them that come from one tile, with the indices of their tokens."""
+    start = 0
+    for plane in shape.planes:
+        table = torch.arange(start, start + len(plane)).view(plane.rows, plane.columns)
+        start += len(plane)
+        if not len(plane):
+            continue
+        if not by_tile or not plane.row_tiles:
+            yield plane, table.flatten()
+            continue
+        down, across = torch.tensor(plane.row_tiles), torch.tensor(plane.column_tiles)
+        for r in down.unique():
+            for c in across.unique():
+                part = table[down == r][:, across == c]
+                yield _part(plane, down == r, across == c), part.flatten()
+
+
+def _part(plane: Plane, rows: Tensor, columns: Tensor) -> Plane:
+    """The rectangle of a plane at rows and columns that follow each other."""
+    (r0, r1), (c0, c1) = ((int(m.nonzero()[0]), int(m.nonzero()[-1]) + 1) for m in (rows, columns))
+    top, left, bottom, right = plane.box
+    high, wide = (bottom - top) / plane.rows, (right - left) / plane.columns
+    box = (top + r0 * high, left + c0 * wide, top + r1 * high, left + c1 * wide)
+    tile = plane.tile + plane.row_tiles[r0] + plane.column_tiles[c0]
+    return replace(plane, rows=r1 - r0, columns=c1 - c0, tile=tile, row_tiles=(), column_tiles=(), box=box, newline=False)
+
+
+def position_rule(adapter: Any, method: Compressor) -> str:
+    """ "renumber" or "keep": the method's own rule, else the family's. A merged token has no old position to keep."""
+    return method.positions or ("renumber" if method.merges else adapter.positions)
+
+
+def check(adapter: Any, method: Compressor) -> None:
+    """Raises where a model cannot run a method at all, before any call is made."""
+    family, name = type(adapter.model).__name__, method.name
+    lacking = sorted(set(method.needs) - adapter.gives)
+    if lacking:
+        raise UnsupportedModelError(f"{name} needs {', '.join(lacking)}, which {family} does not give")
+    if method.per != "image" and method.per not in adapter.parts:
+        known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
+        raise UnsupportedModelError(f"{name}: per={method.per!r} has no effect on {family}, which knows {known}")
+    if isinstance(method, Resizer) and method.per != "image":
+        raise UnsupportedModelError(f"{name} makes whole pictures smaller: leave per= out")
+    if method.newline == "keep":
+        if not adapter.separators:
+            raise UnsupportedModelError(f"{name}: newline='keep' has no effect on {family}, which has no newline columns")
+        if method.merges and not isinstance(method, Resizer):
+            raise UnsupportedModelError(f"{name} merges rows, and a newline column belongs to a row: leave newline= out")
+    picked = getattr(method, "order", "raster") == "picked"
+    if picked and (position_rule(adapter, method) == "keep" or method.newline == "keep"):
+        raise UnsupportedModelError(f"{name}: order='picked' shuffles tokens, which {family} places by position: use positions='renumber'")
+    if adapter.deepstack and method.merges and not isinstance(method, Resizer) and not getattr(method, "channelwise", False):
+        raise UnsupportedModelError(f"{name} merges by content, and the features that {family} adds in later layers cannot follow")
+    usual = adapter.usual()
+    if usual is not None:
+        method.budget.count(usual.n, fixed=adapter.fixed_count)
+
+
+def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
+    """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
+    if shape is None:
+        each = {"image": "image or video", "tile": "tile", "frame": "frame"}[method.per]
+        if method.tokens is not None:
+            return f"{method.name} keeps up to {method.tokens} tokens per {each}"
+        fraction = method.budget.fraction or 0.0
+        return f"{method.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
+    from .patches.base import Item
+
+    k = plan(adapter, method, Item({}, shape)).kept
+    return f"{method.name} keeps {k} of {shape.n} tokens per {shape.modality} (removes {100 * (1 - k / shape.n):.1f}%)"

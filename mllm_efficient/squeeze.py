@@ -1,0 +1,169 @@
+"""Runs a method on what the host made of each image, as its plan says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from .compressors.base import Compressor
+from .errors import CountMismatchError
+from .layout import require
+from .plan import Group, Plan
+from .tokens import CompressedTokens, Plane, VisualTokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may ask for beyond the tower's output."""
+
+    generator: Generator
+    text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """One item, compressed.
+
+    features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
+    placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones.
+    """
+
+    features: Tensor
+    deep: tuple[Tensor, ...]
+    keep: Tensor
+    indices: Tensor | None
+    kept_planes: tuple[Plane, ...] | None = None
+
+
+def squeeze_all(
+    method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
+) -> tuple[list[Squeezed], float]:
+    """Every item compressed on its own, and the seconds that took on the device."""
+    cuda = bool(encodings) and encodings[0].features.is_cuda
+    if cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(encodings[0].features.device)
+        begin.record(stream)
+    started = time.perf_counter()
+    parts = [_compress(method, p, e, c) for p, e, c in zip(plans, encodings, contexts)]
+    if cuda:
+        end.record(stream)
+        end.synchronize()
+        seconds = begin.elapsed_time(end) / 1000
+    else:
+        seconds = time.perf_counter() - started
+    return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
+
+
+Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
+
+
+def _compress(method: Compressor, p: Plan, encoding: Any, context: Context) -> list[Part]:
+    """The method's output for each group of an item, and what becomes of its deep features."""
+    if p.untouched or p.smaller is not None:
+        return []
+    tokens = _tokens(p, encoding, context)
+    deep = [layer if not p.shape.separators else layer[p.shape.token_slots.to(layer.device)] for layer in encoding.deep]
+    out = []
+    for group in p.groups:
+        part, layers = _of_group(tokens, group), [_pick(layer, group) for layer in deep]
+        done = method.compress(part, group.k)  # type: ignore[attr-defined]
+        require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
+        if done.indices is not None:
+            out.append((group, done, tuple(layer[done.indices] for layer in layers)))
+        else:
+            merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
+            out.append((group, done, tuple(merged)))
+    return out
+
+
+def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
+    features = encoding.features
+    if p.shape.separators:
+        features = features[p.shape.token_slots.to(features.device)]
+    extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
+    return VisualTokens(features, p.shape.grid, p.shape.tile(), p.shape.frame(), **extra)
+
+
+def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
+    if group.indices is None:
+        return v
+    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys")}
+    picked = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
+    return replace(v, **picked, grid=group.grid)
+
+
+def _pick(values: Tensor, group: Group) -> Tensor:
+    return values if group.indices is None else values[group.indices.to(values.device)]
+
+
+def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> Squeezed:
+    """Kept tokens, with the separators that stay, in the order of the placeholders they take."""
+    shape = p.shape
+    if p.untouched:
+        return Squeezed(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
+    if p.after is not None:
+        return _smaller(p, encoding)
+    slots, indices = [], []
+    for group, done, _ in parts:
+        own = torch.arange(shape.n) if group.indices is None else group.indices
+        if done.indices is None:
+            slots.append(shape.token_slots[own[: group.kept]])
+            continue
+        index = done.indices.detach().to("cpu", torch.long)
+        if len(index.unique()) != len(index):
+            raise CountMismatchError(f"{method.name} selected the same visual token twice")
+        indices.append(own[index])
+        slots.append(shape.token_slots[own[index].sort().values])
+    taken = torch.cat(slots)
+    keep = torch.zeros(shape.length, dtype=torch.bool)
+    keep[taken] = True
+    rows = [torch.cat([done.features for _, done, _ in parts]) if len(parts) > 1 else parts[0][1].features]
+    rows += [torch.cat(layers) if len(parts) > 1 else layers[0] for layers in zip(*(layers for _, _, layers in parts))]
+    if p.separators:
+        stay = torch.ones(shape.length, dtype=torch.bool)
+        stay[shape.token_slots] = False
+        stay = stay.nonzero()[:, 0]
+        keep[stay], taken = True, torch.cat([taken, stay])
+        rows = [torch.cat([r, host[stay.to(host.device)]]) for r, host in zip(rows, (encoding.features, *encoding.deep))]
+    if len(parts) > 1 or p.separators:
+        order = taken.argsort()
+        rows = [r[order.to(r.device)] for r in rows]
+    merged = not indices
+    ordered = None if merged else torch.cat(indices)
+    if ordered is not None and len(parts) > 1 and getattr(method, "order", "raster") == "raster":
+        ordered = ordered.sort().values
+    return Squeezed(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
+
+
+def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
+    """The planes of merged tokens, each over what its tokens were over; without a grid, one row of them."""
+    out = []
+    for group, done, _ in parts:
+        over = group.plane or Plane(1, 1)
+        rows, columns = done.grid or (1, len(done))
+        out.append(replace(over, rows=rows, columns=columns, row_tiles=(), column_tiles=(), newline=False))
+    return tuple(out)
+
+
+def _smaller(p: Plan, encoding: Any) -> Squeezed:
+    """A smaller picture's tokens take the first placeholders of each plane of the full one."""
+    assert p.after is not None
+    keep = torch.zeros(p.shape.length, dtype=torch.bool)
+    start = 0
+    for full, plane in zip(p.shape.planes, p.after.planes):
+        keep[p.shape.token_slots[start : start + len(plane)]] = True
+        start += len(full)
+    rows = [encoding.features, *encoding.deep]
+    if not p.separators and p.after.separators:
+        rows = [r[p.after.token_slots.to(r.device)] for r in rows]
+    elif p.separators:
+        stay = torch.ones(p.shape.length, dtype=torch.bool)
+        stay[p.shape.token_slots] = False
+        keep[stay.nonzero()[: p.separators, 0]] = True
+    return Squeezed(rows[0], tuple(rows[1:]), keep, None, p.after.planes)

@@ -1,0 +1,142 @@
+"""What the wrapper needs to know of a model, and what most families share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.tokens import Plane, VisualShape
+
+Grid = tuple[int, int]
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video of a call: its own part of the vision arguments, and the shape of its tokens."""
+
+    arguments: dict[str, Any]
+    shape: VisualShape
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the host made of one item.
+
+    features: (length, D) in the host's order, newline columns and separators included. deep: the same for each layer
+    that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), of the tokens alone. shape: of what
+    was encoded, which for a smaller picture is smaller than the item's.
+    """
+
+    features: Tensor
+    shape: VisualShape
+    deep: tuple[Tensor, ...] = ()
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+
+
+class Adapter:
+    """The base of all adapters; a family overrides what is different with it.
+
+    gives: what methods may need beyond the features. fixed_count: whether every image has the same number of tokens.
+    positions: the default rule. parts: what ``per=`` can name. separators: whether there are newline columns.
+    deepstack: whether later layers add visual features. mrope: whether positions have three rows.
+    encode_keys: the vision arguments of a call.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"text", "grid"})
+    fixed_count: ClassVar[bool] = False
+    positions: ClassVar[str] = "renumber"
+    parts: ClassVar[frozenset[str]] = frozenset()
+    separators: ClassVar[bool] = False
+    deepstack: ClassVar[bool] = False
+    mrope: ClassVar[bool] = False
+    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def __init__(self, model: Any):
+        self.model, self.config = model, model.config
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The placeholder token of each modality."""
+        video = getattr(self.config, "video_token_id", None)
+        return {"image": self.config.image_token_id} | ({} if video is None else {"video": video})
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.config.get_text_config().num_hidden_layers
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        """The images of a call in prompt order, then its videos, before any pixel is looked at.
+
+        inputs: the vision arguments, and ``input_ids`` and ``attention_mask`` of the same prompt.
+        """
+        raise TypeError(f"{type(self).__name__} must define items")
+
+    def usual(self) -> VisualShape | None:
+        """The shape of every image where all have the same, else None."""
+        return None
+
+    def unit(self, item: Item) -> Grid:
+        """The grid of the picture, or of each of its tiles: what ``resize`` makes smaller."""
+        return item.shape.planes[0].rows, item.shape.planes[0].columns
+
+    def shape_at(self, item: Item, grid: Grid) -> VisualShape:
+        """The shape of the item if its ``unit`` grid were this one."""
+        raise TypeError(f"{type(self).__name__} must define shape_at")
+
+    def encode(
+        self, items: Sequence[Item], needs: frozenset[str] = frozenset(), grids: Sequence[Grid | None] | None = None
+    ) -> list[Encoding]:
+        """Stock features of every item, all that are alike in one call of the host.
+
+        grids: the smaller ``unit`` grid each item is made to have first; None leaves the picture as it is.
+        """
+        grids = [None] * len(items) if grids is None else grids
+        together: dict[tuple[str, Grid | None], list[int]] = {}
+        for i, (item, grid) in enumerate(zip(items, grids)):
+            together.setdefault((item.shape.modality, grid), []).append(i)
+        out: dict[int, Encoding] = {}
+        for (modality, grid), members in together.items():
+            out |= zip(members, self.run(modality, [items[i] for i in members], needs, grid))
+        return [out[i] for i in range(len(items))]
+
+    def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        """Stock features of items of one modality, at one grid."""
+        raise TypeError(f"{type(self).__name__} must define run")
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Embeddings (T, D) of text tokens (T,)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def pack(self, features: Sequence[tuple[str, Tensor, tuple[Tensor, ...]]]) -> dict[str, Any]:
+        """(modality, features, deep features) of each item in prompt order, as ``forward`` takes them in ``mm_encoder_outputs``."""
+        out: dict[str, Any] = {}
+        for modality in ("image", "video"):
+            parts = [(f, deep) for m, f, deep in features if m == modality]
+            if parts:
+                out[modality] = self.container(modality, [f for f, _ in parts], list(zip(*(deep for _, deep in parts))))
+        return out
+
+    def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
+        """The output object of one modality. deep: for each layer the features of each item."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=features)
+
+    def rope(self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any) -> Tensor:
+        """Positions (3, B, L) of a prompt on M-RoPE models."""
+        raise TypeError(f"{type(self).__name__} has no M-RoPE")
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        """The planes with boxes in fractions of the original picture of ``size`` (width, height), its preprocessing undone."""
+        return planes
+
+
+def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Pictures (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
+    return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)

@@ -1,0 +1,106 @@
+"""LLaVA-OneVision: anyres images whose map is shrunk above a size, several untiled images, videos of pooled frames."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.errors import CountMismatchError
+from mllm_efficient.tokens import Plane, VisualShape
+
+from .base import Encoding, Grid, Item, smaller_pixels
+from .llava_next import LlavaNextAdapter
+from .ragged import ragged_output
+
+
+class VideoFrames(LlavaNextAdapter):
+    """What LLaVA-OneVision and LLaVA-NeXT-Video share: images as LLaVA-NeXT has them, and videos of pooled frames."""
+
+    parts = frozenset({"tile", "frame"})
+    encode_keys = (*LlavaNextAdapter.encode_keys, "pixel_values_videos")
+    closing = 0  # separators behind a video
+
+    def pooled(self, side: int) -> int:
+        """Tokens along a side of a frame of ``side`` x ``side`` patches."""
+        raise TypeError(f"{type(self).__name__} must define pooled")
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        return [*super().items(inputs), *self.videos(inputs)]
+
+    def videos(self, inputs: dict[str, Any]) -> list[Item]:
+        pixels = inputs.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        if not isinstance(pixels, Tensor) or pixels.ndim != 5:
+            raise CountMismatchError("pixel_values_videos must be one tensor (videos, frames, channels, height, width)")
+        shared = {k: inputs[k] for k in self.settings if inputs.get(k) is not None}
+        shape = self._video_shape(pixels.shape[1], self.side)
+        return [Item({"pixel_values_videos": pixels[i : i + 1], **shared}, shape) for i in range(len(pixels))]
+
+    def _video_shape(self, frames: int, side: int) -> VisualShape:
+        n = self.pooled(side)
+        return VisualShape(tuple(Plane(n, n, frame=i) for i in range(frames)), "video", closing=self.closing)
+
+    def unit(self, item: Item) -> Grid:
+        return self.side, self.side
+
+    def shape_at(self, item: Item, grid: Grid) -> VisualShape:
+        if item.shape.modality == "image":
+            return super().shape_at(item, grid)
+        return self._video_shape(len(item.shape.planes), grid[0])
+
+    def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        if modality == "image":
+            return super().run(modality, items, needs, grid)
+        pixels = torch.cat([i.arguments["pixel_values_videos"] for i in items])
+        host, more, shapes = self.model.model, {}, [i.shape for i in items]
+        if grid is not None:
+            size = grid[0] * self.config.vision_config.patch_size
+            pixels = smaller_pixels(pixels.flatten(0, 1), size, size).unflatten(0, pixels.shape[:2])
+            host, more = self.resized_host(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
+            shapes = [self.shape_at(i, grid) for i in items]
+        call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
+        features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
+        return [Encoding(f, shape) for f, shape in zip(features, shapes)]
+
+
+class LlavaOnevisionAdapter(VideoFrames):
+    """What the wrapper needs to know of one LLaVA-OneVision model."""
+
+    encode_keys = (*VideoFrames.encode_keys, "image_sizes_videos", "vision_aspect_ratio", "batch_num_images")
+    settings = (*LlavaNextAdapter.settings, "vision_aspect_ratio")
+    closing = 1
+
+    def pooled(self, side: int) -> int:
+        return math.ceil(side / 2)
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        numbers = inputs.get("batch_num_images")
+        if inputs.get("pixel_values") is None or numbers is None:
+            return super().items(inputs)
+        # Several images of one prompt are not tiled. Rows without an image count too where the processor lists them.
+        tiled = [int(n) == 1 for n in numbers for _ in range(int(n))]
+        return [*self.images(inputs, tiled), *self.videos(inputs)]
+
+    def host_pack(self, host: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
+        ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        packed, _ = host.pack_image_features([features], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio)
+        return packed[0]
+
+    def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        # The host tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
+        numbers, padded, wanted = [], [], []
+        for untiled, group in itertools.groupby(items, key=lambda i: len(i.arguments["pixel_values"]) == 1):
+            run = list(group)
+            wanted += range(len(padded), len(padded) + len(run))
+            numbers += [max(len(run), 2)] if untiled else [1] * len(run)
+            padded += run * 2 if untiled and len(run) == 1 else run
+        found = super().features(host, padded, batch_num_images=torch.tensor(numbers), **more)
+        return [found[i] for i in wanted]
+
+    def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
+        return super().container(modality, features, deep) if modality == "image" else ragged_output(features)
