@@ -50,26 +50,36 @@ class Loaded:
     def device(self):
         return self.model.device
 
-    def prompt(self, question: str, images: int) -> str:
-        """The chat prompt of a question about a number of images. A question with ``<image>`` in it is taken as it is."""
-        token = self.processor.image_token
-        if token in question:
-            found = question.count(token)
-            if found != images:
-                raise MllmEfficientError(f"the prompt has {found} {token} and {images} image(s) are given")
+    def prompt(self, question: str, images: int, videos: int = 0) -> str:
+        """The chat prompt of a question about images, then videos. A question with their placeholders in it is taken as it is."""
+        tokens = {"image": self.processor.image_token, "video": getattr(self.processor, "video_token", None)}
+        wanted = {"image": images, "video": videos}
+        if any(token and token in question for token in tokens.values()):
+            for kind, token in tokens.items():
+                found = question.count(token) if token else 0
+                if found != wanted[kind]:
+                    raise MllmEfficientError(f"the prompt has {found} {token} and {wanted[kind]} {kind}(s) are given")
             return question
-        content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+        kinds = ["image"] * images + ["video"] * videos
         if not getattr(self.processor, "chat_template", None):
-            return f"USER: {(token + chr(10)) * images}{question} ASSISTANT:"
+            return f"USER: {''.join(f'{tokens[kind]}{chr(10)}' for kind in kinds)}{question} ASSISTANT:"
+        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Picture] = ()) -> dict[str, Any]:
-        """Left-padded model inputs on the model's device."""
+    def inputs(
+        self, prompts: Sequence[str], images: Sequence[Picture] = (), videos: Sequence[Sequence[Picture]] | None = None
+    ) -> dict[str, Any]:
+        """Left-padded model inputs on the model's device. videos: the frames of each, all of which the model is to see."""
         self.processor.tokenizer.padding_side = "left"
-        batch = self.processor(images=list(images) or None, text=list(prompts), return_tensors="pt", padding=True)
-        batch = batch.to(self.device)
-        if "pixel_values" in batch:
-            batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        call: dict[str, Any] = {"images": list(images) or None, "text": list(prompts), "return_tensors": "pt", "padding": True}
+        if videos:
+            import numpy as np
+
+            call |= {"videos": [np.stack([np.asarray(frame) for frame in video]) for video in videos], "do_sample_frames": False}
+        batch = self.processor(**call).to(self.device)
+        for name in ("pixel_values", "pixel_values_videos"):
+            if name in batch:
+                batch[name] = batch[name].to(self.model.dtype)
         return dict(batch)
 
 

@@ -65,7 +65,8 @@ class VideoFrames(LlavaNextAdapter):
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
         features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
-        return [Encoding(f, shape) for f, shape in zip(features, shapes)]
+        # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
+        return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]
 
 
 class LlavaOnevisionAdapter(VideoFrames):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import evaluate, generate, methods
+from . import evaluate, generate, methods, show
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("methods")(methods.methods)
 app.command("generate")(generate.generate)
+app.command("show")(show.show)
 app.command("eval")(evaluate.evaluate)
 
 
