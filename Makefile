@@ -1,8 +1,9 @@
 # make run     compares all methods on the embedded benchmark, 1000 questions (installs into .venv first)
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
+# make test-oldest   the same on the oldest supported transformers (.venv-oldest)
 # make lint    ruff, and mypy on the tree that a wheel would install
-# make clean   removes .venv and everything built; runs/ stays
+# make clean   removes both environments and everything built; runs/ stays
 #
 # PYTHON=python3.12   the interpreter of .venv, 3.11 to 3.13
 # TORCH_INDEX=URL     where torch itself comes from, such as https://download.pytorch.org/whl/cpu
@@ -13,11 +14,12 @@ TORCH_INDEX ?=
 METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
 PIP := .venv/bin/python -m pip -q --disable-pip-version-check
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test lint clean
+.PHONY: run table test test-oldest lint clean
 
 run: .venv/.installed
 	$(EVAL) --limit 1000
@@ -28,6 +30,9 @@ table: .venv/.installed
 test: .venv/.installed-dev
 	.venv/bin/pytest -n 2
 
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/pytest -n 2
+
 lint: .venv/.installed-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -36,7 +41,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 clean:
-	rm -rf .venv build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
 .venv/.installed: pyproject.toml constraints.txt
@@ -54,4 +59,15 @@ endif
 .venv/.installed-dev: .venv/.installed
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# The oldest transformers that pyproject.toml accepts; everything else as in .venv.
+.venv-oldest/.installed: .venv/.installed
+	@echo "installing the oldest supported transformers into .venv-oldest"
+	@.venv-oldest/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv-oldest
+	@sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > .venv-oldest/constraints.txt
+ifneq ($(strip $(TORCH_INDEX)),)
+	@.venv-oldest/bin/python -m pip -q install "$$(grep '^torch==' constraints.txt)" --index-url "$(TORCH_INDEX)"
+endif
+	@.venv-oldest/bin/python -m pip -q --disable-pip-version-check install -e '.[dev]' -c .venv-oldest/constraints.txt
 	@touch $@

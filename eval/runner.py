@@ -40,7 +40,8 @@ class Run:
         self.adapter = require_supported(self.loaded)
         # models trained by the recipe know the questions alone; others are told to answer with one word
         self.builtin = self.loaded.processor.tokenizer.get_vocab() == VOCABULARY
-        self.size = self.loaded.model.config.vision_config.image_size
+        size = getattr(self.loaded.model.config.vision_config, "image_size", 448)  # Qwen-VL takes any
+        self.size = size if isinstance(size, int) else size[0]
         self.records = Records(self.output_dir, self.config)
 
     @property

@@ -102,7 +102,8 @@ def _prepare_generate(
         raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
     adapter = adapter_for(model)
     if holds_uncompressed(kwargs.get("past_key_values")):
-        if keeps_all(adapter, method, kwargs):
+        seen = int(kwargs["past_key_values"].get_seq_length())
+        if keeps_all(adapter, method, {**kwargs, "input_ids": ids[:, seen:]}):
             return None
         raise CountMismatchError(UNCOMPRESSED_CACHE)
     mask = kwargs.get("attention_mask")

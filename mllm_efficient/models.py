@@ -104,7 +104,7 @@ def load(options: ModelOptions) -> Loaded:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
     device = _device(options)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -119,13 +119,28 @@ def load(options: ModelOptions) -> Loaded:
         settings["quantization_config"] = _quantization(options.quantization, device)
         settings["device_map"] = options.device_map or device
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **settings, **common)
+        config = AutoConfig.from_pretrained(source, **common)
+        _require_family(options.model, config)  # before gigabytes are read
         processor = AutoProcessor.from_pretrained(source, **common)
+        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **settings, **common)
         if "device_map" not in settings:
             model = model.to(device)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever the libraries below raise for damaged or unfitting files, or a full device
         raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}") from error
     return Loaded(model.eval(), processor, options)
+
+
+def _require_family(name: str, config: Any) -> None:
+    from .patches import FAMILIES
+
+    made_for = getattr(config, "architectures", None) or []
+    if made_for and not set(made_for) & set(FAMILIES):
+        no_vision = "" if hasattr(config, "vision_config") else " and takes no images"
+        raise UnsupportedModelError(
+            f"{name} is a {made_for[0]}, which is not supported{no_vision}: the model must be one of {', '.join(FAMILIES)}"
+        )
 
 
 def _device(options: ModelOptions) -> str:

@@ -55,8 +55,8 @@ class Plan:
 def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
     """The plan of a method for an item of the adapter. Raises ``BadBudgetError`` where the budget cannot be met."""
     shape: VisualShape = item.shape
-    clamped = method.tokens is not None and method.per == "image" and method.tokens > shape.n
     k = method.budget.count(shape.n, fixed=adapter.fixed_count)
+    clamped = method.tokens is not None and method.tokens > shape.n
     whole = Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
     if isinstance(method, Resizer):
         smaller = method.target(adapter.unit(item), k, lambda grid: adapter.shape_at(item, grid).n) if k < shape.n else None
@@ -155,6 +155,8 @@ def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str
         if method.tokens is not None:
             return f"{method.name} keeps up to {method.tokens} tokens per {each}"
         fraction = method.budget.fraction or 0.0
+        if fraction == 1:
+            return f"{method.name} keeps every token"
         return f"{method.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
     from .patches.base import Item
 

@@ -36,11 +36,11 @@ class Plane:
     def __len__(self) -> int:
         return self.rows * self.columns
 
-    @property
-    def tiles(self) -> list[int]:
-        """The tile of each token in raster order."""
-        down, across = self.row_tiles or (0,) * self.rows, self.column_tiles or (0,) * self.columns
-        return [self.tile + r + c for r in down for c in across]
+    def tiles(self) -> Tensor:
+        """(rows * columns,) the tile of each token."""
+        if not self.row_tiles:
+            return torch.full((len(self),), self.tile)
+        return (self.tile + torch.tensor(self.row_tiles)[:, None] + torch.tensor(self.column_tiles)).flatten()
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,15 @@ class VisualShape:
 
     def tile(self) -> Tensor | None:
         """(N,) the tile of each token, or None where there is one tile."""
-        tiles = [t for p in self.planes for t in p.tiles]
-        return torch.tensor(tiles) if len(set(tiles)) > 1 else None
+        if len(self.planes) == 1 or len({p.tile for p in self.planes}) == 1:
+            return None
+        return torch.cat([p.tiles() for p in self.planes])
 
     def frame(self) -> Tensor | None:
         """(N,) the frame of each token, or None for an image."""
-        frames = [p.frame for p in self.planes for _ in range(len(p))]
-        return None if None in frames else torch.tensor(frames)
+        if self.modality != "video":
+            return None
+        return torch.cat([torch.full((len(p),), p.frame) for p in self.planes])
 
     @functools.cached_property
     def token_slots(self) -> Tensor:

@@ -30,12 +30,13 @@ def methods(json: options.Json = False, imports: options.Import = None) -> None:
     if json:
         options.print_json(rows, {"count": len(rows)})
         return
-    shared = ("keep", "tokens", "prune", "min_tokens", "max_tokens", "positions")
+    shared = ("keep", "tokens", "prune", "min_tokens", "max_tokens", "positions", "per", "newline")
     lines = []
     for r in rows:
         own = ", ".join(f"{k}={v}" for k, v in r["parameters"].items() if k not in shared)
         answers = ["yes" if r[k] else "no" for k in ("trained", "query_aware")]
         lines.append([r["name"], r["family"], *answers, ", ".join(r["needs"]) or "-", r["paper"] or "-", own or "-"])
     options.print_table(["method", "family", "trained", "query-aware", "needs", "paper", "own parameters"], lines, left=7)
-    print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=.")
+    print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=,")
+    print("per= (image, tile, frame) and newline= (keep).")
     print("Families: P before the language model. Example: --method divprune:keep=0.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,24 +51,28 @@ class DivPrune(Selector):
         return self.order == "raster"
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        if not v.features.isfinite().all():
-            raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
         return farthest_first(distances(v.features, self.metric), k)
 
 
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:
-    """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input."""
+    """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input. Raises on NaN or infinity."""
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
+        lowest, highest = torch.aminmax(x, dim=1, keepdim=True)
+        largest = torch.maximum(-lowest, highest)  # of each row, and NaN where there is one
+        least, most = torch.stack([largest.min(), largest.max()]).tolist()
+        if not math.isfinite(least) or not math.isfinite(most):
+            raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
-        # Rows scaled by powers of two: exact, and no square can overflow.
-        exponent = torch.frexp(x.abs().amax(1, keepdim=True))[1]
-        lowest = -1022 if x.dtype == torch.float64 else -126
-        x = torch.ldexp(x, -exponent.clamp(min=lowest).to(x.dtype))
-        norm = x.norm(dim=1)
+        if least <= 2.0**-50 or most >= 2.0**50:
+            # Rows scaled by powers of two: exact, and no square can overflow or vanish.
+            exponent = torch.frexp(largest)[1].clamp(min=-1022 if x.dtype == torch.float64 else -126)
+            x = torch.ldexp(x, -exponent.to(x.dtype))
+        norm = torch.linalg.vector_norm(x, dim=1)
         norm = torch.where(norm == 0, torch.ones_like(norm), norm)
-        return 1 - (x @ x.T) / (norm[:, None] * norm[None, :])
+        similarity = (x @ x.T).div_(norm[:, None] * norm[None, :])
+        return torch.sub(1, similarity, out=similarity)
 
 
 _precision = threading.Lock()  # the setting is the process's, and several threads may select at once

@@ -25,6 +25,8 @@ class NoCompression(Selector):
     def __post_init__(self):
         if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
             raise BadBudgetError("none keeps every token and takes no budget")
+        if (self.per, self.newline) != ("image", None):
+            raise BadBudgetError("none keeps every token and newline column: per= and newline= have no effect")
         super().__post_init__()
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
