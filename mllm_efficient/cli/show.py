@@ -1,0 +1,246 @@
+"""``mllm-efficient show``."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MllmEfficientError
+from . import options
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+    from ..compressors.base import Compressor
+    from ..models import Loaded
+    from ..viz import Result, Subject
+
+EXTRACT = "extract frames first (ffmpeg -i clip.mp4 -vf fps=1 frames/%04d.png) and give their folder"
+
+
+def show(
+    output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
+    method: Annotated[list[str], typer.Option("--method", help="Specification or YAML file. Repeatable.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file. Repeatable; each is shown on its own.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Folder of frames, or an animated GIF, WebP or APNG.")] = None,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="How many frames of the video, evenly spread.")] = 8,
+    prompt: Annotated[str, typer.Option("--prompt", help="The question, for methods that look at it.")] = "Describe this.",
+    dim: Annotated[str, typer.Option("--dim", help="How dropped tokens look: light or dark.")] = "light",
+    caption: Annotated[str | None, typer.Option("--caption", help="Small print below, instead of the legend; '' for none.")] = None,
+    model: options.Model = "builtin",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    quantization: options.Quantization = None,
+    revision: options.Revision = None,
+    seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    imports: options.Import = None,
+) -> None:
+    """Draws which tokens of a picture or video each method keeps, as one figure for papers and slides."""
+    from .. import viz
+    from ..images import load_image
+
+    options.import_files(imports)
+    if not image and video is None:
+        raise MllmEfficientError("nothing to show: give --image FILE or --video FOLDER")
+    if dim not in viz.DIMS:
+        raise MllmEfficientError(f"--dim {dim} is not one of {', '.join(viz.DIMS)}")
+    viz.check_target(output)
+    methods = list(dict.fromkeys(options.one_method(m) for m in method))
+    pictures = [(path, load_image(path)) for path in image or ()]
+    clip = load_frames(video, frames) if video is not None else ([], [])
+
+    from ..models import BUILTIN, ModelOptions, environment, load
+
+    settings = ModelOptions(
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+    )  # fmt: skip
+    loaded = load(settings)
+    options.announce(loaded, methods)
+    subjects, rows = [], []
+    for path, picture in pictures:
+        results = [_run(loaded, m, prompt, [picture]) for m in methods]
+        name = path.name if len(path.name) <= 32 else f"{path.name[:16]}…{path.name[-15:]}"
+        note = name if len(pictures) > 1 else f"{picture.width} × {picture.height} pixels"
+        subjects.append(viz.Subject([picture], results, note))
+        rows += [_row(m, path, "image", result, output) for m, result in zip(methods, results)]
+    if video is not None:
+        results = [_run(loaded, m, prompt, clip[0], video=True) for m in methods]
+        subjects.append(_film(clip[0], clip[1], results))
+        rows += [_row(m, video, "video", result, output) for m, result in zip(methods, results)]
+    name = "Embedded model" if model == BUILTIN else Path(model).resolve().name if Path(model).is_dir() else model
+    viz.save(viz.figure(subjects, dim=dim, caption=f"{name}: {legend(subjects)}." if caption is None else caption), output)
+    if json:
+        meta = {**environment(loaded), "methods": [m.to_dict() for m in methods], "prompt": prompt, "frames": clip[1] or None}
+        options.print_json(rows, meta)
+        return
+    for row in rows:
+        options.say(f"{row['image']}: {row['method']} keeps {row['kept']} of {row['full']} tokens ({row['share']:.1%})")
+    print(output)
+
+
+def title(method: Compressor) -> str:
+    """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
+    from ..compressors.base import BUDGET_FIELDS
+
+    name = "No compression" if method.name == "none" else type(method).__name__
+    settings = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "method" and k not in BUDGET_FIELDS)
+    return f"{name} ({settings})" if settings else name
+
+
+def legend(subjects: Sequence[Subject]) -> str:
+    """What the figure shows, in words: only what occurs in it."""
+    results = [r for s in subjects for r in s.results]
+    parts = ["kept tokens in colour, dropped ones faded"] if any(r.indices is not None for r in results) else []
+    parts += ["merged tokens in the mean colour of their area"] if any(r.kept_planes is not None for r in results) else []
+    seen = [[p.box for p in s.results[0].planes] for s in subjects]
+    cropped = any(min(box[side] for box in boxes) > 0.005 for boxes in seen for side in (0, 1))
+    return "; ".join([*parts, "hatched: outside what the model sees"] if cropped else parts)
+
+
+def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture], video: bool = False) -> Result:
+    """What a method keeps of one picture or of one video, planes placed on the picture itself.
+
+    A model without a video processor is given the frames as images of one prompt.
+    """
+    import torch
+
+    from ..patches import adapter_for
+    from ..shrink import prepare
+    from ..viz import Result
+
+    processor = getattr(loaded.processor, "video_processor", None) if video else None
+    if processor is not None:
+        inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
+    else:
+        inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+    with torch.no_grad():
+        reports = prepare(loaded.model, method, **inputs).report.images
+    adapter, size = adapter_for(loaded.model), pictures[0].size
+    planes: list[Any] = []
+    kept_planes: list[Any] = []
+    indices: list[int] = []
+    for i, report in enumerate(reports):
+        start = sum(len(p) for p in planes)
+        after = report.planes if report.kept_planes is None else report.kept_planes
+        if len(after) != len(report.planes):
+            raise MllmEfficientError(f"{method.name} merges tokens to ones without a place on the picture: show cannot draw it")
+        for found, into in ((report.planes, planes), (after, kept_planes)):
+            placed = adapter.place(found, size, processor or loaded.processor.image_processor)
+            into += [replace(p, frame=i) if video and p.frame is None else p for p in placed]
+        indices += [start + j for j in report.indices.tolist()] if report.indices is not None else []
+    full, kept, merged = sum(r.full for r in reports), sum(r.kept for r in reports), any(r.indices is None for r in reports)
+    return Result(title(method), full, kept, planes, None if merged else indices, kept_planes if merged else None)
+
+
+def _film(frames: list[Picture], numbers: list[int], results: list[Result]) -> Subject:
+    """The frames that have tokens of their own. A model may see several frames as one: the first of them is shown."""
+    from ..viz import Subject
+
+    steps = len({p.frame for p in results[0].planes})
+    shown = range(0, len(frames), math.ceil(len(frames) / steps))
+    labels = [f"frame {numbers[i]}" for i in shown]
+    return Subject([frames[i] for i in shown], results, f"{len(shown)} frames" if len(shown) > 1 else "1 frame", labels)
+
+
+def _row(method: Compressor, path: Path, modality: str, result: Result, output: Path) -> dict[str, Any]:
+    def plain(planes: Sequence[Any] | None) -> list[dict[str, Any]] | None:
+        names = ("rows", "columns", "tile", "frame")
+        return None if planes is None else [{**{k: getattr(p, k) for k in names}, "box": list(p.box)} for p in planes]
+
+    return {
+        "method": method.spec(), "image": str(path), "modality": modality, "full": result.full, "kept": result.kept,
+        "share": result.kept / result.full, "planes": plain(result.planes), "kept_planes": plain(result.kept_planes),
+        "indices": None if result.indices is None else list(result.indices), "output": str(output),
+    }  # fmt: skip
+
+
+def load_frames(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+    """At most ``count`` frames of a video, first and last among them, and their numbers in it.
+
+    path: a folder of images (sorted by name, numbers in names by value) or an animation that Pillow reads; other video
+    files through PyAV where it is installed. Raises ``MllmEfficientError`` with what to do otherwise.
+    """
+    read = _folder if path.is_dir() else _animation
+    frames, numbers = read(path, count)
+    for number, frame in zip(numbers, frames):
+        if frame.size != frames[0].size:
+            raise MllmEfficientError(f"--video: frames {numbers[0]} and {number} of {path} differ in size: a video has one size")
+    return frames, numbers
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` of the numbers 0 to total - 1 at even steps, ends included; all where there are no more."""
+    if count >= total:
+        return list(range(total))
+    return [total // 2] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def _folder(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+    from PIL import Image
+
+    from ..images import load_image
+
+    kinds = set(Image.registered_extensions())
+    names = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in kinds and not p.name.startswith(".")]
+    if not names:
+        raise MllmEfficientError(f"--video: the folder {path} has no images: {EXTRACT}")
+    names.sort(key=lambda p: [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", p.name)])
+    numbers = spread(len(names), count)
+    return [load_image(names[i]) for i in numbers], numbers
+
+
+def _animation(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+    from PIL import Image, UnidentifiedImageError
+
+    from ..images import load_image, to_rgb
+
+    if not path.is_file():
+        raise MllmEfficientError(f"--video: no folder or file {path}")
+    try:
+        load_image(path)  # for its clear messages about a damaged or oversized file
+    except MllmEfficientError as error:
+        if isinstance(error.__context__, UnidentifiedImageError):
+            return _decoded(path, count)
+        raise
+    with Image.open(path) as animation:
+        total = getattr(animation, "n_frames", 1)
+        if total < 2:
+            raise MllmEfficientError(f"--video: {path} is a single picture: give it as --image")
+        frames, numbers = [], spread(total, count)
+        for number in numbers:
+            try:
+                animation.seek(number)
+                frames.append(to_rgb(animation))
+            except (OSError, SyntaxError, ValueError, EOFError) as error:
+                raise MllmEfficientError(f"--video: frame {number} of {path} cannot be read: {error}") from None
+    return frames, numbers
+
+
+def _decoded(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+    """Frames of a video file through PyAV: counted in a first pass, kept in a second."""
+    try:
+        av: Any = importlib.import_module("av")
+    except ImportError:
+        raise MllmEfficientError(f"--video: Pillow cannot read {path}: {EXTRACT}, or pip install av") from None
+    try:
+        with av.open(str(path)) as container:
+            total = sum(1 for _ in container.decode(video=0))
+        numbers = spread(total, count)
+        with av.open(str(path)) as container:
+            frames = [frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in set(numbers)]
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise MllmEfficientError(f"--video: {path} cannot be decoded ({error}): {EXTRACT}") from None
+    if not frames:
+        raise MllmEfficientError(f"--video: {path} has no frames: {EXTRACT}")
+    return frames, numbers
