@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mllm_efficient.tokens import Plane, VisualShape
+from mllm_efficient.tokens import Box, Plane, VisualShape
 
 Grid = tuple[int, int]
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -140,3 +140,19 @@ class Adapter:
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
     """Pictures (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
     return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)
+
+
+def uncropped(planes: tuple[Plane, ...], size: tuple[int, int], processor: Any) -> tuple[Plane, ...]:
+    """The planes on the original picture of ``size`` (width, height), of which the model saw a centre crop."""
+    if not getattr(processor, "do_center_crop", False):
+        return planes
+    wanted, crop = processor.size, processor.crop_size
+    edge = wanted.get("shortest_edge")
+    shown = [edge * side / min(size) for side in size] if edge else [wanted["width"], wanted["height"]]
+    across, down = crop["width"] / shown[0], crop["height"] / shown[1]
+    top, left = (1 - down) / 2, (1 - across) / 2
+
+    def original(box: Box) -> Box:
+        return top + box[0] * down, left + box[1] * across, top + box[2] * down, left + box[3] * across
+
+    return tuple(replace(p, box=original(p.box)) for p in planes)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
-from mllm_efficient.tokens import Box, Plane, VisualShape
+from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Adapter, Encoding, Grid, Item, smaller_pixels
+from .base import Adapter, Encoding, Grid, Item, smaller_pixels, uncropped
 
 _hooking = threading.Lock()  # registering and removing hooks is not atomic
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
@@ -133,16 +133,4 @@ class LlavaAdapter(Adapter):
                 handle.remove()
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        """Undoes the resizing of the shorter side and the centre crop of CLIP's processor."""
-        if not getattr(image_processor, "do_center_crop", False):
-            return planes
-        wanted, crop = image_processor.size, image_processor.crop_size
-        edge = wanted.get("shortest_edge")
-        shown = [edge * side / min(size) for side in size] if edge else [wanted["width"], wanted["height"]]
-        across, down = crop["width"] / shown[0], crop["height"] / shown[1]
-        top, left = (1 - down) / 2, (1 - across) / 2
-
-        def original(box: Box) -> Box:
-            return top + box[0] * down, left + box[1] * across, top + box[2] * down, left + box[3] * across
-
-        return tuple(replace(p, box=original(p.box)) for p in planes)
+        return uncropped(planes, size, image_processor)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Encoding, Grid, Item, smaller_pixels
+from .base import Encoding, Grid, Item, smaller_pixels, uncropped
 from .llava_next import LlavaNextAdapter
 from .ragged import ragged_output
 
@@ -67,6 +67,9 @@ class VideoFrames(LlavaNextAdapter):
         features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
         # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
         return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        return uncropped(planes, size, image_processor) if planes[0].frame is not None else planes
 
 
 class LlavaOnevisionAdapter(VideoFrames):

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 import mllm_efficient as me
-from mllm_efficient import viz
+from mllm_efficient import figures, video, viz
 from mllm_efficient.cli import main, show
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.models import Loaded, ModelOptions
@@ -193,7 +193,7 @@ def test_a_view_counts_indices_over_its_own_planes():
 
 
 def drawn(tmp_path, subjects, **options):
-    viz.save(viz.figure(subjects, **options), tmp_path / "figure.png")
+    figures.save(figures.figure(subjects, **options), tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as png:
         assert abs(png.info["dpi"][0] - 200) < 1 and png.mode == "RGB"
         return np.asarray(png)
@@ -234,8 +234,8 @@ def test_a_base_view_and_its_tiles_are_panels_with_the_grid_of_both_on_the_origi
 def test_no_aspect_and_no_number_of_methods_makes_the_page_wide_or_a_panel_long(size, methods):
     result = viz.Result("DivPrune", 576, 56, (Plane(24, 24),), list(range(56)))
     subject = viz.Subject([Image.new("RGB", size, "teal")], [result] * methods)
-    figure = viz.figure([subject])
-    assert figure.get_size_inches()[0] * 200 <= viz.CONTENT + 2 * viz.MARGIN + 1
+    figure = figures.figure([subject])
+    assert figure.get_size_inches()[0] * 200 <= figures.CONTENT + 2 * figures.MARGIN + 1
     assert len(figure.images) == methods + 1
     assert all(max(image.get_size()) <= 1600 for image in figure.images)
 
@@ -252,26 +252,26 @@ def test_a_film_strip_has_a_row_for_each_method_and_breaks_after_eight_frames(tm
 
 
 def test_saving_replaces_a_file_makes_folders_and_leaves_nothing_else(tmp_path):
-    figure = viz.figure([viz.Subject([Image.new("RGB", (32, 32))], [viz.Result("A", 4, 1, (Plane(2, 2),), [0])])])
+    figure = figures.figure([viz.Subject([Image.new("RGB", (32, 32))], [viz.Result("A", 4, 1, (Plane(2, 2),), [0])])])
     target = tmp_path / "new" / "folder" / "x.png"
-    viz.save(figure, target)
+    figures.save(figure, target)
     before = target.read_bytes()
     target.write_text("old")
-    viz.save(figure, target)
+    figures.save(figure, target)
     assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == ["x.png"]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for path, says in [("x.pdf", "does not end in .png"), ("folder.png", "is a folder"), ("file/x.png", "not a folder")]:
         with pytest.raises(MllmEfficientError, match=says):
-            viz.save(figure, tmp_path / path)
+            figures.save(figure, tmp_path / path)
 
 
 def test_drawing_needs_no_model_and_leaves_pyplot_alone():
     code = (
         "import sys\nfrom mllm_efficient.cli import main\nassert main(['show', '--help']) == 0\nassert 'numpy' not in sys.modules\n"
-        "from PIL import Image\nfrom mllm_efficient import viz\nfrom mllm_efficient.tokens import Plane\n"
+        "from PIL import Image\nfrom mllm_efficient import figures, viz\nfrom mllm_efficient.tokens import Plane\n"
         "picture = Image.new('RGB', (32, 32))\n"
-        "viz.figure([viz.Subject([picture], [viz.Result('A $x_y', 4, 1, (Plane(2, 2),), [0])])], caption='\\u6f22 $')\n"
+        "figures.figure([viz.Subject([picture], [viz.Result('A $x_y', 4, 1, (Plane(2, 2),), [0])])], caption='\\u6f22 $')\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -393,8 +393,8 @@ def stills():
 
 
 def test_frames_are_spread_from_the_first_to_the_last():
-    assert show.spread(5, 8) == [0, 1, 2, 3, 4] and show.spread(24, 8) == [0, 3, 7, 10, 13, 16, 20, 23]
-    assert show.spread(9, 1) == [4] and show.spread(9, 2) == [0, 8]
+    assert video.spread(5, 8) == [0, 1, 2, 3, 4] and video.spread(24, 8) == [0, 3, 7, 10, 13, 16, 20, 23]
+    assert video.spread(9, 1) == [4] and video.spread(9, 2) == [0, 8]
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "folder"])
@@ -408,9 +408,9 @@ def test_every_kind_of_video_gives_its_frames_in_order(tmp_path, stills, kind):
     else:
         path = tmp_path / f"clip.{kind}"
         stills[0].save(path, save_all=True, append_images=stills[1:], duration=50, **({"lossless": True} if kind == "webp" else {}))
-    frames, numbers = show.load_frames(path, 4)
+    frames, numbers = video.load_frames(path, 4)
     assert numbers == [0, 4, 7, 11] and grey_levels(frames) == pytest.approx([0, 80, 140, 220], abs=3)
-    assert {f.mode for f in frames} == {"RGB"} and len(show.load_frames(path, 50)[0]) == 12
+    assert {f.mode for f in frames} == {"RGB"} and len(video.load_frames(path, 50)[0]) == 12
 
 
 def test_a_model_without_video_sees_the_frames_as_images(capsys, tmp_path, stills):
