@@ -94,7 +94,7 @@ def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
     if group.indices is None:
         return v
     per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys")}
-    picked = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
+    picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
     return replace(v, **picked, grid=group.grid)
 
 

@@ -82,7 +82,7 @@ class VisualShape:
         """(N,) the frame of each token, or None for an image."""
         if self.modality != "video":
             return None
-        return torch.cat([torch.full((len(p),), p.frame) for p in self.planes])
+        return torch.cat([torch.full((len(p),), p.frame or 0) for p in self.planes])
 
     @functools.cached_property
     def token_slots(self) -> Tensor:

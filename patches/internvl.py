@@ -34,7 +34,8 @@ class InternVLAdapter(Adapter):
             return []
         if not isinstance(pixels, Tensor) or pixels.ndim != 4:
             raise CountMismatchError("pixel_values must be one tensor (tiles, channels, height, width)")
-        grid = tuple(int(size // patch * self.config.downsample_ratio) for size, patch in zip(pixels.shape[-2:], self.patch))
+        down, across = (int(size // patch * self.config.downsample_ratio) for size, patch in zip(pixels.shape[-2:], self.patch))
+        grid = (down, across)
         n = grid[0] * grid[1]
         runs = [
             len(list(run)) for row in (ids == self.config.image_token_id).tolist() for is_image, run in itertools.groupby(row) if is_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ class LlavaNextAdapter(Adapter):
 
     parts = frozenset({"tile"})
     separators = True
-    encode_keys = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    settings = ("vision_feature_layer", "vision_feature_select_strategy")
+    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @property
     def side(self) -> int:

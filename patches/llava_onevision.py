@@ -97,7 +97,9 @@ class LlavaOnevisionAdapter(VideoFrames):
 
     def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
         # The host tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
-        numbers, padded, wanted = [], [], []
+        numbers: list[int] = []
+        padded: list[Item] = []
+        wanted: list[int] = []
         for untiled, group in itertools.groupby(items, key=lambda i: len(i.arguments["pixel_values"]) == 1):
             run = list(group)
             wanted += range(len(padded), len(padded) + len(run))
