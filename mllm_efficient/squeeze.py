@@ -131,7 +131,7 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         stay = stay.nonzero()[:, 0]
         keep[stay], taken = True, torch.cat([taken, stay])
         rows = [torch.cat([r, host[stay.to(host.device)]]) for r, host in zip(rows, (encoding.features, *encoding.deep))]
-    if len(parts) > 1 or p.separators:
+    if indices and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
         order = taken.argsort()
         rows = [r[order.to(r.device)] for r in rows]
     merged = not indices

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -135,6 +136,18 @@ class Adapter:
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         """The planes with boxes in fractions of the original picture of ``size`` (width, height), its preprocessing undone."""
         return planes
+
+
+@contextlib.contextmanager
+def at_hand(module: Any) -> Iterator[None]:
+    """The module's own parameters (not its children's) loaded, where accelerate keeps them elsewhere between calls."""
+    if not hasattr(module, "_hf_hook"):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
 
 
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Adapter, Encoding, Grid, Item, smaller_pixels
+from .base import Adapter, Encoding, Grid, Item, at_hand, smaller_pixels
 
 
 class LlavaNextAdapter(Adapter):
@@ -140,7 +140,8 @@ class LlavaNextAdapter(Adapter):
         call = {k: v for k, v in first.items() if k not in ("pixel_values", "image_sizes")}
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
         sizes = torch.tensor([i.arguments["image_sizes"] for i in items])
-        return list(host.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
+        with at_hand(host):  # the newline embedding is the host's own
+            return list(host.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
 
 
 def _sizes(inputs: dict[str, Any]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Encoding, Grid, Item, smaller_pixels, uncropped
+from .base import Encoding, Grid, Item, at_hand, smaller_pixels, uncropped
 from .llava_next import LlavaNextAdapter
 from .ragged import ragged_output
 
@@ -64,7 +64,8 @@ class VideoFrames(LlavaNextAdapter):
             host, more = self.resized_host(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
-        features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
+        with at_hand(host):
+            features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
         # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
         return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]
 

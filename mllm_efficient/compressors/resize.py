@@ -32,12 +32,14 @@ class Resize(Resizer):
         steps = {Fraction(1)} | {(i - half) / side for side in grid for i in range(2, side + 1)}
         for scale in sorted(steps, reverse=True):
             h, w = (max(1, math.floor(side * scale + half)) for side in grid)
-            if tokens((h, w)) <= k:
+            found = tokens((h, w))
+            if 0 < found <= k:
                 return h, w
-        fewest = tokens((1, 1))
-        if fewest > k:
-            raise BadBudgetError(f"resize: the smallest picture still has {fewest} tokens, and {k} are asked: ask for at least {fewest}")
-        return 1, 1
+            if found:
+                fewest = found
+        if 0 < tokens((1, 1)) <= k:
+            return 1, 1
+        raise BadBudgetError(f"resize: {k} token(s) are asked, and the smallest picture has {tokens((1, 1)) or fewest}: ask for as many")
 
     def yields(self, k: int, grid: tuple[int, int] | None) -> int:
         if grid is None:

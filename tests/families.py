@@ -1,0 +1,688 @@
+"""Tiny random models of every anyres, tiled and M-RoPE family, their processors and batches, and a slow reference.
+
+Nothing here imports the package under test. The reference takes one row without padding and without a cache, puts the
+stock features of what stays between the text by hand, and computes the whole sequence afresh for every new token.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+SPECIAL = (
+    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
+    "<IMG_CONTEXT>", "<img>", "</img>",
+)  # fmt: skip
+WORDS = (
+    "user assistant : ? . , < > what is the a an how many are in on of left right red blue green ring cross big small yes no frame seconds "
+    "0 1 2 3 4 5 6 7 8 9"
+).split()
+VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
+PAD = VOCABULARY["<pad>"]
+
+# I and V stand for the family's own image and video placeholders.
+PROMPTS = {
+    "one image": "user : I what is the big ring ? assistant :",
+    "two images": "user : I is the ring in I red or blue ? assistant :",
+    "text only": "user : what is a cross ? assistant :",
+    "touching images": "user : I I are the rings green ? assistant :",
+    "long text": "user : I " + "how many small blue rings are on the left of the red cross , " * 3 + "? assistant :",
+    "video": "user : V how many rings are in the video ? assistant :",
+    "image and video": "user : is the ring of I in V ? assistant :",
+    "video and image": "user : in V is the ring of I ? assistant :",
+}
+# (width, height): five shapes of picture, each of them tiled in its own way by the pinpoints below.
+ASPECTS = {"1:1": (40, 40), "2:1": (40, 20), "1:3": (20, 60), "7:5": (70, 50), "10:1": (70, 7)}
+PICTURES = {
+    "one image": ["7:5"],
+    "two images": ["2:1", "1:3"],
+    "touching images": ["1:3", "10:1"],
+    "long text": ["1:1"],
+    "image and video": ["10:1"],
+    "video and image": ["2:1"],
+}
+TILE = 24
+PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3))]
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class. newlines: whether its images have newline columns; mrope: whether positions have three rows."""
+
+    name: str
+    build: Callable[[], Any]
+    processor: Callable[[Any], Any]
+    image: str = "<image>"
+    video: str | None = None
+    newlines: bool = False
+    mrope: bool = False
+    tiled: bool = False
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The kinds of row this family takes."""
+        return tuple(kind for kind, text in PROMPTS.items() if self.video or "V" not in text)
+
+    @property
+    def mixed(self) -> tuple[str, ...]:
+        """A batch with everything in it, of which no two rows have as many tokens."""
+        return ("one image", "two images", "text only", "long text", *(["video and image"] if self.video else []))
+
+    @property
+    def image_token(self) -> int:
+        return VOCABULARY["<IMG_CONTEXT>" if self.name == "internvl" else "<|image_pad|>" if self.mrope else "<image>"]
+
+    @property
+    def video_token(self) -> int | None:
+        return VOCABULARY["<|video_pad|>" if self.mrope else "<video>"] if self.video else None
+
+
+def llama(**settings: Any):
+    return transformers.LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, **settings,
+    )  # fmt: skip
+
+
+def qwen2(**settings: Any):
+    return transformers.Qwen2Config(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, **settings,
+    )  # fmt: skip
+
+
+def clip(image_size: int, patch_size: int):
+    return transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=patch_size
+    )
+
+
+def siglip(image_size: int, patch_size: int):
+    return transformers.SiglipVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=patch_size,
+        vision_use_head=False,
+    )  # fmt: skip
+
+
+def llava_next():
+    config = transformers.LlavaNextConfig(
+        vision_config=clip(TILE, 6), text_config=llama(), image_token_index=VOCABULARY["<image>"], image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=16,
+    )  # fmt: skip
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
+def llava_next_video():
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=clip(TILE, 6), text_config=llama(), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
+        image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2, vision_feature_select_strategy="default", spatial_pool_mode="average",
+        spatial_pool_stride=2,
+    )  # fmt: skip
+    return transformers.LlavaNextVideoForConditionalGeneration(config)
+
+
+def llava_onevision():
+    # 25 tokens a tile, 9 a frame: odd sides. The map of six tiles is more than anyres_max_4 allows and is shrunk.
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=siglip(25, 5), text_config=qwen2(), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
+        image_grid_pinpoints=[[h // TILE * 25, w // TILE * 25] for h, w in PINPOINTS], vision_aspect_ratio="anyres_max_4",
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def internvl():
+    vision = transformers.InternVLVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=[24, 24], patch_size=[4, 4],
+    )  # fmt: skip
+    config = transformers.InternVLConfig(
+        vision_config=vision, text_config=qwen2(), image_token_id=VOCABULARY["<IMG_CONTEXT>"], image_seq_length=9, downsample_ratio=0.5,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def mrope_text(**settings: Any) -> dict[str, Any]:
+    # A small theta makes all three rows of positions matter to the last digit.
+    return dict(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 2, 2]}, **settings,
+    )  # fmt: skip
+
+
+MROPE_IDS = dict(
+    image_token_id=VOCABULARY["<|image_pad|>"], video_token_id=VOCABULARY["<|video_pad|>"],
+    vision_start_token_id=VOCABULARY["<|vision_start|>"], vision_end_token_id=VOCABULARY["<|vision_end|>"], tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def qwen2_vl():
+    vision = dict(
+        depth=2, embed_dim=32, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2
+    )
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(text_config=mrope_text(), vision_config=vision, **MROPE_IDS)
+    )
+
+
+def qwen2_5_vl():
+    # Windows of 2 x 2 tokens in the first block, full attention in the second.
+    vision = dict(
+        depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
+        temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
+    )  # fmt: skip
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(text_config=mrope_text(), vision_config=vision, **MROPE_IDS)
+    )
+
+
+def qwen3_vl():
+    vision = dict(
+        depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
+        temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+    text = mrope_text(head_dim=16)
+    text["rope_parameters"]["mrope_interleaved"] = True
+    return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **MROPE_IDS))
+
+
+@functools.cache
+def _model(name: str, seed: int):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = FAMILIES[name].build().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # The decoder's matrices are larger: with 0.1 everywhere greedy decoding falls into short loops.
+        for key, parameter in model.named_parameters():
+            scale = 0.3 if "language_model" in key and parameter.ndim == 2 else 0.1
+            parameter += torch.randn(parameter.shape, generator=generator) * scale
+        model.lm_head.weight[: len(SPECIAL)] = 0  # answers hold no placeholder and no padding
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
+    return model
+
+
+def tiny(name: str, seed: int = 0):
+    """A fresh copy of a family's tiny random model: no end of sequence, no placeholder and no padding in its answers."""
+    return copy.deepcopy(_model(name, seed))
+
+
+# ------------------------------------------------------------------------------------------------ processors
+
+
+class Videos:
+    """Stands in for transformers' video processors, which need torchvision: the frames come in their final size."""
+
+    merge_size, temporal_patch_size, model_input_names = 2, 2, ["pixel_values_videos", "video_grid_thw"]
+
+    def __init__(self, patch_size: int | None = None):
+        self.patch_size = patch_size  # None: frames as they are; else flat patches, as the M-RoPE families take them
+
+    def __call__(self, videos: Sequence[np.ndarray], **kwargs: Any) -> dict[str, Any]:
+        frames = [torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 * 2 - 1 for v in videos]
+        if self.patch_size is None:
+            return {"pixel_values_videos": torch.stack(frames)}
+        metadata = [
+            transformers.video_utils.VideoMetadata(total_num_frames=len(v), fps=4.0, frames_indices=list(range(len(v)))) for v in videos
+        ]
+        patches = [patchify(f, self.patch_size) for f in frames]
+        return {
+            "pixel_values_videos": torch.cat([p for p, _ in patches]),
+            "video_grid_thw": torch.tensor([grid for _, grid in patches]),
+            "video_metadata": metadata,
+        }
+
+
+def patchify(frames: Tensor, patch: int, merge: int = 2) -> tuple[Tensor, tuple[int, int, int]]:
+    """Frames (F, C, H, W) as flat patches (t h w, C 2 patch patch) in the M-RoPE families' order, and (t, h, w)."""
+    f, c, height, width = frames.shape
+    t, h, w = f // 2, height // patch, width // patch
+    blocks = frames.reshape(t, 2, c, h // merge, merge, patch, w // merge, merge, patch)
+    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, c * 2 * patch * patch), (t, h, w)
+
+
+def unpatchify(flat: Tensor, grid: Sequence[int], patch: int, merge: int = 2) -> Tensor:
+    """The inverse of ``patchify``."""
+    t, h, w = (int(g) for g in grid)
+    blocks = flat.reshape(t, h // merge, w // merge, merge, merge, -1, 2, patch, patch)
+    return blocks.permute(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(2 * t, -1, h * patch, w * patch)
+
+
+@functools.cache
+def tokenizer(padding_side: str):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", VOCABULARY["<s>"])])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", padding_side=padding_side,
+        additional_special_tokens=list(SPECIAL[4:]), model_max_length=4096,
+    )  # fmt: skip
+
+
+@functools.cache
+def internvl_tokenizer(padding_side: str):
+    out = copy.deepcopy(tokenizer(padding_side))
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    for name, token in names.items():
+        setattr(out, name, token)
+        setattr(out, f"{name}_id", VOCABULARY[token])
+    return out
+
+
+@functools.cache
+def standing_in(cls: type) -> type:
+    """The processor class with ``Videos`` allowed where a video processor belongs."""
+
+    def check(self, argument_name, argument):
+        return type(argument) if argument_name == "video_processor" else cls.check_argument_for_proper_class(self, argument_name, argument)
+
+    return type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
+
+
+def llava_next_processor(side: str):
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+    )
+    return transformers.LlavaNextProcessor(
+        image_processor=pictures, tokenizer=tokenizer(side), patch_size=6, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def llava_next_video_processor(side: str):
+    pictures = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=PINPOINTS
+    )
+    return standing_in(transformers.LlavaNextVideoProcessor)(
+        video_processor=Videos(), image_processor=pictures, tokenizer=tokenizer(side), patch_size=6,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def llava_onevision_processor(side: str):
+    pictures = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 25, "width": 25}, image_grid_pinpoints=[[h // TILE * 25, w // TILE * 25] for h, w in PINPOINTS]
+    )
+    return standing_in(transformers.LlavaOnevisionProcessor)(
+        image_processor=pictures, tokenizer=tokenizer(side), video_processor=Videos(), num_image_tokens=25,
+        vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+
+
+def internvl_processor(side: str):
+    pictures = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 24, "width": 24}, crop_to_patches=True, min_patches=1, max_patches=4, do_resize=True
+    )
+    return standing_in(transformers.InternVLProcessor)(
+        image_processor=pictures, tokenizer=internvl_tokenizer(side), video_processor=Videos(), image_seq_length=9
+    )
+
+
+def qwen_processor(cls: str) -> Callable[[str], Any]:
+    def make(side: str):
+        pictures = transformers.Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 48}
+        )
+        return standing_in(getattr(transformers, cls))(image_processor=pictures, tokenizer=tokenizer(side), video_processor=Videos(4))
+
+    return make
+
+
+def _mrope(name: str, build: Callable, processor: str, video: str) -> Family:
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Family(name, build, qwen_processor(processor), image, video, mrope=True)
+
+
+FRAMED = "<|vision_start|><|video_pad|><|vision_end|>"
+FAMILIES = {
+    f.name: f
+    for f in (
+        Family("llava_next", llava_next, llava_next_processor, newlines=True, tiled=True),
+        Family("llava_next_video", llava_next_video, llava_next_video_processor, video="<video>", newlines=True, tiled=True),
+        Family("llava_onevision", llava_onevision, llava_onevision_processor, video="<video>", newlines=True, tiled=True),
+        Family("internvl", internvl, internvl_processor, image="<IMG_CONTEXT>", tiled=True),
+        _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
+        _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
+        _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
+    )
+}
+WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
+MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def noise(seed: int, width: int, height: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def video(name: str, row: str) -> np.ndarray:
+    """Frames (F, H, W, 3) of a row's video: three in a tile's size, or of a size of their own where the family takes any."""
+    side = {"llava_onevision": 25}.get(name, TILE)
+    count, height, width = (
+        {"video": (4, 24, 40), "image and video": (6, 16, 24)}.get(row, (4, 32, 16)) if FAMILIES[name].mrope else (3, side, side)
+    )
+    seed = 1000 + list(PROMPTS).index(row)
+    return torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).numpy()
+
+
+def pictures(row: str) -> list[Image.Image]:
+    """The pictures of a row, all of different sizes."""
+    first = 10 * list(PROMPTS).index(row)
+    return [noise(first + i, *ASPECTS[aspect]) for i, aspect in enumerate(PICTURES.get(row, []))]
+
+
+@functools.cache
+def _processor(name: str, padding_side: str):
+    return FAMILIES[name].processor(padding_side)
+
+
+def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], videos: Sequence = (), padding_side: str = "left"):
+    """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
+    family = FAMILIES[name]
+    words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
+    given = [row for row in images if row] if name == "llava_onevision" else [picture for row in images for picture in row]
+    call = {"images": given or None, "videos": list(videos) or None}
+    out = _processor(name, padding_side)(text=words, return_tensors="pt", padding=True, **{k: v for k, v in call.items() if v is not None})
+    out.pop("token_type_ids", None)
+    return dict(out)
+
+
+def make(name: str, *rows: str, padding_side: str = "left") -> dict[str, Any]:
+    """The inputs of a batch with these rows (keys of ``PROMPTS``). A row brings the same pixels into every batch it is in."""
+    videos = [video(name, row) for row in rows if "V" in PROMPTS[row]]
+    return process(name, [PROMPTS[row] for row in rows], [pictures(row) for row in rows], videos, padding_side)
+
+
+def aspect_batch(name: str, aspect: str) -> dict[str, Any]:
+    """One row with one picture of this shape."""
+    return process(name, [PROMPTS["one image"]], [[noise(list(ASPECTS).index(aspect), *ASPECTS[aspect])]])
+
+
+# ------------------------------------------------------------------------------------------------ the slow reference
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a row, as the stock model makes it.
+
+    features: (length, D) with newline columns and separators. columns: (length,) where they stand in the row.
+    newline: (length,) bool. planes: (rows, columns) of each rectangle of tokens. parts: (N,) the tile or frame of each
+    token. deep: the same as features for every layer that adds visual features. grid: (t, h, w) of an M-RoPE family.
+    """
+
+    modality: str
+    features: Tensor
+    columns: Tensor
+    newline: Tensor
+    planes: tuple[tuple[int, int], ...]
+    parts: Tensor
+    deep: tuple[Tensor, ...] = ()
+    grid: tuple[int, int, int] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, D), what is compressed."""
+        return self.features[~self.newline]
+
+    @property
+    def n(self) -> int:
+        return int((~self.newline).sum())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a ``Visual``: stay (length,) bool, the features that stand in those slots, and those of later layers.
+
+    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid.
+    """
+
+    stay: Tensor
+    features: Tensor
+    deep: tuple[Tensor, ...] = ()
+    shape: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row ready for the bare language model. embeds (1, L, D), positions (1, L) or (3, 1, L), next: of the first new token."""
+
+    embeds: Tensor
+    positions: Tensor
+    next: int
+    visual: Tensor
+    deep: tuple[Tensor, ...]
+    columns: Tensor
+
+
+def canvas(model: Any, image_size: Tensor, tiled: bool) -> tuple[int, int]:
+    """(rows, columns) of the tiles of a picture, (0, 0) where it has its base view alone."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    config = model.config
+    return (
+        get_anyres_image_grid_shape(image_size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size) if tiled else (0, 0)
+    )
+
+
+def packed(name: str, model: Any, image_size: Tensor, tiling: tuple[int, int]) -> Tensor:
+    """(length, 3) out of the stock packing: the canvas row and column each token comes from, and 1 for newline columns."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    marks = torch.zeros(1 + tiling[0] * tiling[1], side * side, 3)
+    for tile in range(len(marks) - 1):
+        for place in range(side * side):
+            top, left = tile // tiling[1] * side, tile % tiling[1] * side
+            marks[tile + 1, place, :2] = torch.tensor([top + place // side, left + place % side])
+    settings = (
+        {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+        if name == "llava_onevision"
+        else {"vision_feature_select_strategy": "full"}
+    )
+    return model.model.pack_image_features([marks], image_size[None], image_newline=torch.tensor([0.0, 0.0, 1.0]), **settings)[0][0]
+
+
+def anyres(name: str, model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, tuple, Tensor]]:
+    """newline, planes and parts of every anyres image, from the stock packing of marked features."""
+    vision, out = model.config.vision_config, []
+    side = vision.image_size // vision.patch_size
+    sizes = inputs["image_sizes"]
+    tiled = [n == 1 for n in inputs["batch_num_images"].tolist() for _ in range(n)] if "batch_num_images" in inputs else [True] * len(sizes)
+    for size, is_tiled in zip(sizes, tiled):
+        tiling = canvas(model, size, is_tiled)
+        marks = packed(name, model, size, tiling)
+        newline = marks[:, 2] == 1
+        planes, parts = [(side, side)], [0] * (side * side)
+        if is_tiled:
+            rows = int(newline.sum())
+            planes.append((rows, (len(marks) - side * side) // rows - 1))
+            # A token of a map that was shrunk belongs to the tile its middle lies in.
+            places = marks[side * side :][~newline[side * side :]].tolist()
+            parts += [1 + int((row + 0.5) // side) * tiling[1] + int((column + 0.5) // side) for row, column, _ in places]
+        out.append((newline, tuple(planes), torch.tensor(parts)))
+    return out
+
+
+@torch.no_grad()
+def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
+    """The images and videos of a row (or of each row of an unpadded batch of one) in prompt order, in full."""
+    family, ids = FAMILIES[name], inputs["input_ids"][0]
+    found: dict[str, list[Visual]] = {"image": [], "video": []}
+    where = {"image": (ids == family.image_token).nonzero()[:, 0]}
+    where["video"] = (ids == family.video_token).nonzero()[:, 0] if family.video else torch.zeros(0, dtype=torch.long)
+
+    def add(modality, features, newline, planes, parts, deep=(), grid=None):
+        before = sum(len(v.features) for v in found[modality])
+        columns = where[modality][before : before + len(features)]
+        found[modality].append(Visual(modality, features, columns, newline, tuple(planes), parts, tuple(deep), grid))
+
+    if family.mrope:
+        for modality, pixels, thw in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+            if pixels not in inputs:
+                continue
+            out = getattr(model.model, f"get_{modality}_features")(inputs[pixels], inputs[thw], return_dict=True)
+            deep = getattr(out, "deepstack_features", None) or []
+            for i, (features, (t, h, w)) in enumerate(zip(out.pooler_output, inputs[thw].tolist())):
+                plane = (h // 2, w // 2)
+                parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
+                add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
+    elif name == "internvl":
+        if "pixel_values" in inputs:
+            tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+            side, at = int(tiles.shape[1] ** 0.5), 0
+            starts, ends = ((ids == VOCABULARY[token]).nonzero()[:, 0].tolist() for token in ("<img>", "</img>"))
+            for start, end in zip(starts, ends):
+                count = (end - start - 1) // tiles.shape[1]
+                features = tiles[at : at + count].flatten(0, 1)
+                parts = torch.arange(count).repeat_interleave(tiles.shape[1])
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [(side, side)] * count, parts)
+                at += count
+            assert at == len(tiles)
+    else:
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
+            full = model.model.get_image_features(**call, return_dict=True).pooler_output
+            for features, (newline, planes, parts) in zip(full, anyres(name, model, inputs)):
+                add("image", features, newline, planes, parts)
+        if "pixel_values_videos" in inputs:
+            frames = inputs["pixel_values_videos"].shape[1]
+            for features in model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output:
+                features = features.reshape(-1, features.shape[-1])  # transformers before 5.22 gives frames apart
+                side = math.isqrt(len(features) // frames)
+                newline = torch.arange(len(features)) >= frames * side * side
+                add("video", features, newline, [(side, side)] * frames, torch.arange(frames).repeat_interleave(side * side))
+    for modality, items in found.items():
+        assert sum(len(v.features) for v in items) == len(where[modality])
+    return sorted(found["image"] + found["video"], key=lambda v: int(v.columns[0]))
+
+
+def everything(visual: Visual) -> Kept:
+    """All of it."""
+    return Kept(torch.ones(len(visual.features), dtype=torch.bool), visual.features, visual.deep)
+
+
+def chosen(visual: Visual, indices: Tensor, newline: str | None = None) -> Kept:
+    """The tokens with these indices among the N; newline columns go unless they are all kept or nothing is removed."""
+    if len(indices) == visual.n:
+        return everything(visual)
+    stay = visual.newline.clone() if newline == "keep" else torch.zeros_like(visual.newline)
+    stay[(~visual.newline).nonzero()[:, 0][indices]] = True
+    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep))
+
+
+def merged(
+    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = ()
+) -> Kept:
+    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take."""
+    slots, start, taken = (~visual.newline).nonzero()[:, 0], 0, []
+    for (rows, columns), count in zip(visual.planes, counts):
+        taken.append(slots[start : start + count])
+        start += rows * columns
+    stay = torch.zeros_like(visual.newline)
+    stay[torch.cat(taken)] = True
+    assert int(stay.sum()) == len(features)
+    return Kept(stay, features, tuple(deep), shape)
+
+
+def rope_index(name: str, model: Any, ids: Tensor, inputs: dict[str, Any], grids: dict[str, Tensor]) -> Tensor:
+    """Positions (3, L) of a row without padding, by the stock model."""
+    family = FAMILIES[name]
+    types = (ids == family.image_token).int() + 2 * (ids == family.video_token).int()
+    seconds = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}
+    return model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids, **seconds)[0][:, 0]
+
+
+@torch.no_grad()
+def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual], kept: Sequence[Kept], positions: str) -> Row:
+    """One row with what is kept in place of its placeholders. positions: "keep" or "renumber"."""
+    ids = inputs["input_ids"][0]
+    stays = torch.ones(len(ids), dtype=torch.bool)
+    embeds = model.get_input_embeddings()(ids).clone()
+    visual = torch.zeros(len(ids), dtype=torch.bool)
+    layers = len(found[0].deep) if found else 0
+    deep = [torch.zeros_like(embeds) for _ in range(layers)]
+    for item, left in zip(found, kept):
+        stays[item.columns] = left.stay
+        here = item.columns[left.stay]
+        embeds[here], visual[here] = left.features, True
+        for layer, features in zip(deep, left.deep):
+            layer[here] = features
+    columns = stays.nonzero()[:, 0]
+    if not FAMILIES[name].mrope:
+        at = columns if positions == "keep" else torch.arange(len(columns))
+        following = len(ids) if positions == "keep" else len(columns)
+        at = at[None]
+    elif positions == "renumber" or not found:
+        at, following = torch.arange(len(columns)).expand(3, 1, -1), len(columns)
+    else:
+        grids = {k: inputs[k] for k in ("image_grid_thw", "video_grid_thw") if k in inputs}
+        if any(left.shape for left in kept):  # the prompt of a smaller picture
+            small = {"image": [], "video": []}
+            for item, left in zip(found, kept):
+                t, h, w = left.shape or (item.grid[0], item.grid[1] // 2, item.grid[2] // 2)
+                small[item.modality].append([t, 2 * h, 2 * w])
+            grids = {f"{modality}_grid_thw": torch.tensor(small[modality]) for modality in small if small[modality]}
+            full = rope_index(name, model, ids[columns], inputs, grids)
+            at, following = full[:, None], int(full.max()) + 1
+        else:
+            full = rope_index(name, model, ids, inputs, grids)
+            at, following = full[:, None, columns], int(full.max()) + 1
+    return Row(embeds[columns][None], at, following, visual[columns][None], tuple(d[columns][visual[columns]] for d in deep), columns)
+
+
+def logits(model: Any, row: Row) -> Tensor:
+    """Logits (L, vocabulary) of the bare language model and head, without a cache."""
+    deep = dict(visual_pos_masks=row.visual, deepstack_visual_embeds=list(row.deep)) if row.deep else {}
+    hidden = model.model.language_model(
+        inputs_embeds=row.embeds,
+        position_ids=row.positions,
+        attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),
+        use_cache=False,
+        **deep,
+    ).last_hidden_state
+    return model.lm_head(hidden)[0]
+
+
+@torch.no_grad()
+def greedy(model: Any, row: Row, new: int = 6) -> list[int]:
+    """The ``new`` greedy tokens after a row, the whole sequence computed afresh for each of them."""
+    out: list[int] = []
+    for _ in range(new):
+        token = logits(model, row)[-1].argmax()
+        out.append(int(token))
+        row = extended(model, row, token[None])
+    return out
+
+
+def extended(model: Any, row: Row, ids: Tensor) -> Row:
+    """The row with text behind it."""
+    more = torch.arange(row.next, row.next + len(ids)).expand(*row.positions.shape[:-1], -1)
+    return replace(
+        row,
+        embeds=torch.cat([row.embeds, model.get_input_embeddings()(ids)[None]], 1),
+        positions=torch.cat([row.positions, more], -1),
+        next=row.next + len(ids),
+        visual=torch.cat([row.visual, torch.zeros(1, len(ids), dtype=torch.bool)], 1),
+    )
