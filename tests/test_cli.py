@@ -93,6 +93,19 @@ def test_an_unsupported_model_names_the_supported_families(capsys, scene, tmp_pa
     assert "LlavaForConditionalGeneration" in capsys.readouterr().err
 
 
+def test_a_model_without_vision_is_one_line_before_its_weights_are_read(capsys, scene, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "llama")
+    says = fails(capsys, "generate", "--model", tmp_path / "llama", "--image", scene, *ASK)
+    assert "is a LlamaForCausalLM" in says and "takes no images" in says and "Qwen3VLForConditionalGeneration" in says
+
+
+def test_an_image_count_that_does_not_match_the_prompt_is_one_line(capsys, scene):
+    assert "2 <image> and 1 image(s)" in fails(capsys, "generate", "--image", scene, "--prompt", "<image><image> what colour ?")
+    assert "1 <image> and 2 image(s)" in fails(capsys, "generate", "--image", scene, "--image", scene, "--prompt", "<image> what ?")
+
+
 @pytest.mark.parametrize("option", [("--device", "cuda:9"), ("--dtype", "float8"), ("--quantization", "int3"), ("--import", "absent.py")])
 def test_a_bad_option_is_one_line(capsys, scene, option):
     fails(capsys, "generate", "--image", scene, *ASK, *option)

@@ -180,3 +180,9 @@ assert main({arguments}) == 0
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     call(sys.executable, "-c", code, path=ROOT)
+
+
+def test_tests_that_the_readme_names_exist():
+    defined = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py")), re.MULTILINE))
+    named = {name for name in re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()) if not (ROOT / f"tests/{name}.py").exists()}
+    assert named and named <= defined
