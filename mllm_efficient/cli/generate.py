@@ -46,8 +46,9 @@ def generate(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
     )  # fmt: skip
     loaded = load(settings)
+    text = loaded.prompt(prompt, len(pictures))
     options.announce(loaded, [compressor])
-    inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+    inputs = loaded.inputs([text], pictures)
     with wrapper.compressed(loaded.model, compressor):
         start = time.perf_counter()
         out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
