@@ -45,13 +45,13 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 import mllm_efficient as me
 from mllm_efficient.budget import fit_grid
 from mllm_efficient.compressors.base import generator_for
+from mllm_efficient.patches import transformers_version
 from mllm_efficient.shrink import encode
 
 from .families import (
     ASPECTS,
     FAMILIES,
     MROPE,
-    PROMPTS,
     SPECIAL,
     VOCABULARY,
     WITH_VIDEO,
@@ -467,6 +467,11 @@ def alone(spec: str, name: str, row: str, beams: int) -> Tensor:
 @pytest.mark.parametrize("spec", METHODS, ids=[spec.split(":")[0] for spec in METHODS])
 def test_batch_equals_one_by_one(spec, name, beams):
     inputs = make(name, *FAMILIES[name].mixed)
+    if (spec, name, beams) == ("none", "llava_next_video", 3) and transformers_version() < (5, 23):
+        for model in (tiny(name), me.wrap(tiny(name), spec)):  # nothing removed is stock, which fails on these
+            with pytest.raises(ValueError, match="non-empty list"):
+                answer(model, inputs, num_beams=beams)
+        return
     together = answer(me.wrap(tiny(name), spec), inputs, num_beams=beams)
     assert torch.equal(together, torch.stack([alone(spec, name, row, beams) for row in FAMILIES[name].mixed]))
 
@@ -543,6 +548,16 @@ def test_the_report_counts_newline_columns_apart(name):
     for image in report.images:
         assert image.separators_kept == image.separators_full and image.kept == max(1, round(image.full * 0.25))
     assert any(image.separators_full for image in report.images)
+
+
+@pytest.mark.parametrize("name", NEWLINES)
+def test_tokens_that_are_all_kept_in_another_order_keep_their_newline_columns(name):
+    model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
+    prepared = me.prepare(model, "divprune:keep=1,order=picked", **inputs)
+    assert prepared.visual_keep_mask.all()
+    for image in prepared.report.images:
+        assert (image.kept, image.separators_kept) == (image.full, image.separators_full)
+        assert image.indices.sort().values.tolist() == list(range(image.full)) and not torch.equal(image.indices, torch.arange(image.full))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -1047,6 +1062,28 @@ def test_a_second_turn_of_a_padded_batch_equals_a_fresh_call_without_cache(spec,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"])
+def test_a_second_turn_after_rows_that_ended_early_equals_a_fresh_call(spec, name):
+    """The shorter answers are padded inside the conversation, and that padding takes no position."""
+    model, rows = me.wrap(tiny(name), rule(name, spec)), FAMILIES[name].mixed
+    inputs, new = make(name, *rows), say(name, TURN_2)["input_ids"].expand(len(rows), -1)
+    free = answer(model, inputs)
+    ends = int(free[0, 1])
+    first = model.generate(**inputs, eos_token_id=ends, return_dict_in_generate=True, **NEW)
+    answers = first.sequences[:, inputs["input_ids"].shape[1] :]
+    real = torch.cat([torch.ones(len(rows), 1, dtype=torch.bool), (answers == ends).cumsum(1)[:, :-1] == 0], 1)
+    assert not real.all() and not torch.equal(real, real[:1].expand_as(real))
+    ids = torch.cat([first.sequences, new], 1)
+    whole = {
+        "input_ids": ids,
+        "attention_mask": torch.cat([inputs["attention_mask"], real.long(), torch.ones_like(new)], 1),
+        **types(name, ids),
+    }
+    cached = answer(model, whole, past_key_values=first.past_key_values)
+    assert torch.equal(cached, answer(model, {**whole, **vision(inputs)}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4", "divprune:keep=0.3,positions=other"])
 def test_three_turns_equal_the_slow_reference(spec, name):
     """Text, then a picture, then text: every answer is that of the whole conversation by hand."""
@@ -1330,7 +1367,3 @@ def test_trap_13_logits_processors_see_the_shortened_prompt(name):
     penalised = answer(model, inputs, repetition_penalty=1.3)
     again = model.generate(**kwargs, repetition_penalty=1.3, **NEW)[:, kwargs["input_ids"].shape[1] :]
     assert torch.equal(penalised, again)
-
-
-def test_every_prompt_has_its_row_of_pictures():
-    assert all(text.count("I ") + text.count("V ") > 0 for kind, text in PROMPTS.items() if kind != "text only")
