@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .budget import apportion
 from .compressors.base import Compressor, Resizer
 from .errors import UnsupportedModelError
+from .lazy import torch
 from .tokens import Plane, VisualShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Group:
     """Tokens that are compressed together.
 
-    indices: (n,) of its tokens in the image, None for all of them. plane: the rectangle they form, if they form one.
-    k: the budget handed to the method. kept: the tokens it gives for that.
+    plane: the rectangle they form, if they form one. n: how many they are. k: the budget handed to the method. kept: the
+    tokens it gives for that. whole: whether they are all of the image. corner: the number of the rectangle's first token
+    in the image, and what lies between two of its rows.
     """
 
-    indices: Tensor | None
     plane: Plane | None
+    n: int
     k: int
     kept: int
+    whole: bool = True
+    corner: tuple[int, int] = (0, 0)
+
+    @property
+    def indices(self) -> Tensor | None:
+        """(n,) of its tokens in the image, None for all of them."""
+        if self.whole or self.plane is None:
+            return None
+        first, stride = self.corner
+        return (first + torch.arange(self.plane.rows)[:, None] * stride + torch.arange(self.plane.columns)).flatten()
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -76,40 +88,42 @@ def _groups(method: Compressor, shape: VisualShape, k: int) -> Iterator[Group]:
     if method.per == "image" or (method.per == "frame") != (shape.modality == "video"):
         planes = [p for p in shape.planes if len(p)]
         if len(planes) == 1:
-            yield Group(None, planes[0], k, method.yields(k, (planes[0].rows, planes[0].columns)))
+            yield Group(planes[0], shape.n, k, method.yields(k, (planes[0].rows, planes[0].columns)))
         elif not (method.merges and "grid" in method.needs):
-            yield Group(None, None, k, method.yields(k, None))
+            yield Group(None, shape.n, k, method.yields(k, None))
         else:
             shares = apportion(k, [len(p) for p in planes])
-            for (plane, indices), share in zip(_rectangles(shape, by_tile=False), shares):
-                yield Group(indices, plane, share, method.yields(share, (plane.rows, plane.columns)))
+            for (plane, corner), share in zip(_rectangles(shape, by_tile=False), shares):
+                yield Group(plane, len(plane), share, method.yields(share, (plane.rows, plane.columns)), False, corner)
         return
-    for plane, indices in _rectangles(shape, by_tile=method.per == "tile"):
+    for plane, corner in _rectangles(shape, by_tile=method.per == "tile"):
         share = method.budget.count(len(plane), fixed=False)
-        yield Group(indices, plane, share, method.yields(share, (plane.rows, plane.columns)))
+        yield Group(plane, len(plane), share, method.yields(share, (plane.rows, plane.columns)), False, corner)
 
 
-def _rectangles(shape: VisualShape, by_tile: bool) -> Iterator[tuple[Plane, Tensor]]:
-    """The planes of a shape, or the parts of them that come from one tile, with the indices of their tokens."""
+def _rectangles(shape: VisualShape, by_tile: bool) -> Iterator[tuple[Plane, tuple[int, int]]]:
+    """The planes of a shape, or the parts of them that come from one tile, with their ``corner``."""
     start = 0
     for plane in shape.planes:
-        table = torch.arange(start, start + len(plane)).view(plane.rows, plane.columns)
-        start += len(plane)
-        if not len(plane):
-            continue
         if not by_tile or not plane.row_tiles:
-            yield plane, table.flatten()
-            continue
-        down, across = torch.tensor(plane.row_tiles), torch.tensor(plane.column_tiles)
-        for r in down.unique():
-            for c in across.unique():
-                part = table[down == r][:, across == c]
-                yield _part(plane, down == r, across == c), part.flatten()
+            parts = [(plane, 0, 0)] if len(plane) else []
+        else:
+            bands = [_runs(plane.row_tiles), _runs(plane.column_tiles)]
+            parts = [(_part(plane, rows, columns), rows[0], columns[0]) for rows in bands[0] for columns in bands[1]]
+        for part, row, column in parts:
+            yield part, (start + row * plane.columns + column, plane.columns)
+        start += len(plane)
 
 
-def _part(plane: Plane, rows: Tensor, columns: Tensor) -> Plane:
-    """The rectangle of a plane at rows and columns that follow each other."""
-    (r0, r1), (c0, c1) = ((int(m.nonzero()[0]), int(m.nonzero()[-1]) + 1) for m in (rows, columns))
+def _runs(tiles: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(first, last + 1) of each run of equal numbers."""
+    ends = [i for i in range(1, len(tiles)) if tiles[i] != tiles[i - 1]]
+    return list(zip([0, *ends], [*ends, len(tiles)]))
+
+
+def _part(plane: Plane, rows: tuple[int, int], columns: tuple[int, int]) -> Plane:
+    """The rectangle of a plane at rows and columns (first, last + 1)."""
+    (r0, r1), (c0, c1) = rows, columns
     top, left, bottom, right = plane.box
     high, wide = (bottom - top) / plane.rows, (right - left) / plane.columns
     box = (top + r0 * high, left + c0 * wide, top + r1 * high, left + c1 * wide)
@@ -124,7 +138,7 @@ def position_rule(adapter: Any, method: Compressor) -> str:
 
 def check(adapter: Any, method: Compressor) -> None:
     """Raises where a model cannot run a method at all, before any call is made."""
-    family, name = type(adapter.model).__name__, method.name
+    family, name = adapter.name, method.name
     lacking = sorted(set(method.needs) - adapter.gives)
     if lacking:
         raise UnsupportedModelError(f"{name} needs {', '.join(lacking)}, which {family} does not give")

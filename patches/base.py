@@ -62,6 +62,10 @@ class Adapter:
         self.model, self.config = model, model.config
 
     @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
     def placeholders(self) -> dict[str, int]:
         """The placeholder token of each modality."""
         video = getattr(self.config, "video_token_id", None)

@@ -75,6 +75,14 @@ class Compressor:
         """How many tokens a budget of k gives on a grid."""
         return k
 
+    def flops(self, n: int, d: int, k: int) -> int:
+        """FLOPs of choosing or making k of n tokens of width d: twice the multiply-adds of its matrix products alone.
+
+        That is what torch's ``FlopCounterMode`` counts: sorting, pooling, norms and comparisons are nothing to it. A
+        method that multiplies matrices overrides this.
+        """
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
         out: dict[str, Any] = {"method": self.name}

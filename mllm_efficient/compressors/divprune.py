@@ -50,6 +50,10 @@ class DivPrune(Selector):
     def full_is_identity(self) -> bool:
         return self.order == "raster"
 
+    def flops(self, n: int, d: int, k: int) -> int:
+        """The product of the rows with each other. The l2 and l1 distances are no matrix product, and the picks have none."""
+        return 2 * n * n * d if self.metric == "cosine" else 0
+
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         return farthest_first(distances(v.features, self.metric), k)
 

@@ -1,0 +1,171 @@
+"""The same FLOPs counted: torch's ``FlopCounterMode`` over the real model, encode, compress, prefill and decode apart.
+
+Models of shipped shapes are built on the meta device, without weights or memory. The tower and the language model run
+there; a method chooses by values, so it runs on the CPU, on random features of the right size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..compressors.base import Compressor
+from ..errors import MllmEfficientError
+from .pictures import Picture, Size, chosen, pictures_of
+from .shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Counted:
+    """FLOPs of a call, as ``flops.Cost`` has them."""
+
+    vision: int
+    compress: int
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.compress + self.prefill + self.decode
+
+
+def build_on_meta(shape: ModelShape) -> Any:
+    """The model of a shape with weights on the meta device."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**shape.config)).eval()
+
+
+def count(
+    model: Any,
+    shape: ModelShape,
+    method: Compressor,
+    *,
+    text_tokens: int = 64,
+    visual_tokens: int | None = None,
+    image_size: Size | None = None,
+    new_tokens: int = 0,
+    batch_size: int = 1,
+) -> Counted:
+    """FLOPs of a call that ``flops.cost`` with the same arguments computes. model: on meta, or real and on a CPU.
+
+    Raises ``MllmEfficientError`` for tokens that are of no known picture.
+    """
+    from ..patches import adapter_for
+    from ..shrink import Encoded, encode_items, encoding_key, prepare
+
+    rules = pictures_of(shape)
+    pictures = chosen(rules, visual_tokens, image_size, exact=True)
+    if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
+        raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
+    adapter, meta = adapter_for(model), model.device.type == "meta"
+    inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size)
+    items = adapter.items(inputs)
+    prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
+    with torch.no_grad(), OneDevice() if meta else contextlib.nullcontext():
+        with flop_counter() as vision:
+            encoded = encode_items(adapter, method, items)
+        if meta:
+            if "text" in method.needs:
+                raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
+            known = [replace(e, **_random(e)) for e in encoded.encodings]
+            encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
+        with flop_counter() as compress:
+            prepared = prepare(model, method, encoded=encoded, **prompt)
+        call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
+        # A cache from the start: position ids without one are searched for packed sequences, by value.
+        cache = _cache(model)
+        with flop_counter() as prefill:
+            model(**call, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids = prepared.tensors["input_ids"]
+        with flop_counter() as decode:
+            for i in range(new_tokens - 1):
+                token = torch.full((batch_size, 1), _text_id(adapter), device=ids.device)
+                model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), past_key_values=cache, use_cache=True)
+    return Counted(*(c.get_total_flops() for c in (vision, compress, prefill, decode)))
+
+
+def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int) -> dict[str, Any]:
+    """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
+    device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
+    modality = pictures[0].shape.modality
+    visual = [adapter.placeholders[modality]] * sum(p.shape.length for p in pictures)
+    text = [_text_id(adapter)] * text_tokens
+    ids = torch.tensor([text[:1] + visual + text[1:]] * batch)
+    views = batch * sum(p.views for p in pictures)
+    rows, columns = pictures[0].patches
+
+    def noise(*size: int) -> Tensor:
+        return torch.zeros(size, device="meta", dtype=dtype) if device.type == "meta" else torch.rand(size).to(device, dtype)
+
+    if shape.family.startswith("qwen"):
+        patch = tower.channels * tower.frames * tower.patch**2
+        return {
+            "input_ids": ids, "mm_token_type_ids": (ids == visual[0]).long(), "pixel_values": noise(views * rows * columns, patch),
+            "image_grid_thw": torch.tensor([[1, rows, columns]] * views),
+        }  # fmt: skip
+    side = shape.vision["image_size"]
+    high, wide = (side, side) if isinstance(side, int) else side
+    pixels = noise(views, tower.channels, high, wide)
+    if modality == "video":
+        return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (batch * len(pictures), -1))}
+    sizes = [p.size for p in pictures * batch if p.size is not None]
+    extra = {"image_sizes": torch.tensor([[h, w] for w, h in sizes])} if pictures_of(shape).separators else {}
+    return {"input_ids": ids, "pixel_values": pixels, **extra}
+
+
+def _text_id(adapter: Any) -> int:
+    """A token that stands for no picture."""
+    return next(i for i in range(5, 99) if i not in adapter.placeholders.values())
+
+
+def _cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def _random(encoding: Any) -> dict[str, Any]:
+    """Features on the CPU for those on meta."""
+
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.rand(x.shape)
+
+    return {
+        "features": like(encoding.features), "deep": tuple(like(layer) for layer in encoding.deep), "attention": like(encoding.attention),
+        "keys": like(encoding.keys),
+    }  # fmt: skip
+
+
+class OneDevice(TorchDispatchMode):
+    """What an operation is given on the CPU beside tensors on meta goes to meta.
+
+    Prompts, grids and window indices stay on the CPU until they meet features, because hosts read their values.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if len({x.is_meta for x in tensors}) == 2:
+            args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter that knows the CPU's attention kernel too, for which torch 2.13 has no formula."""
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    return FlopCounterMode(display=False, custom_mapping={kernel: _attention} if kernel is not None else {})
+
+
+def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Two products over (batch, heads, queries or keys, width), in full where the mask is causal."""
+    b, h, q, d = query
+    return 2 * b * h * q * key[-2] * (d + value[-1])

@@ -1,0 +1,216 @@
+"""FLOPs of a call in closed form: vision tower, projector, compressor, prefill and decoding. No weights, no torch.
+
+Convention ``exact``: 2 x multiply-adds of matrix products, convolutions and attention, causal attention counted in full,
+which is what torch's ``FlopCounterMode`` counts on the same model, to the last FLOP. Norms, activations, sorting and
+interpolation are not counted. The papers' conventions are in ``conventions``.
+
+    >>> baseline = cost(load_shape("llava-1.5-7b"), text_tokens=64)
+    >>> pruned = cost(load_shape("llava-1.5-7b"), text_tokens=64, method="divprune:keep=0.098")
+    >>> pruned.visual_tokens_kept, round(pruned.ratio(baseline), 1)
+    (56, 22.1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..compressors.base import Compressor
+from ..errors import MllmEfficientError, UnsupportedModelError
+from ..plan import check
+from .conventions import CONVENTIONS, EXACT, prefill_macs
+from .keeping import Kept, keep
+from .pictures import Picture, Size, chosen, pictures_of
+from .shapes import Decoder, ModelShape, Projector, Tower, load_shape, shape_names, shape_of
+
+__all__ = [
+    "Cost", "cost", "decode_flops", "kv_cache_bytes", "load_shape", "prefill_flops", "projector_flops", "shape_names", "shape_of",
+    "tower_flops", "vision_flops",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of one method, in FLOPs (multiply-adds under a paper's convention) and bytes, the whole batch together.
+
+    text_tokens, visual_tokens_full, visual_tokens_kept, separators (newline columns and the like that stay): per prompt.
+    vision: tower and projector, and what the tower does for the method alone. compress: the method's own products.
+    prefill: with the head for one position. decode: every forward after it, so ``new_tokens - 1``, because the prefill
+    gives the first token. Under a paper's convention all but ``prefill`` are 0. kv_cache_bytes: after the last forward.
+    pictures: what was compressed, in words.
+    """
+
+    method: str
+    convention: str
+    text_tokens: int
+    visual_tokens_full: int
+    visual_tokens_kept: int
+    separators: int
+    vision: int
+    compress: int
+    prefill: int
+    decode: int
+    kv_cache_bytes: int
+    pictures: str = ""
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.compress + self.prefill + self.decode
+
+    def ratio(self, baseline: Cost) -> float:
+        """Percent of another cost: total of total under ``exact``, prefill of prefill under a paper's convention."""
+        if self.convention == EXACT:
+            return 100 * self.total / baseline.total
+        return 100 * self.prefill / baseline.prefill
+
+
+def cost(
+    shape: ModelShape | str,
+    *,
+    text_tokens: int = 64,
+    visual_tokens: int | None = None,
+    image_size: Size | None = None,
+    method: Compressor | str | dict[str, Any] = "none",
+    new_tokens: int = 0,
+    batch_size: int = 1,
+    convention: str = EXACT,
+    visual_per_layer: Sequence[int] | None = None,
+) -> Cost:
+    """What a call costs on a model with a method.
+
+    Args:
+        shape: a model's shape, or its name for ``load_shape``.
+        text_tokens: every token of a prompt that is not visual.
+        visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
+            height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
+        method: of family P, as ``me.build`` takes it.
+        new_tokens: tokens generated; the prefill gives the first.
+        batch_size: prompts alike.
+        convention: "exact", "divprune" or "sparsevlm".
+        visual_per_layer: visual tokens in each decoder layer, for methods that shorten the sequence inside the decoder.
+
+    Raises:
+        MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
+    """
+    model = load_shape(shape) if isinstance(shape, str) else shape
+    _require(convention in CONVENTIONS, f"unknown convention {convention!r}: one of {', '.join(CONVENTIONS)}")
+    _require(new_tokens == 0 or convention == EXACT, f"new tokens have no effect under {convention!r}, which counts the prefill alone")
+    _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
+    _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
+    _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
+    compressor, rules, decoder = pre_llm(method), pictures_of(model), model.decoder
+    check(rules, compressor)
+    pictures = chosen(rules, visual_tokens, image_size, convention == EXACT)
+    kept = [keep(rules, compressor, p) for p in pictures]
+    tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
+    layers = [tokens] * decoder.layers if visual_per_layer is None else list(visual_per_layer)
+    _require(len(layers) == decoder.layers, f"visual tokens of {len(layers)} layers given, and {model.name} has {decoder.layers}")
+    lengths = [text_tokens + separators + n for n in layers]
+    _require(min(lengths) > 0, "a prompt without tokens")
+    vision = compress = decode = 0
+    if convention == EXACT:
+        vision = sum(vision_flops(model, k.picture) + _extra_flops(model.tower, compressor, k) for k in kept)
+        compress = sum(compressor.flops(n, decoder.width, k) for one in kept for n, k in one.groups)
+        prefill = prefill_flops(decoder, lengths)
+        decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
+    else:
+        prefill = prefill_macs(decoder, lengths, convention)
+    cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
+    b = batch_size
+    return Cost(
+        compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
+        b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures),
+    )  # fmt: skip
+
+
+def pre_llm(method: Compressor | str | dict[str, Any]) -> Compressor:
+    """A method of family P, built without torch."""
+    from ..registry import build
+
+    built = build(method)
+    for stage in built if isinstance(built, tuple) else (built,):
+        if stage.family != "P":
+            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, whose FLOPs this version does not count")
+    return built[0] if isinstance(built, tuple) else built
+
+
+def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
+    """A prefill with ``lengths[i]`` tokens in layer i, and the head for ``positions`` of them."""
+    return sum(_layer(decoder, n, n) for n in lengths) + positions * head_flops(decoder)
+
+
+def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
+    """One new token with ``cached[i]`` tokens in the cache of layer i, with the head."""
+    return sum(_layer(decoder, 1, n + 1) for n in cached) + head_flops(decoder)
+
+
+def head_flops(decoder: Decoder) -> int:
+    """Logits of one position. A tied head costs what its own would."""
+    return 2 * decoder.width * decoder.vocabulary
+
+
+def kv_cache_bytes(decoder: Decoder, cached: Sequence[int]) -> int:
+    """Bytes of a cache with ``cached[i]`` tokens in layer i, in the model's dtype."""
+    return decoder.kv_bytes * sum(cached)
+
+
+def _layer(decoder: Decoder, queries: int, keys: int) -> int:
+    """Projections of queries, keys, values and output, attention over ``keys`` in full, the MLP."""
+    d, wide = decoder.width, decoder.heads * decoder.head_dim
+    weights = 2 * d * wide + 2 * d * decoder.kv_heads * decoder.head_dim + decoder.mlp_matrices * d * decoder.mlp_width
+    return 2 * queries * weights + 4 * wide * queries * keys
+
+
+def vision_flops(model: ModelShape, picture: Picture) -> int:
+    """Tower and projector of one picture or video."""
+    view = tower_flops(model.tower, picture.patches) + projector_flops(model.projector, picture.projected)
+    return picture.views * view
+
+
+def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
+    """One view of (rows, columns) patches. All layers run, whichever layer's output is used."""
+    d, n = tower.width, patches[0] * patches[1]
+    total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
+    n += tower.class_token
+    everything, windows = n * n, _window_pairs(tower, patches) if tower.window else 0
+    for layer in range(tower.layers):
+        pairs = windows if tower.window and layer not in tower.full_layers else everything
+        total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
+    if tower.pooling_head:  # one query over all tokens, then an MLP on it
+        total += 4 * d * d * (1 + n) + 4 * n * d + 4 * d * tower.mlp_width
+    return total
+
+
+def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
+    """Pairs of patches that share a window; those at the edges are smaller."""
+    rows, columns = ([min(tower.window, side - at) for at in range(0, side, tower.window)] for side in patches)
+    return sum((r * c) ** 2 for r in rows for c in columns)
+
+
+def projector_flops(projector: Projector, n: int) -> int:
+    """n visual tokens through the projector (Qwen-VL: the merger)."""
+    return projector.copies * 2 * n * (projector.inputs * projector.hidden + projector.hidden * projector.outputs)
+
+
+def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
+    """What a method that needs the tower's attention or keys adds to it.
+
+    Keys of one layer, queries of the class token or of all tokens, and their products, computed once more.
+    """
+    if not kept.groups or not set(method.needs) & {"attention", "keys"}:
+        return 0
+    rows, columns = kept.picture.patches
+    n = rows * columns + tower.class_token
+    queries = 1 if tower.class_token else n
+    return kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
+
+
+def _words(pictures: list[Picture]) -> str:
+    first = pictures[0].says
+    return first if len(pictures) == 1 else f"{len(pictures)} pictures, each {first}"
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise MllmEfficientError(message)

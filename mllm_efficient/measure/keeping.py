@@ -1,0 +1,33 @@
+"""What a method keeps of a picture that is known by its size or its number of tokens: ``mllm_efficient.plan``, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compressors.base import Compressor
+from ..errors import MllmEfficientError
+from ..plan import plan
+from .pictures import Picture, Pictures
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A method on one picture. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
+
+    picture: what the tower sees, a smaller one under ``resize``.
+    """
+
+    picture: Picture
+    tokens: int
+    separators: int
+    groups: tuple[tuple[int, int], ...] = ()
+
+
+def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
+    """Raises ``BadBudgetError`` where the budget cannot be met, ``MllmEfficientError`` where the grid is not known."""
+    n = picture.shape.n
+    if not picture.whole and (method.per != "image" or "grid" in method.needs) and method.budget.count(n, fixed=rules.fixed_count) < n:
+        raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
+    p = plan(rules, method, picture)
+    seen = picture if p.smaller is None else rules.smaller(picture, p.smaller)
+    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups))
