@@ -569,7 +569,7 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
         if "pixel_values_videos" in inputs:
             frames = inputs["pixel_values_videos"].shape[1]
             for features in model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output:
-                features = features.reshape(-1, features.shape[-1])  # transformers before 5.22 gives frames apart
+                features = features.reshape(-1, features.shape[-1])  # transformers 5.19 gives frames apart
                 side = math.isqrt(len(features) // frames)
                 newline = torch.arange(len(features)) >= frames * side * side
                 add("video", features, newline, [(side, side)] * frames, torch.arange(frames).repeat_interleave(side * side))
