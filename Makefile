@@ -1,7 +1,10 @@
-# make run     compares all methods on the embedded benchmark, 1000 questions (installs into .venv first)
+# make run     sweeps all methods on the embedded benchmark, 1000 questions: accuracy, FLOPs, latency, memory; the report is
+#              runs/sweep/report.html, made anew each time (installs into .venv first)
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
 # make test-oldest   the same on the oldest supported transformers (.venv-oldest)
+# make bench   latency, the wrapper's overhead and selection on this CPU, into benchmarks/results/ (THREADS=2)
+# make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make lint    ruff, and mypy on the tree that a wheel would install
 # make clean   removes both environments and everything built; runs/ stays
 #
@@ -14,15 +17,21 @@ TORCH_INDEX ?=
 METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
 PIP := .venv/bin/python -m pip -q --disable-pip-version-check
+BENCH := .venv/bin/mllm-efficient bench
+THREADS ?= 2
+GPU_SHAPES := llava-1.5-7b llava-1.5-13b llava-1.6-7b
+GPU_METHODS := $(foreach m,divprune uniform pool,$(foreach k,0.5 0.25 0.11 0.055,--method $(m):keep=$(k)))
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-oldest lint clean
+.PHONY: run table test test-oldest bench bench-gpu lint clean
 
 run: .venv/.installed
-	$(EVAL) --limit 1000
+	@rm -rf runs/sweep
+	.venv/bin/mllm-efficient sweep --model builtin $(foreach m,random uniform resize pool divprune,--method $(m)) \
+	  --keep 0.5,0.25,0.125,0.0625 --limit 1000 --output-tokens 8 --repeats 11 --output-dir runs/sweep
 
 table: .venv/.installed
 	$(EVAL) --limit 5000 --output-dir runs/table
@@ -32,6 +41,24 @@ test: .venv/.installed-dev
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/pytest -n 2
+
+# On a quiet machine: whatever else runs is in the numbers. benchmarks/README.md says what is in each file.
+bench: .venv/.installed
+	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --method divprune:tokens=57 --text-tokens 64 \
+	  --output-tokens 8 --repeats 15 --output benchmarks/results/cpu-ttft.json
+	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --overhead --repeats 15 \
+	  --output benchmarks/results/cpu-overhead.json
+	$(BENCH) --selection --device cpu --threads $(THREADS) --repeats 15 --output benchmarks/results/cpu-selection.json
+
+# random and resize stand beside every budget without being named. One model that fails does not keep the others from running.
+bench-gpu: .venv/.installed
+	@failed=0; for shape in $(GPU_SHAPES); do \
+	  $(BENCH) --model $$shape --random-weights --device cuda --dtype bfloat16 --batch-size 1,8 $(GPU_METHODS) --text-tokens 64 \
+	    --output-tokens 16 --output benchmarks/results/gpu-$$shape.json || failed=1; \
+	done; exit $$failed
+	$(BENCH) --model llava-1.5-7b --random-weights --device cuda --dtype bfloat16 --batch-size 1,8 --overhead --repeats 30 \
+	  --output benchmarks/results/gpu-overhead.json
+	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 --output benchmarks/results/gpu-selection.json
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check

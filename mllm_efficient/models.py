@@ -102,7 +102,7 @@ def load(options: ModelOptions) -> Loaded:
         raise MllmEfficientError("--device has no effect with --device-map: give one of them")
     if options.dtype not in DTYPES:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
-    device = _device(options)
+    device = pick_device(options)
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import logging
@@ -116,7 +116,7 @@ def load(options: ModelOptions) -> Loaded:
     if options.device_map:
         settings["device_map"] = options.device_map
     if options.quantization:
-        settings["quantization_config"] = _quantization(options.quantization, device)
+        settings["quantization_config"] = quantization_config(options.quantization, device)
         settings["device_map"] = options.device_map or device
     try:
         config = AutoConfig.from_pretrained(source, **common)
@@ -143,7 +143,8 @@ def _require_family(name: str, config: Any) -> None:
         )
 
 
-def _device(options: ModelOptions) -> str:
+def pick_device(options: ModelOptions) -> str:
+    """The device asked for, by torch's name. Raises ``MllmEfficientError`` where there is none such."""
     import torch
 
     if options.device == "auto":
@@ -155,7 +156,8 @@ def _device(options: ModelOptions) -> str:
     return options.device
 
 
-def _quantization(kind: str, device: str) -> Any:
+def quantization_config(kind: str, device: str) -> Any:
+    """What transformers takes for "int8" or "int4" weights. Raises ``MllmEfficientError`` where the device cannot."""
     if kind not in QUANTIZATIONS:
         raise MllmEfficientError(f"quantization {kind!r} is not one of {', '.join(QUANTIZATIONS)}")
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import evaluate, flops, generate, methods, show
+from . import bench, evaluate, flops, generate, methods, show
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -23,6 +23,7 @@ app.command("methods")(methods.methods)
 app.command("generate")(generate.generate)
 app.command("show")(show.show)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("flops")(flops.flops)
 
 

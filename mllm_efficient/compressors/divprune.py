@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,19 +61,19 @@ def distances(x: Tensor, metric: str = "cosine") -> Tensor:
     """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input. Raises on NaN or infinity."""
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
-        lowest, highest = torch.aminmax(x, dim=1, keepdim=True)
-        largest = torch.maximum(-lowest, highest)  # of each row, and NaN where there is one
-        least, most = torch.stack([largest.min(), largest.max()]).tolist()
-        if not math.isfinite(least) or not math.isfinite(most):
+        norm = torch.linalg.vector_norm(x, dim=1)
+        least, most = torch.stack([norm.min(), norm.max()]).tolist()
+        ordinary = least > 2.0**-50 and most < 2.0**50  # no square overflows or vanishes, and nothing is NaN
+        largest = None if ordinary else x.abs().amax(1, keepdim=True)
+        if largest is not None and not largest.isfinite().all():
             raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
-        if least <= 2.0**-50 or most >= 2.0**50:
-            # Rows scaled by powers of two: exact, and no square can overflow or vanish.
+        if largest is not None:  # rows scaled by powers of two, which is exact; zero rows get a norm of 1
             exponent = torch.frexp(largest)[1].clamp(min=-1022 if x.dtype == torch.float64 else -126)
             x = torch.ldexp(x, -exponent.to(x.dtype))
-        norm = torch.linalg.vector_norm(x, dim=1)
-        norm = torch.where(norm == 0, torch.ones_like(norm), norm)
+            norm = torch.linalg.vector_norm(x, dim=1)
+            norm = torch.where(norm == 0, torch.ones_like(norm), norm)
         similarity = (x @ x.T).div_(norm[:, None] * norm[None, :])
         return torch.sub(1, similarity, out=similarity)
 

@@ -1,0 +1,259 @@
+"""``mllm-efficient bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MllmEfficientError
+from . import options
+
+if TYPE_CHECKING:
+    from ..models import Loaded, ModelOptions
+
+REPEATS, PAIRS, WARMUP, MAX_BATCH = 10, 15, 2, 256
+
+
+def bench(
+    context: typer.Context,
+    model: options.Model = "builtin",
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Shape name or config.json; nothing is downloaded.")] = False,
+    method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
+    batch_size: Annotated[str, typer.Option("--batch-size", help="One or several, such as 1,8.")] = "1",
+    image_size: Annotated[str | None, typer.Option("--image-size", help="WxH in pixels; default what the model takes.")] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Images in a prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, help="Tokens of a prompt beside its images'.")] = 64,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Tokens generated, neither more nor fewer.")] = 32,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help=f"Default {REPEATS}; {PAIRS} for the two below.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Rounds thrown away before.")] = WARMUP,
+    max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits with each method (CUDA).")] = False,
+    max_batch_limit: Annotated[int | None, typer.Option("--max-batch-limit", min=1, help=f"Try none above; default {MAX_BATCH}.")] = None,
+    quantized: Annotated[str | None, typer.Option("--quantized", help="int8 or int4: the same arms on quantized weights too.")] = None,
+    overhead: Annotated[bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, keep=1 against the bare model.")] = False,
+    selection: Annotated[bool, typer.Option("--selection", help="Instead: DivPrune's selection alone; no model.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own choice.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Writes rows and meta to this JSON file too.")] = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    device_map: options.DeviceMap = None,
+    attn_implementation: options.Attention = None,
+    quantization: options.Quantization = None,
+    revision: options.Revision = None,
+    seed: options.Seed = 0,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    imports: options.Import = None,
+) -> int:
+    """Latency by phase, memory, and the ceiling of what compression can gain; the uncompressed model beside every number."""
+    options.import_files(imports)
+    batches, size = batch_sizes(batch_size), picture_size(image_size)
+    if overhead and selection:
+        raise MllmEfficientError("--overhead and --selection are two benchmarks: give one of them")
+    if (overhead or selection) and (method or max_batch or quantized):
+        given = "--method" if method else "--max-batch" if max_batch else "--quantized"
+        raise MllmEfficientError(f"{given} has no effect with {'--overhead' if overhead else '--selection'}: leave it out")
+    if selection and (random_weights or model != "builtin"):
+        raise MllmEfficientError("--selection runs no model: leave --model and --random-weights out")
+    if max_batch_limit is not None and not max_batch:
+        raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
+    chosen = [options.one_method(m) for m in method or ()]
+    times = repeats or (PAIRS if overhead or selection else REPEATS)
+    with _writing(output) as write, _threads(threads):
+        from ..measure.machine import busy
+        from ..models import ModelOptions
+
+        settings = ModelOptions(
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        )  # fmt: skip
+        if selection:
+            rows, meta = _selection(settings, warmup, times)
+        else:
+            from ..measure.bench import Settings
+            from ..measure.workload import Workload
+
+            plan = Settings(
+                Workload(size, images, text_tokens, output_tokens), batches, times, warmup, seed,
+                (max_batch_limit or MAX_BATCH) if max_batch else None,
+            )  # fmt: skip
+            loaded = _load(settings, random_weights)
+            rows, meta = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, random_weights, json)
+        meta = {"command": command_line(context), **meta}
+        write(rows, meta)
+    warning = busy(meta["machine"])
+    if warning:
+        options.say(warning)
+    if json:
+        options.print_json(rows, meta)
+    elif selection or overhead:
+        options.print_table(*_small_table(rows, selection))
+    else:
+        _report(rows, meta)
+    failed = meta["failed"] if "failed" in meta else [r["failed"] for r in rows if r["failed"]]
+    for line in failed:
+        options.say(f"failed: {line}")
+    return 1 if failed else 0
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """``"1,8"`` as numbers."""
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise MllmEfficientError(f"--batch-size {text!r} is not one or several whole numbers, such as 1,8")
+    return tuple(dict.fromkeys(int(p) for p in parts))
+
+
+def picture_size(text: str | None) -> tuple[int, int] | None:
+    """``"672x336"`` as (width, height)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text.strip())
+    if not found or min(int(v) for v in found.groups()) < 8:
+        raise MllmEfficientError(f"--image-size {text!r} is not WIDTHxHEIGHT in pixels, each at least 8, such as 672x336")
+    return int(found[1]), int(found[2])
+
+
+def _load(settings: ModelOptions, random_weights: bool) -> Loaded:
+    from ..measure.random_model import random_model
+    from ..measure.shapes import shape_names
+    from ..models import load
+
+    if random_weights:
+        options.say(f"building {settings.model} with random weights")
+        return random_model(settings)
+    if settings.model in shape_names():
+        raise MllmEfficientError(f"{settings.model} is a shape without weights: add --random-weights")
+    return load(settings)
+
+
+def _latency(
+    loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, random_weights: bool, json: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from ..measure.arms import REFERENCE
+    from ..measure.bench import Bench
+
+    options.announce(loaded, chosen)
+    second = None
+    if quantized is not None:
+        if loaded.options.quantization is not None:
+            raise MllmEfficientError("--quantized adds arms to a model that is not quantized: leave --quantization out")
+        second = _load(replace(loaded.options, quantization=quantized), random_weights)
+    run = Bench(loaded, chosen, plan, quantized=second)
+    references = [a.name for a in run.arms() if a.role == REFERENCE]
+    if references:
+        options.say(f"beside them {', '.join(references)}")
+    for spec, reason in run.left_out.items():
+        options.say(f"without {spec}: {reason}")
+    with tqdm(total=run.total, unit="turn", mininterval=1, disable=None) as bar:
+        rows, meta = run.run(bar.update)
+    if json:
+        for line in _ceilings(meta):
+            options.say(line)
+    return rows, meta
+
+
+def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from tqdm import tqdm
+
+    from ..measure.overhead import overhead
+
+    with tqdm(total=2 * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None) as bar:
+        return overhead(loaded, plan, bar.update)
+
+
+def _selection(settings: ModelOptions, warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    from tqdm import tqdm
+
+    from ..measure.selection import SHAPES, STEPS, selection
+
+    with tqdm(total=len(STEPS) * len(SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None) as bar:
+        return selection(settings, warmup, repeats, bar.update)
+
+
+def _ceilings(meta: dict[str, Any]) -> list[str]:
+    return [c["line"] if c else "no ceiling: the baseline or the text-only prompt failed" for c in meta["ceiling"]]
+
+
+def _report(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
+    from ..measure.rows import table
+
+    for line in _ceilings(meta):
+        print(line)
+    header, lines = table(rows)
+    options.print_table(header, lines)
+    print("Milliseconds are medians. 'ideal' is the TTFT ratio that the FLOPs allow, 'reached' how much of that speed-up is there;")
+    print("'vs random' is the TTFT of a free choice of as many tokens over this method's.")
+    where = f"{meta['device']}, {meta['dtype']}, {meta['attention']}, {meta['machine']['threads']} threads"
+    print(f"{where}, {meta['weights_mb']:,.0f} MB of weights")
+
+
+def _small_table(rows: Sequence[dict[str, Any]], selection: bool) -> tuple[list[str], list[list[str]]]:
+    if selection:
+        from ..measure.selection import selection_table
+
+        return selection_table(rows)
+    header, lines = ["batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead"], []
+    for r in rows:
+        ratio = r["ratio"]
+        said = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]" if ratio else "failed"
+        ms = [f"{r[name]['median']:.1f}" if r[name] else "" for name in ("bare_ms", "wrapped_ms")]
+        lines.append([str(r["batch_size"]), *ms, said, f"{100 * r['overhead']:+.2f}%" if ratio else ""])
+    return header, lines
+
+
+@contextlib.contextmanager
+def _writing(path: Path | None) -> Iterator[Any]:
+    """A function that writes rows and meta to the file, which is tried before anything runs."""
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise MllmEfficientError(f"--output {path} cannot be written: {error.strerror}") from None
+
+    def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
+        if path is not None:
+            path.write_text(json_module.dumps({"rows": list(rows), "meta": meta}, indent=1, allow_nan=False) + "\n")
+
+    try:
+        yield write
+    finally:
+        if path is not None and path.is_file() and path.stat().st_size == 0:
+            path.unlink()  # nothing came of it
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def command_line(context: typer.Context) -> str:
+    """The command with every option that is not its default."""
+    words = [context.command_path]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if value is None or value == parameter.default or value == []:
+            continue
+        flag = parameter.opts[0]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [flag] if one is True else [flag, str(one)]
+    return shlex.join(" ".join(words[:1]).split() + words[1:])

@@ -1,0 +1,181 @@
+"""A whole benchmark: for every batch size all arms in turn, their rows, the ceiling, the largest batches, and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..compressors.base import Compressor
+from ..compressors.none import NoCompression
+from ..errors import MllmEfficientError
+from ..models import Loaded, require_supported
+from .arms import METHOD, TEXT_ONLY, Arm, arms_for
+from .latency import PHASES, Laps, measure
+from .machine import machine
+from .memory import fits_in_memory, largest_batch, weights_mb
+from .random_model import describe
+from .rows import MEANING, ceiling, rows_of
+from .timing import Clock, clock_for, devices_of, free, quick_gc
+from .workload import Inputs, Workload, make_inputs
+
+NO_MAX_BATCH = (
+    "--max-batch needs a CUDA device: a CPU that runs out of memory swaps or kills the process, which is no error to be caught. "
+    "peak_memory_mb at two --batch-size values says what a row costs"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. max_batch: the largest batch to try in the search for one that fits; None searches none."""
+
+    workload: Workload
+    batch_sizes: tuple[int, ...] = (1,)
+    repeats: int = 10
+    warmup: int = 2
+    seed: int = 0
+    max_batch: int | None = None
+
+
+class Bench:
+    """One model with the methods to compare. Raises before anything is timed for what the model cannot run.
+
+    quantized: the same model with quantized weights, for a second set of arms. clock: another one than the device's, for tests.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        methods: Sequence[Compressor],
+        settings: Settings,
+        *,
+        quantized: Loaded | None = None,
+        clock: Clock | None = None,
+    ):
+        self.loaded, self.methods, self.settings, self.quantized = loaded, methods, settings, quantized
+        self.adapter = require_supported(loaded)
+        self.devices = devices_of(loaded.model)
+        self.clock = clock or clock_for(self.devices)
+        if settings.max_batch is not None and not (self.devices and all(d.type == "cuda" for d in self.devices)):
+            raise MllmEfficientError(NO_MAX_BATCH)
+        self.one = self.inputs(1)
+        self.left_out: dict[str, str] = {}
+        self.arms()  # raises for methods that cannot run
+
+    def inputs(self, batch: int) -> Inputs:
+        return make_inputs(self.loaded, self.adapter, self.settings.workload, batch, self.settings.seed)
+
+    def arms(self) -> list[Arm]:
+        """Fresh arms: the baseline, the methods, the references, those of the quantized model, the text-only prompt."""
+        item = self.adapter.items(self.one.call)[0]
+        arms, self.left_out = arms_for(self.adapter, item, self.methods, self.loaded.options.quantization)
+        if self.quantized is not None:
+            model, kind = self.quantized.model, self.quantized.options.quantization
+            more = [
+                replace(a, role=METHOD, model=model, quantization=kind, samples={}, beside_mb=weights_mb(self.loaded.model)) for a in arms
+            ]
+            for arm in arms:
+                arm.beside_mb = weights_mb(model)
+            arms += more
+        return [*arms, Arm(name="text-only", method=NoCompression(), role=TEXT_ONLY, model=self.loaded.model, kept=0)]
+
+    @property
+    def total(self) -> int:
+        """Turns in all, for a progress bar."""
+        return len(self.settings.batch_sizes) * len(self.arms()) * (self.settings.warmup + self.settings.repeats + 1)
+
+    def run(self, done: Callable[[], object] = lambda: None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows and meta. ``done`` is called after every turn."""
+        with quick_gc():
+            return self._run(done)
+
+    def _run(self, done: Callable[[], object]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        settings, work = self.settings, self.settings.workload
+        before, rows, ceilings, memory, failed = machine(self.devices), list[Any](), list[Any](), None, list[str]()
+        ideal, no_ideal = self.flops_ratios()
+        most, search_errors = self.largest_batches() if settings.max_batch is not None else ({}, {})
+        for batch in settings.batch_sizes:
+            arms = self.arms()
+            try:
+                laps = Laps(self.inputs(batch), work.output_tokens, self.clock)
+            except RuntimeError as error:  # the inputs alone fill the device
+                for arm in arms:
+                    arm.failed = f"{type(error).__name__}: {error}"[:500]
+            else:
+                memory = measure(arms, laps, warmup=settings.warmup, repeats=settings.repeats, devices=self.devices, done=done) or memory
+                del laps
+                free()
+            for arm in arms:
+                arm.max_batch = most.get((arm.name, arm.quantization))
+            failed += [f"{a.name} at batch {batch}: {a.failed}" for a in arms if a.failed]
+            full = self.one.visual_tokens
+            rows += rows_of(arms, batch_size=batch, images=work.images, full=full, flops_ratio=ideal, seed=settings.seed)
+            ceilings.append(ceiling(arms[0], arms[-1], batch_size=batch, output_tokens=work.output_tokens))
+        meta = {
+            **describe(self.loaded),
+            "workload": work.to_dict() | self.one.to_dict(),
+            "batch_sizes": list(settings.batch_sizes), "repeats": settings.repeats, "warmup": settings.warmup,
+            "order": "arms in turn in every repeat (A B A B), all phases of an arm in its turn",
+            "methods": [a.method.to_dict() for a in self.arms() if a.role != TEXT_ONLY],
+            "clock": self.clock.name, "ceiling": ceilings, "left_out": self.left_out, "failed": failed,
+            "meaning": PHASES | MEANING,
+            "preprocess": "by the model's processor" if self.one.preprocess else "null: random weights bring no processor",
+            "peak_memory": memory, "kv_cache": "keys and values after the last token, whole batch; MB = 1e6 bytes",
+            "weights_mb": round(weights_mb(self.loaded.model), 1), "ideal": no_ideal or "mllm_efficient.measure.flops, convention exact",
+            "machine": before, "machine_after": machine(self.devices),
+        }  # fmt: skip
+        if settings.max_batch is not None:
+            meta["max_batch"] = {"tried_up_to": settings.max_batch, "errors": search_errors}
+        return rows, meta
+
+    def flops_ratios(self) -> tuple[Callable[[Arm], float | None], str | None]:
+        """The ideal TTFT ratio of an arm, and why there is none, if so."""
+        from .flops import cost, shape_of
+
+        work, fixed, known = self.settings.workload, self.adapter.fixed_count, dict[str, float]()
+        try:
+            shape = shape_of(self.loaded.model.config, self.loaded.options.model)
+            if fixed:
+                picture: dict[str, Any] = {"visual_tokens": self.one.visual_tokens}
+            elif work.images == 1:
+                picture = {"image_size": self.one.image_size}
+            else:
+                raise MllmEfficientError("FLOPs of several pictures of any size in a prompt are not counted")
+
+            def of(method: Compressor) -> Any:
+                return cost(shape, text_tokens=self.one.lengths[1], method=method, **picture)
+
+            base = of(NoCompression())
+            if base.visual_tokens_full != self.one.visual_tokens:
+                raise MllmEfficientError(f"FLOPs are of {base.visual_tokens_full} visual tokens, and {self.one.visual_tokens} were run")
+            for arm in self.arms():
+                if arm.role != TEXT_ONLY:
+                    known[arm.name] = of(arm.method).total / base.total
+        except MllmEfficientError as error:
+            return lambda arm: None, f"null: {error}"
+        return lambda arm: known[arm.name], None
+
+    def largest_batches(self) -> tuple[dict[tuple[str, str | None], int], dict[str, str]]:
+        """The largest batch that each arm can generate with, and what else stopped a search."""
+        found, errors = {}, {}
+        assert self.settings.max_batch is not None
+        for arm in self.arms():
+            if arm.role == TEXT_ONLY:
+                continue
+
+            def fits(batch: int, arm: Arm = arm) -> bool:
+                def once() -> None:
+                    laps = Laps(self.inputs(batch), self.settings.workload.output_tokens, self.clock)
+                    with laps.as_used(arm), torch.no_grad():
+                        laps.generate(arm)
+
+                return fits_in_memory(once)
+
+            try:
+                found[arm.name, arm.quantization] = largest_batch(fits, self.settings.max_batch)
+            except Exception as error:
+                errors[arm.name] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            free()
+        return found, errors

@@ -1,0 +1,148 @@
+"""DivPrune's selection alone: ``python -m mllm_efficient.measure.selection`` or ``mllm-efficient bench --selection``.
+
+Against two things, in turn within one run: the product of similarities that it cannot do without, and the naive loop,
+which for every pick takes the minimum over all tokens chosen so far again.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32
+from ..errors import MllmEfficientError
+from ..models import DTYPES, ModelOptions, pick_device
+from .machine import machine
+from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
+
+SHAPES = ((576, 4096, 57), (2880, 4096, 282), (576, 1024, 57), (576, 4096, 288))
+
+
+def product(x: Tensor) -> Tensor:
+    """(N, N) products of rows (N, D) in float32: what any selection by similarity has to compute."""
+    x = x.float()
+    with full_float32(x.device.type):
+        return x @ x.T
+
+
+def naive(x: Tensor, k: int) -> Tensor:
+    """Max-min diversity by the textbook, on rows (N, D). (K,) ascending."""
+    unit = torch.nn.functional.normalize(x.float(), dim=1)
+    with full_float32(x.device.type):
+        d = 1 - unit @ unit.T
+    return naive_loop(d, k).sort().values
+
+
+def naive_loop(d: Tensor, k: int) -> Tensor:
+    """K indices from distances (N, N), which are used up: each pick takes the minimum over everything chosen so far."""
+    d.fill_diagonal_(float("inf"))
+    chosen = d.amin(1).argmax().view(1)
+    for _ in range(k - 1):
+        nearest = d[chosen].amin(0)
+        nearest[chosen] = float("-inf")
+        chosen = torch.cat([chosen, nearest.argmax().view(1)])
+    return chosen
+
+
+# What is timed, each on one image's tokens (N, D), their distances (N, N) and K.
+STEPS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
+    "product_ms": lambda x, d, k: product(x),
+    "select_ms": lambda x, d, k: cast(Any, DivPrune(tokens=k)).select(x),
+    "distances_ms": lambda x, d, k: distances(x),
+    "loop_ms": lambda x, d, k: farthest_first(d, k),
+    "naive_ms": lambda x, d, k: naive(x, k),
+    "naive_loop_ms": lambda x, d, k: naive_loop(d, k),
+}
+RATIOS = {
+    "select_over_product": ("select_ms", "product_ms"),
+    "select_over_naive": ("select_ms", "naive_ms"),
+    "loop_over_naive_loop": ("loop_ms", "naive_loop_ms"),
+}
+MEANING = {
+    "product_ms": "X X^T in float32",
+    "select_ms": "DivPrune(tokens=K).select(X), which is distances_ms and loop_ms, each timed alone too",
+    "naive_ms": "the same choice by a loop that for every pick takes the minimum over everything chosen again",
+    "naive_loop_ms": "that loop on distances that are there",
+    "select_over_product": "paired ratio, median with the central 95% of resampled medians; the others alike",
+}
+
+
+def selection_rows(
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    clock: Clock | None = None,
+    warmup: int = 2,
+    repeats: int = 15,
+    seed: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
+    """For each (N, D, K): milliseconds of each step, and the paired ratios of ``RATIOS``."""
+    where = torch.device(device)
+    clock = clock or clock_for([] if where.type == "cpu" else [where])
+    rows = []
+    for n, d, k in shapes:
+        x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(where, dtype)
+        arms, ready = [Series(name) for name in STEPS], distances(x)
+
+        def turn(arm: Series, x: Tensor = x, ready: Tensor = ready, k: int = k) -> dict[str, float]:
+            mine = ready.clone()
+            return {"ms": clock.run(lambda: STEPS[arm.name](x, mine, k))[0]}
+
+        with quick_gc():
+            interleave(arms, turn, warmup=warmup, repeats=repeats, done=done)
+        ms = {arm.name: arm.values("ms") for arm in arms}
+        row: dict[str, Any] = {"n": n, "d": d, "k": k} | {name: spread(values) for name, values in ms.items()}
+        row |= {name: paired(ms[over], ms[under], seed) for name, (over, under) in RATIOS.items()}
+        rows.append({**row, "failed": next((arm.failed for arm in arms if arm.failed), None)})
+    return rows
+
+
+def selection(
+    options: ModelOptions, warmup: int, repeats: int, done: Callable[[], object] = lambda: None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and meta, on the device of ``options``; dtype "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    device = pick_device(options)
+    if options.dtype not in DTYPES:
+        raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    usual = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = usual if options.dtype == "auto" else getattr(torch, options.dtype)
+    devices = [] if device == "cpu" else [torch.device(device)]
+    before = machine(devices)
+    rows = selection_rows(device=device, dtype=dtype, warmup=warmup, repeats=repeats, seed=options.seed, done=done)
+    meta = {
+        "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "repeats": repeats, "warmup": warmup,
+        "versions": {"mllm_efficient": __version__, "python": platform.python_version(), "torch": version("torch")},
+        "order": "all steps in turn (A B A B)", "meaning": MEANING, "machine": before, "machine_after": machine(devices),
+    }  # fmt: skip
+    return rows, meta
+
+
+def selection_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the printed table."""
+    times, header = ("product_ms", "select_ms", "naive_ms", "loop_ms", "naive_loop_ms"), ["N x D -> K"]
+    header += [*(f"{name.removesuffix('_ms').replace('_', ' ')} ms" for name in times)]
+    header += [name.replace("_over_", " / ").replace("_", " ") for name in RATIOS]
+
+    def ratio(value: dict[str, Any] | None) -> str:
+        return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value else ""
+
+    lines = []
+    for r in rows:
+        ms = [f"{r[name]['median']:.3f}" if r[name] else "failed" for name in times]
+        lines.append([f"{r['n']} x {r['d']} -> {r['k']}", *ms, *(ratio(r[name]) for name in RATIOS)])
+    return header, lines
+
+
+if __name__ == "__main__":
+    from ..cli import main
+
+    sys.exit(main(["bench", "--selection", *sys.argv[1:]]))
