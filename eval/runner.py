@@ -14,12 +14,14 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.shrink import Encoded, encode_items, encoding_key, prepare
 
+from .answers import label
 from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
 from .records import Records
 
 NO_IMAGE = "no-image"  # the floor: the same questions without the image
 MAX_NEW_TOKENS = 8
+SENTENCE = 24  # new tokens for models that may answer with a sentence
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """Everything that answers depend on besides the method and the sample; part of every record's fingerprint."""
-        return {"suite": "builtin", "form": "short" if self.builtin else "natural", **environment(self.loaded)}
+        how = {"form": "short"} if self.builtin else {"form": "natural", "answers": "first label"}
+        return {"suite": "builtin", **how, **environment(self.loaded)}
 
     @property
     def arms(self) -> list[str]:
@@ -101,7 +104,7 @@ class Run:
             ids, reports = self._generate(prepared.model_kwargs), prepared.report.images
         rows = []
         for i, (sample, text) in enumerate(zip(batch, self.loaded.processor.batch_decode(ids, skip_special_tokens=True))):
-            answer = first_word(text)
+            answer = first_word(text) if self.builtin else label(text, sample.question.answer)
             row = {**self._head(arm, sample), "answer": answer, "correct": answer == sample.question.answer, "error": None}
             if reports is not None:
                 row |= {"visual_tokens_full": reports[i].full, "visual_tokens_kept": reports[i].kept} | _region(sample, reports[i])
@@ -118,7 +121,7 @@ class Run:
         return dict(self._processed[key])
 
     def _generate(self, inputs: dict[str, Any]) -> torch.Tensor:
-        out = self.loaded.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        out = self.loaded.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS if self.builtin else SENTENCE, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :]
 
     def _encode(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Encoded:

@@ -85,7 +85,8 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
         low, high = total["difference_interval"]
         change = "" if method == "none" else f"{total['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
         share = "" if total["region_share"] is None else f"{100 * total['region_share']:.0f}%"
-        line = [method, f"{total['visual_tokens_kept']:g}", *(_one(by_task[t]["score"]) for t in [*tasks, OVERALL]), change]
+        kept = "" if total["visual_tokens_kept"] is None else f"{total['visual_tokens_kept']:g}"
+        line = [method, kept, *(_one(by_task[t]["score"]) for t in [*tasks, OVERALL]), change]
         line += [_one(total["retention"]) + "%" if total["retention"] is not None else "", share]
         if against:
             low, high = total["against_interval"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = PROJECT["tool"]["setuptools"]["package-dir"]
 LIMIT_MB = 25
-COMMANDS = ("methods", "generate", "show", "eval", "flops", "bench")
+COMMANDS = ("methods", "generate", "show", "eval", "flops", "bench", "sweep", "report")
 
 
 def call(*command: str | Path, cwd: Path | None = None, path: Path | None = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import bench, evaluate, flops, generate, methods, show
+from . import bench, evaluate, flops, generate, methods, report, show, sweep
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -25,6 +25,8 @@ app.command("show")(show.show)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("flops")(flops.flops)
+app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

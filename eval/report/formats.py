@@ -1,0 +1,94 @@
+"""A report as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .merge import Finished
+from .recommend import points
+from .rows import failures, main_table, task_table, tasks_of
+
+TINY = "Offline self-test on a tiny model, not evidence about 7B models."
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
+TEXT = ("method", "role", "asked", "positions", "failed")
+
+
+def conditions(run: Finished) -> str:
+    """On what the numbers were made, in one line."""
+    m = run.meta
+    versions = m["versions"]
+    parts = [
+        f"model {m['model']} ({m['weights']})", f"suite {m['suite']}, {m.get('split')} split, {m['questions']} questions",
+        m["device"], m["dtype"], f"attention {m['attention']}",
+        *(f"{n} {versions[n]}" for n in ("torch", "transformers", "mllm_efficient") if n in versions),
+    ]  # fmt: skip
+    return "; ".join(parts)
+
+
+def is_tiny(run: Finished) -> bool:
+    return any(m["model"] == "builtin" for m in run.metas)
+
+
+def markdown(run: Finished, max_drop: float | None = None) -> str:
+    """Both tables, the recommendation and the conditions."""
+    out = [_recommended(run, max_drop), ""]
+    for header, lines in (main_table(run.rows, asked=run.matched), task_table(run.rows)):
+        out += [_md_line(header), "|" + "---|" + "---:|" * (len(header) - 1), *map(_md_line, lines), ""]
+    out += [f"{line}\n" for line in failures(run.rows)]
+    out += [f"{conditions(run)}." + (f" {TINY}" if is_tiny(run) else ""), ""]
+    out += [f"    {m['command']}" for m in run.metas if m.get("command")]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _md_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(c.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for c in cells) + " |"
+
+
+def _recommended(run: Finished, max_drop: float | None) -> str:
+    chosen = run.recommendation(max_drop)
+    return f"Recommended (at most {points(chosen['max_drop'])} lost): {chosen['line']}"
+
+
+def latex(run: Finished, max_drop: float | None = None) -> str:
+    """Both tables as tabulars of the booktabs package."""
+    out = [f"% {line}" for line in (_recommended(run, max_drop), conditions(run), *([TINY] if is_tiny(run) else []), *failures(run.rows))]
+    for header, lines in (main_table(run.rows, asked=run.matched), task_table(run.rows)):
+        out += [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", _tex_line(header), r"\midrule"]
+        out += [*map(_tex_line, lines), r"\bottomrule", r"\end{tabular}", ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _tex_line(cells: Sequence[str]) -> str:
+    # braces keep a cell that begins with a bracket from being read as an argument of the line break before it
+    return " & ".join("{" + "".join(LATEX.get(c, c) for c in cell) + "}" if cell else "" for cell in cells) + r" \\"
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each cell and every number in a column of its own; categories and intervals are flattened."""
+    tasks = tasks_of(rows)
+    flat = [_flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
+    columns = list(dict.fromkeys(k for f in flat for k in f))
+    columns = [c for c in columns if not any(f"{c}_{part}" in columns for part in ("median", "low", "score"))]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out |= {f"{key}_{k}": v for k, v in _flat(value).items()}
+        elif isinstance(value, list | tuple):
+            out |= dict(zip((f"{key}_low", f"{key}_high"), value))
+        else:
+            out[key] = value
+    return out

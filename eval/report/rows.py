@@ -1,0 +1,153 @@
+"""Rows of a sweep, one per cell: accuracy, FLOPs, latency and memory beside each other, and the tables made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mllm_efficient.measure.flops import Cost
+
+from ..table import OVERALL
+
+TFLOP, MB = 1e12, 1e6
+PHASES = ("vision", "compress", "prefill", "decode", "total")
+TIMES = ("vision_ms", "compress_ms", "prefill_ms", "ttft_ms", "tpot_ms", "e2e_ms", "tokens_per_s")
+BENCH = (*TIMES, "ttft_ratio", "e2e_ratio", "free_choice_reached", "peak_memory_mb", "kv_cache_mb")
+ACCURACY = (
+    "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "failures", "floor",
+    "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept",
+)  # fmt: skip
+TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "failures")
+MEANING = {
+    "score": "percent right, unweighted mean of the categories; tasks: each category by itself",
+    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of images",
+    "retention": "percent of the baseline's score",
+    "flops_ratio": "FLOPs of tower, projector, method, prefill and decoding over the baseline's (convention exact, *_tflops in 10^12)",
+    "prefill_flops_ratio": "FLOPs of the language model's prefill over the baseline's; prefill_flops_ratio_asked: of a pure token drop "
+    "at the budget asked for",
+    "ttft_ratio": "time to first token over the baseline's of the same repeat: median, and the central 95% of resampled medians",
+    "*_ms": "{median, q1, q3, n} in milliseconds, batch 1; tokens_per_s: new tokens over e2e_ms",
+    "peak_memory_mb": "MB = 10^6 bytes; kv_cache_mb: keys and values after the last token",
+}
+
+
+def row_of(
+    spec: str, role: str, asked: str, by_task: dict[str, dict[str, Any]] | None, cost: Cost | None, base: Cost | None,
+    asked_prefill: int | None, bench: dict[str, Any] | None, failed: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """One cell. by_task: eval's rows by category; cost, base: its FLOPs and the baseline's; bench: its row of timings.
+
+    What was not measured is None.
+    """
+    total = (by_task or {}).get(OVERALL, {})
+    row: dict[str, Any] = {"method": spec, "role": role, "asked": asked}
+    row |= {name: total.get(name) for name in ("keep", "tokens", *ACCURACY)}
+    row |= {f"{p}_tflops": None if cost is None else getattr(cost, p) / TFLOP for p in PHASES}
+    whole, part = (cost and base and _ratio(getattr(cost, p), getattr(base, p)) for p in ("total", "prefill"))
+    row |= {"flops_ratio": whole, "prefill_flops_ratio": part}
+    row["prefill_flops_ratio_asked"] = _ratio(asked_prefill, base.prefill) if asked_prefill is not None and base else None
+    row["kv_cache_mb_computed"] = None if cost is None else round(cost.kv_cache_bytes / MB, 3)
+    row |= {name: (bench or {}).get(name) for name in BENCH}
+    row["tasks"] = {t: {k: r[k] for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
+    return row | {"failed": failed}
+
+
+def _ratio(value: int, of: int) -> float:
+    return round(value / of, 6)
+
+
+def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The categories that the rows have, in their order."""
+    return list(dict.fromkeys(t for r in rows for t in r["tasks"]))
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+HEADER = (
+    "method", "tokens", "score", "vs none [95%]", "retention", "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
+    "prefill ms", "e2e ms", "tok/s", "peak MB", "KV MB",
+)  # fmt: skip
+NOTES = {
+    "tokens": "visual tokens kept of an image, mean over the questions",
+    "score": "percent right, mean of the categories",
+    "vs none [95%]": "paired difference to the uncompressed model in points",
+    "retention": "percent of the uncompressed model's score",
+    "FLOPs": "percent of the uncompressed model's: tower, projector, method, prefill, decoding",
+    "prefill FLOPs": "percent of the uncompressed model's, language model's prefill alone",
+    "asked": "prefill FLOPs of a pure token drop at the budget asked for, which --match flops solves for",
+    "TTFT ms": "time to first token, median [quartiles]",
+    "TTFT/none [95%]": "paired ratio to the uncompressed model",
+    "prefill ms": "language model over the prompt, median [quartiles]",
+    "e2e ms": "to the last token, median [quartiles]",
+    "tok/s": "new tokens over the end-to-end time",
+    "peak MB": "highest memory during generation, 10^6 bytes",
+    "KV MB": "keys and values after the last token, 10^6 bytes",
+}
+
+
+def main_table(rows: Sequence[dict[str, Any]], *, quartiles: bool = True, asked: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: everything of a cell in one line. Columns that nothing fills are left out.
+
+    asked: whether the prefill FLOPs that were asked for stand beside those reached.
+    """
+    lines = [_line(r, spread if quartiles else median) for r in rows]
+    used = [i for i, h in enumerate(HEADER) if i < 2 or (any(line[i] for line in lines) and (asked or h != "asked"))]
+    return [HEADER[i] for i in used], [[line[i] for i in used] for line in lines]
+
+
+def _line(r: dict[str, Any], timed: Callable[[dict[str, float] | None], str]) -> list[str]:
+    if r["failed"] and r["score"] is None:
+        return [r["method"], "", "failed", *[""] * (len(HEADER) - 3)]
+    base, ratio = r["role"] == "baseline", r["ttft_ratio"]
+    name = f"{r['method']} (failed)" if r["failed"] else r["method"]
+    paired = "" if base or ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    return [
+        name, number(r["visual_tokens_kept"], "g"), number(r["score"]),
+        "" if base else difference(r["difference"], r["difference_interval"]), "" if base else number(r["retention"], ".1f", "%"),
+        percent(r["flops_ratio"]), percent(r["prefill_flops_ratio"]), percent(r["prefill_flops_ratio_asked"]),
+        timed(r["ttft_ms"]), paired, timed(r["prefill_ms"]), timed(r["e2e_ms"]), median(r["tokens_per_s"]),
+        number(r["peak_memory_mb"], ",.0f"), number(r["kv_cache_mb"], ",.2f"),
+    ]  # fmt: skip
+
+
+def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each failed cell with its reason."""
+    return [f"failed: {r['method']}: {r['failed']}" for r in rows if r["failed"]]
+
+
+def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the score of each category, the floor without the image first where there is one."""
+    tasks = tasks_of(rows)
+    lines = []
+    first = next((r for r in rows if r["score"] is not None), None)
+    if first is not None and first["floor"] is not None:
+        lines.append(["no-image", "0", *(number(first["tasks"][t]["floor"]) for t in tasks), number(first["floor"])])
+    for r in rows:
+        if r["score"] is not None:
+            scores = [number(r["tasks"][t]["score"] if t in r["tasks"] else None) for t in tasks]
+            lines.append([r["method"], number(r["visual_tokens_kept"], "g"), *scores, number(r["score"])])
+    return ["method", "tokens", *tasks, "macro"], lines
+
+
+def number(value: float | None, how: str = ".1f", unit: str = "") -> str:
+    return "" if value is None else f"{value:{how}}{unit}"
+
+
+def percent(ratio: float | None) -> str:
+    return number(None if ratio is None else 100 * ratio, ".1f", "%")
+
+
+def difference(value: float | None, interval: Sequence[float] | None) -> str:
+    return "" if value is None or interval is None else f"{value:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+
+
+def median(value: dict[str, float] | None) -> str:
+    return "" if value is None else f"{value['median']:.{1 if value['median'] < 1000 else 0}f}"
+
+
+def spread(value: dict[str, float] | None) -> str:
+    """``12.3 [11.9, 12.8]``: median and quartiles."""
+    if value is None:
+        return ""
+    digits = 1 if value["median"] < 1000 else 0
+    return f"{value['median']:.{digits}f} [{value['q1']:.{digits}f}, {value['q3']:.{digits}f}]"

@@ -1,0 +1,296 @@
+"""Methods x budgets on one model: accuracy, FLOPs, latency and memory of every cell, the uncompressed baseline first.
+
+A folder keeps what is finished: answers in ``samples.jsonl``, timings in ``bench.jsonl``, at the end ``report.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.none import NoCompression
+from mllm_efficient.compressors.random import Random
+from mllm_efficient.compressors.resize import Resize
+from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.measure.arms import BASELINE, METHOD, REFERENCE
+from mllm_efficient.measure.bench import Bench, Settings
+from mllm_efficient.measure.flops import Cost, cost, shape_of
+from mllm_efficient.measure.workload import Workload, make_inputs
+from mllm_efficient.models import Loaded, environment, require_supported
+from mllm_efficient.plan import check, describe
+from mllm_efficient.shrink import pre_llm
+
+from .records import fingerprint_of
+
+BUDGETS = ("keep", "tokens", "prune")
+BENCH_FILE, LOCK_FILE = "bench.jsonl", "sweep.lock"
+TRIED = 4096  # budgets that ``match`` tries at most
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget. asked: the budget as it was asked for. failed: why it cannot run, known before it does."""
+
+    method: Compressor
+    role: str
+    asked: str = ""
+    failed: str | None = None
+
+    @property
+    def spec(self) -> str:
+        return self.method.spec()
+
+
+def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
+    """The baseline, every method at every budget (``"keep=0.25"``), one that has a budget at that, then the references.
+
+    The references are ``random`` and ``resize`` at every budget where they are not among the methods.
+    """
+    cells = [Cell(NoCompression(), BASELINE)]
+    for spec in specs:
+        own = _own_budget(spec)
+        if own is None and not budgets:
+            raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {spec}:keep=0.25")
+        for budget in [None] if own is not None else budgets:
+            method = pre_llm(spec) if budget is None else _with_budget(spec, budget)
+            cells.append(Cell(method, METHOD, own or budget or ""))
+    for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
+        for name in (Random.name, Resize.name):
+            if asked and not any(c.asked == asked and c.method.name == name for c in cells):
+                cells.append(Cell(pre_llm(f"{name}:{asked}"), REFERENCE, asked))
+    return unique(cells)
+
+
+def unique(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each specification."""
+    out: dict[str, Cell] = {}
+    for cell in cells:
+        out.setdefault(cell.spec, cell)
+    return list(out.values())
+
+
+def _own_budget(spec: str) -> str | None:
+    """The budget in a specification or YAML file, such as "keep=0.1"; "" for ``none``, None where it has none."""
+    if spec.endswith((".yaml", ".yml")):
+        try:
+            method = pre_llm(spec)
+        except MllmEfficientError as error:
+            if "no budget" in str(error):
+                return None
+            raise
+        settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens")}
+        return ",".join(f"{k}={v}" for k, v in settings.items())
+    if spec.partition(":")[0].strip() == NoCompression.name:
+        return ""
+    found = re.findall(r"[:,]\s*(\w+)\s*=\s*([^,]+?)\s*(?=,|$)", spec)
+    parts = [f"{k}={v}" for k, v in found if k in (*BUDGETS, "min_tokens", "max_tokens")]
+    return ",".join(parts) if any(k in BUDGETS for k, _ in found) else None
+
+
+def _with_budget(spec: str, budget: str) -> Compressor:
+    if not spec.endswith((".yaml", ".yml")):
+        return pre_llm(f"{spec}{',' if ':' in spec else ':'}{budget}")
+    import yaml
+
+    name, _, value = budget.partition("=")
+    return pre_llm({**yaml.safe_load(Path(spec).read_text()), name: yaml.safe_load(value)})
+
+
+def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) -> tuple[list[Cell], dict[str, str]]:
+    """Cells that can run, those that fail with why, and the references left out.
+
+    Raises for a method that the model cannot run at any budget.
+    """
+    adapter = require_supported(loaded)
+    out, left_out = [], dict[str, str]()
+    for cell in cells:
+        try:
+            check(adapter, cell.method)
+        except MllmEfficientError as error:
+            if cell.role != REFERENCE:
+                raise
+            left_out[cell.spec] = str(error)
+            continue
+        try:
+            say(describe(cell.method, adapter.usual(), adapter))
+        except MllmEfficientError as error:
+            if cell.role == REFERENCE:
+                left_out[cell.spec] = str(error)
+                continue
+            cell = replace(cell, failed=str(error))
+        out.append(cell)
+    return out, left_out
+
+
+class Flops:
+    """FLOPs of the workload's prompt under any method, convention ``exact``. error: why there are none, if so."""
+
+    def __init__(self, loaded: Loaded, workload: Workload, seed: int = 0):
+        adapter = require_supported(loaded)
+        one = make_inputs(loaded, adapter, workload, 1, seed)
+        self.full, self.error = one.visual_tokens, None
+        self.call: dict[str, Any] = {"text_tokens": one.lengths[1], "new_tokens": workload.output_tokens}
+        try:
+            self.shape = shape_of(loaded.model.config, loaded.options.model)
+            if adapter.fixed_count:
+                self.call["visual_tokens"] = self.full
+            elif workload.images == 1:
+                self.call["image_size"] = one.image_size
+            else:
+                raise MllmEfficientError("FLOPs of several pictures of any size in a prompt are not counted")
+            self.baseline = self.of(NoCompression())
+            if self.baseline.visual_tokens_full != self.full:
+                raise MllmEfficientError(f"FLOPs are of {self.baseline.visual_tokens_full} visual tokens, and {self.full} are run")
+        except MllmEfficientError as error:
+            self.error = str(error)
+
+    def of(self, method: Compressor) -> Cost:
+        return cost(self.shape, method=method, **self.call)
+
+    def pure_drop(self, budget: Compressor) -> Cost:
+        """What leaving out all tokens but those of a budget would cost."""
+        return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens")}))
+
+    def match(self, cell: Cell) -> Cell:
+        """The cell at the budget whose prefill FLOPs are nearest those of a pure token drop at the budget asked for."""
+        target, method = self.pure_drop(cell.method).prefill, cell.method
+        if self.of(method).prefill == target:
+            return cell
+        wanted, fraction = method.budget.count(self.full, fixed=False), method.budget.fraction is not None
+        best: tuple[int, int, Compressor] | None = None
+        for tokens in sorted(range(1, self.full + 1), key=lambda t: (abs(t - wanted), t))[:TRIED]:
+            value: dict[str, Any] = {"keep": round(tokens / self.full, 6)} if fraction else {"tokens": tokens}
+            tried = replace(method, **({"keep": None, "tokens": None, "prune": None} | value))
+            with contextlib.suppress(MllmEfficientError):
+                off = abs(self.of(tried).prefill - target)
+                if best is None or (off, abs(tokens - wanted)) < best[:2]:
+                    best = (off, abs(tokens - wanted), tried)
+            if best is not None and best[0] == 0:
+                break
+        return cell if best is None else replace(cell, method=best[2])
+
+
+# ------------------------------------------------------------------------------------------- timings that are kept
+
+
+class BenchFile:
+    """Finished bench rows by method, one line of JSON each, in ``bench.jsonl``; those of other settings are passed over.
+
+    A torn last line (a kill in mid-write) is dropped.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.path, self.fingerprint = folder / BENCH_FILE, fingerprint_of(config)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.about: dict[str, Any] = {}
+        end = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else (), start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                mine = entry["fingerprint"] == self.fingerprint
+                method, row, about = entry["method"], entry["row"], entry["about"]
+            except (ValueError, KeyError, TypeError):
+                raise MllmEfficientError(f"{self.path} line {number} is no record of a sweep: use another --output-dir") from None
+            if mine:
+                self.rows[method] = row
+                self.about = self.about or about
+            end += len(line)
+        if self.path.exists():
+            os.truncate(self.path, end)
+
+    def add(self, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+        """Keeps what did not fail; a method that is there already stays as it is."""
+        new = [r for r in rows if r["failed"] is None and r["method"] not in self.rows]
+        lines = [json.dumps({"fingerprint": self.fingerprint, "method": r["method"], "row": r, "about": about}) + "\n" for r in new]
+        with self.path.open("a") as file:
+            file.write("".join(lines))
+        self.rows |= {r["method"]: r for r in new}
+        self.about = self.about or about
+
+
+ABOUT = ("ceiling", "clock", "meaning", "peak_memory", "kv_cache", "weights_mb", "machine", "workload", "order", "repeats", "warmup")
+
+
+def groups(cells: Sequence[Cell], done: Sequence[str]) -> list[list[Cell]]:
+    """Cells still to be timed, those of one budget together, so that they take turns; the baseline is in each group."""
+    by_budget: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.role != BASELINE and cell.failed is None and cell.spec not in done:
+            by_budget.setdefault(cell.asked, []).append(cell)
+    return list(by_budget.values()) or ([] if NoCompression.name in done else [[]])
+
+
+def bench_config(loaded: Loaded, settings: Settings) -> dict[str, Any]:
+    """All that a timing depends on besides the method."""
+    import torch
+
+    given = {"workload": settings.workload.to_dict(), "repeats": settings.repeats, "warmup": settings.warmup, "seed": settings.seed}
+    return {**given, "threads": torch.get_num_threads(), **environment(loaded)}
+
+
+def time_all(
+    loaded: Loaded, cells: Sequence[Cell], settings: Settings, file: BenchFile, bar: Callable[[int], Any]
+) -> dict[str, dict[str, Any]]:
+    """Bench rows by method, of which finished ones are not run again; a failed one has its reason in ``failed``.
+
+    bar: called with the number of turns to come, gives back what is called after each.
+    """
+    wanted = {c.spec for c in cells}
+    failed: dict[str, dict[str, Any]] = {}
+    for group in groups(cells, list(file.rows)):
+        try:
+            bench = Bench(loaded, [c.method for c in group], settings)
+            rows, meta = bench.run(bar(bench.total))
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            failed |= {c.spec: {"method": c.spec, "failed": reason} for c in (*cells[:1], *group) if c.spec not in file.rows}
+            continue
+        mine = [r for r in rows if r["method"] in wanted]
+        file.add(mine, {k: meta[k] for k in ABOUT if k in meta})
+        failed |= {r["method"]: r for r in mine if r["failed"] is not None and r["method"] not in file.rows}
+    return {**failed, **{k: v for k, v in file.rows.items() if k in wanted}}
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder belongs to this process inside; another process that owns it is named in the error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
+    with handle:
+        with contextlib.suppress(ImportError):  # Windows has no advisory locks: two processes are the user's care there
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                owner = handle.read().strip() or "another one"
+                raise MllmEfficientError(f"process {owner} is writing to {folder}: wait for it or use another --output-dir") from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file in one step: a reader finds the old one or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise MllmEfficientError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
