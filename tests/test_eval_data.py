@@ -95,15 +95,15 @@ def test_accuracy_is_over_the_requests_that_have_an_answer(loaded, data):
 def test_a_failing_method_fails_alone_and_counts_as_disagreement(loaded, data, registered):
     import dataclasses
 
-    @registered("breaks")
+    @registered("breaks_on_data")
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Breaks(me.Selector):
         def score(self, v):
             raise RuntimeError("on purpose")
 
-    records = run(loaded, data, "breaks:keep=0.5").answer_all()
-    rows = agreement_rows(records, [me.build("none"), me.build("breaks:keep=0.5")])
-    mine = next(r for r in rows if r["method"] == "breaks:keep=0.5" and r["metric"] == "exact_agreement")
+    records = run(loaded, data, "breaks_on_data:keep=0.5").answer_all()
+    rows = agreement_rows(records, [me.build("none"), me.build("breaks_on_data:keep=0.5")])
+    mine = next(r for r in rows if r["method"] == "breaks_on_data:keep=0.5" and r["metric"] == "exact_agreement")
     assert (mine["score"], mine["failures"]) == (0.0, 11)
     assert "on purpose" in next(r["error"] for r in records if r["error"])
 
