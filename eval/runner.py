@@ -13,6 +13,7 @@ import torch
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.shrink import Encoded, encode_items, encoding_key, prepare
+from mllm_efficient.tokens import Plane
 
 from .answers import label
 from .builtin.architecture import VOCABULARY
@@ -95,19 +96,21 @@ class Run:
 
     def _answers(self, arm: str, method: Compressor | None, batch: Sequence[Sample]) -> list[dict[str, Any]]:
         if method is None:
-            ids, reports = self._generate(self._inputs(batch, images=False)), None
+            ids, reports, positions = self._generate(self._inputs(batch, images=False)), None, None
         else:
             inputs = self._inputs(batch, images=True)
             encoded = self._encode(method, batch, inputs)
             inputs = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
             prepared = prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **inputs)
-            ids, reports = self._generate(prepared.model_kwargs), prepared.report.images
+            ids, reports, positions = self._generate(prepared.model_kwargs), prepared.report.images, prepared.report.positions
         rows = []
         for i, (sample, text) in enumerate(zip(batch, self.loaded.processor.batch_decode(ids, skip_special_tokens=True))):
             answer = first_word(text) if self.builtin else label(text, sample.question.answer)
             row = {**self._head(arm, sample), "answer": answer, "correct": answer == sample.question.answer, "error": None}
             if reports is not None:
-                row |= {"visual_tokens_full": reports[i].full, "visual_tokens_kept": reports[i].kept} | _region(sample, reports[i])
+                planes = self.adapter.place(reports[i].planes, (self.size, self.size), self.loaded.processor.image_processor)
+                row |= {"visual_tokens_full": reports[i].full, "visual_tokens_kept": reports[i].kept, "positions": positions}
+                row |= _region(sample, reports[i].indices, planes)
             rows.append(row)
         return rows
 
@@ -145,12 +148,10 @@ def first_word(text: str) -> str:
     return match.group() if match else ""
 
 
-def _region(sample: Sample, image: Any) -> dict[str, float]:
+def _region(sample: Sample, indices: Any, planes: Sequence[Plane]) -> dict[str, float]:
     """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
-    if image.indices is None or image.grid is None:
+    region = sample.region_of(planes)
+    if indices is None or not region:
         return {}
-    region = sample.region(image.grid)
-    if not region:
-        return {}
-    inside = sum(int(i) in region for i in image.indices)
-    return {"region_share": inside / image.kept, "region_kept": inside / len(region)}
+    inside = sum(int(i) in region for i in indices)
+    return {"region_share": inside / len(indices), "region_kept": inside / len(region)}

@@ -45,7 +45,7 @@ def rows_of(
                 "n": len(mine), "failures": sum(r["error"] is not None for r in mine),
                 "floor": _round(scores[NO_IMAGE][0, i]) if NO_IMAGE in scores else None,
                 "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
-                "positions": method.positions or "renumber",
+                "positions": next((r["positions"] for r in mine if r.get("positions")), method.positions),
                 "region_share": _mean(mine, "region_share", 3), "region_kept": _mean(mine, "region_kept", 3),
             }  # fmt: skip
             if task == OVERALL:

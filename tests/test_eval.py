@@ -186,3 +186,14 @@ def test_region_is_the_cells_under_the_questions_boxes():
                 if box.left < left + 120 and box.right > left and box.top < top + 120 and box.bottom > top:
                     wanted.add(token)
         assert region == wanted
+
+
+def test_the_region_of_planes_is_that_of_one_grid_and_of_its_tiles():
+    from mllm_efficient.tokens import Plane
+
+    halves = [Plane(3, 6, box=(0.0, 0.0, 0.5, 1.0)), Plane(3, 6, tile=1, box=(0.5, 0.0, 1.0, 1.0)), Plane(2, 2)]
+    for sample in samples("val", 60):
+        for grid in ((12, 12), (7, 5), (6, 6)):
+            assert sample.region_of([Plane(*grid)]) == sample.region(grid)
+        tiled = sample.region((6, 6)) | {36 + i for i in sample.region((2, 2))}
+        assert sample.region_of(halves) == tiled

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from .scenes import UNITS, make_scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+
+    from mllm_efficient.tokens import Plane
 
 SCENES = 900  # of a split; about 6,000 questions
 
@@ -47,6 +51,27 @@ class Sample:
             left, right = max(box.left, 0) * cols // UNITS, (min(box.right, UNITS) - 1) * cols // UNITS
             cells |= {r * cols + c for r in range(top, bottom + 1) for c in range(left, right + 1)}
         return cells
+
+    def region_of(self, planes: Sequence[Plane]) -> set[int]:
+        """``region`` of tokens that form several planes, each over a box of the picture."""
+        tokens: set[int] = set()
+        start = 0
+        for plane in planes:
+            top, left, bottom, right = plane.box
+            high, wide = (bottom - top) * UNITS / max(plane.rows, 1), (right - left) * UNITS / max(plane.columns, 1)
+            for box in self.question.region if len(plane) else ():
+                rows = _touched(box.top, box.bottom, top * UNITS, high, plane.rows)
+                columns = _touched(box.left, box.right, left * UNITS, wide, plane.columns)
+                tokens |= {start + r * plane.columns + c for r in rows for c in columns}
+            start += len(plane)
+        return tokens
+
+
+def _touched(low: int, high: int, start: float, step: float, cells: int) -> range:
+    """Cells of ``step`` units from ``start`` on that overlap [low, high) within the picture."""
+    low, high = max(low, 0), min(high, UNITS)
+    first, last = math.floor((low - start) / step + 1e-9), math.ceil((high - start) / step - 1e-9)
+    return range(max(first, 0), min(last, cells))
 
 
 @functools.lru_cache(maxsize=64)
