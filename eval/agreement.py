@@ -97,12 +97,13 @@ class Agreement:
         tokens = out[0, prompt.tensors["input_ids"].shape[1] :].cpu()
         along = tokens if base_tokens is None else base_tokens
         ids = torch.cat([inputs["input_ids"], along[None].to(inputs["input_ids"])], 1)
-        read = model(**self._prepared(method, request, inputs, ids).model_kwargs, use_cache=True).logits[0]
-        logits = read[-len(along) - 1 : -1].float().log_softmax(-1).cpu()
+        call = self._prepared(method, request, inputs, ids).model_kwargs
+        read = model(**call, use_cache=True, logits_to_keep=len(along) + 1).logits[0]
+        logits = read[:-1].float().log_softmax(-1).cpu()
         text = self.loaded.processor.decode(tokens, skip_special_tokens=True).strip()
         report = prompt.report
         row = {
-            **self._head(method, request), "answer": text, "error": None, "expected": request.answer, "new_tokens": len(tokens),
+            **self._head(method, request), "answer": text, "error": None, "new_tokens": len(tokens),
             "accuracy": None if request.answer is None else holds(text, request.answer),
             "visual_tokens_full": report.visual_tokens_full, "visual_tokens_kept": report.visual_tokens_kept,
         }  # fmt: skip
@@ -131,7 +132,7 @@ class Agreement:
         return prepare(self.loaded.model, method, input_ids=ids, attention_mask=mask, encoded=self._vision[key], image_keys=keys, **left)
 
     def _head(self, method: Compressor, request: Request) -> dict[str, Any]:
-        return {"method": method.spec(), "id": request.id, "task": request.task}
+        return {"method": method.spec(), "id": request.id, "task": request.task, "expected": request.answer}
 
     def _failed(self, method: Compressor, request: Request, reason: str) -> dict[str, Any]:
         return {**self._head(method, request), "answer": None, "error": reason}

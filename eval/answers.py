@@ -17,8 +17,9 @@ ARTICLES = {"a", "an", "the"}
 
 def normalised(text: str) -> str:
     """Lower case, words and numbers alone, articles left out, numbers up to twelve in digits."""
-    words = re.findall(r"[^\W_]+(?:\.\d+)?", text.lower())
-    return " ".join(WORDS.get(w, w) for w in words if w not in ARTICLES)
+    words = re.findall(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:\.\d+)?", text.lower())
+    kept = [w for w in words if w not in ARTICLES] or words  # "A" is an answer where nothing else is said
+    return " ".join(WORDS.get(w, w) for w in kept)
 
 
 def holds(text: str, answer: str) -> bool:

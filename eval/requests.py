@@ -11,6 +11,8 @@ from typing import Any
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.images import load_image
 
+from .answers import normalised
+
 KEYS = ("id", "images", "prompt", "messages", "answer")
 
 
@@ -89,6 +91,8 @@ def _request(line: str, number: int, folder: Path) -> Request:
         raise MllmEfficientError("prompt must be a text")
     if answer is not None and not isinstance(answer, (str, int, float)):
         raise MllmEfficientError("answer must be a text")
+    if answer is not None and not normalised(str(answer)):
+        raise MllmEfficientError(f"answer {answer!r} has no word or number in it")
     if messages is not None:
         messages = tuple(_messages(messages, len(images)))
     named = entry.get("id", number)

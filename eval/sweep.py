@@ -85,7 +85,7 @@ def _own_budget(spec: str) -> str | None:
             if "no budget" in str(error):
                 return None
             raise
-        settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens")}
+        settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens", "per")}
         return ",".join(f"{k}={v}" for k, v in settings.items())
     if spec.partition(":")[0].strip() == NoCompression.name:
         return ""
@@ -156,7 +156,7 @@ class Flops:
 
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""
-        return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens")}))
+        return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens", "per")}))
 
     def match(self, cell: Cell) -> Cell:
         """The cell at the budget whose prefill FLOPs are nearest those of a pure token drop at the budget asked for."""

@@ -78,9 +78,10 @@ def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
         return Plan(shape, after.n, smaller=smaller, after=after, separators=after.separators if method.newline else 0, clamped=clamped)
     groups = tuple(_groups(method, shape, k))
     kept = sum(g.kept for g in groups)
+    clamped = method.tokens is not None and any(method.tokens > g.n for g in groups)
     if kept == shape.n and method.full_is_identity:
-        return whole
-    keeps_newlines = method.newline == "keep" or kept == shape.n
+        return replace(whole, clamped=clamped)
+    keeps_newlines = not method.merges and (method.newline == "keep" or kept == shape.n)
     return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
 
 
@@ -155,6 +156,10 @@ def check(adapter: Any, method: Compressor) -> None:
     picked = getattr(method, "order", "raster") == "picked"
     if picked and (position_rule(adapter, method) == "keep" or method.newline == "keep"):
         raise UnsupportedModelError(f"{name}: order='picked' shuffles tokens, which {family} places by position: use positions='renumber'")
+    if picked and method.per != "image":
+        raise UnsupportedModelError(
+            f"{name}: order='picked' is the order of one choice, and per={method.per!r} makes several: give one of them"
+        )
     if adapter.deepstack and method.merges and not isinstance(method, Resizer) and not getattr(method, "channelwise", False):
         raise UnsupportedModelError(f"{name} merges by content, and the features that {family} adds in later layers cannot follow")
     usual = adapter.usual()

@@ -43,6 +43,10 @@ class Prepared:
 
     report: what was done. layout: None where nothing was compressed. visual_keep_mask: (B, L) bool, False where a
     visual token left the prompt.
+
+    ``generate`` goes on from it by itself. A decode loop written by hand over the stock ``forward`` must pass
+    ``position_ids=layout.positions_of(mask, 1)`` with the reduced mask where that is not None (kept positions, M-RoPE):
+    the stock model does not know them. A wrapped model does.
     """
 
     tensors: dict[str, Any]

@@ -75,7 +75,7 @@ def _compress(method: Compressor, p: Plan, encoding: Any, context: Context) -> l
         done = method.compress(part, group.k)  # type: ignore[attr-defined]
         require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
         if done.indices is not None:
-            out.append((group, done, tuple(layer[done.indices] for layer in layers)))
+            out.append((group, done, tuple(layer[done.indices.to(layer.device)] for layer in layers)))
         else:
             merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
             out.append((group, done, tuple(merged)))
@@ -152,18 +152,22 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
 
 
 def _smaller(p: Plan, encoding: Any) -> Squeezed:
-    """A smaller picture's tokens take the first placeholders of each plane of the full one."""
-    assert p.after is not None
-    keep = torch.zeros(p.shape.length, dtype=torch.bool)
-    start = 0
-    for full, plane in zip(p.shape.planes, p.after.planes):
-        keep[p.shape.token_slots[start : start + len(plane)]] = True
-        start += len(full)
+    """A smaller picture's tokens take the first placeholders of each plane of the full one, as far as there are enough."""
+    after, shape = p.after, p.shape
+    assert after is not None
+    keep = torch.zeros(shape.length, dtype=torch.bool)
     rows = [encoding.features, *encoding.deep]
-    if not p.separators and p.after.separators:
-        rows = [r[p.after.token_slots.to(r.device)] for r in rows]
-    elif p.separators:
-        stay = torch.ones(p.shape.length, dtype=torch.bool)
-        stay[p.shape.token_slots] = False
-        keep[stay.nonzero()[: p.separators, 0]] = True
-    return Squeezed(rows[0], tuple(rows[1:]), keep, None, p.after.planes)
+    if p.separators:  # on such hosts it does not matter which placeholders stay
+        require(after.length <= shape.length, "the smaller picture has more newline columns than the full one has room for")
+        keep[: after.length] = True
+        return Squeezed(rows[0], tuple(rows[1:]), keep, None, after.planes)
+    start = 0
+    for full, plane in zip(shape.planes, after.planes):
+        keep[shape.token_slots[start : start + min(len(plane), len(full))]] = True
+        start += len(full)
+    # Rounding can give a plane of the smaller picture more tokens than the full one has there.
+    rest = shape.token_slots[~keep[shape.token_slots]]
+    keep[rest[: after.n - int(keep.sum())]] = True
+    if after.separators:
+        rows = [r[after.token_slots.to(r.device)] for r in rows]
+    return Squeezed(rows[0], tuple(rows[1:]), keep, None, after.planes)

@@ -70,7 +70,8 @@ class VisualShape:
     @property
     def grid(self) -> tuple[int, int] | None:
         """(rows, columns) where the tokens form a single grid."""
-        return (self.planes[0].rows, self.planes[0].columns) if len(self.planes) == 1 else None
+        filled = [p for p in self.planes if len(p)]
+        return (filled[0].rows, filled[0].columns) if len(filled) == 1 else None
 
     def tile(self) -> Tensor | None:
         """(N,) the tile of each token, or None where there is one tile."""

@@ -82,6 +82,8 @@ class LlavaNextAdapter(Adapter):
         if height == 0:  # a picture so long that its map is all padding
             return VisualShape((base, Plane(0, across * side, tile=1, newline=True)))
         width = len(packed) // height - 1
+        if width == 0:  # the same for a tall one: its newline column is left
+            return VisualShape((base, Plane(height, 0, tile=1, newline=True)))
         # The map may have been shrunk: a token then looks at the middle of several patches.
         y, x = packed[:: width + 1, 0] + 0.5, packed[:width, 1] + 0.5
         step_y, step_x = ((c[-1] - c[0]) / max(len(c) - 1, 1) if len(c) > 1 else torch.tensor(1.0) for c in (y, x))

@@ -105,6 +105,8 @@ def test_a_failing_method_fails_alone_and_counts_as_disagreement(loaded, data, r
     rows = agreement_rows(records, [me.build("none"), me.build("breaks_on_data:keep=0.5")])
     mine = next(r for r in rows if r["method"] == "breaks_on_data:keep=0.5" and r["metric"] == "exact_agreement")
     assert (mine["score"], mine["failures"]) == (0.0, 11)
+    right = next(r for r in rows if r["method"] == "breaks_on_data:keep=0.5" and r["metric"] == "accuracy")
+    assert (right["score"], right["baseline"]) == (0.0, 100.0)
     assert "on purpose" in next(r["error"] for r in records if r["error"])
 
 
@@ -134,7 +136,8 @@ def test_first_difference():
     ('{"prompt": " "}', "prompt must be a text"), ('{"prompt": "x", "images": "0.png"}', "list of paths"),
     ('{"prompt": "x", "images": ["absent.png"]}', "no image file"), ('{"prompt": "x", "id": "words"}', "stands twice"),
     ('{"images": ["0.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]}', "2 image(s)"),
-    ('{"messages": [{"text": "x"}]}', "role and content"), ('{"prompt": "x", "answer": ["a"]}', "answer must be a text"),
+    ('{"prompt": "x", "answer": "?"}', "no word or number"), ('{"messages": [{"text": "x"}]}', "role and content"),
+    ('{"prompt": "x", "answer": ["a"]}', "answer must be a text"),
 ])  # fmt: skip
 def test_a_bad_line_is_one_line_that_names_it(capsys, data, line, says):
     with data.open("a") as file:
@@ -195,6 +198,8 @@ def test_answers_in_sentences_are_read_as_people_would(text, answer, right):
 def test_normalised_text():
     assert normalised("  The Cat, a dog & Two birds! ") == "cat dog 2 birds"
     assert holds("Two birds.", "two") and not holds("no birds", "two") and not holds("x", "")
+    assert holds("A", "A") and holds("a.", "A") and not holds("The", "A") and not holds("5", "-5") and holds("-5", "-5")
+    assert normalised("x-ray, 3-4") == "x ray 3 4"
 
 
 class Oracle:

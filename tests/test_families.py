@@ -1387,3 +1387,32 @@ def test_trap_13_logits_processors_see_the_shortened_prompt(name):
     penalised = answer(model, inputs, repetition_penalty=1.3)
     again = model.generate(**kwargs, repetition_penalty=1.3, **NEW)[:, kwargs["input_ids"].shape[1] :]
     assert torch.equal(penalised, again)
+
+
+@pytest.mark.parametrize("size", [(994, 263), (3846, 49), (7, 3295), (49, 3846)], ids=str)
+@pytest.mark.parametrize(
+    "spec", ["divprune:keep=0.5", "resize:tokens=64", "resize:keep=0.3", "resize:keep=0.5,newline=keep", "pool:keep=0.5"]
+)
+@pytest.mark.parametrize("name", NEWLINES)
+def test_pictures_whose_map_rounding_makes_odd_run_or_are_refused_in_one_line(name, spec, size):
+    """A smaller picture's map can have more rows than the full one's, and a very long one's map can be all padding."""
+    from PIL import Image
+
+    inputs = process(name, ["user : I what is it ?"], [[Image.new("RGB", size, (9, 90, 200))]])
+    try:
+        prepared = me.prepare(tiny(name), spec, **inputs)
+    except me.BadBudgetError:
+        return
+    (image,) = prepared.report.images
+    assert image.kept <= max(1, me.build(spec).budget.count(image.full, fixed=False))
+    assert answer(me.wrap(tiny(name), spec), inputs).shape == (1, 6)
+
+
+def test_more_tokens_than_a_tile_has_are_said_to_be_clamped():
+    report = me.prepare(tiny("llava_next"), "uniform:tokens=1000,per=tile", **make("llava_next", "one image")).report
+    assert report.images[0].clamped and report.images[0].kept == report.images[0].full
+
+
+def test_an_order_of_choice_for_several_choices_is_refused():
+    with pytest.raises(me.UnsupportedModelError, match="order='picked' is the order of one choice"):
+        me.prepare(tiny("llava_next"), "divprune:keep=0.5,order=picked,per=tile", **make("llava_next", "one image"))

@@ -209,7 +209,7 @@ def _row(cell: Cell, accuracy: Sequence[dict[str, Any]], records: Sequence[dict[
 
 
 def _asked(cell: Cell) -> Any:
-    return options.one_method(f"random:{cell.asked}") if cell.asked else cell.method
+    return options.one_method(f"random:{cell.asked},per={cell.method.per}") if cell.asked else cell.method
 
 
 def middle(rows: Sequence[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ class Resize(Resizer):
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def target(self, grid: tuple[int, int], k: int, tokens: Callable[[tuple[int, int]], int] = math.prod) -> tuple[int, int]:
-        half = Fraction(1, 2)
+        half, fewest = Fraction(1, 2), 0
         # a side drops by one cell just below these scales; between two of them the grid is the same
         steps = {Fraction(1)} | {(i - half) / side for side in grid for i in range(2, side + 1)}
         for scale in sorted(steps, reverse=True):
