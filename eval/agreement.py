@@ -2,223 +2,198 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.models import Loaded, environment, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key, has_pixels, prepare
+from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.models import environment
+from mllm_efficient.shrink import Encoded, Prepared, prepare
 
-from .answers import holds, normalised
-from .records import Records
-from .requests import Request, pictures
-from .stats import draws, interval
+from .answers import NORMALISATION, matches, normalise
+from .harness import Harness, endings
+from .requests import Request
 
-METRICS = ("exact_agreement", "normalised_agreement", "kl", "accuracy")
-WORST = 20
+MAX_NEW_TOKENS = 64
+WITH_IMAGES, TEXT_ONLY = "agreement", "text-only"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The uncompressed model's answer to a request. ids: (T,) its tokens, the end among them. log_p: (T, vocabulary)."""
+
+    text: str
+    ids: Tensor
+    log_p: Tensor
 
 
 @dataclass
-class Agreement:
-    """One run over a user's requests, the baseline first; the vision tower's output is shared between methods.
+class Agreement(Harness):
+    """One run over a user's requests (``samples``), of which ``prompts`` are the texts for this model. Baseline first.
 
-    KL is the divergence KL(baseline || method) of the next-token distributions in nats, both models reading the
-    baseline's answer, averaged over its tokens (at most ``max_new_tokens``).
+    A method's answer is held against the baseline's. KL is KL(baseline || method) of the next-token distributions in
+    nats, both reading the baseline's answer, as the mean over its tokens. The method chooses its visual tokens before it
+    reads that answer.
     """
 
-    loaded: Loaded
-    requests: Sequence[Request]
-    methods: Sequence[Compressor]
-    max_new_tokens: int = 64
-    output_dir: Path | None = None
-    progress: Callable[[int], None] = lambda n: None
-    _vision: dict[Any, Encoded] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    data: Path | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    _inputs: dict[Any, tuple[dict[str, Any], list[Any]]] = field(default_factory=dict)
+    _references: dict[str, Reference] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.adapter = require_supported(self.loaded)
-        self.records = Records(self.output_dir, self.config)
+        super().__post_init__()
+        self._prompt = {r.id: p for r, p in zip(self.samples, self.prompts, strict=True)}
+        for request in self.samples:
+            for arm in self.arms:
+                old = self.records.rows.get((arm, request.id))
+                if old is not None and old["request"] != request.digest:
+                    self.records.close()
+                    raise MllmEfficientError(
+                        f"{self.output_dir} holds an answer to another {request.id} (its text, answer or an image changed): "
+                        "use another --output-dir"
+                    )
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that answers depend on besides the method and the request."""
-        asked = [[r.id, [str(p) for p in r.images], r.prompt or r.messages, r.answer] for r in self.requests]
-        return {"suite": "data", "max_new_tokens": self.max_new_tokens, "requests": asked, **environment(self.loaded)}
+        data = str(self.data.resolve()) if self.data is not None else None
+        how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
+        return {**how, **environment(self.loaded)}
 
     @property
-    def total(self) -> int:
-        return len(self.methods) * len(self.requests)
+    def groups(self) -> list[Sequence[Request]]:
+        return [[r for r in self.samples if r.images], [r for r in self.samples if not r.images]]
 
-    def answer_all(self) -> list[dict[str, Any]]:
-        """Runs what is not recorded yet; returns the records of this run, method after method."""
-        try:
-            for request in self.requests:
-                self._one(request)
-        finally:
-            self.records.close()
-        return [self.records.rows[m.spec(), r.id] for m in self.methods for r in self.requests]
+    def forget(self) -> None:
+        super().forget()
+        self._inputs.clear()
+        self._references.clear()
 
-    def _one(self, request: Request) -> None:
-        self._vision.clear()
-        wanted = [m for m in self.methods if (m.spec(), request.id) not in self.records]
-        if wanted:
-            try:
-                inputs = self.loaded.inputs([request.text(self.loaded)], pictures(request))
-                # the baseline's tokens and distributions are what all others are held against
-                tokens, logits, base = self._ask(self.methods[0], request, inputs, None, None)
-                self.records.add([base])
-                for method in wanted:
-                    if method is not self.methods[0]:
-                        self.records.add([self._try(method, request, inputs, tokens, logits)])
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                self.records.add([self._failed(m, request, reason) for m in wanted])
-        self.progress(len(self.methods))
-
-    def _try(self, method: Compressor, request: Request, inputs: dict[str, Any], tokens: Tensor, logits: Tensor) -> dict[str, Any]:
-        try:
-            return self._ask(method, request, inputs, tokens, logits)[2]
-        except Exception as error:
-            return self._failed(method, request, f"{type(error).__name__}: {error}")
+    def head(self, arm: str, sample: Request) -> dict[str, Any]:
+        head = {"method": arm, "id": sample.id, "request": sample.digest, "task": WITH_IMAGES if sample.images else TEXT_ONLY}
+        return head | {
+            "question": sample.question[:200],
+            "images": [str(p) for p in sample.images],
+            "expected": list(sample.answers) or None,
+        }
 
     @torch.no_grad()
-    def _ask(
-        self, method: Compressor, request: Request, inputs: dict[str, Any], base_tokens: Tensor | None, base_logits: Tensor | None
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The answer's tokens (T,), log probabilities (T', vocabulary) along the baseline's answer, and the record."""
-        model = self.loaded.model
-        prompt = self._prepared(method, request, inputs, inputs["input_ids"])
-        out = model.generate(**prompt.model_kwargs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        tokens = out[0, prompt.tensors["input_ids"].shape[1] :].cpu()
-        along = tokens if base_tokens is None else base_tokens
-        ids = torch.cat([inputs["input_ids"], along[None].to(inputs["input_ids"])], 1)
-        call = self._prepared(method, request, inputs, ids).model_kwargs
-        read = model(**call, use_cache=True, logits_to_keep=len(along) + 1).logits[0]
-        logits = read[:-1].float().log_softmax(-1).cpu()
-        text = self.loaded.processor.decode(tokens, skip_special_tokens=True).strip()
-        report = prompt.report
-        row = {
-            **self._head(method, request), "answer": text, "error": None, "new_tokens": len(tokens),
-            "accuracy": None if request.answer is None else holds(text, request.answer),
-            "visual_tokens_full": report.visual_tokens_full, "visual_tokens_kept": report.visual_tokens_kept,
-        }  # fmt: skip
-        if base_logits is None or base_tokens is None:
-            return tokens, logits, row | {"exact_agreement": True, "normalised_agreement": True, "first_divergence": None, "kl": 0.0}
-        base = self.records.rows[self.methods[0].spec(), request.id]["answer"]
-        divergence = (base_logits.exp() * (base_logits - logits)).sum(-1)
-        row |= {
-            "exact_agreement": torch.equal(tokens, base_tokens), "normalised_agreement": normalised(text) == normalised(base),
-            "first_divergence": first_difference(tokens, base_tokens), "kl": max(float(divergence.mean()), 0.0), "baseline_answer": base,
-        }  # fmt: skip
-        return tokens, logits, row
+    def answers(self, arm: str, method: Compressor | None, batch: Sequence[Request]) -> list[dict[str, Any]]:
+        assert method is not None
+        baseline = arm == self.arms[0]
+        references = None if baseline else self._referred(batch)
+        prepared, _ = self._prepared(method, batch)
+        call = prepared.model_kwargs
+        out = self.loaded.model.generate(**call, max_new_tokens=self.max_new_tokens, do_sample=False)
+        ids = [cut(row, endings(self.loaded.model)) for row in out[:, call["input_ids"].shape[1] :].cpu()]
+        del out, call
+        read = None if references is None else self._along(method, batch, [r.ids for r in references])
+        rows = []
+        for i, request in enumerate(batch):
+            text = self.loaded.processor.decode(ids[i], skip_special_tokens=True).strip()
+            images = [image for image in prepared.report.images if image.row == i]
+            row = {
+                **self.head(arm, request), "answer": text, "token_ids": ids[i].tolist(), "error": None,
+                "correct": matches(text, request.answers) if request.answers else None,
+                "visual_tokens_full": sum(image.full for image in images), "visual_tokens_kept": sum(image.kept for image in images),
+                "positions": prepared.report.positions if images else None,
+                "exact_match": True, "normalised_match": True, "first_divergence": None, "kl": 0.0,
+            }  # fmt: skip
+            if references is not None and read is not None:
+                ours, base = read[i], references[i]
+                row |= {
+                    "baseline_answer": base.text, "exact_match": text == base.text,
+                    "normalised_match": normalise(text) == normalise(base.text),
+                    "first_divergence": first_difference(ids[i], base.ids), "kl": divergence(base.log_p, ours),
+                }  # fmt: skip
+            rows.append(row)
+        return rows
 
-    def _prepared(self, method: Compressor, request: Request, inputs: dict[str, Any], ids: Tensor) -> Any:
-        """The call with this prompt, which may go on with an answer; images go through the tower once for all methods."""
-        mask = torch.ones_like(ids)
-        rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-        if not has_pixels(rest):
-            return prepare(self.loaded.model, method, input_ids=ids, attention_mask=mask)
-        items = self.adapter.items({**rest, "input_ids": ids, "attention_mask": mask})
-        key = tuple(encoding_key(self.adapter, method, item) for item in items)
-        if key not in self._vision:
-            self._vision[key] = encode_items(self.adapter, method, items)
-        keys = [f"data/{request.id}/{i}" for i in range(len(items))]
-        left = {k: v for k, v in rest.items() if k not in self.adapter.encode_keys}
-        return prepare(self.loaded.model, method, input_ids=ids, attention_mask=mask, encoded=self._vision[key], image_keys=keys, **left)
+    def _inputs_of(self, batch: Sequence[Request]) -> tuple[dict[str, Any], list[Any]]:
+        """The processor's output for a batch and its images as items, made once for all methods."""
+        key = tuple(r.id for r in batch)
+        if key not in self._inputs:
+            rows: list[Any] = [r.pictures() for r in batch]
+            # OneVision tiles an image that is alone in its prompt, and is told so by the nesting
+            pictures = [p for p in rows if p] if "batch_num_images" in self.adapter.encode_keys else [p for row in rows for p in row]
+            inputs = self.loaded.inputs([self._prompt[r.id] for r in batch], pictures)
+            self._inputs[key] = inputs, self.adapter.items(inputs)
+        return self._inputs[key]
 
-    def _head(self, method: Compressor, request: Request) -> dict[str, Any]:
-        return {"method": method.spec(), "id": request.id, "task": request.task, "expected": request.answer}
+    def _prepared(self, method: Compressor, batch: Sequence[Request], answers: Tensor | None = None) -> tuple[Prepared, Tensor]:
+        """The batch's shorter prompts, and the full mask. answers: (B, T) go behind the prompts, -1 where there is none."""
+        inputs, items = self._inputs_of(batch)
+        rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
+        if answers is not None:
+            rest["input_ids"] = torch.cat([rest["input_ids"], answers.clamp(min=0).to(rest["input_ids"])], 1)
+            rest["attention_mask"] = torch.cat([rest["attention_mask"], (answers >= 0).to(rest["attention_mask"])], 1)
+            if "mm_token_type_ids" in rest:
+                types = rest["mm_token_type_ids"]
+                rest["mm_token_type_ids"] = torch.cat([types, types.new_zeros(answers.shape)], 1)
+        names = [(r.digest, i) for r in batch for i in range(len(r.images))]
+        encoded: Encoded | None = self.vision.encoded(method, items, names) if items else None
+        keys = [f"data/{r.id}/{i}" for r in batch for i in range(len(r.images))] if items else None
+        return prepare(self.loaded.model, method, encoded=encoded, image_keys=keys, **rest), rest["attention_mask"]
 
-    def _failed(self, method: Compressor, request: Request, reason: str) -> dict[str, Any]:
-        return {**self._head(method, request), "answer": None, "error": reason}
+    def _referred(self, batch: Sequence[Request]) -> list[Reference]:
+        """The baseline's answers to a batch and its distributions along them."""
+        arm, method = self.named_arms[0]
+        assert method is not None
+        if any(r.id not in self._references for r in batch):
+            rows = [self.records.rows[arm, r.id] for r in batch]
+            if any(row["error"] is not None for row in rows):
+                raise MllmEfficientError("the uncompressed model failed on this request")
+            ids = [torch.tensor(row["token_ids"]) for row in rows]
+            for request, row, tokens, log_p in zip(batch, rows, ids, self._along(method, batch, ids)):
+                self._references[request.id] = Reference(row["answer"], tokens, log_p)
+        return [self._references[r.id] for r in batch]
+
+    def _along(self, method: Compressor, batch: Sequence[Request], answers: Sequence[Tensor]) -> list[Tensor]:
+        """(T, vocabulary) log probabilities of each token of the given answers, under a method that has not seen them."""
+        longest = max(map(len, answers))
+        read = torch.full((len(answers), longest), -1)
+        for row, ids in zip(read, answers):
+            row[: len(ids) - 1] = ids[:-1]  # what follows the last token is not asked
+        read = read[:, : longest - 1]
+        prepared, _ = self._prepared(method, batch)
+        layout = prepared.layout
+        if layout is None:  # nothing is chosen, so nothing can be chosen by the answer
+            call = self._prepared(method, batch, read)[0].model_kwargs
+        else:
+            call = prepared.model_kwargs
+            new, mask = read.to(call["input_ids"].device), call["attention_mask"]
+            call["input_ids"] = torch.cat([call["input_ids"], new.clamp(min=0)], 1)
+            call["attention_mask"] = torch.cat([mask, (new >= 0).to(mask)], 1)
+            if "mm_token_type_ids" in call:
+                types = call["mm_token_type_ids"]
+                call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(new.shape)], 1)
+            places = layout.positions_of(call["attention_mask"], new.shape[1]) if longest > 1 else None
+            if places is not None:
+                call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)
+        logits = self.loaded.model(**call, use_cache=True, logits_to_keep=longest).logits
+        return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, answers)]
+
+
+def cut(ids: Tensor, ends: set[int]) -> Tensor:
+    """An answer's tokens up to and with its end; what ``generate`` puts behind is padding."""
+    ended = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+    return ids[: int(ended[0]) + 1] if len(ended) else ids
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    """Mean KL(p || q) in nats over (T, vocabulary) log probabilities."""
+    terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
+    return max(float(terms.sum(-1).mean()), 0.0)  # rounding can leave it below zero
 
 
 def first_difference(tokens: Tensor, others: Tensor) -> int | None:
     """The index of the first token that is another one, or that the shorter answer does not have; None if all agree."""
     n = min(len(tokens), len(others))
     where = (tokens[:n] != others[:n]).nonzero()
-    if len(where):
-        return int(where[0])
-    return None if len(tokens) == len(others) else n
-
-
-def agreement_rows(records: Sequence[dict[str, Any]], methods: Sequence[Compressor], seed: int = 0) -> list[dict[str, Any]]:
-    """A row for each method, kind of request and metric: percent, or nats for ``kl``; 95% intervals over requests."""
-    rows = []
-    for task in ("requests", "text-only"):
-        ids = sorted({r["id"] for r in records if r["task"] == task})
-        if not ids:
-            continue
-        table = {(r["method"], r["id"]): r for r in records if r["task"] == task}
-        weights = np.concatenate([np.ones((1, len(ids))), draws(len(ids), seed)])
-        for method in methods:
-            mine = [table[method.spec(), i] for i in ids]
-            for metric in METRICS:
-                values, base = (_estimates(table, ids, m.spec(), metric, weights) for m in (method, methods[0]))
-                if values is None or base is None:
-                    continue
-                n = sum(r.get(metric) is not None for r in mine)
-                rows.append({
-                    "method": method.spec(), "keep": method.budget.fraction, "tokens": method.tokens, "task": task, "metric": metric,
-                    "score": _round(values[0]), "score_interval": interval(values[1:]), "baseline": _round(base[0]),
-                    "difference": _round(values[0] - base[0]), "difference_interval": interval((values - base)[1:]),
-                    "retention": _round(100 * values[0] / base[0]) if base[0] and metric != "kl" else None,
-                    "n": n, "failures": sum(r["error"] is not None for r in mine),
-                    "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
-                    "first_divergence": _mean(mine, "first_divergence"),
-                })  # fmt: skip
-    return rows
-
-
-def _estimates(table: dict, ids: Sequence[str], method: str, metric: str, weights: np.ndarray) -> np.ndarray | None:
-    """The mean over requests that have the metric, for each resample; a request that failed counts as disagreement."""
-    value, there = np.zeros(len(ids)), np.zeros(len(ids))
-    for i, name in enumerate(ids):
-        row = table[method, name]
-        if row["error"] is not None and metric != "kl" and (metric != "accuracy" or row.get("expected") is not None):
-            there[i] = 1
-        elif row.get(metric) is not None:
-            value[i], there[i] = float(row[metric]), 1
-    if not there.any():
-        return None
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (1 if metric == "kl" else 100) * (weights @ value) / (weights @ there)
-
-
-def worst(records: Sequence[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
-    """The answers farthest from the baseline's, by KL."""
-    with_kl = [r for r in records if r.get("kl")]
-    return sorted(with_kl, key=lambda r: -r["kl"])[:count]
-
-
-def agreement_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines, a line for each method and kind of request."""
-    header = ["method", "requests", "tokens", "same answer", "[95%]", "same words", "KL nats", "first other token", "right", "failed"]
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault((row["task"], row["method"]), {})[row["metric"]] = row
-    lines = []
-    for (task, method), metrics in found.items():
-        exact = metrics["exact_agreement"]
-        low, high = exact["score_interval"]
-        name = method if task == "requests" else f"{method} ({task})"
-        line = [name, str(exact["n"]), f"{exact['visual_tokens_kept'] or 0:g}", f"{exact['score']:.1f}%", f"[{low:.1f}, {high:.1f}]"]
-        line += [f"{metrics['normalised_agreement']['score']:.1f}%", f"{metrics['kl']['score']:.4f}" if "kl" in metrics else ""]
-        line.append("" if exact["first_divergence"] is None else f"{exact['first_divergence']:.1f}")
-        line.append(f"{metrics['accuracy']['score']:.1f}%" if "accuracy" in metrics else "")
-        lines.append([*line, str(exact["failures"])])
-    return header, lines
-
-
-def _round(value: float, digits: int = 4) -> float:
-    return round(float(value), digits)
-
-
-def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [r[key] for r in rows if r.get(key) is not None]
-    return _round(sum(values) / len(values), 2) if values else None
+    return int(where[0]) if len(where) else None if len(tokens) == len(others) else n

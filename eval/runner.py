@@ -3,155 +3,143 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.models import Loaded, environment, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key, prepare
-from mllm_efficient.tokens import Plane
+from mllm_efficient.measure.workload import usual_size
+from mllm_efficient.models import environment
+from mllm_efficient.shrink import Prepared, prepare
 
-from .answers import label
+from .answers import NORMALISATION, judge
 from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
-from .records import Records
+from .harness import Harness
+from .turns import FollowUp, converse, follow_ups
 
 NO_IMAGE = "no-image"  # the floor: the same questions without the image
 MAX_NEW_TOKENS = 8
-SENTENCE = 24  # new tokens for models that may answer with a sentence
+SENTENCE = 16  # new tokens for models that may answer with more than a word
 
 
 @dataclass
-class Run:
-    """One evaluation: a loaded model, samples and methods, with the vision tower's output shared between methods."""
+class Run(Harness):
+    """One evaluation on the embedded benchmark.
 
-    loaded: Loaded
-    samples: Sequence[Sample]
-    methods: Sequence[Compressor]
-    batch_size: int = 32
-    output_dir: Path | None = None
+    turns: 2 asks every question a second time, as the second of a conversation about its image, with the tokens that
+    were chosen for the first.
+    """
+
     floor: bool = True
-    progress: Callable[[int], None] = lambda n: None
-    _vision: dict[Any, Encoded] = field(default_factory=dict)
-    _processed: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    turns: int = 1
 
-    def __post_init__(self):
-        self.adapter = require_supported(self.loaded)
+    def prepare_samples(self) -> None:
         # models trained by the recipe know the questions alone; others are told to answer with one word
         self.builtin = self.loaded.processor.tokenizer.get_vocab() == VOCABULARY
-        size = getattr(self.loaded.model.config.vision_config, "image_size", 448)  # Qwen-VL takes any
-        self.size = size if isinstance(size, int) else size[0]
-        self.records = Records(self.output_dir, self.config)
+        self.size = min(usual_size(self.adapter))
+        self._processed: dict[Any, dict[str, Any]] = {}
+        self._regions: dict[Any, Any] = {}
+
+    @property
+    def max_new_tokens(self) -> int:
+        return MAX_NEW_TOKENS if self.builtin else SENTENCE
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that answers depend on besides the method and the sample; part of every record's fingerprint."""
-        how = {"form": "short"} if self.builtin else {"form": "natural", "answers": "first label"}
-        return {"suite": "builtin", **how, **environment(self.loaded)}
+        form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
+        return {"suite": "builtin", **form, "image_size": self.size, "max_new_tokens": self.max_new_tokens, **environment(self.loaded)}
 
     @property
-    def arms(self) -> list[str]:
-        return [*([NO_IMAGE] if self.floor else []), *(m.spec() for m in self.methods)]
+    def named_arms(self) -> list[tuple[str, Compressor | None]]:
+        return [*([(NO_IMAGE, None)] if self.floor else []), *super().named_arms]
 
     @property
-    def total(self) -> int:
-        return len(self.arms) * len(self.samples)
+    def groups(self) -> list[Sequence[Any]]:
+        return [self.samples, *([follow_ups(self.samples)] if self.turns == 2 else [])]
 
-    def answer_all(self) -> list[dict[str, Any]]:
-        """Runs what is not recorded yet; returns the records of this run's methods and samples."""
-        try:
-            for low in range(0, len(self.samples), self.batch_size):
-                self._batch(self.samples[low : low + self.batch_size])
-        finally:
-            self.records.close()
-        return [self.records.rows[arm, s.id] for arm in self.arms for s in self.samples]
-
-    def _batch(self, batch: Sequence[Sample]) -> None:
-        """Every arm on one batch. A half-recorded batch is asked again whole, so that padding is as it was."""
-        self._vision.clear()
+    def forget(self) -> None:
+        super().forget()
         self._processed.clear()
-        for arm, method in zip(self.arms, [*([None] if self.floor else []), *self.methods]):
-            if not all((arm, s.id) in self.records for s in batch):
-                self.records.add(self._ask(arm, method, batch))
-            self.progress(len(batch))
 
-    def _ask(self, arm: str, method: Compressor | None, batch: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Records of a batch; if it fails as a whole its samples are asked one by one, and those that fail say why."""
-        try:
-            return self._answers(arm, method, batch)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        # outside the handler, so that the failed batch's tensors are free when its samples are tried
-        if len(batch) > 1:
-            return [row for s in batch for row in self._ask(arm, method, [s])]
-        return [{**self._head(arm, batch[0]), "answer": None, "correct": False, "error": reason}]
-
-    def _head(self, arm: str, sample: Sample) -> dict[str, Any]:
+    def head(self, arm: str, sample: Sample | FollowUp) -> dict[str, Any]:
         q = sample.question
-        return {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
+        head = {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
+        return head | ({"turns": 2, "first": sample.first.question.text} if isinstance(sample, FollowUp) else {})
 
-    def _answers(self, arm: str, method: Compressor | None, batch: Sequence[Sample]) -> list[dict[str, Any]]:
-        if method is None:
-            ids, reports, positions = self._generate(self._inputs(batch, images=False)), None, None
+    def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
+        firsts = None
+        if isinstance(batch[0], FollowUp):
+            firsts, texts, prepared = converse(self, method, batch)
         else:
-            inputs = self._inputs(batch, images=True)
-            encoded = self._encode(method, batch, inputs)
-            inputs = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
-            prepared = prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **inputs)
-            ids, reports, positions = self._generate(prepared.model_kwargs), prepared.report.images, prepared.report.positions
+            inputs = self.inputs(batch, images=method is not None)
+            prepared = None if method is None else self.prepared(method, batch, inputs)
+            call = inputs if prepared is None else prepared.model_kwargs
+            texts = self.decoded(self.generate(call)[:, call["input_ids"].shape[1] :])
         rows = []
-        for i, (sample, text) in enumerate(zip(batch, self.loaded.processor.batch_decode(ids, skip_special_tokens=True))):
-            answer = first_word(text) if self.builtin else label(text, sample.question.answer)
-            row = {**self._head(arm, sample), "answer": answer, "correct": answer == sample.question.answer, "error": None}
-            if reports is not None:
-                planes = self.adapter.place(reports[i].planes, (self.size, self.size), self.loaded.processor.image_processor)
-                row |= {"visual_tokens_full": reports[i].full, "visual_tokens_kept": reports[i].kept, "positions": positions}
-                row |= _region(sample, reports[i].indices, planes)
+        for i, (sample, text) in enumerate(zip(batch, texts)):
+            answer, right = self.judged(sample, text)
+            row = {**self.head(arm, sample), "answer": answer, "correct": right, "error": None}
+            if not self.builtin:
+                row["text"] = text.strip()
+            if firsts is not None:
+                row["first_answer"] = firsts[i].strip()
+            if prepared is not None:
+                image, where = prepared.report.images[i], prepared.report.positions
+                row |= {"visual_tokens_full": image.full, "visual_tokens_kept": image.kept, "positions": where} | self._region(
+                    sample, image
+                )
             rows.append(row)
         return rows
 
-    def _inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]:
+    def judged(self, sample: Sample | FollowUp, text: str) -> tuple[str, bool]:
+        """The answer in a text, and whether it is right."""
+        if not self.builtin:
+            return judge(sample.question, text)
+        answer = first_word(text)
+        return answer, answer == sample.question.answer
+
+    def worded(self, sample: Sample | FollowUp) -> str:
+        """The question as this model is asked it."""
+        return sample.question.text if self.builtin else sample.question.natural
+
+    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]:
         """The processor's output for a batch, made once for all methods."""
         key = (images, *(s.id for s in batch))
         if key not in self._processed:
-            texts = [s.question.text if self.builtin else s.question.natural for s in batch]
-            prompts = [self.loaded.prompt(t, int(images)) for t in texts]
+            prompts = [self.loaded.prompt(self.worded(s), int(images)) for s in batch]
             self._processed[key] = self.loaded.inputs(prompts, [s.picture(self.size) for s in batch] if images else ())
         return dict(self._processed[key])
 
-    def _generate(self, inputs: dict[str, Any]) -> torch.Tensor:
-        out = self.loaded.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS if self.builtin else SENTENCE, do_sample=False)
-        return out[:, inputs["input_ids"].shape[1] :]
+    def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared:
+        """The batch's shorter prompts; a picture goes through the tower once for all methods that see it alike."""
+        encoded = self.vision.encoded(method, self.adapter.items(inputs), [s.image for s in batch])
+        rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
+        return prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **rest)
 
-    def _encode(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Encoded:
-        """The batch's visual tokens; each picture goes through the tower once for all methods that see it alike."""
-        items = self.adapter.items(inputs)
-        first = {s.image: i for i, s in reversed(list(enumerate(batch)))}
-        key = (encoding_key(self.adapter, method, items[0]), *(s.id for s in batch))
-        encoded = self._vision.get(key)
-        if encoded is None:
-            with torch.no_grad():
-                once = encode_items(self.adapter, method, [items[i] for i in first.values()])
-            at = [list(first).index(s.image) for s in batch]
-            encoded = Encoded(items, [once.encodings[i] for i in at], [once.made_for[i] for i in at])
-            self._vision[key] = encoded
-        return encoded
+    def generate(self, call: dict[str, Any], **how: Any) -> Any:
+        return self.loaded.model.generate(**call, max_new_tokens=self.max_new_tokens, do_sample=False, **how)
+
+    def decoded(self, ids: torch.Tensor) -> list[str]:
+        return self.loaded.processor.batch_decode(ids, skip_special_tokens=True)
+
+    def _region(self, sample: Sample | FollowUp, image: Any) -> dict[str, float]:
+        """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
+        if image.indices is None:
+            return {}
+        if image.planes not in self._regions:
+            size = (self.size, self.size)
+            self._regions[image.planes] = self.adapter.place(image.planes, size, self.loaded.processor.image_processor)
+        region = sample.region(self._regions[image.planes])
+        if not region.any():
+            return {}
+        inside = int(region[image.indices.numpy()].sum())
+        return {"region_share": inside / image.kept, "region_kept": inside / int(region.sum())}
 
 
 def first_word(text: str) -> str:
     """The first word of an answer in lower case, without punctuation; numbers stay numbers."""
     match = re.search(r"\w+", text.lower())
     return match.group() if match else ""
-
-
-def _region(sample: Sample, indices: Any, planes: Sequence[Plane]) -> dict[str, float]:
-    """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
-    region = sample.region_of(planes)
-    if indices is None or not region:
-        return {}
-    inside = sum(int(i) in region for i in indices)
-    return {"region_share": inside / len(indices), "region_kept": inside / len(region)}

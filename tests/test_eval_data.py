@@ -1,23 +1,34 @@
-"""A user's own requests, and answers as people write them."""
+"""A user's own requests: what is read, what is asked, what is compared, and what is said of lines that are wrong."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval import agreement
-from mllm_efficient.eval.agreement import Agreement, agreement_rows, first_difference, worst
-from mllm_efficient.eval.answers import holds, label, normalised
+from mllm_efficient.eval.agreement import Agreement, cut, divergence, first_difference
+from mllm_efficient.eval.agreement_rows import agreement_rows, agreement_table, worst, worst_table
 from mllm_efficient.eval.builtin.suite import samples
-from mllm_efficient.eval.requests import Request, read_requests
-from mllm_efficient.eval.runner import Run
-from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.eval.requests import prompts_of, read_requests
+from mllm_efficient.models import Loaded, ModelOptions, load
 
-from .families import FAMILIES, _processor, tiny
+from .families import FAMILIES, tiny
+
+NEW = 6
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,198 +38,382 @@ def loaded():
 
 @pytest.fixture
 def data(tmp_path):
-    """Ten questions of the benchmark as a user's file, five of them with answers; a text-only one; one with two images."""
+    """Ten questions of the benchmark, five with answers; one without an image; one with two images, in messages."""
     lines = []
     for i, sample in enumerate(samples("val", 10)):
         sample.picture(144).save(tmp_path / f"{i}.png")
         line = {"images": [f"{i}.png"], "prompt": sample.question.text}
         lines.append({**line, "answer": sample.question.answer} if i % 2 else line)
-    lines += [{"id": "words", "prompt": "what colour is it ?"}]
-    content = [
-        {"type": "image"},
-        {"type": "text", "text": "what colour"},
-        {"type": "image", "path": "x"},
-        {"type": "text", "text": "is it ?"},
+    lines.append({"id": "words", "prompt": "what colour is it ?", "answer": ["red", "a ring"]})
+    content = [{"type": "image"}, {"type": "text", "text": "what colour is the big object in"}, {"type": "image"}]
+    talk = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "what shape is it ?"},
     ]
-    lines += [{"id": "two", "images": ["1.png", "2.png"], "messages": [{"role": "user", "content": content}]}]
+    lines.append({"id": "two", "images": ["1.png", "2.png"], "messages": talk})
     path = tmp_path / "requests.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\r\n\n", encoding="utf-8")
     return path
 
 
-def run(loaded, data, *specs, **how):
-    return Agreement(loaded, read_requests(data), [me.build(s) for s in ("none", *specs)], max_new_tokens=4, **how)
+def run(loaded, data, *specs, limit=None, **how):
+    requests = read_requests(data, limit)
+    methods = [me.build(s) for s in ("none", *specs)]
+    prompts = prompts_of(requests, loaded, data)
+    return Agreement(loaded, requests, methods, prompts=prompts, data=data, **{"max_new_tokens": NEW, "batch_size": 4, **how})
 
 
-def test_the_answers_are_those_of_the_wrapped_model_and_kl_is_that_of_its_logits(loaded, data):
-    spec, requests = "divprune:keep=0.125", read_requests(data)
-    records = {(r["method"], r["id"]): r for r in run(loaded, data, spec).answer_all()}
-    model = loaded.model
-    for request in requests:
-        images = [agreement.pictures(request)[i] for i in range(len(request.images))]
-        inputs = loaded.inputs([request.text(loaded)], images)
-        n = inputs["input_ids"].shape[1]
-        plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, n:]
-        with me.compressed(model, spec):
-            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, n:]
-        base, row = records["none", request.id], records[spec, request.id]
-        assert base["answer"] == loaded.processor.decode(plain, skip_special_tokens=True).strip()
-        assert row["answer"] == loaded.processor.decode(out, skip_special_tokens=True).strip()
-        assert row["exact_agreement"] == torch.equal(plain, out)
-        ids = torch.cat([inputs["input_ids"][0], plain])[None]
-        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.no_grad():
-            stock = model(**whole).logits[0, -len(plain) - 1 : -1].log_softmax(-1)
-            with me.compressed(model, spec):
-                shorter = model(**whole).logits[0, -len(plain) - 1 : -1].log_softmax(-1)
-        expected = (stock.exp() * (stock - shorter)).sum(-1).mean()
-        assert row["kl"] == pytest.approx(max(float(expected), 0), abs=1e-5)
-    assert records[spec, "words"]["kl"] == pytest.approx(0, abs=1e-6) and records[spec, "words"]["exact_agreement"]
+def plain(records):
+    return [{k: v for k, v in r.items() if k != "fingerprint"} for r in records]
 
 
-def test_keeping_everything_agrees_in_everything(loaded, data):
-    records = run(loaded, data, "divprune:keep=1").answer_all()
-    rows = agreement_rows(records, [me.build("none"), me.build("divprune:keep=1")])
-    assert {r["score"] for r in rows if r["metric"].endswith("agreement")} == {100.0}
-    assert all(r["score"] < 1e-6 for r in rows if r["metric"] == "kl") and worst(records) == []
+def step_by_step(loaded, spec, inputs, tokens):
+    """Log probabilities (T, vocabulary) of the wrapped model that reads an answer token by token."""
+    with torch.no_grad(), me.compressed(loaded.model, spec):
+        out = loaded.model(**inputs, use_cache=True)
+        rows = [out.logits[0, -1]]
+        for token in tokens[:-1]:
+            out = loaded.model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
+            rows.append(out.logits[0, -1])
+    return torch.stack(rows).double().log_softmax(-1)
 
 
-def test_accuracy_is_over_the_requests_that_have_an_answer(loaded, data):
-    records = run(loaded, data, "random:keep=0.0625").answer_all()
-    rows = agreement_rows(records, [me.build("none"), me.build("random:keep=0.0625")])
-    accuracy = [r for r in rows if r["metric"] == "accuracy"]
-    assert [r["n"] for r in accuracy] == [5, 5] and accuracy[0]["score"] == 100.0
-    assert {r["task"] for r in rows} == {"requests", "text-only"}
-    assert worst(records)[0]["kl"] == max(r["kl"] for r in records)
+# ------------------------------------------------------------------------------------------------- what is compared
 
 
-def test_a_failing_method_fails_alone_and_counts_as_disagreement(loaded, data, registered):
-    import dataclasses
+@pytest.mark.parametrize("spec", ["divprune:keep=0.125", "pool:keep=0.25", "resize:keep=0.5", "uniform:keep=0.25,positions=keep"])
+def test_answers_are_those_of_the_wrapped_model_and_kl_is_that_of_its_steps(loaded, data, spec):
+    evaluation = run(loaded, data, spec)
+    records = {(r["method"], r["id"]): r for r in evaluation.answer_all()}
+    assert [r["error"] for r in records.values()] == [None] * 24
+    for request, prompt in zip(evaluation.samples, evaluation.prompts):
+        inputs = loaded.inputs([prompt], request.pictures())
+        said = {}
+        for method in ("none", spec):
+            with me.compressed(loaded.model, method):
+                out = loaded.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            said[method] = cut(out, {2})
+            assert records[method, request.id]["token_ids"] == said[method].tolist()
+            assert records[method, request.id]["answer"] == loaded.processor.decode(out, skip_special_tokens=True).strip()
+        row = records[spec, request.id]
+        assert row["baseline_answer"] == records["none", request.id]["answer"]
+        assert row["exact_match"] == (row["answer"] == row["baseline_answer"])
+        assert row["first_divergence"] == first_difference(said[spec], said["none"])
+        p, q = (step_by_step(loaded, method, inputs, said["none"].tolist()) for method in ("none", spec))
+        assert row["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-5)
+        assert row["visual_tokens_full"] == 144 * len(request.images)
+    assert records[spec, "words"]["kl"] == 0 and records[spec, "words"]["exact_match"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_with_its_own_processor_and_template(name, tmp_path):
+    """One image, two images of different sizes, and none; the second one's tokens and KL against the wrapped model by hand."""
+    processor = copy.deepcopy(FAMILIES[name].processor("left"))
+    processor.chat_template = TEMPLATE.replace("IMAGE", FAMILIES[name].image)
+    other = Loaded(tiny(name), processor, ModelOptions(model=f"tiny {name}"))
+    for i, size in enumerate([(40, 20), (20, 60), (70, 50)]):
+        samples("val", 3)[i].picture(144).resize(size).save(tmp_path / f"{i}.png")
+    lines = [{"images": ["0.png"], "prompt": "what is red ?"}, {"prompt": "what is a ring ?"}]
+    lines.append({"id": "two", "images": ["1.png", "2.png"], "messages": [{"role": "user", "content": "are the rings green ?"}]})
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = "divprune:keep=0.3"
+    evaluation = run(other, tmp_path / "requests.jsonl", spec, "resize:keep=0.5")
+    records = {(r["method"], r["id"]): r for r in evaluation.answer_all()}
+    assert [r["error"] for r in records.values()] == [None] * 9
+    request, prompt = evaluation.samples[2], evaluation.prompts[2]
+    pictures = request.pictures()
+    inputs = other.inputs([prompt], [pictures] if name == "llava_onevision" else pictures)
+    tokens = records["none", "two"]["token_ids"]
+    for method in ("none", spec):
+        with me.compressed(other.model, method):
+            out = other.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        assert records[method, "two"]["token_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
+    ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inputs:
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(tokens) - 1))
+    with torch.no_grad():
+        p = other.model(**whole).logits[0, -len(tokens) :].double().log_softmax(-1)
+        with me.compressed(other.model, spec):
+            q = other.model(**whole).logits[0, -len(tokens) :].double().log_softmax(-1)
+    assert records[spec, "two"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-5)
+    assert records[spec, "two"]["visual_tokens_kept"] < records["none", "two"]["visual_tokens_kept"]
+
+
+def test_a_method_that_looks_at_the_text_never_sees_the_answer_it_is_held_against(loaded, data, registered):
+    seen = []
+
+    @registered("reads")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Reads(me.Selector):
+        needs = frozenset({"text"})
+
+        def select(self, v, k):
+            seen.append(len(v.text))
+            return torch.arange(k)
+
+    evaluation = run(loaded, data, "reads:keep=0.25")
+    evaluation.answer_all()
+    asked = [p for p in evaluation.prompts if "<image>" in p]
+    assert seen and set(seen) <= {len(loaded.processor.tokenizer(p.replace("<image>", ""))["input_ids"]) for p in asked}
+
+
+def test_keeping_everything_agrees_in_everything_to_the_bit(loaded, data):
+    methods = [me.build("none"), me.build("divprune:keep=1")]
+    rows = agreement_rows(run(loaded, data, "divprune:keep=1").answer_all(), methods)
+    assert {r["score"] for r in rows if r["unit"] == "percent" and "accuracy" not in r["task"]} == {100.0}
+    assert [r["score"] for r in rows if r["metric"] == "kl"] == [0.0, 0.0]
+    assert [r["score"] for r in rows if r["metric"] == "first_divergence"] == [None, None]
+    assert worst(run(loaded, data, "divprune:keep=1").answer_all()) == []
+
+
+def test_batches_do_not_change_an_answer(loaded, data):
+    one, many = (run(loaded, data, "random:keep=0.125", batch_size=n).answer_all() for n in (1, 12))
+    assert [{**r, "kl": None} for r in one] == [{**r, "kl": None} for r in many]
+    assert [r["kl"] for r in one] == pytest.approx([r["kl"] for r in many], rel=1e-3, abs=1e-6)
+
+
+def test_first_difference_cut_and_divergence():
+    a = torch.tensor
+    assert first_difference(a([1, 2]), a([1, 2])) is None and first_difference(a([1, 2]), a([1, 3])) == 1
+    assert first_difference(a([1]), a([1, 2])) == 1 and first_difference(a([5]), a([1, 2])) == 0
+    assert cut(a([5, 2, 0, 2]), {2}).tolist() == [5, 2] and cut(a([5, 6]), {2}).tolist() == [5, 6] and cut(a([5]), set()).tolist() == [5]
+    p, q = a([[0.5, 0.5, 0.0]]).log(), a([[0.25, 0.25, 0.5]]).log()
+    assert divergence(p, q) == pytest.approx(math.log(2)) and divergence(p, p) == 0
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_begin_with_the_baseline_and_equal_a_slow_count(loaded, data):
+    specs = ["random:keep=0.0625", "divprune:keep=0.125"]
+    methods = [me.build(s) for s in ("none", *specs)]
+    records = run(loaded, data, *specs).answer_all()
+    rows = agreement_rows(records, methods, against=specs[0])
+    assert [r["method"] for r in rows] == ["none"] * 8 + [specs[0]] * 8 + [specs[1]] * 8
+    tasks = [(r["task"], r["metric"], r["unit"]) for r in rows[:8]]
+    assert tasks == [
+        ("overall", "exact_match", "percent"), ("agreement", "exact_match", "percent"), ("agreement", "normalised_match", "percent"),
+        ("agreement", "first_divergence", "tokens"), ("agreement", "kl", "nats"), ("accuracy", "accuracy", "percent"),
+        ("text-only", "exact_match", "percent"), ("text-only accuracy", "accuracy", "percent"),
+    ]  # fmt: skip
+    for spec in ("none", *specs):
+        mine = [r for r in records if r["method"] == spec and r["task"] == "agreement"]
+        found = {(r["task"], r["metric"]): r for r in rows if r["method"] == spec}
+        exact, kl, right = found["agreement", "exact_match"], found["agreement", "kl"], found["accuracy", "accuracy"]
+        assert exact["score"] == round(100 * sum(r["exact_match"] for r in mine) / 11, 2) and exact["n"] == 11
+        assert kl["score"] == pytest.approx(sum(r["kl"] for r in mine) / 11, abs=1e-6) and kl["n"] == 11
+        assert right["n"] == 5 and right["score"] == 100 * sum(bool(r["correct"]) for r in mine) / 5
+        parts = [r["first_divergence"] for r in mine if r["first_divergence"] is not None]
+        divergent = found["agreement", "first_divergence"]
+        assert divergent["n"] == len(parts) and divergent["score"] == (round(sum(parts) / len(parts), 2) if parts else None)
+        assert found["overall", "exact_match"]["kl"] == kl["score"] and found["overall", "exact_match"]["accuracy"] == right["score"]
+        assert exact["difference"] == pytest.approx(exact["score"] - 100) and found["text-only", "exact_match"]["n"] == 1
+    draw = np.random.default_rng(0).multinomial(11, np.full(11, 1 / 11), size=2000)
+    bags = [sum(w * r["kl"] for w, r in zip(weights, mine)) / 11 for weights in draw]
+    assert kl["score_interval"] == pytest.approx(list(np.percentile(bags, [2.5, 97.5])), abs=2e-6)
+    last = rows[17]
+    assert last["against"] == specs[0] and last["against_difference"] == pytest.approx(last["score"] - rows[9]["score"], abs=0.011)
+    header, lines = agreement_table(rows)
+    assert [len(line) for line in lines] == [len(header)] * 3 and lines[0][0] == "none"
+
+
+def test_the_worst_are_by_kl_with_both_answers(loaded, data):
+    records = run(loaded, data, "random:keep=0.0625", "divprune:keep=0.0625").answer_all()
+    far = worst(records, 4)
+    for spec in ("random:keep=0.0625", "divprune:keep=0.0625"):
+        mine = [r for r in far if r["method"] == spec]
+        assert [r["kl"] for r in mine] == sorted((r["kl"] for r in records if r["method"] == spec), reverse=True)[:4]
+        assert all({"answer", "baseline_answer", "question", "images"} <= set(r) for r in mine)
+    header, lines = worst_table(far, 4)
+    assert len(lines) == 4 and len(lines[0]) == len(header)
+
+
+# ------------------------------------------------------------------------------------------------- failures and resuming
+
+
+@pytest.fixture
+def breaks(registered):
+    """A method that fails on the pictures of which it is told to fail."""
+    on: set[float] = set()
 
     @registered("breaks_on_data")
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Breaks(me.Selector):
         def score(self, v):
-            raise RuntimeError("on purpose")
+            if not on or round(float(v.features.sum()), 3) in on:
+                raise RuntimeError("on purpose")
+            return v.features[:, 0]
 
-    records = run(loaded, data, "breaks_on_data:keep=0.5").answer_all()
-    rows = agreement_rows(records, [me.build("none"), me.build("breaks_on_data:keep=0.5")])
-    mine = next(r for r in rows if r["method"] == "breaks_on_data:keep=0.5" and r["metric"] == "exact_agreement")
-    assert (mine["score"], mine["failures"]) == (0.0, 11)
-    right = next(r for r in rows if r["method"] == "breaks_on_data:keep=0.5" and r["metric"] == "accuracy")
-    assert (right["score"], right["baseline"]) == (0.0, 100.0)
-    assert "on purpose" in next(r["error"] for r in records if r["error"])
+    return on
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_rows(loaded, data, tmp_path):
-    whole = run(loaded, data, "random:keep=0.125").answer_all()
+def test_a_sample_that_fails_is_counted_and_ends_with_1(capsys, data, breaks, tmp_path):
+    argv = ["eval", "--data", str(data), "--method", "breaks_on_data:keep=0.5", "--max-new-tokens", "2", "--device", "cpu"]
+    assert main([*argv, "--output-dir", str(tmp_path / "run"), "--json"]) == 1
+    out, err = capsys.readouterr()
+    rows = [r for r in json.loads(out)["rows"] if r["method"] == "breaks_on_data:keep=0.5"]
+    exact = next(r for r in rows if r["task"] == "agreement")
+    assert (exact["score"], exact["failures"], exact["n"]) == (0.0, 11, 11) and not any(r["metric"] == "kl" for r in rows)
+    assert next(r for r in rows if r["task"] == "text-only")["score"] == 100.0
+    assert "failed: breaks_on_data:keep=0.5 on line 1: RuntimeError: on purpose" in err and "11 of 24 answers failed" in err
+    breaks.add(0.0)
+    assert main([*argv, "--output-dir", str(tmp_path / "run"), "--json"]) == 0  # what failed is asked again
+    assert sum(r["failures"] for r in json.loads(capsys.readouterr().out)["rows"]) == 0
+
+
+def test_where_the_baseline_fails_nothing_is_compared(loaded, data, monkeypatch):
+    real = agreement.prepare
+
+    def fails(model, method, *, image_keys, **inputs):
+        if method.name == "none" and "data/line 3/0" in image_keys:
+            raise RuntimeError("boom")
+        return real(model, method, image_keys=image_keys, **inputs)
+
+    monkeypatch.setattr(agreement, "prepare", fails)
+    records = run(loaded, data, "uniform:keep=0.5", limit=6).answer_all()
+    failed = {(r["method"], r["id"]): r["error"] for r in records if r["error"]}
+    assert failed == {
+        ("none", "line 3"): "RuntimeError: boom",
+        ("uniform:keep=0.5", "line 3"): "MllmEfficientError: the uncompressed model failed on this request",
+    }
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_answers(loaded, data, tmp_path):
+    whole = plain(run(loaded, data, "random:keep=0.125").answer_all())
     part = run(loaded, data, "random:keep=0.125", output_dir=tmp_path / "out")
-    for request in part.requests[:5]:
-        part._one(request)
+    part._batch(part.groups[0][:4])
     part.records.close()
-    with (tmp_path / "out" / "samples.jsonl").open("ab") as file:
-        file.write(b'{"method": "none", "id"')  # torn by a kill
+    file = tmp_path / "out" / "samples.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-2]) + b'{"method": "none", "id"')  # killed in the middle of the method's first batch
+    before = b"".join(lines[:-2])
     resumed = run(loaded, data, "random:keep=0.125", output_dir=tmp_path / "out").answer_all()
-    assert [{k: v for k, v in r.items() if k != "fingerprint"} for r in resumed] == [
-        {k: v for k, v in r.items() if k != "fingerprint"} for r in whole
+    assert plain(resumed) == whole and file.read_bytes().startswith(before)
+    again = file.read_bytes()
+    assert plain(run(loaded, data, "random:keep=0.125", limit=5, output_dir=tmp_path / "out").answer_all()) == [
+        r for r in whole if r["id"] in [f"line {i}" for i in range(1, 6)]
     ]
+    assert file.read_bytes() == again
 
 
-def test_first_difference():
-    a = torch.tensor
-    assert first_difference(a([1, 2]), a([1, 2])) is None and first_difference(a([1, 2]), a([1, 3])) == 1
-    assert first_difference(a([1]), a([1, 2])) == 1 and first_difference(a([5]), a([1, 2])) == 0
+def test_an_image_or_a_text_that_changed_is_not_mixed_in(loaded, data, tmp_path):
+    run(loaded, data, output_dir=tmp_path / "out", limit=3).answer_all()
+    Image.new("RGB", (144, 144)).save(tmp_path / "1.png")
+    for _ in range(2):  # the folder is free again after the error
+        with pytest.raises(me.MllmEfficientError, match="holds an answer to another line 2"):
+            run(loaded, data, output_dir=tmp_path / "out", limit=3)
+    run(loaded, data, output_dir=tmp_path / "out", limit=1).answer_all()
+    with pytest.raises(me.MllmEfficientError, match="max_new_tokens: 6 there, 3 now"):
+        run(loaded, data, output_dir=tmp_path / "out", limit=1, max_new_tokens=3)
+
+
+# ------------------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize(("line", "says"), [
-    ("{", "not JSON"), ("[1]", "not a JSON object"), ('{"prompt": "x", "image": "a"}', "unknown key 'image'"),
-    ('{"images": ["0.png"]}', "give prompt or messages"), ('{"prompt": "x", "messages": []}', "give prompt or messages"),
-    ('{"prompt": " "}', "prompt must be a text"), ('{"prompt": "x", "images": "0.png"}', "list of paths"),
-    ('{"prompt": "x", "images": ["absent.png"]}', "no image file"), ('{"prompt": "x", "id": "words"}', "stands twice"),
-    ('{"images": ["0.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]}', "2 image(s)"),
-    ('{"prompt": "x", "answer": "?"}', "no word or number"), ('{"messages": [{"text": "x"}]}', "role and content"),
-    ('{"prompt": "x", "answer": ["a"]}', "answer must be a text"),
+    ("{", "not JSON"), ("[1]", "not a JSON object"), ('"text"', "not a JSON object"),
+    ('{"prompt": "x", "image": "a"}', "unknown key 'image' - did you mean 'images'"),
+    ('{"images": ["0.png"]}', "neither prompt nor messages"), ('{"prompt": "x", "messages": []}', "both prompt and messages"),
+    ('{"prompt": " "}', "prompt must be a text"), ('{"prompt": 3}', "prompt must be a text"),
+    ('{"prompt": "x", "images": "0.png"}', "list of paths"), ('{"prompt": "x", "images": [3]}', "list of paths"),
+    ('{"prompt": "x", "images": ["absent.png"]}', "no image file"), ('{"prompt": "x", "images": ["requests.jsonl"]}', "not an image"),
+    ('{"prompt": "x", "id": "words"}', "the id 'words' stands on line 11 too"), ('{"prompt": "x", "id": "line 2"}', "stands on line 2 too"),
+    ('{"prompt": "x", "id": true}', "id must be"), ('{"prompt": "x", "answer": []}', "answer must be"),
+    ('{"prompt": "x", "answer": true}', "answer must be"), ('{"prompt": "x", "answer": ["a", ""]}', "answer must be"),
+    ('{"messages": []}', "messages must be a list"), ('{"messages": [{"text": "x"}]}', "must have a role"),
+    ('{"messages": [{"role": "human", "content": "x"}]}', "must have a role"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "must be a text or a list"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', "whose files images lists"),
+    ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "a part must be"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}', "last message must be the user's"),
+    ('{"images": ["0.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]}',
+     "2 image(s), and images lists 1"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]}', "1 image(s), and images lists 0"),
 ])  # fmt: skip
-def test_a_bad_line_is_one_line_that_names_it(capsys, data, line, says):
-    with data.open("a") as file:
+def test_a_bad_line_is_one_line_that_names_it_before_a_model_is_loaded(capsys, data, line, says, monkeypatch):
+    monkeypatch.setattr("mllm_efficient.models.load", lambda *a: pytest.fail("a model was loaded"))
+    with data.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     assert main(["eval", "--data", str(data)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.strip().splitlines()) == 1 and says in err and "requests.jsonl line 14" in err
+    assert out == "" and len(err.strip().splitlines()) == 1 and says in err and "requests.jsonl line 14: " in err
 
 
-def test_options_without_effect_on_data_are_refused(capsys, data, tmp_path):
-    for option in (("--suite", "builtin"), ("--split", "val"), ("--batch-size", "4"), ("--against", "none")):
+@pytest.mark.parametrize(("line", "says"), [
+    ({"prompt": "is it <image> or <image> ?", "images": ["0.png"]}, "the prompt has 2 <image> and 1 image(s) are given"),
+    ({"prompt": "is <image> red ?"}, "the prompt has 1 <image> and 0 image(s) are given"),
+    ({"messages": [{"role": "user", "content": "is <image> red ?"}]}, "the prompt has 1 <image> and 0 image(s) are given"),
+])  # fmt: skip
+def test_placeholders_that_do_not_fit_name_the_line_before_anything_is_asked(capsys, data, line, says, monkeypatch):
+    monkeypatch.setattr(Agreement, "answers", lambda *a: pytest.fail("a model was asked"))
+    with data.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    assert main(["eval", "--data", str(data), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"requests.jsonl line 14: {says}" in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_templates_that_do_not_fit_name_the_line(loaded, data):
+    requests = read_requests(data)
+    for template, says in ((None, "has no chat template"), ("{{ raise_exception('no such role') }}", "does not take this: no such role")):
+        other = Loaded(loaded.model, copy.deepcopy(loaded.processor), ModelOptions(model="other"))
+        other.processor.chat_template = template
+        with pytest.raises(me.MllmEfficientError, match=rf"requests.jsonl line \d+: .*{says}"):
+            prompts_of(requests, other, data)
+    other.processor.chat_template = "{{ messages[-1]['content'][-1]['text'] }}"  # forgets the images
+    with pytest.raises(me.MllmEfficientError, match="line 1: the prompt has 0 <image> and 1 image"):
+        prompts_of(requests, other, data)
+
+
+def test_what_a_line_may_say(loaded, data):
+    requests = read_requests(data)
+    assert [r.id for r in requests] == [*(f"line {i}" for i in range(1, 11)), "words", "two"] and requests[10].answers == ("red", "a ring")
+    prompts = prompts_of(requests, loaded, data)
+    assert prompts[11] == ("USER: <image>\nwhat colour is the big object in<image>\n ASSISTANT: red USER: what shape is it ? ASSISTANT:")
+    assert prompts[0] == loaded.prompt(requests[0].prompt, 1) and requests[11].question == "what shape is it ?"
+    data.write_text('{"images": ["1.png"], "messages": [{"role": "user", "content": "what ?"}], "id": 7, "answer": 3}')
+    (request,) = read_requests(data)
+    assert (request.id, request.answers) == ("7", ("3",)) and prompts_of([request], loaded, data) == ["USER: <image>\nwhat ? ASSISTANT:"]
+
+
+def test_files_and_options_that_do_not_fit(capsys, data, tmp_path):
+    for option in (("--suite", "builtin"), ("--split", "val"), ("--turns", "2")):
         assert main(["eval", "--data", str(data), *option]) == 2
         assert f"{option[0]} has no effect with --data" in capsys.readouterr().err
-    assert main(["eval", "--max-new-tokens", "3"]) == 2
-    assert main(["eval", "--data", str(tmp_path / "absent.jsonl")]) == 2
+    assert main(["eval", "--max-new-tokens", "3"]) == 2 and "has no effect" in capsys.readouterr().err
+    assert main(["eval", "--data", str(data), "--against", "random:keep=0.5"]) == 2 and "add --method" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").write_text("\n")
-    assert main(["eval", "--data", str(tmp_path / "empty.jsonl")]) == 2
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    for name, says in (
+        ("absent.jsonl", "no file"),
+        ("empty.jsonl", "holds no request"),
+        ("latin.jsonl", "cannot be read"),
+        (".", "cannot be"),
+    ):
+        assert main(["eval", "--data", str(tmp_path / name)]) == 2
+        assert says in capsys.readouterr().err
 
 
-def test_the_command_prints_a_table_and_json_and_keeps_results(capsys, data, tmp_path):
-    argv = ["eval", "--data", str(data), "--method", "random:keep=0.0625", "--limit", "6", "--max-new-tokens", "4"]
+def test_the_command_prints_tables_and_json_and_keeps_results(capsys, data, tmp_path):
+    argv = ["eval", "--data", str(data), "--method", "random:keep=0.0625", "--max-new-tokens", "4", "--device", "cpu", "--batch-size", "5"]
     assert main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
-    assert "same answer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "same answer" in out and "text-only" in out and "Farthest" in out
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert main([*argv, "--json"]) == 0
+    assert main([*argv, "--json", "--output-dir", str(tmp_path / "out")]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["rows"] == kept["rows"] and printed["meta"]["requests"] == 6 and printed["rows"][0]["method"] == "none"
-
-
-def test_requests_run_on_a_family_with_its_own_processor(tmp_path):
-    """LLaVA-NeXT, whose pictures differ in size."""
-    from mllm_efficient.models import Loaded
-
-    assert "llava_next" in FAMILIES
-    other = Loaded(tiny("llava_next"), _processor("llava_next", "left"), ModelOptions(model=str(tmp_path)))
-    images = []
-    for i, size in enumerate([(40, 20), (16, 48)]):
-        samples("val", 2)[i].picture(144).resize(size).save(tmp_path / f"{i}.png")
-        images.append(tmp_path / f"{i}.png")
-    requests = [Request("a", (images[0],), "I what"), Request("b", tuple(images), "I I what")]
-    methods = [me.build("none"), me.build("divprune:keep=0.3"), me.build("resize:keep=0.5")]
-    records = Agreement(other, requests, methods, max_new_tokens=3).answer_all()
-    assert all(r["error"] is None for r in records), [r["error"] for r in records]
-    kept = {r["method"]: r["visual_tokens_kept"] for r in records if r["id"] == "b"}
-    assert kept["divprune:keep=0.3"] < kept["none"] and kept["resize:keep=0.5"] < kept["none"]
-
-
-@pytest.mark.parametrize(("text", "answer", "right"), [
-    ("Red.", "red", True), ("The big object is red", "red", True), ("It is a circle, I think.", "circle", True),
-    ("There are three small shapes.", "3", True), ("3", "3", True), ("Four", "3", False), ("There is no digit.", "none", True),
-    ("In the upper half", "top", True), ("Yes, there is a red circle.", "yes", True), ("No.", "yes", False), ("gray", "grey", True),
-    ("On the left side", "left", True), ("", "red", False), ("blue, not red", "red", False), ("The digit is 7.", "7", True),
-])  # fmt: skip
-def test_answers_in_sentences_are_read_as_people_would(text, answer, right):
-    assert (label(text, answer) == answer) == right
-
-
-def test_normalised_text():
-    assert normalised("  The Cat, a dog & Two birds! ") == "cat dog 2 birds"
-    assert holds("Two birds.", "two") and not holds("no birds", "two") and not holds("x", "")
-    assert holds("A", "A") and holds("a.", "A") and not holds("The", "A") and not holds("5", "-5") and holds("-5", "-5")
-    assert normalised("x-ray, 3-4") == "x ray 3 4"
-
-
-class Oracle:
-    """Stands for a model that answers in sentences: rightly, or always the same."""
-
-    def __init__(self, loaded, sentences):
-        self.loaded, self.sentences = loaded, iter(sentences)
-
-    def batch_decode(self, ids, **how):
-        return [next(self.sentences) for _ in ids]
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_an_oracle_that_answers_in_sentences_is_scored_as_such(loaded, monkeypatch, right):
-    questions = samples("val", 28)
-    ways = ("{}", "{}.", "It is {}.", "the answer: {}", "{} , I think")
-    said = [ways[i % 5].format(q.question.answer if right else "unknown") for i, q in enumerate(questions)]
-    evaluation = Run(loaded, questions, [me.build("none")], floor=False)
-    evaluation.builtin = False
-    monkeypatch.setattr(type(loaded.processor), "batch_decode", Oracle(loaded, said).batch_decode)
-    records = evaluation.answer_all()
-    assert {r["correct"] for r in records} == {right}
+    assert printed == kept and printed["rows"][0]["method"] == "none" and printed["meta"]["worst"]
+    meta = printed["meta"]
+    assert (meta["suite"], meta["questions"], meta["text_only"], meta["with_answer"], meta["normalisation"]) == (
+        "data",
+        12,
+        1,
+        6,
+        "words/1",
+    )
+    assert main([*argv, "--limit", "2", "--json"]) == 0
+    few = json.loads(capsys.readouterr().out)
+    assert few["meta"]["questions"] == 2 and {r["task"] for r in few["rows"]} == {"overall", "agreement", "accuracy"}

@@ -17,7 +17,18 @@ SAME = (
     "suite", "split", "questions", "images", "questions_fingerprint", "weights", "quantization", "dtype", "device", "attention",
     "image_processor", "seed", "versions.mllm_efficient", "versions.torch", "versions.transformers", "versions.numpy", "versions.pillow",
 )  # fmt: skip
-SAME_IF_BOTH = ("questions_fingerprint", "flops_of", "workload", "bench.repeats", "bench.machine.cpu", "bench.machine.threads")
+SAME_IF_BOTH = (
+    "questions_fingerprint",
+    "form",
+    "normalisation",
+    "image_size",
+    "max_new_tokens",
+    "flops_of",
+    "workload",
+    "bench.repeats",
+    "bench.machine.cpu",
+    "bench.machine.threads",
+)
 MAX_DROP = 1.0
 
 
@@ -69,7 +80,8 @@ def _of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of ``eval`` (one per category) as rows of a sweep without cost."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        by_method.setdefault(row["method"], {})[row["task"]] = row
+        if row.get("turns", 1) == 1 and row.get("unit", "percent") == "percent":  # second turns and nats are no categories
+            by_method.setdefault(row["method"], {}).setdefault(row["task"], row)
     out = []
     for method, by_task in by_method.items():
         total = by_task["overall"]

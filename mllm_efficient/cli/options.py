@@ -87,6 +87,7 @@ def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int
     for line in lines:
         table.add_row(*line)
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal or console.width < table.__rich_measure__(console, console.options).minimum:
-        console = Console(highlight=False, markup=False, width=200)
+    least = table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
+    if not console.is_terminal or console.width < least:
+        console = Console(highlight=False, markup=False, width=max(200, least))
     console.print(table)

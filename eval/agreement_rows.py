@@ -1,0 +1,189 @@
+"""Records of a user's requests to rows and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm_efficient.compressors.base import Compressor
+
+from .agreement import TEXT_ONLY, WITH_IMAGES
+from .stats import draws, interval
+from .table import OVERALL
+
+WORST = 20
+Value = Callable[[dict[str, Any]], float | None]
+
+
+def _failed_is_wrong(name: str) -> Value:
+    """A truth as percent; an answer that failed agrees with nothing."""
+    return lambda r: 100.0 * bool(r.get(name)) if r["error"] is None else 0.0
+
+
+def _accuracy(r: dict[str, Any]) -> float | None:
+    return None if not r["expected"] else 100.0 * bool(r["correct"])
+
+
+# metric: (unit, value of a record or None where it has none)
+METRICS: dict[str, tuple[str, Value]] = {
+    "exact_match": ("percent", _failed_is_wrong("exact_match")),
+    "normalised_match": ("percent", _failed_is_wrong("normalised_match")),
+    "first_divergence": ("tokens", lambda r: r.get("first_divergence")),
+    "kl": ("nats", lambda r: r.get("kl")),
+    "accuracy": ("percent", _accuracy),
+}
+ASKED = (
+    (OVERALL, WITH_IMAGES, "exact_match"), (WITH_IMAGES, WITH_IMAGES, "exact_match"), (WITH_IMAGES, WITH_IMAGES, "normalised_match"),
+    (WITH_IMAGES, WITH_IMAGES, "first_divergence"), (WITH_IMAGES, WITH_IMAGES, "kl"), ("accuracy", WITH_IMAGES, "accuracy"),
+    (TEXT_ONLY, TEXT_ONLY, "exact_match"), (f"{TEXT_ONLY} accuracy", TEXT_ONLY, "accuracy"),
+)  # fmt: skip
+
+
+def agreement_rows(
+    records: Sequence[dict[str, Any]], methods: Sequence[Compressor], *, against: str | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows for each method: ``overall`` (all that the table shows), then one for each metric; the baseline first.
+
+    ``unit`` is percent, nats or tokens. Intervals are 95% over 2,000 paired resamples of requests. Requests without an
+    image, in which nothing can be compressed, stand under a task of their own.
+    """
+    out = []
+    for method in methods:
+        mine: list[dict[str, Any]] = []
+        for task, kind, metric in ASKED:
+            row = _row(records, method, methods[0], task, kind, metric, against, seed)
+            mine += [row] if row is not None else []
+        if mine and mine[0]["task"] == OVERALL:
+            found = {r["metric"]: r for r in mine[1:] if r["task"] in (WITH_IMAGES, "accuracy")}
+            for name in ("normalised_match", "kl", "first_divergence", "accuracy"):
+                mine[0][name] = found[name]["score"] if name in found else None
+        out += mine
+    return out
+
+
+def _row(
+    records: Sequence[dict[str, Any]],
+    method: Compressor,
+    base: Compressor,
+    task: str,
+    kind: str,
+    metric: str,
+    against: str | None,
+    seed: int,
+) -> dict[str, Any] | None:
+    """One row, or None where no request has the metric."""
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for r in records:
+        if r["task"] == kind:
+            by_arm.setdefault(r["method"], []).append(r)
+    arm, (unit, value) = method.spec(), METRICS[metric]
+    if arm not in by_arm:
+        return None
+    weights = np.concatenate([np.ones((1, len(by_arm[arm]))), draws(len(by_arm[arm]), seed)])
+
+    def means(name: str) -> np.ndarray:
+        """The mean and its resamples, NaN where no request of a resample has the metric."""
+        values = [value(r) for r in by_arm[name]]
+        there = np.array([v is not None for v in values], dtype=float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return weights @ np.array([v or 0.0 for v in values]) / (weights @ there)
+
+    found, reference = means(arm), means(base.spec())
+    if np.isnan(found[0]) and metric != "first_divergence":
+        return None
+    mine = by_arm[arm]
+    row = {
+        "method": arm, "keep": method.budget.fraction, "tokens": method.tokens, "turns": 1, "task": task, "metric": metric, "unit": unit,
+        "score": _round(found[0], unit), "score_interval": _interval(found[1:], unit), "baseline": _round(reference[0], unit),
+        "difference": _round(found[0] - reference[0], unit), "difference_interval": _interval((found - reference)[1:], unit),
+        "retention": _round(100 * found[0] / reference[0], unit) if unit == "percent" and reference[0] else None,
+        "n": sum(value(r) is not None for r in mine), "failures": sum(r["error"] is not None for r in mine), "floor": None,
+        "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
+        "positions": next((r["positions"] for r in mine if r.get("positions")), None),
+    }  # fmt: skip
+    if against is not None:
+        change = found - means(against)
+        row |= {"against": against, "against_difference": _round(change[0], unit), "against_interval": _interval(change[1:], unit)}
+    return row
+
+
+def _round(value: float, unit: str) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6 if unit == "nats" else 2)
+
+
+def _interval(values: np.ndarray, unit: str) -> list[float] | None:
+    """The central 95%; None where most resamples have no value."""
+    if np.isnan(values).mean() > 0.5:
+        return None
+    if unit != "nats":
+        return list(interval(values))
+    return [round(float(v), 6) for v in np.nanpercentile(values, [2.5, 97.5])]
+
+
+def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [r[key] for r in rows if r.get(key) is not None]
+    return round(sum(values) / len(values), 2) if values else None
+
+
+def worst(records: Sequence[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
+    """Of each method the answers that are farthest from the uncompressed model's, by KL; those that are not apart are left out."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for r in records:
+        if r.get("kl") and r["error"] is None:
+            by_method.setdefault(r["method"], []).append(r)
+    keys = ("method", "id", "question", "images", "expected", "kl", "first_divergence", "baseline_answer", "answer")
+    return [{k: r[k] for k in keys} for rows in by_method.values() for r in sorted(rows, key=lambda r: -r["kl"])[:count]]
+
+
+def agreement_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: one for each method."""
+    header = ["method", "tokens", "same answer [95%]", "same words", "first other token", "KL nats [95%]", "right", "failed"]
+    against = next((r["against"] for r in rows if "against" in r), None)
+    header += [f"same answer vs {against} [95%]"] if against else []
+    header += ["text-only: same"] if any(r["task"] == TEXT_ONLY for r in rows) else []
+    lines = []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = {(r["task"], r["metric"]): r for r in rows if r["method"] == method}
+        exact, same, other, kl = (mine.get((WITH_IMAGES, m)) for m in ("exact_match", "normalised_match", "first_divergence", "kl"))
+        right, text = mine.get(("accuracy", "accuracy")), mine.get((TEXT_ONLY, "exact_match"))
+        kept = exact["visual_tokens_kept"] if exact else None
+        failed = sum(r["failures"] for r in (exact, text) if r)
+        line = [method, "" if kept is None else f"{kept:g}", _with(exact, ".1f", method), _one(same, ".1f"), _one(other, ".1f")]
+        line += [_with(kl, ".4f", method), _one(right, ".1f"), str(failed)]
+        if against:
+            known = exact is not None and method != against and exact["against_interval"]
+            line.append(_signed(exact["against_difference"], exact["against_interval"]) if known and exact else "")
+        lines.append(line + ([_one(text, ".1f")] if len(header) > len(line) else []))
+    return header, lines
+
+
+def worst_table(far: Sequence[dict[str, Any]], lines: int = WORST) -> tuple[list[str], list[list[str]]]:
+    """Header and the farthest answers of each method, ``lines`` in all."""
+    methods = list(dict.fromkeys(r["method"] for r in far))
+    each = max(1, lines // max(1, len(methods)))
+    shown = [r for m in methods for r in [r for r in far if r["method"] == m][:each]]
+    cells = [[r["method"], r["id"], f"{r['kl']:.3f}", _short(r["baseline_answer"]), _short(r["answer"])] for r in shown]
+    return ["method", "request", "KL", "uncompressed", "compressed"], cells
+
+
+def _one(row: dict[str, Any] | None, how: str) -> str:
+    return "" if row is None or row["score"] is None else f"{row['score']:{how}}"
+
+
+def _with(row: dict[str, Any] | None, how: str, method: str) -> str:
+    """The score and its interval, which the baseline's agreement with itself does not need."""
+    if row is None or method == "none" or row["score_interval"] is None:
+        return _one(row, how)
+    low, high = row["score_interval"]
+    return f"{row['score']:{how}} [{low:{how}}, {high:{how}}]"
+
+
+def _signed(value: float, between: Sequence[float]) -> str:
+    return f"{value:+.1f} [{between[0]:+.1f}, {between[1]:+.1f}]"
+
+
+def _short(text: str, length: int = 40) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

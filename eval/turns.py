@@ -1,0 +1,136 @@
+"""The second question of a conversation, asked on the cache of the first with the visual tokens that were chosen for that one.
+
+A method that looks at the question chooses well for the first and may have thrown away what the second needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient import wrapper
+from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.generation import with_prompt
+from mllm_efficient.layout import leave_on
+from mllm_efficient.models import Loaded
+from mllm_efficient.shrink import Prepared
+
+from .builtin.questions import Question
+from .builtin.suite import Sample
+from .harness import endings
+
+if TYPE_CHECKING:
+    from .runner import Run
+
+ANSWER = "yes"  # stands for the first answer while a conversation is put in the chat template
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """A question that is asked after another one about the same image."""
+
+    first: Sample
+    second: Sample
+
+    @property
+    def id(self) -> str:
+        return f"{self.second.id}/after/{self.first.task}"
+
+    @property
+    def image(self) -> int:
+        return self.second.image
+
+    @property
+    def task(self) -> str:
+        return self.second.task
+
+    @property
+    def question(self) -> Question:
+        return self.second.question
+
+    def region(self, planes: Sequence[Any]) -> Any:
+        return self.second.region(planes)
+
+
+def follow_ups(samples: Sequence[Sample]) -> list[FollowUp]:
+    """Every question once as the second one, after the question before it about its image (the first after the last).
+
+    An image with a single question has none.
+    """
+    by_image: dict[Any, list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault(sample.image, []).append(sample)
+    return [FollowUp(group[i - 1], s) for group in by_image.values() if len(group) > 1 for i, s in enumerate(group)]
+
+
+def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> tuple[list[str], list[str], Prepared | None]:
+    """First answers, second answers, and what was done to the images in the first turn. method: None leaves the image out."""
+    model, images = run.loaded.model, method is not None
+    asked = run.inputs([f.first for f in batch], images=images)
+    prompt = asked["input_ids"]
+    with wrapper.compressed(model, method) if method is not None else contextlib.nullcontext():
+        prepared = run.prepared(method, [f.first for f in batch], asked) if method is not None else None
+        layout = prepared.layout if prepared is not None else None
+        if prepared is None or layout is None:  # nothing left the prompt: the model's own call, which remembers M-RoPE positions
+            first = run.generate(asked, return_dict_in_generate=True)
+            said = first.sequences
+        else:
+            first = run.generate(prepared.model_kwargs, return_dict_in_generate=True)
+            said = with_prompt(first.sequences, prompt, layout.reduced_length)
+            leave_on(first.past_key_values, layout)
+        answers = said[:, prompt.shape[1] :]
+        turns = [next_turn(run.loaded, run.worded(f.first), run.worded(f.second), int(images)) for f in batch]
+        more, new = padded(turns, prompt)
+        ids = torch.cat([said, more], 1)
+        call = {"input_ids": ids, "attention_mask": torch.cat([asked["attention_mask"], spoken(answers, endings(model)), new], 1)}
+        if "mm_token_type_ids" in asked:
+            types = asked["mm_token_type_ids"]
+            call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(ids), ids.shape[1] - types.shape[1])], 1)
+        second = run.generate(call, past_key_values=first.past_key_values)
+    return run.decoded(answers), run.decoded(second[:, ids.shape[1] :]), prepared
+
+
+def spoken(answers: Tensor, ends: set[int]) -> Tensor:
+    """(B, T) 1 for the words of an answer, 0 from its end on: the next turn brings the end that the chat template writes."""
+    ended = torch.isin(answers, torch.tensor(sorted(ends), dtype=answers.dtype, device=answers.device))
+    return (ended.cumsum(1) == 0).long()
+
+
+def padded(turns: Sequence[list[int]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Token lists of different lengths as (B, T) ids, padded on the left, and their mask."""
+    longest = max(map(len, turns))
+    ids = torch.tensor([[0] * (longest - len(t)) + t for t in turns], dtype=like.dtype, device=like.device)
+    mask = torch.tensor([[0] * (longest - len(t)) + [1] * len(t) for t in turns], device=like.device)
+    return ids, mask
+
+
+def next_turn(loaded: Loaded, first: str, second: str, images: int) -> list[int]:
+    """The tokens between the first answer and the second: the end of the answer, the second question, the way to its answer."""
+    processor = loaded.processor
+    tokenizer = processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        picture, question, again = ({"type": "text", "text": t} if t else {"type": "image"} for t in ("", first, second))
+        text = processor.apply_chat_template(
+            [
+                {"role": "user", "content": [*[picture] * images, question]},
+                {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+                {"role": "user", "content": [again]},
+            ],
+            add_generation_prompt=True,
+        )
+        behind = text.find(ANSWER, text.find(first) + len(first))
+        if first not in text or behind < 0 or second not in text[behind:]:
+            raise MllmEfficientError("this model's chat template does not hold a conversation of two questions: leave --turns out")
+        text = text[behind + len(ANSWER) :]
+    else:
+        text = f"{tokenizer.eos_token or ''} USER: {second} ASSISTANT:"
+    # behind a word, because some tokenizers treat the beginning of a text in their own way
+    word = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(ANSWER + text, add_special_tokens=False)["input_ids"]
+    return whole[len(word) :] if whole[: len(word)] == word else tokenizer(text, add_special_tokens=False)["input_ids"]
