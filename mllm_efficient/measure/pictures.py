@@ -70,19 +70,19 @@ class Pictures:
 
     def typical(self) -> list[Picture]:
         """What a call has where nothing is said of it."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define typical")
 
     def of_size(self, size: Size) -> Picture:
         """A picture of (width, height) pixels."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define of_size")
 
     def of_tokens(self, n: int, exact: bool) -> list[Picture]:
         """Pictures with n tokens in all. exact: whether the vision cost will be asked for."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define of_tokens")
 
     def smaller(self, picture: Picture, unit: Grid) -> Picture:
         """The picture with a smaller ``unit``."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define smaller")
 
     def unknown(self, n: int, like: Picture, says: str) -> Picture:
         """n tokens of whose places nothing is known, with the vision cost of another picture."""
