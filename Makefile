@@ -20,7 +20,9 @@ PIP := .venv/bin/python -m pip -q --disable-pip-version-check
 BENCH := .venv/bin/mllm-efficient bench
 THREADS ?= 2
 GPU_SHAPES := llava-1.5-7b llava-1.5-13b llava-1.6-7b
-GPU_METHODS := $(foreach m,divprune uniform pool,$(foreach k,0.5 0.25 0.11 0.055,--method $(m):keep=$(k)))
+GPU_KEEP := 0.5 0.25 0.11 0.055
+GPU_METHODS := $(foreach m,divprune uniform pool,$(foreach k,$(GPU_KEEP),--method $(m):keep=$(k))) \
+  $(foreach k,$(GPU_KEEP),--method tokenflex:keep=$(k),weights=random)
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.base import Compressor, Projector
 from mllm_efficient.models import Loaded, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key
+from mllm_efficient.shrink import Encoded, encode_items, encoding_key, pre_llm
+from mllm_efficient.trained import installed
 
 from .records import Records
 
@@ -48,6 +49,9 @@ class Harness:
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
         """One record for each sample of a batch under one method (None: the floor)."""
         raise TypeError(f"{type(self).__name__} must define answers")
+
+    def refer(self, arm: str, batch: Sequence[Any]) -> None:
+        """What answers of an arm are held against, made on the model as it came."""
 
     @property
     def named_arms(self) -> list[tuple[str, Compressor | None]]:
@@ -96,7 +100,9 @@ class Harness:
     def _ask(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
         """Records of a batch; if it fails as a whole its samples are asked one by one, and those that fail say why."""
         try:
-            return self.answers(arm, method, batch)
+            self.refer(arm, batch)
+            with installed(self.loaded.model, method):
+                return self.answers(arm, method, batch)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         # outside the handler, so that the failed batch's tensors are free when its samples are tried
@@ -121,6 +127,17 @@ class Vision:
                 once = encode_items(self.adapter, method, [items[i] for i in new.values()])
             self.made |= zip(new, zip(once.encodings, once.made_for))
         return Encoded(items, [self.made[key][0] for key in keys], [self.made[key][1] for key in keys])
+
+
+def with_baselines(methods: Sequence[Compressor]) -> list[Compressor]:
+    """The methods, each once, and before the first on the weights of a trained one the baseline on those: ``none@tokenflex``."""
+    out: dict[str, Compressor] = {}
+    for method in methods:
+        if isinstance(method, Projector):
+            baseline = pre_llm(method.same_weights)
+            out.setdefault(baseline.spec(), baseline)
+        out.setdefault(method.spec(), method)
+    return list(out.values())
 
 
 def endings(model: Any) -> set[int]:

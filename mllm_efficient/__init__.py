@@ -18,6 +18,7 @@ _HOME = {
     "Compressor": "compressors.base", "Selector": "compressors.base", "Merger": "compressors.base",
     "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
+    "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "projector", "Projector": "compressors.base", "load": "trained",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
     from .budget import Budget as Budget
     from .compressors.base import Compressor as Compressor
     from .compressors.base import Merger as Merger
+    from .compressors.base import Projector as Projector
     from .compressors.base import Selector as Selector
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool
     from .compressors.random import Random as Random
     from .compressors.resize import Resize as Resize
+    from .compressors.tokenflex import TokenFlex as TokenFlex
     from .compressors.uniform import Uniform as Uniform
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from .errors import MllmEfficientError as MllmEfficientError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .projector import TokenFlexProjector as TokenFlexProjector
     from .registry import build as build
     from .registry import get_method as get_method
     from .registry import list_methods as list_methods
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from .shrink import prepare as prepare
     from .tokens import CompressedTokens as CompressedTokens
     from .tokens import VisualTokens as VisualTokens
+    from .trained import load as load
     from .wrapper import compressed as compressed
     from .wrapper import unwrap as unwrap
     from .wrapper import wrap as wrap

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import apportion
-from .compressors.base import Compressor, Resizer
-from .errors import UnsupportedModelError
+from .compressors.base import Compressor, Projector, Resizer
+from .errors import BadBudgetError, UnsupportedModelError
 from .lazy import torch
 from .tokens import Plane, VisualShape
 
@@ -49,15 +49,17 @@ class Group:
 class Plan:
     """A method on one item of ``shape``.
 
-    groups: of a method that works on tokens. smaller, after: the grid a smaller picture is given and the shape it then
-    has. kept: tokens that are left. separators: newline columns and separators that are left. untouched: every token
-    and separator stays as it is. clamped: more tokens were asked than there are.
+    groups: of a method that works on tokens. smaller: the grid a smaller picture is given; side: tokens along a side of
+    each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
+    columns and separators that are left. untouched: every token and separator stays as it is. clamped: more tokens were
+    asked than there are.
     """
 
     shape: VisualShape
     kept: int
     groups: tuple[Group, ...] = ()
     smaller: tuple[int, int] | None = None
+    side: int | None = None
     after: VisualShape | None = None
     separators: int = 0
     untouched: bool = False
@@ -67,6 +69,8 @@ class Plan:
 def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
     """The plan of a method for an item of the adapter. Raises ``BadBudgetError`` where the budget cannot be met."""
     shape: VisualShape = item.shape
+    if isinstance(method, Projector):
+        return _projected(adapter, method, item)
     k = method.budget.count(shape.n, fixed=adapter.fixed_count)
     clamped = method.tokens is not None and method.tokens > shape.n
     whole = Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
@@ -83,6 +87,19 @@ def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
         return replace(whole, clamped=clamped)
     keeps_newlines = not method.merges and (method.newline == "keep" or kept == shape.n)
     return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+
+
+def _projected(adapter: Any, method: Projector, item: Any) -> Plan:
+    shape: VisualShape = item.shape
+    if shape.modality != "image":
+        raise UnsupportedModelError(f"{method.name} projects pictures, and this call has a video")
+    side = method.side(adapter.unit(item))
+    after: VisualShape = adapter.projected(item, side)
+    if after.n > shape.n:
+        raise BadBudgetError(
+            f"{method.name}: {side * side} tokens for each of {len(after.planes)} views are {after.n}: the prompt has room for {shape.n}"
+        )
+    return Plan(shape, after.n, side=side, after=after)
 
 
 def _groups(method: Compressor, shape: VisualShape, k: int) -> Iterator[Group]:
@@ -140,6 +157,8 @@ def position_rule(adapter: Any, method: Compressor) -> str:
 def check(adapter: Any, method: Compressor) -> None:
     """Raises where a model cannot run a method at all, before any call is made."""
     family, name = adapter.name, method.name
+    if method.installs is not None and not adapter.projects:
+        raise UnsupportedModelError(f"{method.installs.name} takes the place of LLaVA's projector, which {family} has not")
     lacking = sorted(set(method.needs) - adapter.gives)
     if lacking:
         raise UnsupportedModelError(f"{name} needs {', '.join(lacking)}, which {family} does not give")
@@ -164,7 +183,7 @@ def check(adapter: Any, method: Compressor) -> None:
         raise UnsupportedModelError(f"{name} merges by content, and the features that {family} adds in later layers cannot follow")
     usual = adapter.usual()
     if usual is not None:
-        method.budget.count(usual.n, fixed=adapter.fixed_count)
+        method.budget.count(len(usual.planes[-1]) if method.family == "J" else usual.n, fixed=adapter.fixed_count)
 
 
 def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .compressors.base import Compressor
 
 GROUP = "mllm_efficient.compressors"
-BUILTIN = {name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune")}
+BUILTIN = {name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex")}
 _registered: dict[str, type] = {}
 
 
@@ -137,6 +137,8 @@ def _compose(parts: list[Compressor]) -> Compressor | tuple[Compressor, ...]:
 def _from_spec(spec: str) -> Compressor:
     import yaml
 
+    if spec.strip().startswith("none@"):
+        return _from_settings({"method": "none", "on": spec.strip().removeprefix("none@")})
     name, _, rest = spec.strip().partition(":")
     settings: dict[str, Any] = {"method": name.strip()}
     for part in filter(None, (p.strip() for p in rest.split(","))):

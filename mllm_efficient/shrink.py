@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor, generator_for
+from .compressors.base import Compressor, Projector, generator_for
 from .errors import UnsupportedModelError
 from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
 from .locate import Located, locate
@@ -23,18 +23,19 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
+from .trained import held, module_of
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The vision side of a call, for ``prepare(..., encoded=...)``: what the host made of every item of the call.
 
-    made_for: of each item the extra tensors it carries and the smaller grid the tower saw (``encoding_key``).
+    made_for: of each item the extra tensors it carries and how else it was seen (``encoding_key``).
     """
 
     items: list[Any]
     encodings: list[Any]
-    made_for: list[tuple[frozenset[str], tuple[int, int] | None]]
+    made_for: list[tuple[frozenset[str], Any]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class Prepared:
 
 
 def pre_llm(compressor: Any) -> Compressor:
-    """The one method of family P in what ``build`` made. Other families need a host that can run them."""
+    """The one method in what ``build`` made, which must work before the language model (families P and J)."""
     built = build(compressor)
     stages = built if isinstance(built, tuple) else (built,)
     for stage in stages:
-        if stage.family != "P":
+        if stage.family != "P" and not isinstance(stage, Projector):
             raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
+    if len(stages) > 1:
+        raise UnsupportedModelError(f"{' and '.join(s.name for s in stages)} one after the other: this version runs one method at a time")
     return stages[0]
 
 
@@ -96,12 +99,18 @@ def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
     """``encode`` of items that the adapter found. The host runs once on all that are alike."""
     keys = [encoding_key(adapter, method, i) for i in items]
     needs = keys[0][0] if keys else frozenset()
-    return Encoded(items, adapter.encode(items, needs, [grid for _, grid in keys]), keys)
+    require_installed(adapter, method)
+    if items and isinstance(method, Projector):
+        (side,) = {plan(adapter, method, item).side for item in items}
+        return Encoded(items, adapter.project(items, module_of(adapter, method), side), keys)
+    return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
 
 
-def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], tuple[int, int] | None]:
-    """What the vision side does for a method on an item: (extra tensors, smaller grid). Equal keys, equal output."""
-    return frozenset(method.needs) & {"attention", "keys"}, plan(adapter, method, item).smaller
+def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
+    """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
+    seen = plan(adapter, method, item)
+    other = (method.name, method.weights, seen.side) if isinstance(method, Projector) else (seen.smaller, held(adapter))
+    return frozenset(method.needs) & {"attention", "keys"}, other
 
 
 def keeps_all(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> bool:
@@ -145,6 +154,7 @@ def prepare(
     if encoded is None and not has_pixels(vision) and past is None:
         return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
     check(adapter, method)
+    require_installed(adapter, method)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
     require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
@@ -168,7 +178,7 @@ def prepare(
             needs, smaller = encoding_key(adapter, method, f.item)
             have, seen = encoded.made_for[f.index]
             require(needs <= have, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
-            require(smaller == seen, f"this encoding saw images of another size than {method.name} asks for")
+            require(smaller == seen, f"this encoding saw images of another size or projector than {method.name} asks for")
     if past is None and all(p.untouched for p in plans):
         report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
         if encoded is None:
@@ -200,6 +210,12 @@ def prepare(
     report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
     features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
+
+
+def require_installed(adapter: Any, method: Compressor) -> None:
+    """A baseline on a trained method's weights is nothing but another name where the model does not hold them."""
+    if method.installs is not None and method.family != "J" and held(adapter) is None:
+        raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
 
 
 def has_pixels(inputs: dict[str, Any]) -> bool:

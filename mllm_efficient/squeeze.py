@@ -43,43 +43,65 @@ class Squeezed:
 def squeeze_all(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
 ) -> tuple[list[Squeezed], float]:
-    """Every item compressed on its own, and the seconds that took on the device."""
+    """Every item compressed as on its own, and the seconds that took on the device, for which the host waits once."""
     cuda = bool(encodings) and encodings[0].features.is_cuda
     if cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(encodings[0].features.device)
         begin.record(stream)
     started = time.perf_counter()
-    parts = [_compress(method, p, e, c) for p, e, c in zip(plans, encodings, contexts)]
+    parts = _compress(method, plans, encodings, contexts)
+    seconds = time.perf_counter() - started
     if cuda:
         end.record(stream)
+    parts = _indices_on_cpu(parts)
+    if cuda:
         end.synchronize()
         seconds = begin.elapsed_time(end) / 1000
-    else:
-        seconds = time.perf_counter() - started
     return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
 
 
 Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
 
 
-def _compress(method: Compressor, p: Plan, encoding: Any, context: Context) -> list[Part]:
-    """The method's output for each group of an item, and what becomes of its deep features."""
-    if p.untouched or p.smaller is not None:
+def _compress(method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]) -> list[list[Part]]:
+    """The method's output for each group of each item, and what becomes of its deep features."""
+    jobs = [_jobs(p, e, c) for p, e, c in zip(plans, encodings, contexts)]
+    flat = [job for of_item in jobs for job in of_item]
+    together = method.compress_all([part for _, part, _ in flat], [group.k for group, _, _ in flat])
+    require(len(together) == len(flat), f"{method.name} gave {len(together)} results for {len(flat)} groups of tokens")
+    done = iter(together)
+    return [[_part(method, *job, next(done)) for job in of_item] for of_item in jobs]
+
+
+Job = tuple[Group, VisualTokens, list[Tensor]]
+
+
+def _jobs(p: Plan, encoding: Any, context: Context) -> list[Job]:
+    """What the method gets of an item: for each group its tokens, and their features in each deepstack layer."""
+    if p.untouched or p.after is not None:
         return []
     tokens = _tokens(p, encoding, context)
     deep = [layer if not p.shape.separators else layer[p.shape.token_slots.to(layer.device)] for layer in encoding.deep]
-    out = []
-    for group in p.groups:
-        part, layers = _of_group(tokens, group), [_pick(layer, group) for layer in deep]
-        done = method.compress(part, group.k)  # type: ignore[attr-defined]
-        require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
-        if done.indices is not None:
-            out.append((group, done, tuple(layer[done.indices.to(layer.device)] for layer in layers)))
-        else:
-            merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
-            out.append((group, done, tuple(merged)))
-    return out
+    return [(group, _of_group(tokens, group), [_pick(layer, group) for layer in deep]) for group in p.groups]
+
+
+def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Tensor], done: CompressedTokens) -> Part:
+    require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
+    if done.indices is not None:
+        return group, done, tuple(layer[done.indices.to(layer.device)] for layer in layers)
+    merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
+    return group, done, tuple(merged)
+
+
+def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
+    """The same with every index on the CPU: one copy for the whole batch, because each makes the host wait."""
+    indices = [done.indices.detach() for parts in items for _, done, _ in parts if done.indices is not None]
+    if not indices:
+        return items
+    joined = torch.cat([i.to(indices[0].device, torch.long) for i in indices]).cpu()
+    ours = iter(joined.split([len(i) for i in indices]))
+    return [[(g, d if d.indices is None else replace(d, indices=next(ours)), deep) for g, d, deep in parts] for parts in items]
 
 
 def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
@@ -103,7 +125,7 @@ def _pick(values: Tensor, group: Group) -> Tensor:
 
 
 def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> Squeezed:
-    """Kept tokens, with the separators that stay, in the order of the placeholders they take."""
+    """Kept tokens, with the separators that stay, in the order of the placeholders they take. Indices are on the CPU."""
     shape = p.shape
     if p.untouched:
         return Squeezed(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
@@ -115,11 +137,10 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         if done.indices is None:
             slots.append(shape.token_slots[own[: group.kept]])
             continue
-        index = done.indices.detach().to("cpu", torch.long)
-        if len(index.unique()) != len(index):
+        if len(done.indices.unique()) != len(done.indices):
             raise CountMismatchError(f"{method.name} selected the same visual token twice")
-        indices.append(own[index])
-        slots.append(shape.token_slots[own[index].sort().values])
+        indices.append(own[done.indices])
+        slots.append(shape.token_slots[own[done.indices].sort().values])
     taken = torch.cat(slots)
     keep = torch.zeros(shape.length, dtype=torch.bool)
     keep[taken] = True

@@ -22,6 +22,7 @@ from .generation import within_generate
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
 from .shrink import check, has_pixels, keeps_all, pre_llm, prepare
+from .trained import install
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
@@ -48,8 +49,9 @@ def wrap(model: Model, compressor: Any) -> Model:
     if _hook_of(inner) is not None:
         raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
     check(adapter, method)
+    undo = install(adapter, method)
     inner.__class__ = _class_for(type(inner))
-    inner.register_forward_pre_hook(CompressForward(method), with_kwargs=True)
+    inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
     return model
 
@@ -59,8 +61,10 @@ def unwrap(model: Model) -> Model:
     from .patches import inner_model
 
     inner = inner_model(model)
-    if _hook_of(inner) is None:
+    hook = _hook_of(inner)
+    if hook is None:
         raise MllmEfficientError("this model is not wrapped")
+    hook.undo()
     for hooks, with_kwargs, ours in (
         (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
         (inner._forward_hooks, inner._forward_hooks_with_kwargs, lambda h: h is mark_output),
@@ -97,8 +101,8 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor):
-        self.method = method
+    def __init__(self, method: Compressor, undo: Callable[[], None]):
+        self.method, self.undo = method, undo
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
         from .patches import adapter_for

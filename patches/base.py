@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -45,8 +47,8 @@ class Adapter:
 
     gives: what methods may need beyond the features. fixed_count: whether every image has the same number of tokens.
     positions: the default rule. parts: what ``per=`` can name. separators: whether there are newline columns.
-    deepstack: whether later layers add visual features. mrope: whether positions have three rows.
-    encode_keys: the vision arguments of a call.
+    deepstack: whether later layers add visual features. mrope: whether positions have three rows. projects: whether
+    methods of family J can take the place of the projector. encode_keys: the vision arguments of a call.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"text", "grid"})
@@ -56,6 +58,7 @@ class Adapter:
     separators: ClassVar[bool] = False
     deepstack: ClassVar[bool] = False
     mrope: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def __init__(self, model: Any):
@@ -114,6 +117,31 @@ class Adapter:
         """Stock features of items of one modality, at one grid."""
         raise TypeError(f"{type(self).__name__} must define run")
 
+    @property
+    def projector_at(self) -> tuple[Any, str]:
+        """The module that holds the projector, and its name there."""
+        return self.model.model, "multi_modal_projector"
+
+    @property
+    def projector_widths(self) -> tuple[int, int]:
+        """Widths of what the projector takes and of what it gives."""
+        layers, vision = self.config.vision_feature_layer, self.config.vision_config
+        return vision.hidden_size * (1 if isinstance(layers, int) else len(layers)), self.config.get_text_config().hidden_size
+
+    def projected(self, item: Item, side: int) -> VisualShape:
+        """The shape of a picture, each of whose tiles has side x side tokens."""
+        raise TypeError(f"{type(self).__name__} must define projected")
+
+    def before_projector(self, items: list[Item]) -> Tensor:
+        """(views of all items, N, D): what the host hands to its projector, without class tokens. The projector does not run."""
+        raise TypeError(f"{type(self).__name__} must define before_projector")
+
+    def project(self, items: list[Item], projector: Any, side: int) -> list[Encoding]:
+        """Every picture through another projector, which gives each of its tiles side x side tokens."""
+        tokens = projector(self.before_projector(items), side=side, grid=self.unit(items[0]))
+        parts = tokens.split([len(item.arguments["pixel_values"]) for item in items])
+        return [Encoding(part.flatten(0, 1), self.projected(item, side)) for item, part in zip(items, parts)]
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """Embeddings (T, D) of text tokens (T,)."""
         return self.model.get_input_embeddings()(ids)
@@ -140,6 +168,38 @@ class Adapter:
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         """The planes with boxes in fractions of the original picture of ``size`` (width, height), its preprocessing undone."""
         return planes
+
+
+class _Reached(Exception):
+    """The projector was reached."""
+
+
+_reaching: contextvars.ContextVar[object | None] = contextvars.ContextVar("reaching", default=None)
+hooking = threading.Lock()  # registering and removing hooks is not atomic
+
+
+def input_of(module: Any, call: Callable[[], Any]) -> Tensor:
+    """The first argument that ``call`` hands to a module, which does not run: the call ends there. Of this thread alone."""
+    found: list[Tensor] = []
+    token = object()
+
+    def stop(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
+        if _reaching.get() is token:
+            found.append(args[0] if args else next(iter((kwargs or {}).values())))
+            raise _Reached
+
+    with hooking:
+        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    reset = _reaching.set(token)
+    try:
+        with contextlib.suppress(_Reached):
+            call()
+    finally:
+        _reaching.reset(reset)
+        with hooking:
+            handle.remove()
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import threading
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Adapter, Encoding, Grid, Item, smaller_pixels, uncropped
+from .base import Adapter, Encoding, Grid, Item, hooking, input_of, smaller_pixels, uncropped
 
-_hooking = threading.Lock()  # registering and removing hooks is not atomic
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
 
 
@@ -26,6 +25,7 @@ class LlavaAdapter(Adapter):
 
     gives = frozenset({"attention", "keys", "text", "grid"})
     fixed_count = True
+    projects = True
     encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 
     def __init__(self, model: Any):
@@ -75,6 +75,14 @@ class LlavaAdapter(Adapter):
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
         return self._shape(self._settings(item.arguments)[1], grid)
 
+    def projected(self, item: Item, side: int) -> VisualShape:
+        return VisualShape((Plane(side, side),))
+
+    def before_projector(self, items: list[Item]) -> Tensor:
+        call = {**items[0].arguments, "pixel_values": torch.cat([i.arguments["pixel_values"] for i in items])}
+        features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
+        return features[:, features.shape[1] - math.prod(self.unit(items[0])) :]  # the class token may be in front
+
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
         call = dict(items[0].arguments)
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
@@ -122,14 +130,14 @@ class LlavaAdapter(Adapter):
             into["attention"] = weights.mean((1, 2))[:, first:]
             into["keys"] = k.mean(1)[:, first:]
 
-        with _hooking:
+        with hooking:
             handle = attention.register_forward_pre_hook(record, with_kwargs=True)
         reset = _capturing.set(token)
         try:
             yield
         finally:
             _capturing.reset(reset)
-            with _hooking:
+            with hooking:
                 handle.remove()
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Adapter, Encoding, Grid, Item, at_hand, smaller_pixels
+from .base import Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
 
 
 class LlavaNextAdapter(Adapter):
@@ -21,6 +21,7 @@ class LlavaNextAdapter(Adapter):
 
     parts = frozenset({"tile"})
     separators = True
+    projects = True
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
@@ -135,6 +136,25 @@ class LlavaNextAdapter(Adapter):
             host = self.resized_host(side, item.arguments)
             out.append(Encoding(self.features(host, [small], interpolate_pos_encoding=True)[0], small.shape))
         return out
+
+    def projected(self, item: Item, side: int) -> VisualShape:
+        """The base view and every tile whole, row by row, without newlines: as the released TokenFLEX model tiles."""
+        planes = [Plane(side, side)]
+        if len(item.arguments["pixel_values"]) > 1:
+            size, image = item.arguments["image_sizes"], self.config.vision_config.image_size
+            down, across = self.tiling(size)
+            for tile in range(down * across):
+                row, column = divmod(tile, across)
+                edges = [float(n * self.side) for n in (row, column, row + 1, column + 1)]
+                planes.append(Plane(side, side, tile=1 + tile, box=_on_picture(edges, (down, across), size, self.side, image)))
+        return VisualShape(tuple(planes))
+
+    def before_projector(self, items: list[Item]) -> Tensor:
+        call = {k: v for k, v in items[0].arguments.items() if k in self.settings}
+        call["pixel_values"] = torch.cat([i.arguments["pixel_values"] for i in items])
+        call["image_sizes"] = torch.tensor([i.arguments["image_sizes"] for i in items])
+        features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
+        return features[:, features.shape[1] - self.side**2 :]
 
     def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
         """(length, D) of each image from the host's ``get_image_features``."""

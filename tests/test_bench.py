@@ -551,6 +551,22 @@ def test_selection_rows_hold_ratios_of_one_run():
     assert (576, 4096, 57) in selection.SHAPES and (2880, 4096, 282) in selection.SHAPES
 
 
+def test_a_gpu_has_rows_of_a_batch_and_of_the_loop_without_the_kernel_and_a_table_in_microseconds(monkeypatch):
+    """The steps are run here on the CPU, as if they were its own."""
+    monkeypatch.setattr(selection, "STEPS", selection.STEPS | selection.STEPS_ON_CUDA)
+    monkeypatch.setattr(selection, "RATIOS", selection.RATIOS | selection.RATIOS_ON_CUDA)
+    (row,) = selection.selection_rows(((40, 16, 5),), repeats=2, warmup=0)
+    assert row["failed"] is None and all(row[name]["n"] == 2 for name in (*selection.STEPS, *selection.RATIOS))
+    monkeypatch.undo()
+    header, ((_, *cells),) = selection.selection_table([row])
+    assert header[2] == "select ms" and cells[1] == f"{row['select_ms']['median']:.3f}" and len(header) == 1 + 5 + 3
+    row["select_ms"]["median"] = 0.2344
+    header, ((_, *cells),) = selection.selection_table([{**row, "device": "cuda"}])
+    assert header[2] == "select us" and cells[1] == "234" and {"batch us", "torch loop us"} < set(header)
+    assert len(cells) == len(header) - 1 == 7 + 5
+    assert len(selection.STEPS_ON_CUDA["batch_ms"](torch.randn(40, 16), torch.empty(0), 5)) == selection.BATCH == 8
+
+
 # ----------------------------------------------------------------------------------------------- command
 
 

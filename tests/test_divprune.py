@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mllm_efficient as me
-from mllm_efficient.compressors.divprune import distances
+from mllm_efficient.compressors import divprune
+from mllm_efficient.compressors.divprune import distances, farthest_first
 
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
@@ -360,6 +368,120 @@ def test_selecting_changes_no_feature_and_follows_no_gradient(metric):
     kept = me.DivPrune(keep=0.5, metric=metric).compress(me.VisualTokens(x), len(indices)).features
     kept.sum().backward()
     assert x.grad.sum(1).nonzero().flatten().tolist() == indices.tolist()
+
+
+# Several images -------------------------------------------------------------------------------------------------------
+
+
+def several() -> tuple[list[me.VisualTokens], list[int]]:
+    """Nine images of three sizes, of which two differ in K or dtype alone, in turn; with duplicates and zero rows."""
+    rng = np.random.default_rng(0)
+    kinds = ((30, torch.float32, 7), (30, torch.float32, 8), (17, torch.float64, 17)) * 3
+    rows = [rng.integers(-2, 3, (n, 4)).astype(np.float64) for n, _, _ in kinds]
+    return [me.VisualTokens(torch.from_numpy(r).to(dtype)) for r, (_, dtype, _) in zip(rows, kinds)], [k for _, _, k in kinds]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("order", ["raster", "picked"])
+@pytest.mark.parametrize("together", [2**26, 2 * 30**2, 1])
+def test_images_chosen_together_are_those_chosen_alone(monkeypatch, metric, order, together):
+    """What a GPU does, here on the CPU. Whole numbers: the distances are exact whoever shares the product."""
+    shapes = []
+    monkeypatch.setattr(divprune, "TOGETHER", together)
+    monkeypatch.setattr(divprune, "distances", lambda x, m: shapes.append(tuple(x.shape)) or distances(x, m))
+    method, (parts, ks) = me.DivPrune(keep=0.5, metric=metric, order=order), several()
+    done = method._compress_together(parts, ks)
+    sizes = {2**26: (3, 3, 3), 2 * 30**2: (2, 1, 2, 1, 3), 1: (1,) * 9}[together]
+    assert [s[0] for s in shapes] == list(sizes), "every product is of as many images as may be together"
+    for v, k, out in zip(parts, ks, done):
+        alone = method.compress(v, k)
+        assert torch.equal(out.indices, alone.indices) and torch.equal(out.features, alone.features)
+
+
+def test_one_bad_image_among_several_raises():
+    parts, ks = several()
+    parts[3].features[2, 1] = float("nan")
+    with pytest.raises(me.MllmEfficientError, match="NaN or infinity"):
+        me.DivPrune(keep=0.5)._compress_together(parts, ks)
+    with pytest.raises(me.BadBudgetError, match="31 of 30 tokens cannot be kept"):
+        me.DivPrune(keep=0.5)._compress_together(parts[:1], [31])
+
+
+def test_a_batch_with_a_zero_row_scales_only_what_it_must():
+    x = torch.from_numpy(np.random.default_rng(1).integers(-3, 4, (3, 20, 5)).astype(np.float64))
+    x[1, 4], x[2, 7] = 0, x[2, 7] * 2.0**600
+    assert torch.equal(distances(x), torch.stack([distances(image) for image in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("odd", ["nothing", "zero row", "huge row", "all zero"])
+def test_half_precision_multiplied_as_it_is_gives_the_distances_of_float32(monkeypatch, dtype, odd):
+    """As on a GPU, with the product in float32 behind it. Of rows that are longer than usual none is multiplied so."""
+    x = torch.from_numpy(np.random.default_rng(2).integers(-3, 4, (2, 20, 5))).to(dtype)
+    if odd != "nothing":
+        x[1, 3 if odd != "all zero" else slice(None)] = HUGE[dtype] if odd == "huge row" else 0
+    expected, multiplied = distances(x), []
+    monkeypatch.setattr(divprune, "mixed_precision", lambda t: t.dtype == dtype)
+    monkeypatch.setattr(divprune, "products", lambda t: multiplied.append(t.dtype) or t.float() @ t.float().mT)
+    assert torch.equal(distances(x), expected)
+    usual = odd == "nothing" or (odd == "huge row" and dtype == torch.float16)
+    assert multiplied == [dtype if usual else torch.float32]
+
+
+def test_a_subclass_that_selects_otherwise_is_asked_on_a_gpu_too(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class First(me.DivPrune):
+        def select(self, v, k):
+            return torch.arange(k)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    (out,) = First(tokens=3).compress_all([me.VisualTokens(random_case(3)[0])], [3])
+    assert out.indices.tolist() == [0, 1, 2]
+
+
+# The kernel -----------------------------------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed; it has wheels for Linux")
+
+
+@needs_triton
+@pytest.mark.parametrize("where", ["interpreter", "gpu"])
+def test_the_fused_kernel_picks_what_the_loop_picks(where):
+    """``triton_divprune.py``, in a process of its own: Triton reads the variable when it is imported."""
+    if where == "gpu" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    env = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
+    file = Path(__file__).with_name("triton_divprune.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=env, cwd=file.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [75, 80, 90, 100])
+def test_the_fused_kernel_compiles_for_gpus(capability, tmp_path, monkeypatch):
+    """From types to machine code, which the interpreter does not look at; no GPU is needed for that."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mllm_efficient.compressors._divprune_triton import _pick
+
+    for number in ("fp32", "fp64"):
+        types = {"d": f"*{number}", "nearest_other": f"*{number}", "picked": "*i64", "n": "i32", "k": "i32", "block": "constexpr"}
+        compiled = triton.compile(ASTSource(_pick, types, {"block": 1024}), target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
+
+
+def test_without_triton_the_loop_runs_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mllm_efficient.compressors._divprune_triton", None)
+    monkeypatch.setattr(divprune, "fused", divprune.fused.__wrapped__)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x = random_case(3)[0]
+    with pytest.warns(UserWarning, match="slower loop on cpu"):
+        chosen = farthest_first(distances(x), 5)
+    assert chosen.tolist() == paper_rule(plain_cosine(x), 5)
 
 
 # Properties ----------------------------------------------------------------------------------------------------------

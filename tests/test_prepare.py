@@ -197,6 +197,41 @@ def test_the_report_says_what_was_done(tiny_llava, make_batch):
     assert str(report) == "kept 36 of 144 visual tokens in 4 image(s)"
 
 
+def test_a_method_gets_all_images_of_a_call_at_once_and_its_indices_are_copied_once(tiny_llava, make_batch, registered, monkeypatch):
+    calls, copies = [], []
+
+    @registered("together")
+    @dataclass(frozen=True, kw_only=True)
+    class Together(me.Selector):
+        def compress_all(self, parts, ks):
+            calls.append([(len(v), k) for v, k in zip(parts, ks)])
+            first = [torch.arange(k, dtype=torch.int32) + i for i, k in enumerate(ks)]  # of each image another K tokens
+            return [me.CompressedTokens(v.features[i], i) for v, i in zip(parts, first)]
+
+    copy_to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: copies.append(t.shape) or copy_to_cpu(t))
+    report = me.prepare(tiny_llava, "together:tokens=9", **make_batch(*MIXED)).report
+    assert calls == [[(N, 9)] * 4]
+    assert copies.count(torch.Size([4 * 9])) == 1 and torch.Size([9]) not in copies
+    assert [i.indices.tolist() for i in report.images] == [list(range(i, i + 9)) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("indices", "says"),
+    [([0, 1, 1], "twice selected the same visual token twice"), ([0, 1], "twice gave 2 tokens where 3"), (None, "1 results for 2")],
+)
+def test_what_a_method_gives_for_many_images_is_checked(tiny_llava, make_batch, registered, indices, says):
+    @registered("twice")
+    @dataclass(frozen=True, kw_only=True)
+    class Twice(me.Selector):
+        def compress_all(self, parts, ks):
+            chosen = torch.tensor(indices or [0, 1, 2])
+            return [me.CompressedTokens(v.features[chosen], chosen) for v in (parts if indices else parts[:1])]
+
+    with pytest.raises(me.CountMismatchError, match=says):
+        me.prepare(tiny_llava, "twice:tokens=3", **make_batch("two images"))
+
+
 @pytest.mark.parametrize("spec", ["pool:tokens=9", "resize:tokens=9"])
 def test_merged_tokens_have_no_indices_but_a_grid(tiny_llava, make_batch, spec):
     (image,) = me.prepare(tiny_llava, spec, **make_batch("one image")).report.images

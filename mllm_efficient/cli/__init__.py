@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import bench, evaluate, flops, generate, methods, report, show, sweep
+from . import bench, evaluate, flops, generate, methods, report, show, sweep, train
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -27,6 +27,7 @@ app.command("bench")(bench.bench)
 app.command("flops")(flops.flops)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
+app.command("train")(train.train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -174,9 +174,12 @@ def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str
 def _selection(settings: ModelOptions, warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from tqdm import tqdm
 
-    from ..measure.selection import SHAPES, STEPS, selection
+    from ..measure.selection import SHAPES, selection, steps_on
+    from ..models import pick_device
 
-    with tqdm(total=len(STEPS) * len(SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None) as bar:
+    with tqdm(
+        total=len(steps_on(pick_device(settings))) * len(SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None
+    ) as bar:
         return selection(settings, warmup, repeats, bar.update)
 
 

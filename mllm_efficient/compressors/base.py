@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,6 +68,11 @@ class Compressor:
         """Whether keeping all N tokens returns them as they were, so that the call can be left alone."""
         return True
 
+    @property
+    def installs(self) -> Projector | None:
+        """The trained method whose weights a model holds under this one."""
+        return None
+
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
         return self.yields(self.budget.count(n, fixed=fixed), grid)
@@ -82,6 +88,10 @@ class Compressor:
         method that multiplies matrices overrides this.
         """
         return 0
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """Every part by itself, with its own K. For a method that can share work between images: it overrides this."""
+        return [self.compress(v, k) for v, k in zip(parts, ks)]  # type: ignore[attr-defined]
 
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
@@ -192,6 +202,58 @@ class Resizer(Compressor):
 
     def target(self, grid: tuple[int, int], k: int, tokens: Callable[[tuple[int, int]], int] = lambda g: g[0] * g[1]) -> tuple[int, int]:
         raise TypeError(f"{type(self).__name__} must define target(grid, k)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector(Compressor):
+    """Replaces the model's projector by a trained one that gives side x side tokens per picture, side chosen at run time.
+
+    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one picture, or of each tile of an anyres
+    picture: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
+    "random" draws them, for timing alone; None is what ships for the embedded model.
+    """
+
+    family: ClassVar[str] = "J"
+    trained: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+
+    weights: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per != "image" or self.newline is not None:
+            raise BadBudgetError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")
+        if self.tokens is not None and math.isqrt(self.tokens) ** 2 != self.tokens:
+            near = math.isqrt(self.tokens)
+            raise BadBudgetError(f"{self.name}: tokens={self.tokens} is no square: {near**2} and {(near + 1) ** 2} are")
+
+    @property
+    def full_is_identity(self) -> bool:
+        return False
+
+    @property
+    def installs(self) -> Projector | None:
+        return self
+
+    @property
+    def same_weights(self) -> str:
+        """Specification of the baseline with all tokens on the same weights: ``none@tokenflex``."""
+        return f"none@{self.name}" + (f":weights={self.weights}" if self.weights else "")
+
+    def yields(self, k: int, grid: tuple[int, int] | None) -> int:
+        return math.isqrt(k) ** 2
+
+    def side(self, grid: tuple[int, int]) -> int:
+        """Tokens along a side of what a tile of this grid becomes."""
+        return math.isqrt(self.budget.count(grid[0] * grid[1], fixed=True))
+
+    def module(self, inputs: int, outputs: int, **config: Any) -> Any:
+        """A projector from tower width to language-model width, its weights not loaded yet."""
+        raise TypeError(f"{type(self).__name__} must define module(inputs, outputs)")
+
+    def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
+        """FLOPs of making n tokens, matrix products alone."""
+        raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
 
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import VisualTokens
+from ..tokens import CompressedTokens, VisualTokens
 from .base import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TOGETHER = 2**26  # distances in memory at a time: 256 MB of float32
 
 
 @register("divprune")
@@ -30,6 +35,9 @@ class DivPrune(Selector):
     numbers used unsorted indices). Equal distances go to the lowest index; a zero row is at cosine distance 1 from
     everything; a picked token is never picked again, so duplicates give K different indices. Distances are in float32
     at least, whatever the dtype, autocast or TF32 setting. NaN or infinity in the features raises.
+
+    On a CUDA device all picks are one kernel, and the images of a call that are of one size share it. The last bit of a
+    distance there may depend on how many images share a product, as the last bit of a feature does in the vision tower.
     """
 
     paper: ClassVar[str] = "arXiv 2503.02175"
@@ -56,26 +64,72 @@ class DivPrune(Selector):
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         return farthest_first(distances(v.features, self.metric), k)
 
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is DivPrune and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
+            return self._compress_together(parts, ks)
+        return super().compress_all(parts, ks)
+
+    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """One product and one choice for all that are alike in size, K, dtype and device, as far as memory allows."""
+        alike = defaultdict(list)
+        for i, (v, k) in enumerate(zip(parts, ks)):
+            if not 1 <= k <= len(v):
+                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
+            alike[v.features.shape, v.features.dtype, v.features.device, k].append(i)
+        done: dict[int, CompressedTokens] = {}
+        for ((n, _), *_, k), members in alike.items():
+            most = max(1, TOGETHER // n**2)
+            for some in (members[start : start + most] for start in range(0, len(members), most)):
+                indices = farthest_first(distances(torch.stack([parts[i].features for i in some]), self.metric), k)
+                if self.order == "raster":
+                    indices = indices.sort(dim=1).values
+                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
+        return [done[i] for i in range(len(parts))]
+
 
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:
-    """Pairwise distances (N, N) of rows (N, D), in float32, or float64 for float64 input. Raises on NaN or infinity."""
-    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    """Pairwise distances (N, N) of rows (N, D), or (B, N, N) of (B, N, D), in float32, or float64 for float64 input.
+
+    Raises on NaN or infinity, for which the host waits once.
+    """
+    x, full = x.detach(), torch.float64 if x.dtype == torch.float64 else torch.float32
+    if metric != "cosine" or not mixed_precision(x):
+        x = x.to(full)
     with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
-        norm = torch.linalg.vector_norm(x, dim=1)
+        norm = torch.linalg.vector_norm(x, dim=-1, dtype=full)
         least, most = torch.stack([norm.min(), norm.max()]).tolist()
         ordinary = least > 2.0**-50 and most < 2.0**50  # no square overflows or vanishes, and nothing is NaN
-        largest = None if ordinary else x.abs().amax(1, keepdim=True)
+        largest = None if ordinary else x.abs().amax(-1, keepdim=True).to(full)
         if largest is not None and not largest.isfinite().all():
             raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         if largest is not None:  # rows scaled by powers of two, which is exact; zero rows get a norm of 1
-            exponent = torch.frexp(largest)[1].clamp(min=-1022 if x.dtype == torch.float64 else -126)
-            x = torch.ldexp(x, -exponent.to(x.dtype))
-            norm = torch.linalg.vector_norm(x, dim=1)
+            exponent = torch.frexp(largest)[1].clamp(min=-1022 if full == torch.float64 else -126)
+            x = torch.ldexp(x.to(full), -exponent.to(full))
+            norm = torch.linalg.vector_norm(x, dim=-1)
             norm = torch.where(norm == 0, torch.ones_like(norm), norm)
-        similarity = (x @ x.T).div_(norm[:, None] * norm[None, :])
+        similarity = products(x).div_(norm[..., :, None] * norm[..., None, :])
         return torch.sub(1, similarity, out=similarity)
+
+
+def products(x: Tensor) -> Tensor:
+    """Products (N, N) of rows (N, D), or (B, N, N) of (B, N, D); in float32 where half precision can be multiplied so."""
+    if mixed_precision(x):
+        return (torch.bmm if x.ndim == 3 else torch.mm)(x, x.mT, out_dtype=torch.float32)
+    return x @ x.mT
+
+
+def mixed_precision(x: Tensor) -> bool:
+    """Whether x is of half precision and its products, which are exact, can be added up and given in float32.
+
+    CUDA devices can do so from Ampere on, torch from 2.8 on.
+    """
+    if not x.is_cuda or torch.version.hip or "dtype" not in torch.ops.aten.bmm.overloads():
+        return False
+    bfloat16 = x.dtype == torch.bfloat16
+    float16 = x.dtype == torch.float16 and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return (bfloat16 or float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 _precision = threading.Lock()  # the setting is the process's, and several threads may select at once
@@ -103,7 +157,31 @@ def full_float32(device_type: str) -> Iterator[None]:
 
 
 def farthest_first(d: Tensor, k: int) -> Tensor:
-    """K indices in the order of choice from distances d (N, N), which is used up. No host synchronisation."""
+    """K indices in the order of choice from distances d (N, N), which are used up; or (B, K) from (B, N, N).
+
+    On a CUDA device one kernel where Triton works, else a loop with some launches per pick. No host synchronisation.
+    """
+    kernel = fused(d.device) if d.is_cuda else None
+    if kernel is not None:
+        return kernel(d, k) if d.ndim == 3 else kernel(d[None], k)[0]
+    return torch.stack([loop(image, k) for image in d]) if d.ndim == 3 else loop(d, k)
+
+
+@functools.cache
+def fused(device: torch.device) -> Callable[[Tensor, int], Tensor] | None:
+    """``loop`` for (B, N, N) in one kernel, tried once. None where Triton is missing or fails, which is said once."""
+    try:
+        from ._divprune_triton import farthest_first as kernel
+
+        kernel(torch.zeros(1, 1, 1, device=device), 1)
+    except Exception as error:
+        warnings.warn(f"divprune: the picks are a slower loop on {device}, Triton does not work there: {error}", stacklevel=2)
+        return None
+    return kernel
+
+
+def loop(d: Tensor, k: int) -> Tensor:
+    """K indices in the order of choice from distances d (N, N), which are used up."""
     n = d.shape[0]
     picked = torch.empty(k, dtype=torch.long, device=d.device)
     d.fill_diagonal_(float("inf"))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import BadBudgetError
 from ..lazy import torch
-from ..registry import register
+from ..registry import build, register
 from ..tokens import VisualTokens
-from .base import Selector
+from .base import Projector, Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 @register("none")
 @dataclass(frozen=True, kw_only=True)
 class NoCompression(Selector):
-    """All visual tokens, untouched: the baseline."""
+    """All visual tokens, untouched: the baseline.
+
+    on: a trained method whose weights the model holds meanwhile; ``none@tokenflex`` says it short.
+    """
 
     keep: float | None = 1.0
+    on: str | None = None
 
     def __post_init__(self):
         if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
@@ -28,6 +33,20 @@ class NoCompression(Selector):
         if (self.per, self.newline) != ("image", None):
             raise BadBudgetError("none keeps every token and newline column: per= and newline= have no effect")
         super().__post_init__()
+        if self.on is not None and self.positions is not None:
+            raise BadBudgetError(f"none@{self.on}: positions= has no effect where every token stays")
+        if self.on is not None and self.installs is None:
+            raise BadBudgetError(f"none@{self.on}: {self.on} has no weights of its own")
+
+    @functools.cached_property
+    def installs(self) -> Projector | None:
+        if self.on is None:
+            return None
+        built = build(f"{self.on}{',' if ':' in self.on else ':'}keep=1")
+        return built if isinstance(built, Projector) else None
+
+    def spec(self) -> str:
+        return super().spec() if self.on is None else f"{self.name}@{self.on}"
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         return torch.arange(k, device=v.features.device)

@@ -17,6 +17,7 @@ class Anyres(Pictures):
 
     parts = frozenset({"tile"})
     separators = True
+    projects = True
 
     @property
     def tile(self) -> int:

@@ -39,7 +39,7 @@ class Arm(Series):
 
     @property
     def wrapped(self) -> bool:
-        return self.role in (METHOD, REFERENCE) and self.method.name != "none"
+        return self.role in (METHOD, REFERENCE) and self.method.spec() != NoCompression.name
 
 
 def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantization: str | None = None) -> tuple[list[Arm], dict[str, str]]:
@@ -58,13 +58,14 @@ def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantizatio
     arms = [arm(NoCompression(), BASELINE)]
     for method in methods:
         check(adapter, method)
-        if method.name != "none" and method.spec() not in [a.name for a in arms]:
+        if method.spec() not in [a.name for a in arms]:
             arms.append(arm(method, METHOD))
     left_out: dict[str, str] = {}
     for chosen in arms[1:]:
         if chosen.kept == item.shape.n:
             continue
-        asked = chosen.method.budget.count(item.shape.n, fixed=adapter.fixed_count) if chosen.method.per == "image" else chosen.kept
+        whole = chosen.method.per == "image" and chosen.method.family == "P"
+        asked = chosen.method.budget.count(item.shape.n, fixed=adapter.fixed_count) if whole else chosen.kept
         same: dict[str, Any] = {"newline": chosen.method.newline if adapter.separators and not _merges_rows(chosen.method) else None}
         for reference in (Random(tokens=chosen.kept, **same), Resize(tokens=asked, **same)):
             if isinstance(chosen.method, Resizer) or reference.spec() in left_out:

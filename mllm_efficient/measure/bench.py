@@ -12,6 +12,7 @@ from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
 from ..models import Loaded, require_supported
+from ..trained import or_random
 from .arms import METHOD, TEXT_ONLY, Arm, arms_for
 from .latency import PHASES, Laps, measure
 from .machine import machine
@@ -54,7 +55,8 @@ class Bench:
         quantized: Loaded | None = None,
         clock: Clock | None = None,
     ):
-        self.loaded, self.methods, self.settings, self.quantized = loaded, methods, settings, quantized
+        self.loaded, self.settings, self.quantized = loaded, settings, quantized
+        self.methods = [or_random(m) for m in methods] if loaded.processor is None else methods
         self.adapter = require_supported(loaded)
         self.devices = devices_of(loaded.model)
         self.clock = clock or clock_for(self.devices)

@@ -61,7 +61,9 @@ def count(
     """
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
+    from ..trained import or_random
 
+    method = or_random(method)
     rules = pictures_of(shape)
     pictures = chosen(rules, visual_tokens, image_size, exact=True)
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):

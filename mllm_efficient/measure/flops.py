@@ -84,7 +84,7 @@ def cost(
         text_tokens: every token of a prompt that is not visual.
         visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
             height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
-        method: of family P, as ``me.build`` takes it.
+        method: of family P or J, as ``me.build`` takes it.
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
         convention: "exact", "divprune" or "sparsevlm".
@@ -110,7 +110,7 @@ def cost(
     _require(min(lengths) > 0, "a prompt without tokens")
     vision = compress = decode = 0
     if convention == EXACT:
-        vision = sum(vision_flops(model, k.picture) + _extra_flops(model.tower, compressor, k) for k in kept)
+        vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
         compress = sum(compressor.flops(n, decoder.width, k) for one in kept for n, k in one.groups)
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
@@ -125,14 +125,15 @@ def cost(
 
 
 def pre_llm(method: Compressor | str | dict[str, Any]) -> Compressor:
-    """A method of family P, built without torch."""
+    """A method of family P or J, built without torch."""
     from ..registry import build
 
     built = build(method)
-    for stage in built if isinstance(built, tuple) else (built,):
-        if stage.family != "P":
-            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, whose FLOPs this version does not count")
-    return built[0] if isinstance(built, tuple) else built
+    if isinstance(built, tuple):
+        raise UnsupportedModelError(f"{' and '.join(s.name for s in built)} one after the other: this version counts one method at a time")
+    if built.family not in "PJ":
+        raise UnsupportedModelError(f"{built.name} is of family {built.family}, whose FLOPs this version does not count")
+    return built
 
 
 def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
@@ -162,10 +163,15 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
     return 2 * queries * weights + 4 * wide * queries * keys
 
 
-def vision_flops(model: ModelShape, picture: Picture) -> int:
-    """Tower and projector of one picture or video."""
-    view = tower_flops(model.tower, picture.patches) + projector_flops(model.projector, picture.projected)
-    return picture.views * view
+def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None = None, kept: Kept | None = None) -> int:
+    """Tower and projector of one picture or video; the method's own projector, if it brings one."""
+    other = None if method is None else method.installs
+    if other is not None and kept is not None:
+        n = kept.tokens // picture.views if method is other else picture.projected
+        project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
+    else:
+        project = projector_flops(model.projector, picture.projected)
+    return picture.views * (tower_flops(model.tower, picture.patches) + project)
 
 
 def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:

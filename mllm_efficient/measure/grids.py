@@ -17,6 +17,7 @@ class Fixed(Pictures):
     """LLaVA-1.5: every picture becomes one square."""
 
     fixed_count = True
+    projects = True
     gives = frozenset({"attention", "keys", "text", "grid"})
 
     def _at(self, grid: Grid) -> Picture:

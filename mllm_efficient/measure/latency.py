@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..compressors.none import NoCompression
 from ..shrink import encode, prepare
+from ..trained import installed
 from ..wrapper import compressed, method_of
 from .arms import TEXT_ONLY, Arm
 from .memory import cache_mb, peak_memory
@@ -60,6 +61,10 @@ class Laps:
 
     def phases(self, arm: Arm) -> dict[str, float]:
         """Each phase on its own, with what the one before it made."""
+        with installed(arm.model, arm.method if arm.wrapped else None):
+            return self._phases(arm)
+
+    def _phases(self, arm: Arm) -> dict[str, float]:
         run, call, model = self.clock.run, self.inputs.call, arm.model
         sample = {}
         if self.inputs.preprocess is not None:

@@ -53,6 +53,7 @@ class Pictures:
     parts: frozenset[str] = frozenset()
     separators = False
     deepstack = False
+    projects = False
     positions = "renumber"
     gives = frozenset({"text", "grid"})
 
@@ -64,6 +65,10 @@ class Pictures:
 
     def shape_at(self, picture: Picture, grid: Grid) -> VisualShape:
         return self.smaller(picture, grid).shape
+
+    def projected(self, picture: Picture, side: int) -> VisualShape:
+        """The picture with side x side tokens for every view."""
+        return VisualShape(tuple(Plane(side, side, tile=i) for i in range(picture.views)))
 
     def usual(self) -> VisualShape | None:
         return self.typical()[0].shape if self.fixed_count else None

@@ -1,7 +1,8 @@
 """DivPrune's selection alone: ``python -m mllm_efficient.measure.selection`` or ``mllm-efficient bench --selection``.
 
 Against two things, in turn within one run: the product of similarities that it cannot do without, and the naive loop,
-which for every pick takes the minimum over all tokens chosen so far again.
+which for every pick takes the minimum over all tokens chosen so far again. On a CUDA device also several images at once,
+and the picks without the fused kernel; the table is in microseconds there.
 """
 
 from __future__ import annotations
@@ -16,20 +17,21 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32
+from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..errors import MllmEfficientError
 from ..models import DTYPES, ModelOptions, pick_device
+from ..tokens import VisualTokens
 from .machine import machine
 from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
 
+BATCH = 8
 SHAPES = ((576, 4096, 57), (2880, 4096, 282), (576, 1024, 57), (576, 4096, 288))
 
 
 def product(x: Tensor) -> Tensor:
     """(N, N) products of rows (N, D) in float32: what any selection by similarity has to compute."""
-    x = x.float()
     with full_float32(x.device.type):
-        return x @ x.T
+        return products(x if mixed_precision(x) else x.float())
 
 
 def naive(x: Tensor, k: int) -> Tensor:
@@ -60,18 +62,30 @@ STEPS: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
     "naive_ms": lambda x, d, k: naive(x, k),
     "naive_loop_ms": lambda x, d, k: naive_loop(d, k),
 }
+STEPS_ON_CUDA: dict[str, Callable[[Tensor, Tensor, int], Any]] = {
+    "batch_ms": lambda x, d, k: DivPrune(tokens=k).compress_all([VisualTokens(x)] * BATCH, [k] * BATCH),
+    "torch_loop_ms": lambda x, d, k: loop(d, k),
+}
 RATIOS = {
     "select_over_product": ("select_ms", "product_ms"),
     "select_over_naive": ("select_ms", "naive_ms"),
     "loop_over_naive_loop": ("loop_ms", "naive_loop_ms"),
 }
+RATIOS_ON_CUDA = {"batch_over_select": ("batch_ms", "select_ms"), "loop_over_torch_loop": ("loop_ms", "torch_loop_ms")}
 MEANING = {
-    "product_ms": "X X^T in float32",
+    "product_ms": "X X^T, added up and given in float32",
     "select_ms": "DivPrune(tokens=K).select(X), which is distances_ms and loop_ms, each timed alone too",
-    "naive_ms": "the same choice by a loop that for every pick takes the minimum over everything chosen again",
+    "naive_ms": "the same choice from float32 rows by a loop that for every pick takes the minimum over everything chosen again",
     "naive_loop_ms": "that loop on distances that are there",
+    "batch_ms": f"on CUDA: {BATCH} images at once, features gathered too",
+    "torch_loop_ms": "on CUDA: the picks of loop_ms without the fused kernel",
     "select_over_product": "paired ratio, median with the central 95% of resampled medians; the others alike",
 }
+
+
+def steps_on(device: str) -> dict[str, Callable[[Tensor, Tensor, int], Any]]:
+    """What is timed on a device."""
+    return STEPS | (STEPS_ON_CUDA if torch.device(device).type == "cuda" else {})
 
 
 def selection_rows(
@@ -85,23 +99,24 @@ def selection_rows(
     seed: int = 0,
     done: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """For each (N, D, K): milliseconds of each step, and the paired ratios of ``RATIOS``."""
+    """For each (N, D, K): milliseconds of each step, and their paired ratios; on CUDA some more of both."""
     where = torch.device(device)
+    steps, ratios = steps_on(device), RATIOS | (RATIOS_ON_CUDA if where.type == "cuda" else {})
     clock = clock or clock_for([] if where.type == "cpu" else [where])
     rows = []
     for n, d, k in shapes:
         x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).to(where, dtype)
-        arms, ready = [Series(name) for name in STEPS], distances(x)
+        arms, ready = [Series(name) for name in steps], distances(x)
 
         def turn(arm: Series, x: Tensor = x, ready: Tensor = ready, k: int = k) -> dict[str, float]:
             mine = ready.clone()
-            return {"ms": clock.run(lambda: STEPS[arm.name](x, mine, k))[0]}
+            return {"ms": clock.run(lambda: steps[arm.name](x, mine, k))[0]}
 
         with quick_gc():
             interleave(arms, turn, warmup=warmup, repeats=repeats, done=done)
         ms = {arm.name: arm.values("ms") for arm in arms}
-        row: dict[str, Any] = {"n": n, "d": d, "k": k} | {name: spread(values) for name, values in ms.items()}
-        row |= {name: paired(ms[over], ms[under], seed) for name, (over, under) in RATIOS.items()}
+        row: dict[str, Any] = {"n": n, "d": d, "k": k, "device": where.type} | {name: spread(values) for name, values in ms.items()}
+        row |= {name: paired(ms[over], ms[under], seed) for name, (over, under) in ratios.items()}
         rows.append({**row, "failed": next((arm.failed for arm in arms if arm.failed), None)})
     return rows
 
@@ -127,18 +142,21 @@ def selection(
 
 
 def selection_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the printed table."""
-    times, header = ("product_ms", "select_ms", "naive_ms", "loop_ms", "naive_loop_ms"), ["N x D -> K"]
-    header += [*(f"{name.removesuffix('_ms').replace('_', ' ')} ms" for name in times)]
-    header += [name.replace("_over_", " / ").replace("_", " ") for name in RATIOS]
+    """Header and lines of the printed table: milliseconds, or microseconds on CUDA."""
+    cuda = rows[0]["device"] == "cuda"
+    unit, scale, digits = ("us", 1000, 0) if cuda else ("ms", 1, 3)
+    times = ["product_ms", "select_ms", "naive_ms", "loop_ms", "naive_loop_ms", *(STEPS_ON_CUDA if cuda else ())]
+    ratios = [*RATIOS, *(RATIOS_ON_CUDA if cuda else ())]
+    header = ["N x D -> K", *(f"{name.removesuffix('_ms').replace('_', ' ')} {unit}" for name in times)]
+    header += [name.replace("_over_", " / ").replace("_", " ") for name in ratios]
 
     def ratio(value: dict[str, Any] | None) -> str:
         return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" if value else ""
 
     lines = []
     for r in rows:
-        ms = [f"{r[name]['median']:.3f}" if r[name] else "failed" for name in times]
-        lines.append([f"{r['n']} x {r['d']} -> {r['k']}", *ms, *(ratio(r[name]) for name in RATIOS)])
+        medians = [f"{scale * r[name]['median']:.{digits}f}" if r[name] else "failed" for name in times]
+        lines.append([f"{r['n']} x {r['d']} -> {r['k']}", *medians, *(ratio(r[name]) for name in ratios)])
     return header, lines
 
 

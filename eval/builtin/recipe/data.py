@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import partial
 from multiprocessing import get_context
@@ -93,7 +94,8 @@ def build(split: str, n: int, folder: Path, workers: int = 2) -> dict[str, np.nd
     if not all(f.exists() for f in files.values()):
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {"images": (n, IMAGE_SIZE, IMAGE_SIZE, 3), "labels": (n, GRID * GRID, 5), "blocks": (n, POOL, BLOCK), "meta": (n, POOL, 2)}
-        drawn = {k: f.with_suffix(".new") for k, f in files.items()}  # renamed when complete: an interrupted run starts anew
+        # renamed when complete: an interrupted run starts anew, and several processes do not disturb each other
+        drawn = {k: f.with_suffix(f".{os.getpid()}.new") for k, f in files.items()}
         out = {k: np.lib.format.open_memmap(drawn[k], "w+", np.uint8, shapes[k]) for k in names}
         with get_context("spawn").Pool(workers) as pool:
             for i, row in enumerate(pool.imap(partial(_one, split), range(n), chunksize=64)):

@@ -1,0 +1,75 @@
+"""``mllm-efficient train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as seed=1 or stages.0.steps=100.")] = None,
+    config: Annotated[Path, typer.Option("--config", help="A recipe, such as configs/train/tokenflex_builtin.yaml.")] = ...,  # type: ignore[assignment]
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the data, count tokens, estimate steps and memory; train nothing.")
+    ] = False,
+    json: options.Json = False,
+    imports: options.Import = None,
+) -> None:
+    """Trains a method's own weights by a recipe; the same command goes on after an interruption.
+
+    With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
+    """
+    from ..train.config import read
+
+    options.import_files(imports)
+    recipe = read(config, overrides or ())
+    if dry_run:
+        _dry_run(recipe, json)
+        return
+    from ..train.trainer import run
+
+    folder = run(recipe)
+    method = f"{recipe.method}:tokens={max(recipe.counts)},weights={folder}"
+    options.say(f"trained: {folder}; use it as --method {method}")
+    if json:
+        options.print_json([], {"weights": str(folder), "method": method, "log": str(Path(recipe.output_dir) / "log.jsonl")})
+
+
+def _dry_run(recipe, json: bool) -> None:
+    from ..train.estimate import estimate
+    from ..train.trainer import records_of
+
+    found = estimate(recipe, {s.name: records_of(recipe, s) for s in recipe.stages})
+    if json:
+        options.print_json(found["rows"], found["meta"])
+        return
+    header = [
+        "stage",
+        "trains",
+        "records",
+        "steps",
+        "batch",
+        "text",
+        "visual",
+        "drawn",
+        "trained M",
+        "weights GB",
+        "optimizer GB",
+        "memory GB",
+    ]
+    lines = [
+        [
+            r["stage"], "+".join(r["train"]), f"{r['records']:,}", f"{r['steps']:,}", str(r["batch"]), f"{r['text_tokens']:g}",
+            f"{r['visual_tokens_full']:g}", f"{r['visual_tokens_drawn']:g}", f"{r['trained_parameters'] / 1e6:,.2f}",
+            f"{r['weights_gb']:g}", f"{r['optimizer_gb']:g}", f"{r['memory_gb']:g}",
+        ]
+        for r in found["rows"]
+    ]  # fmt: skip
+    options.print_table(header, lines, left=2)
+    meta = found["meta"]
+    print(f"Tokens per record: {meta['tokens']}.")
+    print(f"Memory: {meta['memory']}. Nothing was trained.")

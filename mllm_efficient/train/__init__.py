@@ -1,0 +1,1 @@
+"""Training of projectors and routers: recipes, data, the trainer."""

@@ -1,0 +1,124 @@
+"""Conversations to model inputs: the chat template, labels on the answers alone, and batches as each family takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import MllmEfficientError
+from ..images import load_image
+from .chat import IGNORED, Chat, Row, joined, single_turns
+from .data import Record
+
+PADDING = {"labels": IGNORED, "turns": -1, "attention_mask": 0, "mm_token_type_ids": 0}
+SAID_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+def encode(record: Record, processor: Any, max_length: int | None = None) -> dict[str, Tensor]:
+    """One conversation as tensors without a batch dimension.
+
+    Returns ``input_ids`` (L,), ``labels`` (L,) with -100 everywhere but on the answers and the token that ends each,
+    ``turns`` (L,), 0 up to the end of the first question's images and the number of the turn after that (a conversation
+    that begins without images has no 0), ``mm_token_type_ids`` (L,) if the processor gives them, and the processor's
+    vision tensors as they come. Turns that go beyond ``max_length`` are left out; raises ``MllmEfficientError`` if the
+    first one does, or if the template or the processor makes something of the conversation that cannot be labelled.
+    """
+    rows, vision = _encode([record], Chat(processor), max_length, independent=False)
+    return rows[0] | vision
+
+
+class Collator:
+    """Records to a right-padded batch. A turn beyond ``max_length`` tokens (visual ones included) is left out.
+
+    ``input_ids``, ``attention_mask``, ``labels`` (-100 on padding) are (batch, L), and ``mm_token_type_ids`` where the
+    processor gives them; the vision tensors are what the processor makes of all images of the batch.
+
+    independent_turns: every turn is encoded as the single-turn conversation about the record's images that it would be
+    alone, without the beginning that it shares with the others. ``turns`` (batch, L) tells which is which: 0 for the
+    shared beginning, then the number of the turn, -1 on padding. All images must stand at the beginning.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None = None, independent_turns: bool = False):
+        self.chat, self.max_length, self.independent_turns = Chat(processor), max_length, independent_turns
+
+    def __call__(self, records: Sequence[Record]) -> dict[str, Tensor]:
+        rows, vision = _encode(records, self.chat, self.max_length, self.independent_turns)
+        for row in rows:
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+            if not self.independent_turns:
+                del row["turns"]
+        padding = PADDING | {"input_ids": self.chat.tokenizer.pad_token_id}
+        names = ("input_ids", "attention_mask", *sorted(set(rows[0]) - {"input_ids", "attention_mask"}))
+        batch = {name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=padding[name]) for name in names}
+        return batch | vision
+
+
+def token_statistics(records: Sequence[Record], processor: Any, sample: int = 256) -> dict[str, Any]:
+    """Tokens per record: ``{"text_tokens": {"mean", "max"}, "answer_tokens": ..., "visual_tokens": ..., "sampled", "records"}``.
+
+    Estimated from an evenly spaced sample. Text tokens are all that are no image placeholders, the answers' included;
+    answer tokens are those with a label.
+    """
+    picked = np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).round().astype(int)).tolist()
+    chat, counts = Chat(processor), []
+    for index in picked:
+        row = _encode([records[index]], chat, None, independent=False)[0][0]
+        visual = int((row["input_ids"] == chat.image_id).sum())
+        counts.append((len(row["input_ids"]) - visual, int((row["labels"] != IGNORED).sum()), visual))
+    columns = zip(("text_tokens", "answer_tokens", "visual_tokens"), np.array(counts).T)
+    statistics: dict[str, Any] = {name: {"mean": float(c.mean()), "max": int(c.max())} for name, c in columns}
+    return statistics | {"sampled": len(picked), "records": len(records)}
+
+
+def _encode(
+    records: Sequence[Record], chat: Chat, max_length: int | None, independent: bool
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Each record's tensors (L,), and the vision tensors of them all."""
+    conversations = [single_turns(r) if independent else [r] for r in records]
+    tokens = iter(chat.tokenize([chat.render(c) for turns in conversations for c in turns]))
+    rows = [joined([next(tokens) for _ in turns], record.name) for record, turns in zip(records, conversations)]
+    records = [replace(r, images=tuple(load_image(i) if isinstance(i, Path) else i for i in r.images)) for r in records]
+    nested = [list(r.images) for r in records if r.images]
+    batch = dict(
+        chat.processor(images=nested or None, text=[r.text for r in rows], return_tensors="pt", padding=True, padding_side="right")
+    )
+    encoded = [_spread(row, i, batch, chat, record.name) for i, (row, record) in enumerate(zip(rows, records))]
+    fitting = [_fitting(record, row["turns"], max_length) for record, row in zip(records, encoded)]
+    if any(len(fit.turns) < len(record.turns) for fit, record in zip(fitting, records)):
+        return _encode(fitting, chat, max_length, independent)  # anew, because images may have gone with their turns
+    return encoded, {name: value for name, value in batch.items() if name not in SAID_OF_TOKENS}
+
+
+def _spread(row: Row, index: int, batch: dict[str, Tensor], chat: Chat, name: str) -> dict[str, Tensor]:
+    """A row with its images spread out as the processor does it. Visual tokens have no label, and the turn of what precedes."""
+    real = batch["attention_mask"][index].bool()
+    full = batch["input_ids"][index][real].numpy()
+    head = row.ids[: row.covered]
+    text, written = np.isin(full, head[head != chat.image_id]), head != chat.image_id
+    if not np.array_equal(full[text], head[written]):
+        raise MllmEfficientError(f"{name}: {chat.name} changes the text around its images: it cannot be trained with")
+    labels, turns = np.full(len(full), IGNORED), np.zeros(len(full), dtype=np.int64)
+    labels[text], turns[text] = row.labels[: row.covered][written], row.turns[: row.covered][written]
+    columns = {"input_ids": (full, row.ids), "labels": (labels, row.labels), "turns": (np.maximum.accumulate(turns), row.turns)}
+    out = {k: torch.from_numpy(np.concatenate([covered, every[row.covered :]])) for k, (covered, every) in columns.items()}
+    if "mm_token_type_ids" in batch:
+        types = batch["mm_token_type_ids"][index][real]
+        out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(out["turns"]) - len(full))])
+    return out
+
+
+def _fitting(record: Record, turns: Tensor, max_length: int | None) -> Record:
+    """The record with as many of its turns as fit. turns: (L,)."""
+    if max_length is None or len(turns) <= max_length:
+        return record
+    lengths = [int((turns <= turn).sum()) for turn in range(1, len(record.turns) + 1)]
+    if lengths[0] > max_length:
+        raise MllmEfficientError(f"{record.name}: the first turn has {lengths[0]} tokens, and max_length is {max_length}: raise it")
+    return record.first(sum(length <= max_length for length in lengths))

@@ -1,0 +1,138 @@
+"""What a recipe will do and need, found without training: data checked, tokens counted, steps and memory estimated."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import MllmEfficientError
+from ..measure.flops import load_shape
+from ..measure.pictures import pictures_of
+from ..measure.shapes import ModelShape
+from ..registry import get_method
+from .config import Recipe, StageConfig
+from .encoding import token_statistics
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CHARACTERS = 4  # of a token of English text, where no tokenizer is at hand
+GB = 1e9
+
+
+def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any]:
+    """Rows by stage and what they rest on. records: of each stage, checked already.
+
+    Raises ``MllmEfficientError`` where neither the model nor a shape of it is at hand.
+    """
+    shape = load_shape(recipe.shape or recipe.model)
+    processor, why = _processor(recipe)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    parameters = count_parameters(recipe, shape)
+    rows = [_row(recipe, stage, records[stage.name], shape, processor, parameters, world) for stage in recipe.stages]
+    return {
+        "rows": rows,
+        "meta": {
+            "model": recipe.model, "shape": shape.name, "method": recipe.method, "parameters": parameters, "processes": world,
+            "tokens": why or "counted by the model's processor on a sample of the records",
+            "memory": "weights, gradients and two Adam moments in the weights' dtype, 34 bytes x tokens x width per decoder layer in "
+            "half precision (Korthikanti et al., arXiv 2205.05198, attention matrices not kept), and the logits; of one process, "
+            "nothing sharded",
+        },
+    }  # fmt: skip
+
+
+def _processor(recipe: Recipe) -> tuple[Any, str | None]:
+    """The model's processor, and what stands in for it where there is none."""
+    from transformers import AutoProcessor
+
+    from ..models import BUILTIN, builtin_folder
+
+    try:
+        return AutoProcessor.from_pretrained(builtin_folder() if recipe.model == BUILTIN else recipe.model), None
+    except Exception:  # whatever the libraries below raise without the files
+        return (
+            None,
+            f"no processor of {recipe.model} at hand: {CHARACTERS} characters counted as a token, and the usual picture",
+        )
+
+
+def count_parameters(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
+    """Parameters of each part; of the projector the method's own."""
+    from ..measure.counter import build_on_meta
+
+    model = build_on_meta(shape)
+    out = {"projector": 0, "language_model": 0, "vision_tower": 0}
+    for name, parameter in model.named_parameters():
+        part = "projector" if "multi_modal_projector" in name else "vision_tower" if "vision_tower" in name else "language_model"
+        out[part] += parameter.numel()
+    method: Any = get_method(recipe.method)(tokens=next(iter(recipe.counts)))
+    with torch.device("meta"):
+        module = method.module(shape.projector.inputs, shape.projector.outputs, **recipe.settings)
+    out["projector"] = sum(p.numel() for p in module.parameters())
+    out["lora"] = _lora_parameters(recipe, model) if any("lora" in s.train for s in recipe.stages) else 0
+    return out
+
+
+def _lora_parameters(recipe: Recipe, model: Any) -> int:
+    found = [
+        module for name, module in model.named_modules()
+        if "language_model" in name and name.rpartition(".")[2] in recipe.lora.targets and hasattr(module, "in_features")
+    ]  # fmt: skip
+    if not found:
+        raise MllmEfficientError(f"lora.targets name no layer of the language model: {', '.join(recipe.lora.targets)}")
+    return sum(recipe.lora.r * (m.in_features + m.out_features) for m in found)
+
+
+def _row(
+    recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
+) -> dict[str, Any]:
+    tokens = _counted(records, processor) if processor is not None else _rough(records, shape)
+    share = {count: weight / sum(recipe.counts.values()) for count, weight in recipe.counts.items()}
+    drawn = sum(count * weight for count, weight in share.items())
+    each = stage.batch_size * stage.gradient_accumulation * world
+    steps = stage.steps if stage.steps is not None else math.floor(len(records) * (stage.epochs or 1) / each)
+    text = tokens["text_mean"]
+    visual = max(recipe.counts) * (tokens["visual_mean"] / _usual(shape))
+    trained = sum(parameters[part] for part in stage.train)
+    size, half = BYTES[recipe.dtype], 2 if recipe.bf16 else BYTES[recipe.dtype]
+    everything = sum(v for k, v in parameters.items() if k != "lora") + parameters["lora"]
+    language = stage.objective == "answers"
+    width, layers = shape.decoder.width, shape.decoder.layers
+    kept = stage.batch_size * (text + visual) * width * half
+    activations = kept * (layers + 17 if stage.gradient_checkpointing else 17 * layers) if language else 0
+    logits = stage.batch_size * (text + visual) * shape.decoder.vocabulary * (half + 4) if language else 0
+    return {
+        "stage": stage.name, "objective": stage.objective, "train": list(stage.train), "records": len(records), "steps": steps,
+        "batch": each, "text_tokens": round(text, 1), "answer_tokens": round(tokens["answer_mean"], 1),
+        "visual_tokens_full": round(tokens["visual_mean"], 1),
+        "visual_tokens_drawn": round(drawn * tokens["visual_mean"] / _usual(shape), 1),
+        "trained_parameters": trained, "weights_gb": round(everything * size / GB, 2), "optimizer_gb": round(3 * trained * size / GB, 2),
+        "activations_gb": round((activations + logits) / GB, 2),
+        "memory_gb": round((everything * size + 3 * trained * size + activations + logits) / GB, 1),
+    }  # fmt: skip
+
+
+def _usual(shape: ModelShape) -> int:
+    return pictures_of(shape).typical()[0].shape.n
+
+
+def _counted(records: Sequence[Any], processor: Any) -> dict[str, float]:
+    found = token_statistics(records, processor)
+    return {f"{name}_mean": found[f"{name}_tokens"]["mean"] for name in ("text", "answer", "visual")}
+
+
+def _rough(records: Sequence[Any], shape: ModelShape) -> dict[str, float]:
+    """The same statistics from characters."""
+    every = max(1, len(records) // 2048)
+    some = [records[i] for i in range(0, len(records), every)]
+    answers = [sum(len(answer) for _, answer in r.turns) / CHARACTERS for r in some]
+    questions = [sum(len(question) for question, _ in r.turns) / CHARACTERS for r in some]
+    images = [len(r.images) for r in some]
+    n = len(some)
+    return {
+        "text_mean": (sum(answers) + sum(questions)) / n, "answer_mean": sum(answers) / n,
+        "visual_mean": _usual(shape) * sum(images) / n,
+    }  # fmt: skip

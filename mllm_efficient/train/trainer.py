@@ -1,0 +1,308 @@
+"""Runs a recipe: stage after stage with transformers' Trainer, each resumed from its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .. import trained
+from ..compressors.base import Projector
+from ..errors import MllmEfficientError
+from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
+from ..plan import check
+from ..registry import get_method
+from .config import Recipe, StageConfig
+from .data import builtin_records
+from .data import read as read_data
+from .encoding import Collator
+from .model import TrainingModel
+
+WEIGHTS, LOG, FINAL, RECIPE = "model.safetensors", "log.jsonl", "final", "recipe.json"
+
+
+class CountTrainer(Trainer):
+    """A Trainer that draws a token count for every batch, the same on every rank, and logs loss and accuracy by count."""
+
+    def __init__(self, *args: Any, counts: dict[int, float], objective: str, rates: dict[str, float], seed: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.counts, self.objective, self.rates, self.draw_seed = counts, objective, rates, seed
+        self.model_accepts_loss_kwargs = False
+        self.seen: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.micro = (-1, -1)
+
+    def draw(self) -> int:
+        """The count of the batch at hand, from (seed, step, number of the batch within the step)."""
+        step = self.state.global_step
+        self.micro = (step, self.micro[1] + 1 if self.micro[0] == step else 0)
+        weights = np.array(list(self.counts.values()), dtype=float)
+        chosen = np.random.default_rng([self.draw_seed, *self.micro]).choice(len(weights), p=weights / weights.sum())
+        return list(self.counts)[chosen]
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        count = self.draw()
+        out = model(self.objective, count, dict(inputs))
+        totals = self.seen[count]
+        totals["loss"] += float(out["loss"].detach())
+        totals["batches"] += 1
+        for name in ("right", "asked"):
+            totals[name] += float(out[name])
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for count, totals in sorted(self.seen.items()):
+            logs[f"loss_{count}"] = round(totals["loss"] / totals["batches"], 4)
+            if totals["asked"]:
+                logs[f"accuracy_{count}"] = round(100 * totals["right"] / totals["asked"], 2)
+        self.seen.clear()
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """One group for each part, with its own learning rate; vectors (norms, biases) do not decay."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            target = self.model if model is None else model
+            groups = []
+            for part, members in target.parts().items():
+                moving = [p for _, p in members if p.requires_grad]
+                for decays in (True, False):
+                    params = [p for p in moving if (p.ndim > 1) == decays]
+                    decay = self.args.weight_decay if decays else 0.0
+                    groups.append({"params": params, "lr": self.rates.get(part, self.args.learning_rate), "weight_decay": decay})
+            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = cls([g for g in groups if g["params"]], **settings)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(self.accelerator.unwrap_model(self.model), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        _read(self.model if model is None else model, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+def _write(model: TrainingModel, path: Path) -> None:
+    save_file({k: v.contiguous() for k, v in model.trained_state().items()}, path)
+
+
+def _read(model: TrainingModel, path: Path) -> None:
+    state, own = load_file(path), dict(model.named_parameters())
+    unknown = [k for k in state if k not in own or own[k].shape != state[k].shape]
+    if unknown:
+        raise MllmEfficientError(f"{path} does not belong to this recipe: {unknown[0]}; use another output_dir")
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+class Bar(TrainerCallback):
+    """A progress bar on stderr with the newest loss. Off a terminal it is drawn twice a minute."""
+
+    def __init__(self, stage: str):
+        self.stage, self.bar = stage, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            pause = 0.5 if sys.stderr.isatty() else 30
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", mininterval=pause)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=logs["loss"], refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class LogFile(TrainerCallback):
+    """Appends what the Trainer logs to a file, one line of JSON each; after a resume the lines beyond it are taken back."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry["stage"] != self.stage or entry["step"] <= state.global_step:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
+
+
+def loaded_for(recipe: Recipe) -> Loaded:
+    """The base model of a recipe; with several processes on the CPU at first, from where the Trainer takes it to each one's device."""
+    device = "cpu" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else recipe.device
+    kernel = recipe.attn_implementation
+    return load(ModelOptions(model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=kernel, seed=recipe.seed))
+
+
+def records_of(recipe: Recipe, stage: StageConfig) -> Sequence[Any]:
+    """The conversations of a stage, all checked."""
+    data = stage.data or recipe.data
+    if data.builtin is not None:
+        folder, natural = Path(recipe.output_dir).parent / "data", recipe.model != BUILTIN
+        return builtin_records(data.builtin, data.scenes, data.questions, folder, natural, recipe.seed)
+    assert data.path is not None
+    return read_data(Path(data.path), None if data.images is None else Path(data.images))
+
+
+def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
+    """The base model with the method's projector in it, and a LoRA around it if a stage trains one."""
+    adapter = require_supported(loaded)
+    cls = get_method(recipe.method)
+    assert issubclass(cls, Projector)
+    method = cls(tokens=next(iter(recipe.counts)), weights=recipe.start or "new")
+    for count in recipe.counts:
+        check(adapter, cls(tokens=count))
+    own = getattr(*adapter.projector_at)
+    if recipe.start is None:
+        torch.manual_seed(recipe.seed)
+        dtype = torch.float32 if recipe.bf16 else loaded.model.dtype  # small updates are lost in bfloat16 weights
+        module = method.module(*adapter.projector_widths, **recipe.settings).to(loaded.model.device, dtype)
+        trained.install(adapter, method, module)
+    else:
+        trained.install(adapter, method)
+    host = loaded.model
+    if any("lora" in s.train for s in recipe.stages):
+        host = _with_lora(recipe, host)
+    return TrainingModel(host, adapter, method, own.requires_grad_(False))
+
+
+def _with_lora(recipe: Recipe, model: Any) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MllmEfficientError("a LoRA needs peft: pip install peft") from None
+    lora = recipe.lora
+    targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+    return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+
+
+def run(recipe: Recipe) -> Path:
+    """Trains what is not trained yet and returns the trained method's folder.
+
+    The same call goes on after an interruption: finished stages are loaded, the one at hand from its newest checkpoint.
+    Raises ``MllmEfficientError`` for a folder that another recipe wrote in.
+    """
+    folder = Path(recipe.output_dir)
+    _own(folder, recipe)
+    records = {s.name: records_of(recipe, s) for s in recipe.stages}
+    loaded = loaded_for(recipe)
+    base = trained.base_fingerprint(loaded.model)
+    model = build_model(recipe, loaded)
+    first = True
+    for stage in recipe.stages:
+        model.freeze_but(stage.train)
+        done = folder / stage.name / WEIGHTS
+        if done.exists():
+            _read(model, done)
+            continue
+        first = _run_stage(recipe, stage, loaded, model, records[stage.name], folder) and first
+    final = folder / FINAL
+    if not first or not (final / trained.CONFIG).exists():
+        publish(recipe, model, base, final)
+    return final
+
+
+def _own(folder: Path, recipe: Recipe) -> None:
+    """Remembers the recipe in the folder, whose weights depend on everything in it but where and how fast it runs."""
+    mine = asdict(recipe)
+    for name in ("output_dir", "shape", "device", "workers", "logging_steps"):
+        mine.pop(name)
+    mine = json.loads(json.dumps(mine))
+    path = folder / RECIPE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            there = json.loads(path.read_text())
+            odd = [k for k in mine if there.get(k) != mine[k]]
+            if odd:
+                raise MllmEfficientError(f"{folder} holds a training with another {', '.join(odd)}: use another output_dir")
+        path.write_text(json.dumps(mine, indent=1) + "\n")
+    except OSError as error:
+        raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def arguments(recipe: Recipe, stage: StageConfig, folder: Path) -> TrainingArguments:
+    """What the Trainer is told of a stage."""
+    cpu = torch.device(pick_device(ModelOptions(device=recipe.device))).type == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder / stage.name / "checkpoints"), per_device_train_batch_size=stage.batch_size,
+        gradient_accumulation_steps=stage.gradient_accumulation, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
+        max_steps=stage.steps or -1, num_train_epochs=stage.epochs or 1, lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup,
+        max_grad_norm=stage.clip, logging_steps=recipe.logging_steps, save_steps=stage.save_steps, save_total_limit=1, bf16=recipe.bf16,
+        use_cpu=cpu, seed=recipe.seed, data_seed=recipe.seed, remove_unused_columns=False, report_to="none",
+        dataloader_num_workers=recipe.workers, dataloader_drop_last=True, ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not cpu, logging_nan_inf_filter=False, disable_tqdm=True,
+    )  # fmt: skip
+
+
+def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> bool:
+    if stage.gradient_checkpointing:
+        _checkpointing(loaded.model, "enable", {"use_reentrant": False})
+    trainer = CountTrainer(
+        model=model, args=arguments(recipe, stage, folder), train_dataset=records,
+        data_collator=Collator(loaded.processor, recipe.max_length, recipe.independent_turns and stage.objective == "answers"),
+        counts=recipe.counts, objective=stage.objective, rates=stage.learning_rates, seed=recipe.seed,
+        callbacks=[LogFile(folder / LOG, stage.name), Bar(stage.name)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    checkpoints = folder / stage.name / "checkpoints"
+    newest = max(checkpoints.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest.parent))
+    if stage.gradient_checkpointing:
+        _checkpointing(loaded.model, "disable")
+    if trainer.is_world_process_zero():
+        partial = folder / stage.name / f"{WEIGHTS}.partial"
+        _write(model, partial)
+        partial.replace(folder / stage.name / WEIGHTS)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return False
+
+
+def _checkpointing(model: Any, what: str, *how: Any) -> None:
+    """Gradient checkpointing by whichever name this transformers has it."""
+    (getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}"))(*how)
+
+
+def publish(recipe: Recipe, model: TrainingModel, base: str, folder: Path) -> None:
+    """Writes the trained method's folder, the language model's weights with it where a stage moved them."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    about = {"base": {"model": recipe.model}, "recipe": json.loads(json.dumps(asdict(recipe)))}
+    shown = get_method(recipe.method)(tokens=max(recipe.counts))
+    trained.save(folder, shown, model.projector, base, about)
+    kinds = {part for s in recipe.stages for part in s.train}
+    if "lora" in kinds:
+        model.host.save_pretrained(folder / trained.DELTA)
+    elif "language_model" in kinds:
+        trained.save_delta(folder, {name.removeprefix("host."): p for name, p in model.parts()["language_model"]})

@@ -1,0 +1,471 @@
+"""TokenFLEX: the projector against its formulas, the method in every host against the model with that projector put in by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mllm_efficient as me
+from mllm_efficient import trained
+from mllm_efficient.measure.counter import count
+from mllm_efficient.measure.flops import cost, load_shape
+from mllm_efficient.patches import adapter_for
+from mllm_efficient.projector import TokenFlexProjector
+
+from .families import FAMILIES, Kept, greedy, make, splice, tiny, visuals
+
+NEW = dict(max_new_tokens=6)
+HOSTS = ("llava_next", "llava_next_video", "llava_onevision")
+
+
+# ------------------------------------------------------------------------------------------------ the projector
+
+
+def slow_pool(features, grid, side, pooling):
+    """(side * side, D) of (rows * columns, D), cell by cell from the formulas of the paper and of the released model."""
+    rows, columns = grid
+    plane = features.double().view(rows, columns, -1)
+    if pooling == "adaptive":
+        cells = []
+        for i in range(side):
+            for j in range(side):
+                top, bottom = math.floor(i * rows / side), math.ceil((i + 1) * rows / side)
+                left, right = math.floor(j * columns / side), math.ceil((j + 1) * columns / side)
+                cells.append(plane[top:bottom, left:right].mean((0, 1)))
+        return torch.stack(cells)
+    high, wide = (side * math.ceil(n / side) for n in grid)
+
+    def at(i, j):
+        """The bilinear value of the larger grid's point (i, j), whose corners are the smaller one's corners."""
+        y = i * (rows - 1) / (high - 1) if high > 1 else 0.0
+        x = j * (columns - 1) / (wide - 1) if wide > 1 else 0.0
+        y0, x0 = min(math.floor(y), rows - 1), min(math.floor(x), columns - 1)
+        y1, x1 = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
+        v, u = y - y0, x - x0
+        return (1 - v) * ((1 - u) * plane[y0, x0] + u * plane[y0, x1]) + v * ((1 - u) * plane[y1, x0] + u * plane[y1, x1])
+
+    window = high // side, wide // side
+    cells = []
+    for i in range(side):
+        for j in range(side):
+            inside = [at(i * window[0] + a, j * window[1] + b) for a in range(window[0]) for b in range(window[1])]
+            cells.append(torch.stack(inside).mean(0))
+    return torch.stack(cells)
+
+
+def slow_project(module, x):
+    """LayerNorm, then (silu(x W1 + b1) * (x W2 + b2)) W3 + b3, in double precision."""
+    w = {k: v.double() for k, v in module.state_dict().items()}
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * w["norm.weight"] + w["norm.bias"]
+    gate, up = x @ w["gate.weight"].T + w["gate.bias"], x @ w["up.weight"].T + w["up.bias"]
+    return (gate * torch.sigmoid(gate) * up) @ w["down.weight"].T + w["down.bias"]
+
+
+@pytest.mark.parametrize("pooling", ["bilinear", "adaptive"])
+@pytest.mark.parametrize("grid, side", [
+    ((27, 27), 8), ((27, 27), 12), ((27, 27), 16), ((5, 7), 3), ((7, 5), 4), ((6, 6), 3), ((6, 6), 6), ((6, 6), 1), ((1, 1), 1),
+    ((3, 3), 5), ((1, 4), 2), ((2, 2), 7),
+])  # fmt: skip
+def test_the_projector_equals_the_formulas(grid, side, pooling):
+    torch.manual_seed(0)
+    module = TokenFlexProjector(8, 12, pooling=pooling).eval()
+    features = torch.randn(2, grid[0] * grid[1], 8)
+    out = module(features, side=side, grid=grid)
+    assert out.shape == (2, side * side, 12)
+    for one, given in zip(out, features):
+        pooled = slow_pool(given, grid, side, pooling)
+        torch.testing.assert_close(module.pool(given[None], side, grid)[0].double(), pooled, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.double(), slow_project(module, pooled), atol=1e-5, rtol=1e-5)
+    assert torch.equal(out, module(features, side=side, grid=grid))
+
+
+def test_the_poolings_differ_where_the_side_does_not_divide_the_grid_and_agree_where_it_does():
+    features = torch.randn(1, 36, 8)
+    bilinear, adaptive = TokenFlexProjector(8, 8), TokenFlexProjector(8, 8, pooling="adaptive")
+    torch.testing.assert_close(bilinear.pool(features, 3), adaptive.pool(features, 3))
+    assert not torch.allclose(bilinear.pool(features, 4), adaptive.pool(features, 4), atol=1e-3)
+
+
+def test_the_parameters_are_those_of_the_paper_and_do_not_depend_on_the_count():
+    with torch.device("meta"):
+        module = TokenFlexProjector(1152, 3584)
+    assert sum(p.numel() for p in module.parameters()) == 20_361_728  # 20.36 M
+
+
+def test_gradients_reach_every_parameter_and_the_features_at_every_count():
+    module = TokenFlexProjector(8, 12)
+    for side in (1, 3, 4, 6, 9):
+        features = torch.randn(2, 36, 8, requires_grad=True)
+        module.zero_grad()
+        module(features, side=side).square().sum().backward()
+        assert features.grad is not None and features.grad.abs().sum() > 0
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_without_a_side_every_feature_becomes_a_token():
+    module = TokenFlexProjector(8, 12)
+    features = torch.randn(2, 36, 8)
+    torch.testing.assert_close(module(features), module(features, side=6))
+
+
+def test_the_mlp_control_is_llavas_own_projector_on_pooled_features(tiny_llava):
+    own = tiny_llava.model.multi_modal_projector
+    module = TokenFlexProjector(32, 32, layers="mlp")
+    module.load_state_dict(own.state_dict())
+    features = torch.randn(1, 36, 32)
+    torch.testing.assert_close(module(features, side=3), own(module.pool(features, 3)))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: TokenFlexProjector(8, 8, pooling="max"), "pooling bilinear or adaptive"),
+    (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 35, 8), side=2), "35 features form no square"),
+    (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 35, 8), side=2, grid=(5, 6)), "no grid of 5 x 6"),
+    (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 36, 8), side=0), "at least 1"),
+])  # fmt: skip
+def test_bad_calls_of_the_projector_are_one_line(call, message):
+    with pytest.raises(me.MllmEfficientError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------------------------ the method
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("tokenflex:tokens=35", "no square: 25 and 36 are"),
+    ("tokenflex:tokens=9,per=tile", "leave per="),
+    ("tokenflex:tokens=9,newline=keep", "leave per= and newline="),
+    ("tokenflex", "no budget"),
+    ("tokenflex:tokens=0", "tokens=0"),
+    ("none@divprune", "no weights of its own"),
+])  # fmt: skip
+def test_bad_specifications_are_one_line(spec, message):
+    with pytest.raises(me.MllmEfficientError, match=message):
+        me.build(spec)
+
+
+def test_a_fraction_becomes_the_largest_square():
+    assert me.TokenFlex(keep=0.5).side((12, 12)) == 8  # 72 tokens
+    assert me.TokenFlex(keep=0.25).side((12, 12)) == 6
+    assert me.TokenFlex(keep=1).side((12, 12)) == 12
+
+
+def random_folder(tmp_path, model, delta=None, **sizes):
+    """A trained folder for a model, its weights random."""
+    adapter = adapter_for(model)
+    torch.manual_seed(5)
+    module = TokenFlexProjector(*adapter.projector_widths, **sizes)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    trained.save(tmp_path, me.TokenFlex(tokens=9), module, trained.base_fingerprint(model), {})
+    if delta is not None:
+        trained.save_delta(tmp_path, delta)
+    return module.eval()
+
+
+class ByHand(nn.Module):
+    def __init__(self, module, side):
+        super().__init__()
+        self.module, self.side = module, side
+
+    def forward(self, features):
+        return self.module(features, side=self.side)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_llava_equals_the_model_with_the_projector_put_in_by_hand(make_llava, make_batch, tmp_path, side, tower):
+    strategy = {} if tower == "clip" else {"vision_feature_select_strategy": "full"}
+    model = make_llava(tower=tower, **strategy)
+    batch = make_batch("one image", "two images", "text only")
+    module = random_folder(tmp_path, model)
+    by_hand = copy.deepcopy(model)
+    by_hand.model.multi_modal_projector = ByHand(module, side)
+    image, n = model.config.image_token_id, side * side
+    me.wrap(model, me.TokenFlex(tokens=n, weights=str(tmp_path)))
+    out = model.generate(**batch, **NEW)[:, batch["input_ids"].shape[1] :]
+    report = me.last_report(model)
+    assert [i.kept for i in report.images] == [n] * 3 and all(i.indices is None and i.grid == (side, side) for i in report.images)
+    pixel = 0
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"])):
+        ids = ids[mask.bool()]
+        images = int((ids == image).sum()) // 36
+        short, seen = [], 0
+        for token in ids.tolist():
+            seen = seen + 1 if token == image else 0
+            if token != image or (seen - 1) % 36 < n:
+                short.append(token)
+        pixels = {"pixel_values": batch["pixel_values"][pixel : pixel + images]} if images else {}
+        pixel += images
+        alone = by_hand.generate(input_ids=torch.tensor([short]), **pixels, **NEW)[0, len(short) :]
+        assert torch.equal(out[row], alone), row
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_anyres_hosts_give_every_view_its_tokens_and_equal_the_slow_reference(name, side, tmp_path):
+    model = copy.deepcopy(tiny(name))
+    rows = ("one image", "text only", "long text")
+    batch = make(name, *rows)
+    module = random_folder(tmp_path, model)
+    with me.compressed(model, me.TokenFlex(tokens=side * side, weights=str(tmp_path))):
+        out = model.generate(**batch, **NEW)[:, batch["input_ids"].shape[1] :]
+        report = me.last_report(model)
+    images = iter(report.images)
+    for row, kind in enumerate(rows):
+        inputs = make(name, kind)
+        found = visuals(name, model, inputs)
+        kept = []
+        for visual in found:
+            pixels = inputs["pixel_values"].flatten(0, 1) if inputs["pixel_values"].ndim == 5 else inputs["pixel_values"]
+            hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+            if model.config.vision_feature_select_strategy == "default":
+                hidden = hidden[:, 1:]
+            features = torch.cat([module(view[None], side=side)[0] for view in hidden])
+            stay = torch.arange(len(visual.features)) < len(features)
+            kept.append(Kept(stay, features))
+            image = next(images)
+            assert image.kept == len(features) == side * side * len(hidden) and len(image.kept_planes) == len(hidden)
+        assert out[row].tolist() == greedy(model, splice(name, model, inputs, found, kept, "renumber")), kind
+
+
+def test_a_large_count_for_which_the_prompt_has_no_room_is_an_error(tmp_path):
+    model = tiny("llava_next")
+    random_folder(tmp_path, model)
+    batch = make("llava_next", "touching images")  # most of a very long picture's canvas is padding
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    with pytest.raises(me.BadBudgetError, match="the prompt has room for"):
+        me.prepare(model, me.TokenFlex(tokens=side * side, weights=str(tmp_path)), **batch)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(HOSTS)))
+def test_other_hosts_are_refused(name):
+    for spec in ("tokenflex:tokens=4,weights=random", "none@tokenflex:weights=random"):
+        with pytest.raises(me.UnsupportedModelError, match="projector"):
+            me.wrap(tiny(name), spec)
+
+
+def test_a_video_is_refused(tmp_path):
+    name = "llava_onevision"
+    with pytest.raises(me.UnsupportedModelError, match="video"):
+        me.prepare(tiny(name), "tokenflex:tokens=4,weights=random", **make(name, "video"))
+
+
+def test_counts_change_between_calls_without_touching_weights(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    batch, weights = make_batch("one image"), f"weights={tmp_path}"
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,{weights}")
+    before = {k: (v.data_ptr(), v.clone()) for k, v in tiny_llava.state_dict().items()}
+    for tokens in (1, 4, 9, 16, 25, 36):
+        tiny_llava.generate(**batch, **NEW, compression=f"tokenflex:tokens={tokens},{weights}")
+        assert me.last_report(tiny_llava).visual_tokens_kept == tokens
+    after = tiny_llava.state_dict()
+    assert all(after[k].data_ptr() == where and torch.equal(after[k], value) for k, (where, value) in before.items())
+
+
+def test_all_tokens_are_the_projector_on_every_feature(tiny_llava, make_batch, tmp_path):
+    """``compression=None`` on a wrapped model, ``none@tokenflex`` and keep=1 are one thing."""
+    random_folder(tmp_path, tiny_llava)
+    batch, weights = make_batch("one image", "two images", "text only"), f"weights={tmp_path}"
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,{weights}")
+    off = tiny_llava.generate(**batch, **NEW, compression=None)
+    assert torch.equal(off, tiny_llava.generate(**batch, **NEW, compression=f"tokenflex:keep=1,{weights}"))
+    me.unwrap(tiny_llava)
+    with me.compressed(tiny_llava, f"none@tokenflex:{weights}"):
+        assert torch.equal(off, tiny_llava.generate(**batch, **NEW))
+    assert not torch.equal(off, tiny_llava.generate(**batch, **NEW))
+
+
+def test_other_weights_on_a_wrapped_model_are_an_error(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    with pytest.raises(me.MllmEfficientError, match="the model holds"):
+        tiny_llava.generate(**make_batch("one image"), **NEW, compression="tokenflex:tokens=9,weights=random")
+
+
+def test_unwrap_leaves_the_model_as_it_was(tiny_llava, make_batch, tmp_path):
+    delta = {k: v + 1 for k, v in tiny_llava.named_parameters() if "layers.0" in k and "language_model" in k}
+    random_folder(tmp_path, tiny_llava, {**delta, "model.language_model.embed_tokens.weight": tiny_llava.get_input_embeddings().weight * 2})
+    modules, weights = list(tiny_llava.modules()), {k: (v, v.detach().clone()) for k, v in tiny_llava.named_parameters()}
+    batch = make_batch("one image")
+    stock = tiny_llava.generate(**batch, **NEW)
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    assert not torch.equal(stock, tiny_llava.generate(**batch, **NEW, compression=None))
+    me.unwrap(tiny_llava)
+    assert [id(m) for m in tiny_llava.modules()] == [id(m) for m in modules]
+    now = dict(tiny_llava.named_parameters())
+    assert all(now[k] is v and torch.equal(v, value) for k, (v, value) in weights.items()) and set(now) == set(weights)
+    assert torch.equal(stock, tiny_llava.generate(**batch, **NEW))
+
+
+def test_a_wrapped_copy_works_and_unwraps_on_its_own(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava, {"model.language_model.norm.weight": tiny_llava.model.language_model.norm.weight * 2})
+    batch = make_batch("one image")
+    stock = tiny_llava.generate(**batch, **NEW)
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    wanted = tiny_llava.generate(**batch, **NEW)
+    other = copy.deepcopy(tiny_llava)
+    me.unwrap(tiny_llava)
+    assert torch.equal(other.generate(**batch, **NEW), wanted)
+    assert torch.equal(me.unwrap(other).generate(**batch, **NEW), stock)
+    assert torch.equal(tiny_llava.generate(**batch, **NEW), stock)
+
+
+def test_weights_of_the_language_model_come_with_the_projector(tiny_llava, make_batch, tmp_path):
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    delta = {name: torch.randn_like(tiny_llava.get_parameter(name))}
+    module = random_folder(tmp_path, tiny_llava, delta)
+    batch, spec = make_batch("one image", "two images"), f"tokenflex:tokens=9,weights={tmp_path}"
+    with pytest.raises(me.MllmEfficientError, match="trained with the language model"):
+        me.prepare(tiny_llava, spec, **batch)
+    by_hand = copy.deepcopy(tiny_llava)
+    by_hand.load_state_dict(delta, strict=False)
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_fingerprint(by_hand), {})
+    wanted = me.wrap(by_hand, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
+    assert torch.equal(me.wrap(tiny_llava, spec)(**batch).logits, wanted)
+
+
+def test_a_lora_is_merged_as_peft_merges_it(tiny_llava, make_batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    module = random_folder(tmp_path, tiny_llava)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(tiny_llava), config)
+    model.save_pretrained(tmp_path / trained.DELTA)
+    merged = model.merge_and_unload()
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_fingerprint(merged), {})
+    batch = make_batch("one image", "two images")
+    wanted = me.wrap(merged, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
+    torch.testing.assert_close(me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")(**batch).logits, wanted)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+LOGITS = """
+import sys, torch, transformers
+import mllm_efficient as me
+model = transformers.LlavaForConditionalGeneration.from_pretrained(sys.argv[1]).eval()
+batch = torch.load(sys.argv[2], weights_only=True)
+method = me.load(sys.argv[3])
+assert method == me.TokenFlex(tokens=9, weights=sys.argv[3]), method
+with torch.no_grad():
+    torch.save(me.wrap(model, method)(**batch).logits, sys.argv[4])
+"""
+
+
+def test_saved_and_loaded_in_a_fresh_process_the_logits_are_the_same(tiny_llava, make_batch, tmp_path):
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    random_folder(tmp_path / "flex", tiny_llava, {name: tiny_llava.get_parameter(name) * 1.5})
+    batch = make_batch("one image", "two images", "text only")
+    tiny_llava.save_pretrained(tmp_path / "base")
+    torch.save(dict(batch), tmp_path / "batch.pt")
+    with torch.no_grad():
+        wanted = me.wrap(tiny_llava, me.load(tmp_path / "flex"))(**batch).logits
+    files = [str(tmp_path / name) for name in ("base", "batch.pt", "flex", "logits.pt")]
+    subprocess.run([sys.executable, "-c", LOGITS, *files], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), wanted)
+
+
+def spoil(what):
+    def edit(folder):
+        state = load_file(folder / "compressor.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        if what == "missing":
+            del state["gate.bias"]
+        elif what == "extra":
+            state["more.weight"] = torch.zeros(2)
+        elif what == "size":
+            state["down.weight"] = torch.zeros(3, 3)
+        elif what == "width":
+            config["sizes"]["outputs"] = 48
+        elif what == "base":
+            config["base"]["fingerprint"] = "0" * 16
+        elif what == "torn":
+            (folder / "compressor.safetensors").write_bytes(b"torn")
+            return
+        elif what == "json":
+            (folder / "config.json").write_text("{")
+            return
+        elif what == "other":
+            (folder / "config.json").write_text('{"architectures": []}')
+            return
+        elif what == "gone":
+            (folder / "config.json").unlink()
+            return
+        elif what == "delta":
+            trained.save_delta(folder, {"model.language_model.nothing.weight": torch.zeros(2)})
+        save_file(state, folder / "compressor.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+@pytest.mark.parametrize("what, message", [
+    ("missing", "lacks gate.bias"), ("extra", "has unknown more.weight"), ("size", "wrong size of down.weight"),
+    ("width", "projector 32 -> 48, and LlavaForConditionalGeneration needs 32 -> 32"), ("base", "trained on another model"),
+    ("torn", "cannot read"), ("json", "not JSON"), ("other", "describes no trained method"), ("gone", "no config.json there"),
+    ("delta", "is no weight of this model"),
+])  # fmt: skip
+def test_a_folder_that_does_not_fit_is_one_line_and_leaves_the_model_alone(tiny_llava, tmp_path, what, message):
+    random_folder(tmp_path, tiny_llava)
+    spoil(what)(tmp_path)
+    own = tiny_llava.model.multi_modal_projector
+    with pytest.raises(me.MllmEfficientError, match=message) as caught:
+        me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    assert "\n" not in str(caught.value) and tiny_llava.model.multi_modal_projector is own
+    me.wrap(tiny_llava, "divprune:tokens=9")
+
+
+def test_without_weights_nothing_is_made_up(tiny_llava, make_batch):
+    with pytest.raises(me.MllmEfficientError, match="no weights of it ship for this model"):
+        me.wrap(tiny_llava, "tokenflex:tokens=9")
+    with pytest.raises(me.MllmEfficientError, match="use wrap or compressed"):
+        me.prepare(tiny_llava, "none@tokenflex:weights=random", **make_batch("one image"))
+
+
+def test_load_takes_the_saved_budget_or_a_given_one(tiny_llava, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    assert me.load(tmp_path) == me.TokenFlex(tokens=9, weights=str(tmp_path))
+    assert me.load(tmp_path, keep=0.5) == me.TokenFlex(keep=0.5, weights=str(tmp_path))
+    with pytest.raises(me.MllmEfficientError, match="no parameter 'nonsense'"):
+        me.load(tmp_path, nonsense=1)
+    with pytest.raises(me.MllmEfficientError, match="no config.json there"):
+        me.load(tmp_path / "nowhere")
+
+
+def test_the_fingerprint_sees_the_base_and_not_its_dtype_or_its_wrapping(tiny_llava, make_llava, tmp_path):
+    base = trained.base_fingerprint(tiny_llava)
+    assert trained.base_fingerprint(make_llava(seed=1)) != base
+    assert trained.base_fingerprint(copy.deepcopy(tiny_llava).bfloat16()) == base
+    random_folder(tmp_path, tiny_llava)
+    assert trained.base_fingerprint(me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")) == base
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+@pytest.mark.parametrize("name, picture", [
+    ("llava-1.5-7b", {}), ("llava-1.6-7b", {"image_size": (672, 672)}), ("llava-onevision-7b", {"image_size": (768, 384)}),
+])  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 64, 144])
+def test_flops_equal_the_counter(name, picture, tokens):
+    from mllm_efficient.measure.counter import build_on_meta
+
+    shape, method = load_shape(name), me.TokenFlex(tokens=tokens)
+    found, counted = cost(shape, method=method, **picture), count(build_on_meta(shape), shape, method, **picture)
+    assert (found.vision, found.compress, found.prefill) == (counted.vision, counted.compress, counted.prefill)
+
+
+def test_all_tokens_on_its_weights_cost_its_projector():
+    shape = load_shape("llava-1.5-7b")
+    on, full = cost(shape, method="none@tokenflex"), cost(shape, method=me.TokenFlex(keep=1))
+    assert replace(on, method="") == replace(full, method="") and on.vision != cost(shape).vision
