@@ -78,10 +78,15 @@ class Agreement(Harness):
     def head(self, arm: str, sample: Request) -> dict[str, Any]:
         head = {"method": arm, "id": sample.id, "request": sample.digest, "task": WITH_IMAGES if sample.images else TEXT_ONLY}
         return head | {
-            "question": sample.question[:200],
-            "images": [str(p) for p in sample.images],
+            "question": short(sample.question, 200),
+            "images": [str(p.absolute()) for p in sample.images],
             "expected": list(sample.answers) or None,
         }
+
+    @torch.no_grad()
+    def refer(self, arm: str, batch: Sequence[Request]) -> None:
+        if arm != self.arms[0]:
+            self._referred(batch)
 
     @torch.no_grad()
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Request]) -> list[dict[str, Any]]:
@@ -178,6 +183,12 @@ class Agreement(Harness):
                 call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)
         logits = self.loaded.model(**call, use_cache=True, logits_to_keep=longest).logits
         return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, answers)]
+
+
+def short(text: str, length: int = 40) -> str:
+    """A text in one line of so many characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def cut(ids: Tensor, ends: set[int]) -> Tensor:

@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.errors import MllmEfficientError
 
-from .agreement import TEXT_ONLY, WITH_IMAGES
+from .agreement import TEXT_ONLY, WITH_IMAGES, short
+from .records import fingerprint_of
+from .requests import Request
 from .stats import draws, interval
 from .table import OVERALL
 
@@ -56,11 +59,28 @@ def agreement_rows(
             row = _row(records, method, methods[0], task, kind, metric, against, seed)
             mine += [row] if row is not None else []
         if mine and mine[0]["task"] == OVERALL:
-            found = {r["metric"]: r for r in mine[1:] if r["task"] in (WITH_IMAGES, "accuracy")}
+            found = _by_metric(mine)
             for name in ("normalised_match", "kl", "first_divergence", "accuracy"):
                 mine[0][name] = found[name]["score"] if name in found else None
         out += mine
     return out
+
+
+def _by_metric(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {r["metric"]: r for r in rows if r["task"] in (WITH_IMAGES, "accuracy")}
+
+
+def cell_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A method's rows as ``row_of`` of the report takes them: ``overall`` is accuracy where every request has an answer,
+    otherwise agreement in the same words; all metrics are in its ``agreement``.
+
+    Raises ``MllmEfficientError`` where no request has an image.
+    """
+    found = _by_metric(rows)
+    if not found:
+        raise MllmEfficientError("no request has an image: nothing was compressed")
+    all_answered = "accuracy" in found and found["accuracy"]["n"] == found["exact_match"]["n"]
+    return {OVERALL: {**found["accuracy" if all_answered else "normalised_match"], "agreement": found}}
 
 
 def _row(
@@ -127,14 +147,34 @@ def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     return round(sum(values) / len(values), 2) if values else None
 
 
+def about(requests: Sequence[Request], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a results file says of the requests, and which answers are the farthest (``worst``)."""
+    return {
+        "questions": len(requests), "questions_fingerprint": fingerprint_of({"ids": sorted(r.digest for r in requests)}),
+        "text_only": sum(not r.images for r in requests), "with_answer": sum(bool(r.answers) for r in requests),
+        "interval": "95%, 2000 paired resamples of requests", "worst": worst(records),
+    }  # fmt: skip
+
+
 def worst(records: Sequence[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
-    """Of each method the answers that are farthest from the uncompressed model's, by KL; those that are not apart are left out."""
-    by_method: dict[str, list[dict[str, Any]]] = {}
+    """Of each method the ``count`` answers that are farthest from the uncompressed model's, by KL, farthest first.
+
+    To the ``count`` requests on which any method is farthest, every method's answer follows. Requests on which no method
+    is apart are left out.
+    """
+    compared: dict[str, list[dict[str, Any]]] = {}
+    far: dict[str, float] = {}
     for r in records:
-        if r.get("kl") and r["error"] is None:
-            by_method.setdefault(r["method"], []).append(r)
-    keys = ("method", "id", "question", "images", "expected", "kl", "first_divergence", "baseline_answer", "answer")
-    return [{k: r[k] for k in keys} for rows in by_method.values() for r in sorted(rows, key=lambda r: -r["kl"])[:count]]
+        if "baseline_answer" in r or (r["error"] is not None and r["task"] == WITH_IMAGES):
+            compared.setdefault(r["method"], []).append(r)
+            far[r["id"]] = max(far.get(r["id"], 0.0), r.get("kl") or 0.0)
+    of_any = {i for i in sorted(far, key=lambda i: -far[i])[:count] if far[i]}
+    keys = ("method", "id", "question", "images", "expected", "kl", "first_divergence", "baseline_answer", "answer", "error")
+    out = []
+    for rows in compared.values():
+        rows.sort(key=lambda r: -(r.get("kl") or 0.0))
+        out += [{k: r.get(k) for k in keys} for i, r in enumerate(rows) if (i < count and r.get("kl")) or r["id"] in of_any]
+    return out
 
 
 def agreement_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -150,8 +190,8 @@ def agreement_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
         right, text = mine.get(("accuracy", "accuracy")), mine.get((TEXT_ONLY, "exact_match"))
         kept = exact["visual_tokens_kept"] if exact else None
         failed = sum(r["failures"] for r in (exact, text) if r)
-        line = [method, "" if kept is None else f"{kept:g}", _with(exact, ".1f", method), _one(same, ".1f"), _one(other, ".1f")]
-        line += [_with(kl, ".4f", method), _one(right, ".1f"), str(failed)]
+        line = [method, "" if kept is None else f"{kept:g}", with_interval(exact, ".1f", method), _one(same, ".1f"), _one(other, ".1f")]
+        line += [with_interval(kl, ".4f", method), _one(right, ".1f"), str(failed)]
         if against:
             known = exact is not None and method != against and exact["against_interval"]
             line.append(_signed(exact["against_difference"], exact["against_interval"]) if known and exact else "")
@@ -163,8 +203,8 @@ def worst_table(far: Sequence[dict[str, Any]], lines: int = WORST) -> tuple[list
     """Header and the farthest answers of each method, ``lines`` in all."""
     methods = list(dict.fromkeys(r["method"] for r in far))
     each = max(1, lines // max(1, len(methods)))
-    shown = [r for m in methods for r in [r for r in far if r["method"] == m][:each]]
-    cells = [[r["method"], r["id"], f"{r['kl']:.3f}", _short(r["baseline_answer"]), _short(r["answer"])] for r in shown]
+    shown = [r for m in methods for r in [r for r in far if r["method"] == m and r["kl"]][:each]]
+    cells = [[r["method"], r["id"], f"{r['kl']:.3f}", short(r["baseline_answer"]), short(r["answer"])] for r in shown]
     return ["method", "request", "KL", "uncompressed", "compressed"], cells
 
 
@@ -172,7 +212,7 @@ def _one(row: dict[str, Any] | None, how: str) -> str:
     return "" if row is None or row["score"] is None else f"{row['score']:{how}}"
 
 
-def _with(row: dict[str, Any] | None, how: str, method: str) -> str:
+def with_interval(row: dict[str, Any] | None, how: str, method: str) -> str:
     """The score and its interval, which the baseline's agreement with itself does not need."""
     if row is None or method == "none" or row["score_interval"] is None:
         return _one(row, how)
@@ -182,8 +222,3 @@ def _with(row: dict[str, Any] | None, how: str, method: str) -> str:
 
 def _signed(value: float, between: Sequence[float]) -> str:
     return f"{value:+.1f} [{between[0]:+.1f}, {between[1]:+.1f}]"
-
-
-def _short(text: str, length: int = 40) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

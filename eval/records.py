@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
 
-RUN_FILE = "run.json"
+RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
 
 
 def fingerprint_of(config: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ class Records:
             self._lock = _lock(folder)
         except OSError as error:
             raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
-        path = folder / "samples.jsonl"
+        path = folder / SAMPLES_FILE
         end = self._read(path, folder, config) if path.exists() else 0
         self.file = path.open("ab")
         self.file.truncate(end)

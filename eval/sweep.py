@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.base import Compressor, Projector
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
 from mllm_efficient.compressors.resize import Resize
@@ -27,10 +27,10 @@ from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.plan import check, describe
 from mllm_efficient.shrink import pre_llm
 
-from .records import fingerprint_of
+from .records import SAMPLES_FILE, fingerprint_of
 
 BUDGETS = ("keep", "tokens", "prune")
-BENCH_FILE, LOCK_FILE = "bench.jsonl", "sweep.lock"
+BENCH_FILE, LOCK_FILE, BEGUN_FILE = "bench.jsonl", "sweep.lock", "unfinished.json"
 TRIED = 4096  # budgets that ``match`` tries at most
 
 
@@ -60,6 +60,8 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
             raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {spec}:keep=0.25")
         for budget in [None] if own is not None else budgets:
             method = pre_llm(spec) if budget is None else _with_budget(spec, budget)
+            if isinstance(method, Projector):
+                cells.append(Cell(pre_llm(method.same_weights), METHOD))
             cells.append(Cell(method, METHOD, own or budget or ""))
     for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
         for name in (Random.name, Resize.name):
@@ -87,7 +89,7 @@ def _own_budget(spec: str) -> str | None:
             raise
         settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens", "per")}
         return ",".join(f"{k}={v}" for k, v in settings.items())
-    if spec.partition(":")[0].strip() == NoCompression.name:
+    if re.split("[:@]", spec)[0].strip() == NoCompression.name:
         return ""
     found = re.findall(r"[:,]\s*(\w+)\s*=\s*([^,]+?)\s*(?=,|$)", spec)
     parts = [f"{k}={v}" for k, v in found if k in (*BUDGETS, "min_tokens", "max_tokens")]
@@ -258,6 +260,24 @@ def time_all(
         file.add(mine, {k: meta[k] for k in ABOUT if k in meta})
         failed |= {r["method"]: r for r in mine if r["failed"] is not None and r["method"] not in file.rows}
     return {**failed, **{k: v for k, v in file.rows.items() if k in wanted}}
+
+
+def begin(folder: Path, arms: Sequence[str], answers: int, command: str) -> None:
+    """Notes what a sweep is going to answer, for ``unfinished``."""
+    write_json(folder / BEGUN_FILE, {"arms": list(arms), "answers": answers, "command": command})
+
+
+def unfinished(folder: Path) -> str | None:
+    """How far the sweep in a folder has come and what to do; None where none has begun. To be asked where there is no report."""
+    try:
+        begun = json.loads((folder / BEGUN_FILE).read_text())
+        arms, answers, command = set(begun["arms"]), begun["answers"], begun["command"]
+        lines = (folder / SAMPLES_FILE).read_bytes().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        done = len({(r["method"], r["id"]) for r in rows if r["method"] in arms})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"unfinished: {min(done, answers)} of {answers} answers; run the same sweep again: {command}"
 
 
 @contextlib.contextmanager

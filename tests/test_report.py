@@ -13,8 +13,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mllm_efficient.cli import main
+from mllm_efficient.eval.agreement_rows import cell_of
 from mllm_efficient.eval.report import plots
 from mllm_efficient.eval.report.formats import csv_text
 from mllm_efficient.eval.report.merge import Finished
@@ -75,6 +77,46 @@ def finish(folder: Path, the_rows: list[dict], **changes) -> Path:
     return folder
 
 
+def own(method: str, same: float, low: float, right: float | None = None, right_low: float = 0.0, *, n: int = 200, answered: int = 200):
+    """A row of a user's own requests: ``same`` percent in the same words, ``right`` percent right of the ``answered`` of n."""
+
+    def measure(score: float, low: float, base: float, n: int) -> dict:
+        half = {"score": score, "score_interval": [base + low, score + 1], "baseline": base, "difference": score - base}
+        return half | {"difference_interval": [low, score - base + 1], "retention": score, "floor": None, "n": n, "failures": 0}
+
+    found = {m: measure(same, low, 100.0, n) for m in ("exact_match", "normalised_match")}
+    found["kl"] = measure((100 - same) / 50, 0.0, 0.0, n)
+    if right is not None:
+        found["accuracy"] = measure(right, right_low, 90.0, answered)
+    price = cost("builtin", method=method, new_tokens=4)
+    about = {"keep": 1.0, "tokens": None, "visual_tokens_full": 144.0, "visual_tokens_kept": float(price.visual_tokens_kept)}
+    rows = [{"method": method, "metric": m, "task": "accuracy" if m == "accuracy" else "agreement", **about, **r} for m, r in found.items()]
+    role = "baseline" if method == "none" else "method"
+    base = cost("builtin", new_tokens=4)
+    return row_of(method, role, "", cell_of(rows), price, base, price.prefill, None, None)
+
+
+def own_rows(right: bool = False, answered: int = 200) -> list[dict]:
+    """Two cells: one that keeps its agreement, and a cheaper one that does not but stays as right."""
+    given = {"answered": answered}
+    return [
+        own("none", 100.0, 0.0, 90.0 if right else None, **given),
+        own("divprune:keep=0.5", 99.5, -0.9, 88.0 if right else None, -3.0, **given),
+        own("divprune:keep=0.25", 90.0, -14.0, 90.0 if right else None, -0.5, **given),
+    ]
+
+
+def own_meta(**changes) -> dict:
+    """Of requests whose answers differ: one with a picture, one whose picture is gone, one with more pictures than are shown."""
+    return {"suite": "data", "data": NASTY, "split": None, "with_answer": 0, "text_only": 0, "left_out": {}, "worst": []} | changes
+
+
+def apart(name: str, kl: float | None, *images: object, method: str = "divprune:keep=0.5", **more) -> dict:
+    """An entry of ``worst``."""
+    entry = {"method": method, "id": name, "question": NASTY, "images": [str(i) for i in images], "expected": [NASTY], "kl": kl}
+    return entry | {"first_divergence": 0, "baseline_answer": f"{name} in full", "answer": NASTY, "error": None} | more
+
+
 def fails(capsys, *argv: object) -> str:
     assert main([str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
@@ -95,6 +137,7 @@ def test_the_cheapest_cell_within_the_drop_is_recommended():
 def test_none_is_a_legal_recommendation_and_names_what_comes_nearest():
     chosen = recommend(rows(), 0.5)
     assert chosen["method"] == "none" and chosen["nearest"] == "divprune:keep=0.5" and chosen["hurts"] is None
+    assert chosen["line"].startswith("keep the uncompressed model: ") and chosen["rule"] == "at most 0.5 points lost"
 
 
 def test_a_failed_cell_is_never_recommended_and_fewer_flops_win():
@@ -121,7 +164,45 @@ def test_a_sweep_without_timings_recommends_by_flops():
     assert chosen["method"] == "random:keep=0.5" and chosen["ttft_ratio"] is None and "TTFT not measured" in chosen["line"]
 
 
+def test_without_answers_the_lower_bound_of_agreement_decides():
+    chosen = recommend(own_rows(), 1)
+    assert chosen["method"] == "divprune:keep=0.5" and chosen["rule"] == "at least 99% answered in the uncompressed model's words"
+    assert "99.5% [99.1, 100.5] answered in its words" in chosen["line"] and "hurts" not in chosen["line"]
+    assert recommend(own_rows(), 0.8)["method"] == "none" and recommend(own_rows(), 14)["method"] == "divprune:keep=0.25"
+
+
+@pytest.mark.parametrize("answered", [200, 50])
+def test_where_there_are_answers_accuracy_decides(answered):
+    chosen = recommend(own_rows(right=True, answered=answered), 1)
+    assert chosen["method"] == "divprune:keep=0.25" and (chosen["difference"], chosen["difference_interval"][0]) == (0.0, -0.5)
+    assert chosen["rule"] == f"at most 1 point of right answers lost on the {answered} requests that have an answer"
+    assert ("measured on only 50 requests" in chosen["line"]) == (answered == 50)
+
+
 # ------------------------------------------------------------------------------------------------ tables and plots
+
+
+def test_own_requests_have_columns_of_their_own():
+    gone = row_of("pool:keep=0.5", "method", "keep=0.5", None, None, None, None, None, "RuntimeError: no")
+    header, lines = main_table([*own_rows(right=True), gone])
+    assert header[:3] == ["method", "tokens", "same answer"] and not {"score", "vs none [95%]", "retention"} & set(header)
+    found = dict(zip(header, lines[2]))
+    assert (found["same words [95%]"], found["right"], found["right vs none [95%]"]) == ("90.0 [86.0, 91.0]", "90.0", "+0.0 [-0.5, +1.0]")
+    assert found["KL nats [95%]"].startswith("0.2000 [") and lines[3][:3] == ["pool:keep=0.5", "", "failed"]
+    assert "right" not in main_table(own_rows())[0] and all(len(line) == len(header) for line in lines)
+
+
+def test_the_score_is_accuracy_only_where_every_request_has_an_answer():
+    for rows, metric, score in (
+        (own_rows(), "normalised_match", 90.0),
+        (own_rows(right=True, answered=199), "normalised_match", 90.0),
+        (own_rows(right=True), "accuracy", 90.0),
+    ):
+        assert rows[2]["metric"] == metric and rows[2]["score"] == score and rows[0]["score"] == (90 if metric == "accuracy" else 100)
+    first = next(csv.DictReader(io.StringIO(csv_text(own_rows(right=True)))))
+    assert (
+        first["agreement_kl_score"] == "0.0" and first["agreement_accuracy_score_interval_low"] == "90.0" and first["metric"] == "accuracy"
+    )
 
 
 def test_tables_show_a_failed_cell_with_its_reason():
@@ -167,6 +248,7 @@ def test_a_series_is_a_method_without_its_budget(spec, series, budget):
 
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda t: t.name)
 def test_plots_are_png_files(theme):
+    assert plots.png(plots.pareto(own_rows(), plots.flops, "FLOPs", max_drop=None, theme=theme))[:4] == b"\x89PNG"
     for price in (plots.flops, plots.ttft):
         assert plots.png(plots.pareto(rows(), price, "FLOPs", max_drop=1, theme=theme))[:4] == b"\x89PNG"
     assert plots.png(plots.bars(rows(), "keep=0.5", theme))[:4] == b"\x89PNG"
@@ -260,8 +342,60 @@ def test_another_model_is_not_called_tiny(tmp_path):
     assert "7B models" not in page(Finished.read(finish(tmp_path / "run", rows(), model="llava-hf/llava-1.5-7b-hf")))
 
 
+@pytest.fixture(scope="module")
+def own_html(tmp_path_factory) -> str:
+    """A page of own requests: pictures that are there, one that is gone, one that is no picture, an answer that failed."""
+    folder = tmp_path_factory.mktemp("own")
+    Image.new("RGB", (40, 20), "red").save(folder / "red.png")
+    (folder / "text.png").write_text("no picture")
+    far = [
+        apart("gone", 0.5, folder / f"{NASTY}.png"),
+        apart("text", 0.75, folder / "text.png"),
+        apart("red", 2.0, *[folder / "red.png"] * 6),
+        apart("red", None, folder / "red.png", method="divprune:keep=0.25", answer=None, baseline_answer=None, error=f"Oops: {NASTY}"),
+        *(apart(f"r{i}", 0.01 * (i + 1)) for i in range(30)),
+    ]
+    return page(Finished.read(finish(folder / "run", own_rows(), **own_meta(worst=far))))
+
+
+def test_the_farthest_requests_are_shown_with_pictures_and_all_answers(own_html):
+    worst = own_html[own_html.index('id="worst"') : own_html.index('id="kept"')]
+    text = " ".join(" ".join(Page(worst[worst.index("<h2>") :].rpartition("<section")[0].rpartition("</section>")[0]).words).split())
+    places = [text.index(f"{name} in full") for name in ("red", "text", "gone", "r29", "r13")]
+    assert text.startswith("The 20 requests farthest") and places == sorted(places) and "r12 in full" not in text
+    assert worst.count("data:image/jpeg;base64,") == 4 and "and 2 more" in text and "KL 2.000" in text
+    assert text.count("picture not found: ") == 2 and f"failed: Oops: {NASTY}" in text
+
+
+def test_the_page_of_own_requests_is_escaped_and_asks_for_nothing_outside(own_html):
+    seen, text = Page(own_html), " ".join(Page(own_html).words)
+    assert seen.open == [] and all(a.get("onerror") is None for _, a in seen.tags) and '<img src="http' not in own_html
+    assert all((a.get("src") or "data:image/").startswith("data:image/") for _, a in seen.tags)
+    assert "at least 99% answered in the uncompressed model's words" in text and "what ends above the dotted line is admitted" in text
+    assert "Agreement against cost" in text and "table-categories" not in own_html
+
+
+def test_the_plot_does_not_claim_to_decide_where_the_answers_do(tmp_path):
+    for name, answered, claims in (("some", 50, False), ("all", 200, True)):
+        rows = own_rows(right=True, answered=answered)
+        text = page(Finished.read(finish(tmp_path / name, rows, **own_meta())))
+        assert ("what ends above the dotted line is admitted" in text) == claims
+        assert ("is decided by the requests that have an answer" in text) == (not claims)
+
+
+def test_keeping_the_uncompressed_model_is_said_in_words(tmp_path):
+    text = page(Finished.read(finish(tmp_path / "run", rows())), 0.5)
+    assert '<b id="spec">Keep the uncompressed model</b>' in text and '<code id="spec">' not in text
+
+
+def test_each_category_has_its_own_interval_in_its_tooltip(html):
+    table = html[html.index('id="table-categories"') :]
+    cells = re.findall(r'title="([^"]*) against none">', table[: table.index("</table>")])
+    assert cells[:2] == ["-0.2 points [-0.6, +0.8]", "-4.2 points [-0.6, +0.8]"]  # count and reading of the first method
+
+
 @pytest.mark.slow
-def test_chromium_opens_the_page_without_an_error(html, tmp_path):
+def test_chromium_opens_the_page_without_an_error(html, own_html, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
@@ -285,11 +419,26 @@ def test_chromium_opens_the_page_without_an_error(html, tmp_path):
     assert errors(dom) == ""
     body = re.search(r'<table id="table-cells">.*?<tbody>(.*?)</tbody>', dom, re.DOTALL)[1]
     assert body.count("<tr") == 5 and len(re.findall(r"<th [^>]*aria-sort=", dom)) == 2
+    assert errors(dumped(own_html)) == ""
     assert "nothing_of_the_kind" in errors(dumped(html.replace("if (location.hash", "setTimeout(nothing_of_the_kind);\nif (location.hash")))
     assert "blocked" in errors(dumped(html.replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">')))
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])
+def test_report_renders_own_requests(capsys, tmp_path, kind):
+    run = finish(tmp_path / "run", own_rows(), **own_meta())
+    assert main(["report", str(run), "--format", kind]) == 0
+    text = capsys.readouterr().out
+    assert "divprune:keep=0.5" in text and "macro" not in text and "None split" not in text
+
+
+def test_markdown_is_md(capsys, tmp_path):
+    run = finish(tmp_path / "run", rows())
+    said = [main(["report", str(run), "--format", kind]) or capsys.readouterr().out for kind in ("md", "markdown")]
+    assert said[0] == said[1] and "|---|" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])

@@ -107,6 +107,7 @@ def test_budgets_are_lists(keep, tokens, wanted):
         ([], "has no budget"),
         (["--keep", "0.5", "--suite", "pope"], "unknown suite"),
         (["--keep", "0.5", "--split", "train"], "unknown split"),
+        (["--keep", "0.5", "--max-new-tokens", "3"], "--max-new-tokens has no effect on the embedded benchmark"),
         (["--keep", "0.5", "--match", "time"], "--match time is not known"),
         (["--keep", "0.5", "--method", "divprun"], "did you mean 'divprune'"),
         (["--keep", "0.5", "--method", "divprune:per=tile"], "has no effect"),
@@ -197,7 +198,10 @@ def test_the_text_ends_with_categories_recommendation_and_path(finished, capsys)
     assert main(["sweep", *argv]) == 0
     out = capsys.readouterr().out
     assert out.index("FLOPs") < out.index("no-image") < out.index("Recommended (at most 1 point lost): ") < out.index("Report: ")
-    assert f"--method {json.loads((finished / 'report.json').read_text())['meta']['recommendation']['method']}" in out
+    assert "lost): keep the uncompressed model: no method and budget here is sure of that" in out and "--method none" not in out
+    assert main(["sweep", *argv, "--max-drop", "100"]) == 0
+    out = capsys.readouterr().out
+    assert f"\n  --method {json.loads((finished / 'report.json').read_text())['meta']['recommendation']['method']}\n" in out
 
 
 def test_nothing_finished_is_done_again(finished, capsys, monkeypatch):

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from .merge import Finished
-from .recommend import points
 from .rows import failures, main_table, task_table, tasks_of
 
 TINY = "Offline self-test on a tiny model, not evidence about 7B models."
@@ -23,8 +22,11 @@ def conditions(run: Finished) -> str:
     """On what the numbers were made, in one line."""
     m = run.meta
     versions = m["versions"]
+    asked = f"suite {m['suite']}, {m.get('split')} split, {m['questions']} questions"
+    if m["suite"] == "data":
+        asked = f"data {m['data']}, {m['questions']} requests, {m['with_answer']} with an answer, {m['text_only']} without an image"
     parts = [
-        f"model {m['model']} ({m['weights']})", f"suite {m['suite']}, {m.get('split')} split, {m['questions']} questions",
+        f"model {m['model']} ({m['weights']})", asked,
         m["device"], m["dtype"], f"attention {m['attention']}",
         *(f"{n} {versions[n]}" for n in ("torch", "transformers", "mllm_efficient") if n in versions),
     ]  # fmt: skip
@@ -35,10 +37,16 @@ def is_tiny(run: Finished) -> bool:
     return any(m["model"] == "builtin" for m in run.metas)
 
 
+def tables(run: Finished) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and lines of all cells, and of the categories where there are some."""
+    found = [main_table(run.rows, asked=run.matched)]
+    return [*found, task_table(run.rows)] if tasks_of(run.rows) else found
+
+
 def markdown(run: Finished, max_drop: float | None = None) -> str:
-    """Both tables, the recommendation and the conditions."""
+    """The tables, the recommendation and the conditions."""
     out = [_recommended(run, max_drop), ""]
-    for header, lines in (main_table(run.rows, asked=run.matched), task_table(run.rows)):
+    for header, lines in tables(run):
         out += [_md_line(header), "|" + "---|" + "---:|" * (len(header) - 1), *map(_md_line, lines), ""]
     out += [f"{line}\n" for line in failures(run.rows)]
     out += [f"{conditions(run)}." + (f" {TINY}" if is_tiny(run) else ""), ""]
@@ -52,13 +60,13 @@ def _md_line(cells: Sequence[str]) -> str:
 
 def _recommended(run: Finished, max_drop: float | None) -> str:
     chosen = run.recommendation(max_drop)
-    return f"Recommended (at most {points(chosen['max_drop'])} lost): {chosen['line']}"
+    return f"Recommended ({chosen['rule']}): {chosen['line']}"
 
 
 def latex(run: Finished, max_drop: float | None = None) -> str:
-    """Both tables as tabulars of the booktabs package."""
+    """The tables as tabulars of the booktabs package."""
     out = [f"% {line}" for line in (_recommended(run, max_drop), conditions(run), *([TINY] if is_tiny(run) else []), *failures(run.rows))]
-    for header, lines in (main_table(run.rows, asked=run.matched), task_table(run.rows)):
+    for header, lines in tables(run):
         out += [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", _tex_line(header), r"\midrule"]
         out += [*map(_tex_line, lines), r"\bottomrule", r"\end{tabular}", ""]
     return "\n".join(out).rstrip() + "\n"

@@ -10,6 +10,8 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
 
+from ..agreement_rows import cell_of
+from ..sweep import unfinished
 from .recommend import recommend
 from .rows import row_of
 
@@ -52,11 +54,16 @@ class Finished:
 
     @classmethod
     def read(cls, folder: Path) -> Finished:
-        """The run in a folder of ``sweep`` (report.json) or ``eval`` (results.json). Raises where none has finished."""
+        """The run in a folder of ``sweep`` (report.json) or ``eval`` (results.json).
+
+        Raises ``MllmEfficientError`` where none has finished, saying how far a sweep came.
+        """
         if not folder.is_dir():
             raise MllmEfficientError(f"no run folder {folder}")
         file = next((folder / n for n in ("report.json", "results.json") if (folder / n).is_file()), None)
         if file is None:
+            if began := unfinished(folder):
+                raise MllmEfficientError(f"{folder} is {began}")
             raise MllmEfficientError(f"{folder} holds no finished run (no report.json of sweep, no results.json of eval)")
         try:
             content = json.loads(file.read_text())
@@ -78,12 +85,13 @@ class Finished:
 
 def _of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of ``eval`` (one per category) as rows of a sweep without cost."""
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("turns", 1) == 1 and row.get("unit", "percent") == "percent":  # second turns and nats are no categories
-            by_method.setdefault(row["method"], {}).setdefault(row["task"], row)
+        if row.get("turns", 1) == 1:  # second turns are no categories
+            by_method.setdefault(row["method"], []).append(row)
     out = []
-    for method, by_task in by_method.items():
+    for method, mine in by_method.items():
+        by_task = cell_of(mine) if "unit" in mine[0] else {r["task"]: r for r in mine}
         total = by_task["overall"]
         asked = f"tokens={total['tokens']}" if total["tokens"] is not None else f"keep={total['keep']:g}"
         failed = f"{total['failures']} of {total['n']} answers failed" if total["failures"] else None

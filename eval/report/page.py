@@ -11,23 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .formats import conditions, is_tiny
+from .formats import conditions, is_tiny, tables
 from .merge import Finished
-from .rows import HEADER, NOTES, main_table, task_table, tasks_of
+from .pictures import worst_requests
+from .recommend import decided_by
+from .rows import HEADER, NOTES, RIGHT, WORDS, metric_of, tasks_of
 
 SHADES = 5  # of the cells that lost points, from a point to 40
+SCORES = {None: "Score", RIGHT: "Right", WORDS: "Same words"}
 PLOTS = {"accuracy_flops": ("FLOPs", plots.flops), "accuracy_ttft": ("Time to first token", plots.ttft)}
 
 
 def figures(run: Finished, max_drop: float, theme: plots.Theme) -> dict[str, bytes]:
     """PNG bytes by name: ``accuracy_flops``, ``accuracy_ttft``, ``categories``; those for which there is data."""
     out = {}
+    drop = max_drop if _plot_decides(run) else None
     for name, (label, cost) in PLOTS.items():
-        figure = plots.pareto(run.rows, cost, label, max_drop=max_drop, theme=theme)
+        figure = plots.pareto(run.rows, cost, label, max_drop=drop, theme=theme)
         if figure is not None:
             out[name] = plots.png(figure)
     figure = plots.bars(run.rows, budget_shown(run), theme)
     return out if figure is None else out | {"categories": plots.png(figure)}
+
+
+def _plot_decides(run: Finished) -> bool:
+    """Whether the score is what cells are admitted by: it is not where only some of a user's requests have an answer."""
+    return decided_by(run.rows[0]) == metric_of(run.rows)
 
 
 def budget_shown(run: Finished) -> str:
@@ -38,8 +47,10 @@ def budget_shown(run: Finished) -> str:
 
 
 def write_plots(run: Finished, folder: Path) -> None:
-    """The light plots as PNG files beside the report."""
+    """The light plots as PNG files beside the report: ``agreement_flops.png`` where the score is no accuracy."""
     for name, data in figures(run, run.recommendation()["max_drop"], plots.LIGHT).items():
+        if metric_of(run.rows) == WORDS:
+            name = name.replace("accuracy", "agreement")
         (folder / f"{name}.png").write_bytes(data)
 
 
@@ -59,7 +70,8 @@ def page(run: Finished, max_drop: float | None = None) -> str:
         pictures=run.pictures.get("samples", []), pictures_budget=_words(run.pictures.get("budget", "")),
         failed=[r for r in run.rows if r["failed"]], left_out={k: v for m in run.metas for k, v in (m.get("left_out") or {}).items()},
         details=_details(run), meaning=next((m["meaning"] for m in run.metas if m.get("meaning")), {}),
-        notes=_notes(run), ceiling=_ceiling(run), series=plots.series_of,
+        notes=_notes(run), ceiling=_ceiling(run), series=plots.series_of, measure=SCORES[decided_by(best)],
+        agreement=metric_of(run.rows) == WORDS, decides=_plot_decides(run), worst=worst_requests(run.metas),
     )  # fmt: skip
 
 
@@ -82,15 +94,20 @@ def _ceiling(run: Finished) -> str | None:
 
 
 def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
-    """Both tables as cells: text, the value to sort by, a shade 0 to 5 for points lost, whether the row is chosen."""
-    header, lines = main_table(run.rows, asked=run.matched)
+    """The tables as cells: text, the value to sort by, a shade 0 to 5 for points lost, whether the row is chosen."""
+    (header, lines), *categories = tables(run)
     note = {h: NOTES[h] for h in HEADER if h in NOTES}
-    main: dict[str, Any] = {"id": "cells", "caption": "Accuracy and cost", "header": [(h, note.get(h, "")) for h in header]}
+    caption = "Accuracy and cost" if metric_of(run.rows) is None else "Agreement with the uncompressed model, and cost"
+    main: dict[str, Any] = {"id": "cells", "caption": caption, "header": [(h, note.get(h, "")) for h in header]}
     main["rows"] = [_cells(line, row, chosen) for line, row in zip(lines, run.rows)]
     for cells, row in zip(main["rows"], run.rows):
-        _shade(cells["cells"], header, {"vs none [95%]": row["difference"]})
+        lost = {m: r["difference"] for m, r in row.get("agreement", {}).items()}
+        lost = {"vs none [95%]": row["difference"], "same words [95%]": lost.get(WORDS), "right vs none [95%]": lost.get(RIGHT)}
+        _shade(cells["cells"], header, lost)
+    if not categories:
+        return [main]
     tasks = tasks_of(run.rows)
-    header, lines = task_table(run.rows)
+    header, lines = categories[0]
     by_method = {r["method"]: r for r in run.rows}
     second: dict[str, Any] = {
         "id": "categories",
@@ -106,8 +123,8 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
             for cell, name in zip(cells["cells"], header):
                 if name in mine["tasks"] and mine["role"] != "baseline":
                     low, high = mine["tasks"][name]["difference_interval"]
-                    cell["title"] = f"{row['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
-    return [main, second] if tasks else [main]
+                    cell["title"] = f"{mine['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
+    return [main, second]
 
 
 def _cells(line: Sequence[str], row: dict[str, Any] | None, chosen: str) -> dict[str, Any]:
@@ -132,7 +149,7 @@ def _shade(cells: list[dict[str, Any]], header: Sequence[str], lost: dict[str, f
 
 def _details(run: Finished) -> list[list[tuple[str, str]]]:
     """Name and value of everything that a run depends on."""
-    skip = {"meaning", "recommendation", "bench", "methods", "left_out", "command", "budget_shown"}
+    skip = {"meaning", "recommendation", "bench", "methods", "left_out", "command", "budget_shown", "worst"}
     out = []
     for meta in run.metas:
         bench = meta.get("bench") or {}

@@ -1,4 +1,4 @@
-"""What methods kept of a few samples, as pictures for the page."""
+"""Pictures for the page: what methods kept of a few samples, and the requests whose answers are the farthest off."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.images import load_image
 from mllm_efficient.models import Loaded
 
 EDGE, SAMPLES = 288, 3  # pixels of the longer side; pictures shown
+REQUESTS, EACH = 20, 4  # requests shown at most, and pictures of each
 
 
 def kept_pictures(
@@ -57,6 +59,35 @@ def interesting(samples: Sequence[Any], specs: Sequence[str], answers: dict[tupl
         if all(sample.task != c.task and sample.image != c.image for c in chosen):
             chosen.append(sample)
     return chosen
+
+
+def worst_requests(metas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The requests on which any method is farthest from the uncompressed model, farthest first, of what runs keep in ``worst``.
+
+    Each: id, question, expected, baseline_answer, answers (``worst``'s entries, of each method one), pictures (a JPEG as
+    base64, or None, and the path) and more, the number of pictures that are not shown.
+    """
+    by_id: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in (e for m in metas for e in m.get("worst") or ()):
+        by_id.setdefault(entry["id"], {}).setdefault(entry["method"], entry)
+    out = []
+    for name, by_method in by_id.items():
+        answers = sorted(by_method.values(), key=lambda e: -(e["kl"] or 0.0))
+        first = answers[0]
+        out.append({**{k: first[k] for k in ("question", "expected", "baseline_answer", "images", "kl")}, "id": name, "answers": answers})
+    out = sorted(out, key=lambda r: -(r["kl"] or 0.0))[:REQUESTS]
+    for request in out:
+        paths = request["images"]
+        request |= {"pictures": [(_thumbnail(path), path) for path in paths[:EACH]], "more": max(0, len(paths) - EACH)}
+    return out
+
+
+def _thumbnail(path: str) -> str | None:
+    """A picture's JPEG as base64; None where its file is gone or no picture any more."""
+    try:
+        return _jpeg(load_image(path))
+    except (MllmEfficientError, OSError):
+        return None
 
 
 def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .recommend import points
-from .rows import tasks_of
+from .rows import RIGHT, WORDS, metric_of, tasks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,10 @@ DPI = 180
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7F5FC8", "#8C564B")  # Okabe and Ito's, yellow darkened
 MARKERS = "osD^vPX*"
 BUDGET = re.compile(r"(?:^|,)(?:keep|tokens|prune|min_tokens|max_tokens)=[^,]*")
+TITLES = {
+    None: "Score, percent right (mean of the categories)", RIGHT: "Right, percent of the requests",
+    WORDS: "Answered in the uncompressed model's words, percent of the requests",
+}  # fmt: skip
 Cost = Callable[[dict[str, Any]], float | None]
 
 
@@ -75,11 +79,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return out
 
 
-def pareto(rows: Sequence[dict[str, Any]], cost: Cost, label: str, *, max_drop: float, theme: Theme = LIGHT) -> Figure | None:
+def pareto(
+    rows: Sequence[dict[str, Any]], cost: Cost, label: str, *, max_drop: float | None, theme: Theme = LIGHT
+) -> Figure | None:  # fmt: skip
     """Score against cost in percent of the baseline's. None where fewer than two cells have both.
 
     Whiskers are the paired 95% interval of the difference to the baseline, so that a cell is admitted exactly where
-    its whisker ends above the line of ``max_drop``; beside a measured ratio lies its own interval.
+    its whisker ends above the line of ``max_drop`` (None, without a line, where something else decides); beside a
+    measured ratio lies its own interval.
     """
     shown = [r for r in rows if not r["failed"] and r["score"] is not None and cost(r) is not None]
     if len(shown) < 2 or shown[0]["role"] != "baseline":
@@ -120,16 +127,18 @@ def pareto(rows: Sequence[dict[str, Any]], cost: Cost, label: str, *, max_drop: 
     axes.set_xticks([t for t in axes.get_xticks() if left - 0.05 * (right - left or 1) <= t <= axes.get_xlim()[1]])
     scores = [r["score"] for r in shown]
     low_y, high_y = min(scores), max(scores)
-    if drawn := max_drop <= 1.5 * max(high_y - low_y, 10):  # a line far below would press the points together
+    if max_drop is not None and max_drop > 1.5 * max(high_y - low_y, 10):
+        max_drop = None  # a line far below would press the points together
+    if max_drop is not None:
         low_y = min(low_y, base - max_drop)
     axes.set_ylim(low_y - 0.08 * (high_y - low_y + 1), high_y + 0.1 * (high_y - low_y + 1))
-    if drawn:
+    if max_drop is not None:
         axes.axhline(base - max_drop, color=theme.grey, lw=0.9, ls=(0, (1, 2)), zorder=1)
         where, said = axes.get_xlim()[0], f" {points(max_drop)} below none"
         axes.text(where, base - max_drop, said, size=7.5, color=theme.grey, va="bottom")
     _end_labels(axes, ends, left - 0.07 * (right - left or 1), theme)
     axes.set_xlabel(f"{label}, percent of the uncompressed model's", color=theme.grey, size=9)
-    axes.set_title("Score, percent right (mean of the categories)", loc="left", size=9, color=theme.grey, pad=8)
+    axes.set_title(TITLES[metric_of(rows)], loc="left", size=9, color=theme.grey, pad=8)
     _frame(axes, theme)
     return figure
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mllm_efficient.measure.flops import Cost
 
+from ..agreement_rows import with_interval
 from ..table import OVERALL
 
 TFLOP, MB = 1e12, 1e6
@@ -18,6 +19,7 @@ ACCURACY = (
     "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept",
 )  # fmt: skip
 TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "failures")
+WORDS, RIGHT = "normalised_match", "accuracy"  # what ``score`` is of a user's own requests
 MEANING = {
     "score": "percent right, unweighted mean of the categories; tasks: each category by itself",
     "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of images",
@@ -29,6 +31,14 @@ MEANING = {
     "*_ms": "{median, q1, q3, n} in milliseconds, batch 1; tokens_per_s: new tokens over e2e_ms",
     "peak_memory_mb": "MB = 10^6 bytes; kv_cache_mb: keys and values after the last token",
 }
+DATA_MEANING = MEANING | {
+    "score": "accuracy where every request with an image has an answer, otherwise normalised_match; metric says which",
+    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of requests",
+    "agreement": "exact_match: percent of the requests answered by the uncompressed model's text, normalised_match: apart from case, "
+    "punctuation, articles and numbers spelled out; first_divergence: the token at which other answers part, on average; kl: of the next "
+    "token along the uncompressed model's answer, nats; accuracy: percent right of the requests that have an answer",
+    "*_tflops, *_ms, *_mb": "of the timed prompt (workload), not of the requests",
+}
 
 
 def row_of(
@@ -37,7 +47,8 @@ def row_of(
 ) -> dict[str, Any]:  # fmt: skip
     """One cell. by_task: eval's rows by category; cost, base: its FLOPs and the baseline's; bench: its row of timings.
 
-    What was not measured is None.
+    What was not measured is None. Cells of a user's own requests say which ``metric`` their score is and have the others
+    in ``agreement``.
     """
     total = (by_task or {}).get(OVERALL, {})
     row: dict[str, Any] = {"method": spec, "role": role, "asked": asked}
@@ -49,7 +60,15 @@ def row_of(
     row["kv_cache_mb_computed"] = None if cost is None else round(cost.kv_cache_bytes / MB, 3)
     row |= {name: (bench or {}).get(name) for name in BENCH}
     row["tasks"] = {t: {k: r[k] for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
+    if "agreement" in total:
+        row["metric"] = total["metric"]
+        row["agreement"] = {name: {k: r[k] for k in TASK} for name, r in total["agreement"].items()}
     return row | {"failed": failed}
+
+
+def metric_of(rows: Sequence[dict[str, Any]]) -> str | None:
+    """What the scores of a user's own requests are (``WORDS`` or ``RIGHT``); None for a benchmark's categories."""
+    return next((r["metric"] for r in rows if "metric" in r), None)
 
 
 def _ratio(value: int, of: int) -> float:
@@ -64,14 +83,22 @@ def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 # --------------------------------------------------------------------------------------------------- tables
 
 HEADER = (
-    "method", "tokens", "score", "vs none [95%]", "retention", "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
+    "method", "tokens", "score", "vs none [95%]", "retention",
+    "same answer", "same words [95%]", "first other token", "KL nats [95%]", "right", "right vs none [95%]",
+    "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
     "prefill ms", "e2e ms", "tok/s", "peak MB", "KV MB",
 )  # fmt: skip
 NOTES = {
-    "tokens": "visual tokens kept of an image, mean over the questions",
+    "tokens": "visual tokens kept of a prompt's images, mean over the prompts",
     "score": "percent right, mean of the categories",
     "vs none [95%]": "paired difference to the uncompressed model in points",
     "retention": "percent of the uncompressed model's score",
+    "same answer": "percent of the requests answered exactly as by the uncompressed model",
+    "same words [95%]": "the same apart from case, punctuation, articles and numbers spelled out",
+    "first other token": "where different answers part, mean",
+    "KL nats [95%]": "of the next token along the uncompressed model's answer",
+    "right": "percent of the requests that have an answer",
+    "right vs none [95%]": "paired difference to the uncompressed model in points",
     "FLOPs": "percent of the uncompressed model's: tower, projector, method, prefill, decoding",
     "prefill FLOPs": "percent of the uncompressed model's, language model's prefill alone",
     "asked": "prefill FLOPs of a pure token drop at the budget asked for, which --match flops solves for",
@@ -91,22 +118,43 @@ def main_table(rows: Sequence[dict[str, Any]], *, quartiles: bool = True, asked:
     asked: whether the prefill FLOPs that were asked for stand beside those reached.
     """
     lines = [_line(r, spread if quartiles else median) for r in rows]
+    third = HEADER.index("same answer") if metric_of(rows) else 2
+    for r, line in zip(rows, lines):
+        if _gone(r):
+            line[third] = "failed"
     used = [i for i, h in enumerate(HEADER) if i < 2 or (any(line[i] for line in lines) and (asked or h != "asked"))]
     return [HEADER[i] for i in used], [[line[i] for i in used] for line in lines]
 
 
+def _gone(r: dict[str, Any]) -> bool:
+    return bool(r["failed"]) and r["score"] is None
+
+
 def _line(r: dict[str, Any], timed: Callable[[dict[str, float] | None], str]) -> list[str]:
-    if r["failed"] and r["score"] is None:
-        return [r["method"], "", "failed", *[""] * (len(HEADER) - 3)]
+    if _gone(r):
+        return [r["method"], *[""] * (len(HEADER) - 1)]
     base, ratio = r["role"] == "baseline", r["ttft_ratio"]
     name = f"{r['method']} (failed)" if r["failed"] else r["method"]
     paired = "" if base or ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     return [
-        name, number(r["visual_tokens_kept"], "g"), number(r["score"]),
-        "" if base else difference(r["difference"], r["difference_interval"]), "" if base else number(r["retention"], ".1f", "%"),
+        name, number(r["visual_tokens_kept"], "g"), *_scores(r),
         percent(r["flops_ratio"]), percent(r["prefill_flops_ratio"]), percent(r["prefill_flops_ratio_asked"]),
         timed(r["ttft_ms"]), paired, timed(r["prefill_ms"]), timed(r["e2e_ms"]), median(r["tokens_per_s"]),
         number(r["peak_memory_mb"], ",.0f"), number(r["kv_cache_mb"], ",.2f"),
+    ]  # fmt: skip
+
+
+def _scores(r: dict[str, Any]) -> list[str]:
+    """From "score" to "right vs none": a benchmark's cell fills the first three, one of a user's own requests the others."""
+    base = r["role"] == "baseline"
+    if "agreement" not in r:
+        lost = difference(r["difference"], r["difference_interval"])
+        return [number(r["score"]), "" if base else lost, "" if base else number(r["retention"], ".1f", "%"), *[""] * 6]
+    exact, words, other, kl, right = (r["agreement"].get(n) for n in ("exact_match", WORDS, "first_divergence", "kl", RIGHT))
+    return [
+        "", "", "", number(exact["score"]), with_interval(words, ".1f", r["method"]), number(other and other["score"]),
+        with_interval(kl, ".4f", r["method"]), number(right and right["score"]),
+        "" if base or right is None else difference(right["difference"], right["difference_interval"]),
     ]  # fmt: skip
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ..models import ModelOptions
 
 BATCH, DATA_BATCH = 32, 8
+AGREEMENT = """\
+'same answer', 'same words': percent of requests answered as by the uncompressed model, to the letter and apart from
+case, punctuation, articles and numbers spelled out; 'first other token': where different answers part, on average; 'KL':
+of the next token along the uncompressed model's answer; 'right': percent of the requests that have an answer."""
 
 
 def evaluate(
@@ -50,17 +54,27 @@ def evaluate(
 ) -> int:
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; or, with --data,
     how far answers to your own requests stay those of the uncompressed model."""
+    from ..eval.harness import with_baselines
+
     options.import_files(imports)
-    chosen = list(dict.fromkeys([options.one_method("none"), *(options.one_method(m) for m in method or ())]))
+    chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
     other = options.one_method(against).spec() if against else None
     if other is not None and other not in [m.spec() for m in chosen]:
         raise MllmEfficientError(f"--against {against} is not among the methods of this run: add --method {against}")
 
+    check_source(data, suite, split, max_new_tokens, turns)
     from ..models import ModelOptions
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
     )  # fmt: skip
+    if data is not None:
+        return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json)
+    return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
+
+
+def check_source(data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1) -> None:
+    """Raises for a benchmark's options beside ``--data``, for ``--data``'s without it, and for unknown values."""
     if data is not None:
         for name, given, instead in (
             ("--suite", suite is not None, "leave it out"), ("--split", split is not None, "leave it out"),
@@ -68,14 +82,13 @@ def evaluate(
         ):  # fmt: skip
             if given:
                 raise MllmEfficientError(f"{name} has no effect with --data: {instead}")
-        return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json)
+        return
     if suite not in (None, "builtin"):
         raise MllmEfficientError(f"unknown suite {suite!r}: this version has builtin")
     if split not in (None, "test", "val"):
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:
         raise MllmEfficientError("--max-new-tokens has no effect on the embedded benchmark, whose answers are words: leave it out")
-    return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
 
 
 def _builtin(
@@ -97,7 +110,7 @@ def _builtin(
     paired = len(run.asked) - len(questions)
     more = f", {paired} of them also as a second turn" if turns > 1 else ""
     options.say(f"{len(questions)} questions x {len(run.arms)} arms (with the no-image floor){more}")
-    records = _answered(run)
+    records = answered(run)
     rows = rows_of(records, chosen, CATEGORIES, against=against, seed=settings.seed)
     meta = {
         **run.config, "split": split, "turns": turns, "questions": len(questions), "second_turns": paired,
@@ -122,42 +135,31 @@ def _data(
     max_new_tokens: int | None, output_dir: Path | None, json: bool,
 ) -> int:  # fmt: skip
     """A user's own requests."""
-    from ..eval.agreement import MAX_NEW_TOKENS, Agreement
-    from ..eval.agreement_rows import agreement_rows, agreement_table, worst, worst_table
-    from ..eval.records import fingerprint_of
-    from ..eval.requests import prompts_of, read_requests
+    from ..eval.agreement_rows import agreement_rows, agreement_table, worst_table
+    from ..eval.asked import OwnRequests
+    from ..eval.requests import read_requests
     from ..models import load
 
     requests = read_requests(data, limit)
     loaded = load(settings)
     options.announce(loaded, chosen)
-    run = Agreement(
-        loaded, requests, chosen, batch_size, output_dir, prompts=prompts_of(requests, loaded, data), data=data,
-        max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
-    )  # fmt: skip
-    text_only = sum(not r.images for r in requests)
-    options.say(f"{len(requests)} requests ({text_only} without an image) x {len(run.arms)} methods")
-    records = _answered(run)
-    rows, far = agreement_rows(records, chosen, against=against, seed=settings.seed), worst(records)
-    meta = {
-        **run.config, "questions": len(requests), "questions_fingerprint": fingerprint_of({"ids": sorted(r.digest for r in requests)}),
-        "text_only": text_only, "with_answer": sum(bool(r.answers) for r in requests),
-        "batch_size": batch_size, "limit": limit, "methods": [m.to_dict() for m in chosen],
-        "interval": "95%, 2000 paired resamples of requests", "worst": far,
-    }  # fmt: skip
+    asked = OwnRequests(loaded, chosen, requests, data, batch_size, max_new_tokens, output_dir)
+    options.say(asked.line)
+    records = answered(asked.run)
+    rows = agreement_rows(records, chosen, against=against, seed=settings.seed)
+    methods = [m.to_dict() for m in chosen]
+    meta = {**asked.run.config, "batch_size": batch_size, "limit": limit, "methods": methods, **asked.about(records)}
     _finish(rows, meta, output_dir, json)
     if not json:
         options.print_table(*agreement_table(rows))
-        print("'same answer', 'same words': percent of requests answered as by the uncompressed model, to the letter and apart from")
-        print("case, punctuation, articles and numbers spelled out; 'first other token': where different answers part, on average; 'KL':")
-        print("of the next token along the uncompressed model's answer; 'right': percent of the requests that have an answer.")
-        if far:
+        print(AGREEMENT)
+        if meta["worst"]:
             print("\nFarthest from the uncompressed model (meta.worst in results.json and --json has more):")
-            options.print_table(*worst_table(far), left=5)
+            options.print_table(*worst_table(meta["worst"]), left=5)
     return _failures(records)
 
 
-def _answered(run: Any) -> list[dict[str, Any]]:
+def answered(run: Any) -> list[dict[str, Any]]:
     """Every answer, with a progress bar."""
     from tqdm import tqdm
 

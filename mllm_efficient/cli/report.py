@@ -17,12 +17,13 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of finished runs of sweep or eval; several are merged.", metavar="RUN_DIR...")
     ],
-    format: Annotated[str, typer.Option("--format", help="md, csv, latex or html.")] = "md",
+    format: Annotated[str, typer.Option("--format", help="md (or markdown), csv, latex or html.")] = "md",
     output: Annotated[Path | None, typer.Option("--output", help="The file to write; default stdout.")] = None,
     max_drop: Annotated[float | None, typer.Option("--max-drop", min=0, help="Points the recommended method may lose.")] = None,
     json: options.Json = False,
 ) -> None:
     """Renders finished runs and merges several; refuses to merge what cannot be compared, naming the field."""
+    format = "md" if format == "markdown" else format
     if format not in FORMATS:
         raise MllmEfficientError(f"--format {format} is not one of {', '.join(FORMATS)}")
     if json and output is None and format != "md":

@@ -11,12 +11,21 @@ import typer
 
 from ..errors import MllmEfficientError
 from . import options
+from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source
 
 if TYPE_CHECKING:
+    from ..eval.asked import Asked
     from ..eval.sweep import Cell
-    from ..models import Loaded
 
 REPEATS, WARMUP = 7, 1
+OF_BENCHMARK = """\
+Scores are percent right, 'score' and 'macro' the unweighted mean of the categories; FLOPs are percent of none's; times
+are medians (quartiles are in the report), ratios are paired with the 95% interval; 'in region' is the share of kept tokens
+on what the question is about."""
+OF_PROMPT = """\
+FLOPs (percent of none's) and times (medians; quartiles are in the report) are of one prompt of --image-size, --text-tokens
+and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound is what stands
+in brackets. The requests that are farthest from the uncompressed model are in the report."""
 
 
 def sweep(
@@ -26,11 +35,20 @@ def sweep(
     model: options.Model = "builtin",
     keep: Annotated[str | None, typer.Option("--keep", help="Fractions kept, such as 0.5,0.25.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Or counts kept, such as 192,128,64.")] = None,
-    suite: Annotated[str, typer.Option("--suite", help="builtin: the embedded benchmark.")] = "builtin",
-    split: Annotated[str, typer.Option("--split", help="test, or val for tuning.")] = "test",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Number of questions, round-robin over categories.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Of the questions; latency is of one prompt.")] = 32,
-    max_drop: Annotated[float, typer.Option("--max-drop", min=0, help="Points that the recommended method may lose at most.")] = 1.0,
+    suite: Annotated[str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Your own requests, as eval takes them; answers are not needed.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="test (the default), or val for tuning.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Number of questions (round-robin over categories), requests.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help=f"Of the questions; default {BATCH}, with --data {DATA_BATCH}. Latency is of one prompt."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data: default 64.")] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", min=0, help="Points (of --data without answers: of agreement) that may be lost at most.")
+    ] = 1.0,
     match: Annotated[str | None, typer.Option("--match", help="flops: solve budgets to the prefill FLOPs of a pure token drop.")] = None,
     no_bench: Annotated[bool, typer.Option("--no-bench", help="No latency and memory.")] = False,
     image_size: Annotated[str | None, typer.Option("--image-size", help="WxH of the timed prompt; default what the model takes.")] = None,
@@ -49,22 +67,22 @@ def sweep(
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
-    """Accuracy, FLOPs, latency and memory of methods x budgets, an HTML report, and the budget to take."""
+    """Accuracy (or, on your own requests, agreement with the uncompressed model), FLOPs, latency and memory of methods x
+    budgets, an HTML report, and the budget to take."""
     from .bench import command_line, picture_size
 
     options.import_files(imports)
     budgets = budgets_of(keep, tokens)
-    if suite != "builtin":
-        raise MllmEfficientError(f"unknown suite {suite!r}: this version has builtin")
-    if split not in ("test", "val"):
-        raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
+    check_source(data, suite, split, max_new_tokens)
     if match not in (None, "flops"):
         raise MllmEfficientError(f"--match {match} is not known: flops is")
     if max_drop != max_drop:
         raise MllmEfficientError("--max-drop is a number of points, such as 1.0")
     size = picture_size(image_size)
 
+    from ..eval.asked import Benchmark, OwnRequests
     from ..eval.report.rows import failures
+    from ..eval.requests import read_requests
     from ..eval.sweep import Flops, cross, owned, possible, unique
     from ..measure.bench import Settings
     from ..measure.workload import Workload
@@ -74,8 +92,11 @@ def sweep(
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
     )  # fmt: skip
+    requests = None if data is None else read_requests(data, limit)
+    if requests is not None and not any(r.images for r in requests):
+        raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
     plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
-    begin = time.monotonic()
+    start = time.monotonic()
     with owned(output_dir):
         loaded = load(settings)
         flops = Flops(loaded, plan.workload, seed)
@@ -87,10 +108,15 @@ def sweep(
         cells, left_out = possible(unique(cells), loaded, options.say)
         for spec, reason in left_out.items():
             options.say(f"without {spec}: {reason}")
-        asked = {"suite": suite, "split": split, "limit": limit, "batch_size": batch_size, "max_drop": max_drop, "match": match}
-        head = {"command": command_line(context), **asked, "left_out": left_out}
-        rows, meta, eval_table = run(loaded, cells, flops, None if no_bench else plan, output_dir, head)
-        meta["seconds"] = round(time.monotonic() - begin, 1)
+        head = {"command": command_line(context), "limit": limit, "max_drop": max_drop, "match": match, "left_out": left_out}
+        methods = [c.method for c in cells if c.failed is None]
+        asked: Asked
+        if data is None or requests is None:
+            asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir)
+        else:
+            asked = OwnRequests(loaded, methods, requests, data, batch_size or DATA_BATCH, max_new_tokens, output_dir)
+        rows, meta, eval_table = run(asked, cells, flops, None if no_bench else plan, output_dir, head)
+        meta["seconds"] = round(time.monotonic() - start, 1)
         write(rows, meta, output_dir)
     if json:
         options.print_json(rows, meta)
@@ -125,31 +151,20 @@ def budgets_of(keep: str | None, tokens: str | None) -> list[str]:
 
 
 def run(
-    loaded: Loaded, cells: Sequence[Cell], flops: Any, plan: Any, folder: Path, head: dict[str, Any]
+    asked: Asked, cells: Sequence[Cell], flops: Any, plan: Any, folder: Path, head: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any], tuple[list[str], list[list[str]]]]:
     """Rows, meta, and eval's table of categories."""
     from tqdm import tqdm
 
-    from ..eval.builtin.questions import CATEGORIES
-    from ..eval.builtin.suite import samples
-    from ..eval.records import fingerprint_of
-    from ..eval.report.pictures import kept_pictures
     from ..eval.report.recommend import recommend
-    from ..eval.report.rows import MEANING
-    from ..eval.runner import Run
-    from ..eval.sweep import BenchFile, bench_config, time_all, write_json
-    from ..eval.table import rows_of, text_table
+    from ..eval.sweep import BenchFile, begin, bench_config, time_all, write_json
     from ..measure.machine import busy
-    from ..models import environment
 
-    questions = samples(head["split"], head["limit"])
-    able = [c for c in cells if c.failed is None]
-    answers = Run(loaded, questions, [c.method for c in able], batch_size=head["batch_size"], output_dir=folder)
-    options.say(f"{len(questions)} questions x {len(answers.arms)} arms (with the no-image floor)")
-    with tqdm(total=answers.total, unit="answer", mininterval=1, disable=None) as bar:
-        answers.progress = bar.update
-        records = answers.answer_all()
-    accuracy = rows_of(records, [c.method for c in able], CATEGORIES, seed=loaded.options.seed)
+    loaded, able = asked.run.loaded, [c for c in cells if c.failed is None]
+    options.say(asked.line)
+    begin(folder, asked.run.arms, asked.run.total, head["command"])
+    records = answered(asked.run)
+    scores = asked.scores(records)
     timings: dict[str, dict[str, Any]] = {}
     about: dict[str, Any] = {}
     if plan is not None:
@@ -160,20 +175,19 @@ def run(
         warning = busy(about["machine"]) if about else None
         if warning:
             options.say(warning)
-    rows = [_row(c, accuracy, records, flops, timings.get(c.spec), bool(plan)) for c in cells]
+    rows = [_row(c, scores.get(c.spec), records, flops, timings.get(c.spec), bool(plan)) for c in cells]
     budget = middle(rows)
     shown = [c for c in able if c.asked == budget and not next(r for r in rows if r["method"] == c.spec)["failed"]]
-    pictures = kept_pictures(loaded, [c.method for c in shown], questions, records, answers.size) if shown else []
+    pictures = asked.pictures(records, [c.method for c in shown])
     write_json(folder / "pictures.json", {"budget": budget, "samples": pictures})
     meta = {
-        **head, **environment(loaded), "questions": len(questions), "images": len({s.image for s in questions}),
-        "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
-        "methods": [c.method.to_dict() for c in cells], "interval": "95%, 2000 paired resamples of images",
+        **head, **asked.run.config, **asked.about(records), "batch_size": asked.run.batch_size,
+        "methods": [c.method.to_dict() for c in cells],
         "workload": plan.workload.to_dict() if plan else None, "flops_of": flops.call, "flops_error": flops.error,
-        "bench": about or None, "meaning": MEANING, "budget_shown": budget, "recommendation": recommend(rows, head["max_drop"]),
+        "bench": about or None, "meaning": asked.meaning, "budget_shown": budget, "recommendation": recommend(rows, head["max_drop"]),
     }  # fmt: skip
     scored = {r["method"] for r in rows if r["score"] is not None}
-    return rows, meta, text_table([r for r in accuracy if r["method"] in scored], CATEGORIES) if scored else ([], [])
+    return rows, meta, asked.table(scores, scored)
 
 
 def _more(bar: Any) -> Callable[[int], Callable[[], Any]]:
@@ -187,16 +201,18 @@ def _more(bar: Any) -> Callable[[int], Callable[[], Any]]:
     return longer
 
 
-def _row(cell: Cell, accuracy: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], flops: Any, timing: Any, timed: bool) -> Any:
+def _row(cell: Cell, by_task: Any, records: Sequence[dict[str, Any]], flops: Any, timing: Any, timed: bool) -> dict[str, Any]:
+    """The report's row of a cell. by_task: its scores, which do not count where every answer about an image failed."""
+    from ..eval.agreement import TEXT_ONLY
     from ..eval.report.rows import row_of
 
     failed, cost, drop = cell.failed, None, None
-    by_task = {r["task"]: r for r in accuracy if r["method"] == cell.spec} or None
     if failed is None:
-        errors = [r["error"] for r in records if r["method"] == cell.spec and r["error"] is not None]
-        asked = sum(r["method"] == cell.spec for r in records)
-        failed = f"{len(errors)} of {asked} answers failed: {errors[0]}" if errors else None
-        by_task = None if len(errors) == asked else by_task
+        mine = [r for r in records if r["method"] == cell.spec]
+        errors = [r["error"] for r in mine if r["error"] is not None]
+        failed = f"{len(errors)} of {len(mine)} answers failed: {errors[0]}" if errors else None
+        if all(r["error"] is not None for r in mine if r["task"] != TEXT_ONLY):
+            by_task = None
         if timed and (timing is None or timing["failed"] is not None):
             failed = failed or f"not timed: {timing['failed'] if timing else 'the run stopped'}"
         if flops.error is None:
@@ -222,30 +238,30 @@ def middle(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any], folder: Path) -> None:
-    """report.json, report.csv, the plots and report.html."""
+    """report.json, report.csv, the plots and report.html; what says that the sweep is unfinished goes."""
     from ..eval.report.formats import csv_text
     from ..eval.report.merge import Finished
     from ..eval.report.page import page, write_plots
-    from ..eval.sweep import write_json
+    from ..eval.sweep import BEGUN_FILE, write_json
 
     write_json(folder / "report.json", {"rows": rows, "meta": meta})
     (folder / "report.csv").write_text(csv_text(rows))
     finished = Finished.read(folder)
     write_plots(finished, folder)
     (folder / "report.html").write_text(page(finished), encoding="utf-8")
+    (folder / BEGUN_FILE).unlink(missing_ok=True)
 
 
 def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tuple[list[str], list[list[str]]]) -> None:
-    from ..eval.report.recommend import points
     from ..eval.report.rows import main_table
 
     options.print_table(*main_table(rows, quartiles=False, asked=bool(meta["match"])))
     if eval_table[0]:
         options.print_table(*eval_table)
-    print("Scores are percent right, 'score' and 'macro' the unweighted mean of the categories; FLOPs are percent of none's; times")
-    print("are medians (quartiles are in the report), ratios are paired with the 95% interval; 'in region' is the share of kept tokens")
-    print("on what the question is about.")
+    print(f"{AGREEMENT}\n{OF_PROMPT}" if meta["suite"] == "data" else OF_BENCHMARK)
     if meta["model"] == "builtin":
         print("Offline self-test on a tiny model, not evidence about 7B models.")
-    print(f"\nRecommended (at most {points(meta['max_drop'])} lost): {meta['recommendation']['line']}")
-    print(f"  --method {meta['recommendation']['method']}")
+    chosen = meta["recommendation"]
+    print(f"\nRecommended ({chosen['rule']}): {chosen['line']}")
+    if chosen["method"] != "none":
+        print(f"  --method {chosen['method']}")
