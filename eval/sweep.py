@@ -21,7 +21,8 @@ from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD, REFERENCE
 from mllm_efficient.measure.bench import Bench, Settings
-from mllm_efficient.measure.flops import Cost, cost, shape_of
+from mllm_efficient.measure.flops import Cost
+from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.plan import check, describe
@@ -131,30 +132,12 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
     return out, left_out
 
 
-class Flops:
-    """FLOPs of the workload's prompt under any method, convention ``exact``. error: why there are none, if so."""
+class Flops(PromptFlops):
+    """FLOPs of the workload's prompt under any method, its new tokens included."""
 
     def __init__(self, loaded: Loaded, workload: Workload, seed: int = 0):
         adapter = require_supported(loaded)
-        one = make_inputs(loaded, adapter, workload, 1, seed)
-        self.full, self.error = one.visual_tokens, None
-        self.call: dict[str, Any] = {"text_tokens": one.lengths[1], "new_tokens": workload.output_tokens}
-        try:
-            self.shape = shape_of(loaded.model.config, loaded.options.model)
-            if adapter.fixed_count:
-                self.call["visual_tokens"] = self.full
-            elif workload.images == 1:
-                self.call["image_size"] = one.image_size
-            else:
-                raise MllmEfficientError("FLOPs of several pictures of any size in a prompt are not counted")
-            self.baseline = self.of(NoCompression())
-            if self.baseline.visual_tokens_full != self.full:
-                raise MllmEfficientError(f"FLOPs are of {self.baseline.visual_tokens_full} visual tokens, and {self.full} are run")
-        except MllmEfficientError as error:
-            self.error = str(error)
-
-    def of(self, method: Compressor) -> Cost:
-        return cost(self.shape, method=method, **self.call)
+        super().__init__(loaded, adapter, workload, make_inputs(loaded, adapter, workload, 1, seed), workload.output_tokens)
 
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""

@@ -128,14 +128,21 @@ class LlavaNextAdapter(Adapter):
         if grid is None:
             features = self.features(self.model.model, items)
             return [Encoding(f, i.shape) for f, i in zip(features, items)]
-        out = []
-        for item in items:  # each has a tiling of its own
-            side = grid[0]
-            pixels = smaller_pixels(item.arguments["pixel_values"], *(side * self.config.vision_config.patch_size,) * 2)
-            small = Item({**item.arguments, "pixel_values": pixels}, self.shape_at(item, grid))
-            host = self.resized_host(side, item.arguments)
-            out.append(Encoding(self.features(host, [small], interpolate_pos_encoding=True)[0], small.shape))
-        return out
+        side = grid[0]
+        alike: dict[Any, list[int]] = {}
+        for i, item in enumerate(items):  # a smaller host has one tiling
+            tiled = len(item.arguments["pixel_values"]) > 1
+            alike.setdefault(self.tiling(item.arguments["image_sizes"]) if tiled else None, []).append(i)
+        out: dict[int, Encoding] = {}
+        for members in alike.values():
+            small = []
+            for item in (items[i] for i in members):
+                pixels = smaller_pixels(item.arguments["pixel_values"], *(side * self.config.vision_config.patch_size,) * 2)
+                small.append(Item({**item.arguments, "pixel_values": pixels}, self.shape_at(item, grid)))
+            host = self.resized_host(side, small[0].arguments)
+            features = self.features(host, small, interpolate_pos_encoding=True)
+            out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
+        return [out[i] for i in range(len(items))]
 
     def projected(self, item: Item, side: int) -> VisualShape:
         """The base view and every tile whole, row by row, without newlines: as the released TokenFLEX model tiles."""

@@ -490,7 +490,7 @@ def test_inputs_without_a_processor_fit_every_family(tmp_path, name, images):
     rows, meta = run(loaded, "uniform:keep=0.1", workload=workload, repeats=1, warmup=0)
     assert meta["failed"] == [] and rows[0]["visual_tokens_full"] == inputs.visual_tokens
     assert rows[1]["visual_tokens_kept"] == images * round(0.1 * inputs.visual_tokens / images)
-    assert (rows[1]["flops_ratio"] is None) == (images == 2) and ("null" in meta["ideal"]) == (images == 2)
+    assert 0 < rows[1]["flops_ratio"] < 1 and "null" not in meta["ideal"]
 
 
 def test_random_weights_are_seeded_finite_and_tied(shape, monkeypatch):

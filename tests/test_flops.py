@@ -120,7 +120,9 @@ def test_a_method_costs_what_torch_counts(spec):
     assert (method.flops(120, 48, 36) > 0) == (spec == "divprune:keep=0.3")
 
 
-@pytest.mark.parametrize("call", [{"new_tokens": 3}, {"batch_size": 2}], ids=["decode", "batch"])
+@pytest.mark.parametrize(
+    "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
+)
 @pytest.mark.parametrize("spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_call_costs_what_torch_counts(family, spec, call):

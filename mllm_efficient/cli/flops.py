@@ -37,6 +37,7 @@ def flops(
     image_size: Annotated[
         str | None, typer.Option("--image-size", help="WxH in pixels, where the count depends on it; a list zips.")
     ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Pictures of a prompt; not with --visual-tokens.")] = 1,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Tokens generated; the prefill gives the first.")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 1,
     convention: Annotated[str, typer.Option("--convention", help="exact, or a paper's: divprune, sparsevlm.")] = "exact",
@@ -59,7 +60,7 @@ def flops(
     if measured and convention != "exact":
         raise MllmEfficientError(f"--measured counts what runs, so it has no meaning with --convention {convention}")
     shape = load_shape(model, revision, trust_remote_code)
-    call: dict[str, Any] = {"new_tokens": new_tokens, "batch_size": batch_size}
+    call: dict[str, Any] = {"images": images, "new_tokens": new_tokens, "batch_size": batch_size}
     costs = {
         m: [cost(shape, text_tokens=t, visual_tokens=n, image_size=size, method=m, convention=convention, **call) for t, n, size in pairs]
         for m in methods

@@ -109,6 +109,19 @@ class OneVision(Anyres):
         over = math.sqrt(rows * columns / (tiles * side**2))
         return (int(rows // over), int(columns // over)) if over > 1.1 else (rows, columns)
 
+    def together(self, picture: Picture, n: int) -> list[Picture]:
+        """Several pictures of one prompt are not tiled."""
+        return [self._untiled(picture.size, self.side)] * n if n > 1 else [picture]
+
+    def _untiled(self, size: Size | None, side: int) -> Picture:
+        shape = VisualShape((Plane(side, side),), closing=1)
+        pixels = self.tile if side == self.side else side * self.patch
+        says = f"a view of {pixels}x{pixels}, {shape.n} tokens and a newline"
+        return Picture(shape, (side, side), 1, (side, side), side * side, says, size)
+
+    def smaller(self, picture: Picture, unit: Grid) -> Picture:
+        return self._untiled(picture.size, unit[0]) if len(picture.shape.planes) == 1 else super().smaller(picture, unit)
+
 
 class Video(Anyres):
     """LLaVA-NeXT-Video: videos, whose frames are pooled before the projector; pictures as LLaVA-NeXT has them."""

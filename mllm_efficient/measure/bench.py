@@ -14,6 +14,7 @@ from ..errors import MllmEfficientError
 from ..models import Loaded, require_supported
 from ..trained import or_random
 from .arms import METHOD, TEXT_ONLY, Arm, arms_for
+from .ideal import PromptFlops
 from .latency import PHASES, Laps, measure
 from .machine import machine
 from .memory import fits_in_memory, largest_batch, weights_mb
@@ -134,29 +135,10 @@ class Bench:
 
     def flops_ratios(self) -> tuple[Callable[[Arm], float | None], str | None]:
         """The ideal TTFT ratio of an arm, and why there is none, if so."""
-        from .flops import cost, shape_of
-
-        work, fixed, known = self.settings.workload, self.adapter.fixed_count, dict[str, float]()
-        try:
-            shape = shape_of(self.loaded.model.config, self.loaded.options.model)
-            if fixed:
-                picture: dict[str, Any] = {"visual_tokens": self.one.visual_tokens}
-            elif work.images == 1:
-                picture = {"image_size": self.one.image_size}
-            else:
-                raise MllmEfficientError("FLOPs of several pictures of any size in a prompt are not counted")
-
-            def of(method: Compressor) -> Any:
-                return cost(shape, text_tokens=self.one.lengths[1], method=method, **picture)
-
-            base = of(NoCompression())
-            if base.visual_tokens_full != self.one.visual_tokens:
-                raise MllmEfficientError(f"FLOPs are of {base.visual_tokens_full} visual tokens, and {self.one.visual_tokens} were run")
-            for arm in self.arms():
-                if arm.role != TEXT_ONLY:
-                    known[arm.name] = of(arm.method).total / base.total
-        except MllmEfficientError as error:
-            return lambda arm: None, f"null: {error}"
+        flops = PromptFlops(self.loaded, self.adapter, self.settings.workload, self.one)
+        if flops.error is not None:
+            return lambda arm: None, f"null: {flops.error}"
+        known = {arm.name: flops.of(arm.method).total / flops.baseline.total for arm in self.arms() if arm.role != TEXT_ONLY}
         return lambda arm: known[arm.name], None
 
     def largest_batches(self) -> tuple[dict[tuple[str, str | None], int], dict[str, str]]:

@@ -52,6 +52,7 @@ def count(
     text_tokens: int = 64,
     visual_tokens: int | None = None,
     image_size: Size | None = None,
+    images: int = 1,
     new_tokens: int = 0,
     batch_size: int = 1,
 ) -> Counted:
@@ -65,7 +66,7 @@ def count(
 
     method = or_random(method)
     rules = pictures_of(shape)
-    pictures = chosen(rules, visual_tokens, image_size, exact=True)
+    pictures = chosen(rules, visual_tokens, image_size, exact=True, images=images)
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
         raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
     adapter, meta = adapter_for(model), model.device.type == "meta"
@@ -99,9 +100,12 @@ def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_token
     """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
     device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
     modality = pictures[0].shape.modality
-    visual = [adapter.placeholders[modality]] * sum(p.shape.length for p in pictures)
-    text = [_text_id(adapter)] * text_tokens
-    ids = torch.tensor([text[:1] + visual + text[1:]] * batch)
+    placeholder, text = adapter.placeholders[modality], [_text_id(adapter)] * text_tokens
+    prompt: list[int] = []
+    for picture in pictures:  # M-RoPE hosts take pictures side by side for one
+        prompt += [text.pop()] if text else []
+        prompt += [placeholder] * picture.shape.length
+    ids = torch.tensor([prompt + text] * batch)
     views = batch * sum(p.views for p in pictures)
     rows, columns = pictures[0].patches
 
@@ -111,7 +115,7 @@ def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_token
     if shape.family.startswith("qwen"):
         patch = tower.channels * tower.frames * tower.patch**2
         return {
-            "input_ids": ids, "mm_token_type_ids": (ids == visual[0]).long(), "pixel_values": noise(views * rows * columns, patch),
+            "input_ids": ids, "mm_token_type_ids": (ids == placeholder).long(), "pixel_values": noise(views * rows * columns, patch),
             "image_grid_thw": torch.tensor([[1, rows, columns]] * views),
         }  # fmt: skip
     side = shape.vision["image_size"]
@@ -121,6 +125,8 @@ def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_token
         return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (batch * len(pictures), -1))}
     sizes = [p.size for p in pictures * batch if p.size is not None]
     extra = {"image_sizes": torch.tensor([[h, w] for w, h in sizes])} if pictures_of(shape).separators else {}
+    if "batch_num_images" in adapter.encode_keys and len(pictures) > 1:
+        extra["batch_num_images"] = torch.tensor([len(pictures)] * batch)
     return {"input_ids": ids, "pixel_values": pixels, **extra}
 
 

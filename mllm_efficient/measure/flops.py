@@ -71,6 +71,7 @@ def cost(
     text_tokens: int = 64,
     visual_tokens: int | None = None,
     image_size: Size | None = None,
+    images: int = 1,
     method: Compressor | str | dict[str, Any] = "none",
     new_tokens: int = 0,
     batch_size: int = 1,
@@ -84,6 +85,7 @@ def cost(
         text_tokens: every token of a prompt that is not visual.
         visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
             height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
+        images: pictures of a prompt, all alike; not with ``visual_tokens``, which says it.
         method: of family P or J, as ``me.build`` takes it.
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
@@ -101,7 +103,7 @@ def cost(
     _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
     compressor, rules, decoder = pre_llm(method), pictures_of(model), model.decoder
     check(rules, compressor)
-    pictures = chosen(rules, visual_tokens, image_size, convention == EXACT)
+    pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
     layers = [tokens] * decoder.layers if visual_per_layer is None else list(visual_per_layer)

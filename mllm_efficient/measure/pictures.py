@@ -85,6 +85,10 @@ class Pictures:
         """Pictures with n tokens in all. exact: whether the vision cost will be asked for."""
         raise TypeError(f"{type(self).__name__} must define of_tokens")
 
+    def together(self, picture: Picture, n: int) -> list[Picture]:
+        """n of a picture in one prompt."""
+        return [picture] * n
+
     def smaller(self, picture: Picture, unit: Grid) -> Picture:
         """The picture with a smaller ``unit``."""
         raise TypeError(f"{type(self).__name__} must define smaller")
@@ -100,11 +104,17 @@ def pictures_of(model: ModelShape) -> Pictures:
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)(model)
 
 
-def chosen(rules: Pictures, tokens: int | None, size: Size | None, exact: bool) -> list[Picture]:
-    """The pictures of one prompt: by size, by number of tokens, or the usual. Both must agree.
+def chosen(rules: Pictures, tokens: int | None, size: Size | None, exact: bool, images: int = 1) -> list[Picture]:
+    """The pictures of one prompt: by size, by number of tokens, or the usual. Both must agree. images: how many, all alike.
 
     Raises ``MllmEfficientError`` for a number or size that the model cannot have.
     """
+    if images < 1:
+        raise MllmEfficientError(f"{images} images: at least 1")
+    if images > 1:
+        if tokens is not None:
+            raise MllmEfficientError("visual tokens are of all pictures of a prompt together: give them or the number of images")
+        return rules.together(rules.typical()[0] if size is None else rules.of_size(size), images)
     if size is None:
         return rules.typical() if tokens is None else rules.of_tokens(tokens, exact)
     picture = rules.of_size(size)
