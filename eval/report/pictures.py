@@ -97,9 +97,10 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
 
     from mllm_efficient.patches import adapter_for
     from mllm_efficient.shrink import prepare
+    from mllm_efficient.trained import installed
     from mllm_efficient.viz import Result, fit, render, views
 
-    with torch.no_grad():
+    with torch.no_grad(), installed(loaded.model, method):
         inputs = loaded.inputs([loaded.prompt(question, 1)], [picture])
         report = prepare(loaded.model, method, image_keys=[key], **inputs).report.images[0]
     adapter = adapter_for(loaded.model)

@@ -114,6 +114,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
 
     from ..patches import adapter_for
     from ..shrink import prepare
+    from ..trained import installed
     from ..viz import Result
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
@@ -121,7 +122,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
         inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
-    with torch.no_grad():
+    with torch.no_grad(), installed(loaded.model, method):
         reports = prepare(loaded.model, method, **inputs).report.images
     adapter, size = adapter_for(loaded.model), pictures[0].size
     planes: list[Any] = []

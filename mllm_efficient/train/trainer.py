@@ -233,12 +233,8 @@ def run(recipe: Recipe) -> Path:
 
 
 def _own(folder: Path, recipe: Recipe) -> None:
-    """Remembers the recipe in the folder, whose weights depend on everything in it but where and how fast it runs."""
-    mine = asdict(recipe)
-    for name in ("output_dir", "shape", "device", "workers", "logging_steps"):
-        mine.pop(name)
-    mine = json.loads(json.dumps(mine))
-    path = folder / RECIPE
+    """Remembers the recipe in the folder, so that no other one goes on in it."""
+    mine, path = _lasting(recipe), folder / RECIPE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -249,6 +245,12 @@ def _own(folder: Path, recipe: Recipe) -> None:
         path.write_text(json.dumps(mine, indent=1) + "\n")
     except OSError as error:
         raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _lasting(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe the weights depend on: everything but where and how fast it runs."""
+    every = json.loads(json.dumps(asdict(recipe)))
+    return {k: v for k, v in every.items() if k not in ("output_dir", "shape", "device", "workers", "logging_steps")}
 
 
 def arguments(recipe: Recipe, stage: StageConfig, folder: Path) -> TrainingArguments:
@@ -298,7 +300,7 @@ def publish(recipe: Recipe, model: TrainingModel, base: str, folder: Path) -> No
     """Writes the trained method's folder, the language model's weights with it where a stage moved them."""
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    about = {"base": {"model": recipe.model}, "recipe": json.loads(json.dumps(asdict(recipe)))}
+    about = {"base": {"model": recipe.model}, "recipe": _lasting(recipe)}
     shown = get_method(recipe.method)(tokens=max(recipe.counts))
     trained.save(folder, shown, model.projector, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
