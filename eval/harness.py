@@ -12,7 +12,7 @@ import torch
 from mllm_efficient.compressors.base import Compressor, Projector
 from mllm_efficient.models import Loaded, require_supported
 from mllm_efficient.shrink import Encoded, encode_items, encoding_key, pre_llm
-from mllm_efficient.trained import installed
+from mllm_efficient.trained import Parts, installed
 
 from .records import Records
 
@@ -30,7 +30,7 @@ class Harness:
 
     def __post_init__(self):
         self.adapter = require_supported(self.loaded)
-        self.vision = Vision(self.adapter)
+        self.vision, self.parts = Vision(self.adapter), dict[str, Parts]()
         self.prepare_samples()
         self.records = Records(self.output_dir, self.config)
 
@@ -101,7 +101,7 @@ class Harness:
         """Records of a batch; if it fails as a whole its samples are asked one by one, and those that fail say why."""
         try:
             self.refer(arm, batch)
-            with installed(self.loaded.model, method):
+            with installed(self.loaded.model, method, self.parts):
                 return self.answers(arm, method, batch)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

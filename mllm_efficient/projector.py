@@ -31,6 +31,8 @@ class TokenFlexProjector(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, expansion: int = 3, pooling: str = "bilinear", layers: str = "swiglu"):
         super().__init__()
+        if not isinstance(expansion, int) or isinstance(expansion, bool) or expansion < 1:
+            raise MllmEfficientError(f"expansion={expansion!r} of a TokenFLEX projector: a whole number from 1")
         if pooling not in POOLINGS or layers not in LAYERS:
             raise MllmEfficientError(f"a TokenFLEX projector has pooling {' or '.join(POOLINGS)} and layers {' or '.join(LAYERS)}")
         self.config: dict[str, Any] = {"expansion": expansion, "pooling": pooling, "layers": layers}

@@ -125,7 +125,7 @@ def _compose(parts: list[Compressor]) -> Compressor | tuple[Compressor, ...]:
         raise MllmEfficientError("no method given: 'divprune:keep=0.1' is one")
     if len(parts) == 1:
         return parts[0]
-    parts = [p for p in parts if p.name != "none"] or parts[:1]
+    parts = [p for p in parts if p.spec() != "none"] or parts[:1]
     for family in {p.family for p in parts}:
         same = [p.name for p in parts if p.family == family]
         if len(same) > 1:

@@ -23,7 +23,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
-from .trained import held, module_of
+from .trained import held, module_of, require_held
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,7 @@ def prepare(
 
 def require_installed(adapter: Any, method: Compressor) -> None:
     """A baseline on a trained method's weights is nothing but another name where the model does not hold them."""
+    require_held(adapter, method)
     if method.installs is not None and method.family != "J" and held(adapter) is None:
         raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
 

@@ -1,17 +1,13 @@
-"""Trained methods as folders: written by ``mllm-efficient train``, read by ``me.load``, put into a model and taken out again.
-
-A folder has ``config.json`` (method, sizes, the base model's fingerprint), ``compressor.safetensors``, and, where the
-language model was trained with it, ``base_delta/``: whole weights in ``model.safetensors``, or a LoRA as PEFT saves it.
-"""
+"""Trained methods in models: saved, loaded, put in the place of the model's own parts and taken out again."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import shutil
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,84 +17,93 @@ from torch import Tensor, nn
 from . import __version__
 from .compressors.base import Compressor, Projector
 from .errors import MllmEfficientError, UnsupportedModelError
+from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, open_folder, shipped
 
-CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
-RANDOM = "random"
 MARK = "_installed_as"  # attribute of a projector that stands in a model's own one's place
-_loaded: weakref.WeakKeyDictionary[Any, dict[tuple[str, str], nn.Module]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
 
 
-def base_fingerprint(model: Any) -> str:
-    """Names a base model by its sizes and its norms, in whatever dtype it is loaded, bare or under PEFT."""
+# ------------------------------------------------------------------------------------------------ the base model
+
+
+def base_of(model: Any) -> dict[str, Any]:
+    """What a base model is known by: its sizes and two values of every weight but the projector's, bare or under PEFT.
+
+    Weights that are quantized or offloaded are left out.
+    """
     from .patches import inner_model
 
     inner = inner_model(model)
     text, vision = inner.config.get_text_config(), inner.config.vision_config
-    sizes = [getattr(c, name, None) for c in (text, vision) for name in ("hidden_size", "num_hidden_layers", "intermediate_size")]
-    digest = hashlib.sha256(json.dumps([inner.config.model_type, *sizes]).encode())
-    for name, parameter in sorted(inner.named_parameters()):
-        if "norm" in name and parameter.ndim == 1 and not parameter.is_meta and "multi_modal_projector" not in name:
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    sizes = {"model_type": inner.config.model_type}
+    for part, config in (("text", text), ("vision", vision)):
+        sizes |= {f"{part}.{name}": getattr(config, name, None) for name in names}
+    sample = {}
+    for name, weight in inner.named_parameters():
+        plain = type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta and weight.numel()
+        if plain and "lora_" not in name and "multi_modal_projector" not in name:
+            flat, n = weight.detach().flatten(), weight.numel()
+            sample[name.replace(".base_layer.", ".")] = [float(f"{v:.6g}") for v in flat[[n // 3, 2 * n // 3]].float().tolist()]
+    return {"sizes": sizes, "sample": sample}
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A trained method on disk. config: its ``config.json``."""
-
-    path: Path
-    config: dict[str, Any]
-
-    @property
-    def delta(self) -> Path | None:
-        """The weights of the language model that were trained with it."""
-        path = self.path / DELTA
-        return path if path.is_dir() else None
-
-    def state(self) -> dict[str, Tensor]:
-        return _read(self.path / WEIGHTS)
+def differs(base: dict[str, Any], model: Any) -> str | None:
+    """Why a model is not the base that ``base_of`` described, in whatever dtype it is loaded; None if it is."""
+    now = base_of(model)
+    if now["sizes"] != base["sizes"]:
+        odd = [k for k in now["sizes"] if now["sizes"][k] != base["sizes"].get(k)]
+        return f"{', '.join(odd)} is another" if odd else "its sizes are others"
+    for name, values in base["sample"].items():
+        for was, found in zip(values, now["sample"].get(name, values)):
+            if abs(was - found) > 0.01 * abs(was) + 1e-4:  # bfloat16 is off by 0.4%
+                return f"{name} is another"
+    return None
 
 
-def save(folder: Path, method: Compressor, module: nn.Module, base: str, about: dict[str, Any]) -> None:
-    """Writes a trained method. base: ``base_fingerprint`` of the model it was trained on. about: what else to remember."""
-    from safetensors.torch import save_file
+# ------------------------------------------------------------------------------------------------ folders
 
+
+def save(folder: Path, method: Compressor, module: nn.Module, base: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """Writes a trained method. base: ``base_of`` the model it was trained on. about: what else to remember."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in method.to_dict().items() if k != "weights"}
     sizes = {"inputs": module.inputs, "outputs": module.outputs, **module.config}  # type: ignore[dict-item]
-    config = {**settings, "sizes": sizes, "base": {"fingerprint": base, **about.pop("base", {})}, "version": __version__, **about}
-    save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    _write(folder / WEIGHTS, module.state_dict())
+    config = {**settings, "sizes": sizes, "version": __version__, **(about or {}), "base": base}
+    (folder / CONFIG).write_text(json.dumps(config) + "\n")
 
 
 def save_delta(folder: Path, weights: dict[str, Tensor]) -> None:
     """Writes whole weights of the language model, by their names in the model."""
+    (folder / DELTA).mkdir(parents=True, exist_ok=True)
+    _write(folder / DELTA / FULL_DELTA, weights)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    (folder / DELTA).mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous().cpu() for k, v in weights.items()}, folder / DELTA / FULL_DELTA)
+    odd = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if odd:
+        raise MllmEfficientError(f"{odd[0]} holds NaN or infinity: the training diverged, and {path} is not written")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path)
 
 
-def open_folder(where: str) -> Folder:
-    """A folder, or one of the hub by its id. Raises ``MllmEfficientError`` for what is none."""
-    path = Path(where).expanduser()
-    if not path.is_dir() and where.count("/") == 1 and not where.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
+def move(partial: Path, folder: Path) -> None:
+    """A finished folder to its place, in place of what is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
 
-        try:
-            path = Path(snapshot_download(where, allow_patterns=["*.json", "*.safetensors"]))
-        except Exception as error:  # whatever the hub's library raises without network, access or such a repository
-            raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
-        config = json.loads((path / CONFIG).read_text())
-    except OSError:
-        raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
-    except ValueError:
-        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON") from None
-    if not isinstance(config, dict) or not {"method", "sizes", "base"} <= set(config):
-        raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
-    return Folder(path, config)
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
 def load(where: str | Path, **settings: Any) -> Compressor:
@@ -111,8 +116,7 @@ def load(where: str | Path, **settings: Any) -> Compressor:
 
     config = open_folder(str(where)).config
     cls = get_method(config["method"])
-    names = {f for f in cls.__dataclass_fields__ if f not in ("weights",)}
-    own = {k: v for k, v in config.items() if k in names}
+    own = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
     if {"keep", "tokens", "prune"} & set(settings):
         own = {k: v for k, v in own.items() if k not in ("keep", "tokens", "prune")}
     built = build({"method": config["method"], **own, **settings, "weights": str(where)})
@@ -120,82 +124,111 @@ def load(where: str | Path, **settings: Any) -> Compressor:
     return built
 
 
-def located(adapter: Any, method: Compressor) -> Folder | None:
-    """Where a method's weights are; None for random ones. Raises ``MllmEfficientError`` where there are none."""
-    given = getattr(method, "weights", None)
-    if given == RANDOM:
+def located(adapter: Any, method: Projector) -> Folder | None:
+    """Where a method's weights are; None for random ones. Raises ``MllmEfficientError`` where there are none, or none that fit."""
+    if method.weights == RANDOM:
         return None
-    folder = open_folder(given) if given else _shipped(adapter, method)
-    if folder is None:
+    folder = shipped(method.name) if method.weights is None else open_folder(method.weights)
+    odd = "" if folder is None else differs(folder.config["base"], adapter.model)
+    if folder is None or (method.weights is None and odd):
         raise MllmEfficientError(
             f"{method.name} is trained, and no weights of it ship for this model: give {method.name}:weights=FOLDER, "
             "which mllm-efficient train writes (weights=random is for timing alone)"
         )
-    if folder.config["method"] != method.name:
-        raise MllmEfficientError(f"weights={given} is a {folder.config['method']}, not a {method.name}")
+    name, sizes = folder.config["method"], folder.config["sizes"]
+    if name != method.name:
+        raise MllmEfficientError(f"weights={method.weights} is a {name}, not a {method.name}")
+    have, want = (sizes["inputs"], sizes["outputs"]), adapter.projector_widths
+    if have != want:
+        raise MllmEfficientError(f"{folder.path} is a projector {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
+    if odd:
+        raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
     return folder
 
 
-def _shipped(adapter: Any, method: Compressor) -> Folder | None:
-    """What ships for the embedded model, if this is it."""
-    from importlib.resources import files
+# ------------------------------------------------------------------------------------------------ parts
 
-    path = Path(str(files("mllm_efficient.eval.builtin") / "trained" / method.name))
-    if not (path / CONFIG).is_file():
-        return None
-    folder = open_folder(str(path))
-    return folder if folder.config["base"]["fingerprint"] == base_fingerprint(adapter.model) else None
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trained method puts into a model. module: its projector. delta: language-model weights by name.
+
+    made_of: names the folder's state, so that a folder written anew is read anew.
+    """
+
+    module: nn.Module
+    delta: dict[str, Tensor] = field(default_factory=dict)
+    made_of: tuple[str, float] = ("", 0.0)
+
+
+def parts_of(adapter: Any, method: Projector) -> Parts:
+    """A method's parts on the model's device and in its dtype. Raises ``MllmEfficientError`` for weights that do not fit."""
+    owner, name = adapter.projector_at
+    own = owner._modules[name]
+    if type(own).__name__ == "ModulesToSaveWrapper" or any("lora_" in n for n, _ in own.named_parameters()):
+        raise UnsupportedModelError(f"the projector belongs to a PEFT adapter, so {method.name} cannot take its place: unload it first")
+    like = next(own.parameters())
+    if like.is_meta and any(hasattr(m, "_hf_hook") for m in own.modules()):
+        raise UnsupportedModelError(f"the projector is offloaded, so {method.name} cannot take its place: keep it on a device")
+    folder = located(adapter, method)
+    config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
+    with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
+        if not like.is_meta:
+            torch.manual_seed(0)
+        module = method.module(*adapter.projector_widths, **config)
+    if folder is not None:
+        _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
+    dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
+    delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
+    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, _state_of(method))
+
+
+def _state_of(method: Projector) -> tuple[str, float]:
+    """The weights' name and when they were written."""
+    if method.weights in (None, RANDOM):
+        return mark(method), 0.0
+    path = Path(str(method.weights)).expanduser() / CONFIG
+    return mark(method), path.stat().st_mtime if path.is_file() else 0.0
+
+
+def mark(method: Projector) -> str:
+    """The method without its budget."""
+    return f"{method.name}:weights={method.weights}" if method.weights else method.name
 
 
 def held(adapter: Any) -> str | None:
-    """The name and weights of the trained method whose projector a model holds."""
+    """``mark`` of the trained method whose projector a model holds."""
     if not adapter.projects:
         return None
     owner, name = adapter.projector_at
     return next((m.__dict__[MARK] for m in owner._modules[name].modules() if MARK in m.__dict__), None)
 
 
+def require_held(adapter: Any, method: Compressor) -> None:
+    """Raises where a model holds the weights of another trained method than this one is of."""
+    part, there = method.installs, held(adapter)
+    if part is not None and there is not None and part.weights is not None and there != mark(part):
+        raise MllmEfficientError(f"the model holds {there}, so {method.spec()} cannot run on it: unwrap it first")
+
+
 def module_of(adapter: Any, method: Projector) -> nn.Module:
     """The projector of a method, on the model's device and dtype: the one put into the model, else one kept beside it.
 
-    Raises ``MllmEfficientError`` for weights that do not fit the model, or that bring a language model of their own and
-    are not installed.
+    A method that names no weights is the one that the model holds. Raises ``MllmEfficientError`` for weights that do not
+    fit, or that bring a language model of their own and are not installed.
     """
-    key = method.weights or ""
     owner, name = adapter.projector_at
     if held(adapter) is not None:
-        if held(adapter) != _mark(method):
-            raise MllmEfficientError(f"the model holds {held(adapter)}, so {method.spec()} cannot run on it: unwrap it first")
+        require_held(adapter, method)
         return getattr(owner, name)
-    cache = _loaded.setdefault(adapter.model, {})
-    if (method.name, key) not in cache:
-        folder = located(adapter, method)
-        if folder is not None and folder.delta is not None:
+    cache = _kept.setdefault(adapter.model, {})
+    if mark(method) not in cache or cache[mark(method)].made_of != _state_of(method):
+        made = parts_of(adapter, method)
+        if made.delta:
             raise MllmEfficientError(f"{method.spec()} was trained with the language model: use wrap or compressed, which put both in")
-        cache[method.name, key] = _build(adapter, method, folder)
-    return cache[method.name, key]
-
-
-def _build(adapter: Any, method: Projector, folder: Folder | None) -> nn.Module:
-    inputs, outputs = adapter.projector_widths
-    like = next(getattr(*adapter.projector_at).parameters())
-    config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
-    if folder is not None:
-        sizes = folder.config["sizes"]
-        if (sizes["inputs"], sizes["outputs"]) != (inputs, outputs):
-            have, want = f"{sizes['inputs']} -> {sizes['outputs']}", f"{inputs} -> {outputs}"
-            raise MllmEfficientError(f"{folder.path} is a projector {have}, and {adapter.name} needs {want}")
-        base, this = folder.config["base"]["fingerprint"], base_fingerprint(adapter.model)
-        if base != this:
-            raise MllmEfficientError(f"{folder.path} was trained on another model (fingerprint {base}, this one is {this})")
-    floating = like.dtype if like.dtype.is_floating_point else torch.float32
-    with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
-        if not like.is_meta:
-            torch.manual_seed(0)
-        module = method.module(inputs, outputs, **config)
-    if folder is not None:
-        _fill(module, folder.state(), folder.path / WEIGHTS)
-    return module.to(floating).eval().requires_grad_(False)
+        cache[mark(method)] = made
+    like = next(getattr(owner, name).parameters())
+    return cache[mark(method)].module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -209,92 +242,11 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     module.load_state_dict(state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-
-
-class Undo:
-    """What ``install`` changed; calling it puts everything back, on the device and in the dtype the model has by then."""
-
-    def __init__(self) -> None:
-        self.parts = list[tuple[dict[str, Any], str, Any]]()
-
-    def put(self, store: dict[str, Any], name: str, value: Any) -> None:
-        self.parts.append((store, name, store[name]))
-        store[name] = value
-
-    def __call__(self) -> None:
-        for store, name, old in reversed(self.parts):
-            now = store[name]
-            if isinstance(old, nn.Module):
-                like = next(now.parameters())
-                old.to(like.device)
-            elif old.device != now.device:
-                old.data = old.data.to(now.device)
-            store[name] = old
-        self.parts.clear()
-
-
-def _mark(method: Projector) -> str:
-    return f"{method.name}:weights={method.weights}" if method.weights else method.name
-
-
-def install(adapter: Any, method: Compressor, module: nn.Module | None = None) -> Undo:
-    """Puts a trained method's parts into a model: its projector, and the language-model weights trained with it.
-
-    Weights are swapped by reference. module: a projector to put in instead of the folder's, for training. A method
-    without trained parts changes nothing.
-    """
-    undo, part = Undo(), method.installs
-    if part is None:
-        return undo
-    method = part
-    if held(adapter) is not None:
-        raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")
-    owner, name = adapter.projector_at
-    if type(owner._modules[name]).__name__ == "ModulesToSaveWrapper":
-        raise UnsupportedModelError(f"the projector belongs to a PEFT adapter (modules_to_save), so {method.name} cannot take its place")
-    folder = None if module is not None else located(adapter, method)
-    module = module or _build(adapter, method, folder)
-    try:
-        undo.put(owner._modules, name, module)
-        if folder is not None and folder.delta is not None:
-            for full_name, value in delta_weights(adapter.model, folder.delta).items():
-                path, _, leaf = full_name.rpartition(".")
-                undo.put(adapter.model.get_submodule(path)._parameters, leaf, nn.Parameter(value, requires_grad=False))
-            _tie(adapter.model, undo)
-    except BaseException:
-        undo()
-        raise
-    module.__dict__[MARK] = _mark(method)
-    return undo
-
-
-@contextlib.contextmanager
-def installed(model: Any, method: Compressor | None) -> Iterator[None]:
-    """A trained method's parts in the model inside the block; nothing for a method that has none or a model that holds it."""
-    from .patches import adapter_for
-
-    adapter = adapter_for(model)
-    if method is None or method.installs is None or held(adapter) is not None:
-        yield
-        return
-    undo = install(adapter, method)
-    try:
-        yield
-    finally:
-        undo()
-
-
 def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
     """The weights that a ``base_delta`` puts in place of a model's own, by name, on its device and in its dtype."""
     own = dict(model.named_parameters())
+    if any(".lora_" in name for name in own):
+        raise UnsupportedModelError(f"the model has a LoRA, and {folder} brings weights of its own: merge or unload the LoRA first")
     if (folder / FULL_DELTA).is_file():
         new, path = _read(folder / FULL_DELTA), folder / FULL_DELTA
     else:
@@ -318,18 +270,99 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     except (OSError, ValueError, KeyError) as error:
         raise MllmEfficientError(f"{folder / LORA_CONFIG} is not a LoRA's configuration ({error})") from None
-    out = {}
+    left, out = set(state), {}
     for key, a in state.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
+        other = key.replace(".lora_A.", ".lora_B.")
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
-        b = state.get(key.replace(".lora_A.", ".lora_B."))
-        if name not in own or b is None:
-            raise MllmEfficientError(f"{folder / LORA_DELTA}: {key} belongs to no weight of this model")
+        if not key.endswith(".lora_A.weight") or name not in own or other not in state:
+            continue
         weight = own[name]
-        product = b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
+        product = state[other].to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
         out[name] = (weight.detach().float() + scale * product).to(weight.dtype)
+        left -= {key, other}
+    if left or not out:
+        odd = f"{sorted(left)[0]} belongs to no weight of this model" if left else "there is nothing in it"
+        raise MllmEfficientError(f"{folder / LORA_DELTA}: {odd}")
     return out
+
+
+# ------------------------------------------------------------------------------------------------ in and out
+
+
+class Undo:
+    """What ``install`` changed; calling it puts everything back, on the device and in the dtype the model has by then."""
+
+    def __init__(self) -> None:
+        self.parts = list[tuple[dict[str, Any], str, Any]]()
+
+    def put(self, store: dict[str, Any], name: str, value: Any) -> None:
+        self.parts.append((store, name, store[name]))
+        store[name] = value
+
+    def __call__(self) -> None:
+        for store, name, old in reversed(self.parts):
+            now = next(store[name].parameters()) if isinstance(old, nn.Module) else store[name]
+            if not now.is_meta:  # offloaded since: the old part stays where it is
+                _follow(old, now)
+            store[name] = old
+        self.parts.clear()
+
+
+def _follow(old: Any, now: Tensor) -> None:
+    """Takes a part to where a tensor is."""
+    if isinstance(old, nn.Module):
+        old.to(now.device, now.dtype if next(old.parameters()).is_floating_point() else None)
+    elif (old.device, old.dtype) != (now.device, now.dtype):
+        old.data = old.data.to(now.device, now.dtype)
+
+
+def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Undo:
+    """Puts a trained method's parts into a model: its projector, and the language-model weights trained with it.
+
+    Weights are swapped by reference. parts: what to put in, if it is there already. A method without trained parts changes
+    nothing.
+    """
+    undo, part = Undo(), method.installs
+    if part is None:
+        return undo
+    if held(adapter) is not None:
+        raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")
+    owner, name = adapter.projector_at
+    parts = parts or parts_of(adapter, part)
+    try:
+        undo.put(owner._modules, name, parts.module)
+        for full_name, value in parts.delta.items():
+            path, _, leaf = full_name.rpartition(".")
+            store = adapter.model.get_submodule(path)._parameters
+            undo.put(store, leaf, nn.Parameter(value, requires_grad=store[leaf].requires_grad))
+        _tie(adapter.model, undo)
+    except BaseException:
+        undo()
+        raise
+    parts.module.__dict__[MARK] = mark(part)
+    return undo
+
+
+@contextlib.contextmanager
+def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | None = None) -> Iterator[None]:
+    """A trained method's parts in the model inside the block; nothing for a method that has none or a model that holds it.
+
+    kept: parts that were read before, by ``mark``; those that are read now are added.
+    """
+    from .patches import adapter_for
+
+    adapter, part = adapter_for(model), None if method is None else method.installs
+    if method is None or part is None or held(adapter) is not None:
+        yield
+        return
+    kept = {} if kept is None else kept
+    if mark(part) not in kept:
+        kept[mark(part)] = parts_of(adapter, part)
+    undo = install(adapter, method, kept[mark(part)])
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _tie(model: Any, undo: Undo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import nn
 import mllm_efficient as me
 from mllm_efficient import trained
 from mllm_efficient.measure.counter import count
-from mllm_efficient.measure.flops import cost, load_shape
+from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.projector import TokenFlexProjector
 
@@ -146,6 +147,9 @@ def test_bad_calls_of_the_projector_are_one_line(call, message):
     ("tokenflex", "no budget"),
     ("tokenflex:tokens=0", "tokens=0"),
     ("none@divprune", "no weights of its own"),
+    ("none@tokenflex:tokens=36", "a method without its budget is wanted"),
+    ("none@", "a method without its budget is wanted"),
+    ("tokenflex:tokens=9,weights=5", "no folder or hub id"),
 ])  # fmt: skip
 def test_bad_specifications_are_one_line(spec, message):
     with pytest.raises(me.MllmEfficientError, match=message):
@@ -166,7 +170,7 @@ def random_folder(tmp_path, model, delta=None, **sizes):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    trained.save(tmp_path, me.TokenFlex(tokens=9), module, trained.base_fingerprint(model), {})
+    trained.save(tmp_path, me.TokenFlex(tokens=9), module, trained.base_of(model))
     if delta is not None:
         trained.save_delta(tmp_path, delta)
     return module.eval()
@@ -329,7 +333,7 @@ def test_weights_of_the_language_model_come_with_the_projector(tiny_llava, make_
         me.prepare(tiny_llava, spec, **batch)
     by_hand = copy.deepcopy(tiny_llava)
     by_hand.load_state_dict(delta, strict=False)
-    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_fingerprint(by_hand), {})
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_of(by_hand))
     wanted = me.wrap(by_hand, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
     assert torch.equal(me.wrap(tiny_llava, spec)(**batch).logits, wanted)
 
@@ -341,10 +345,88 @@ def test_a_lora_is_merged_as_peft_merges_it(tiny_llava, make_batch, tmp_path):
     model = peft.get_peft_model(copy.deepcopy(tiny_llava), config)
     model.save_pretrained(tmp_path / trained.DELTA)
     merged = model.merge_and_unload()
-    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_fingerprint(merged), {})
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_of(merged))
     batch = make_batch("one image", "two images")
     wanted = me.wrap(merged, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
     torch.testing.assert_close(me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")(**batch).logits, wanted)
+
+
+def test_a_spec_without_weights_is_what_the_model_holds(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    batch = make_batch("one image")
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    for short, long in (("tokenflex:tokens=4", f"tokenflex:tokens=4,weights={tmp_path}"), ("none@tokenflex", None)):
+        assert torch.equal(tiny_llava.generate(**batch, **NEW, compression=short), tiny_llava.generate(**batch, **NEW, compression=long))
+
+
+def test_a_baseline_on_other_weights_is_an_error(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    with pytest.raises(me.MllmEfficientError, match="the model holds"):
+        tiny_llava.generate(**make_batch("one image"), **NEW, compression="none@tokenflex:weights=random")
+
+
+def test_a_baseline_on_trained_weights_is_not_lost_in_a_composition(tiny_llava):
+    with pytest.raises(me.MllmEfficientError, match="one method at a time|of one family"):
+        me.wrap(tiny_llava, "none@tokenflex:weights=random | divprune:tokens=9")
+
+
+def test_unwrap_follows_the_model(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava, {"model.language_model.norm.weight": tiny_llava.model.language_model.norm.weight * 2})
+    batch = make_batch("one image")
+    wanted = copy.deepcopy(tiny_llava).bfloat16()
+    me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    tiny_llava.to(torch.bfloat16)
+    me.unwrap(tiny_llava)
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    assert torch.equal(tiny_llava.generate(**batch, **NEW), wanted.generate(**batch, **NEW))
+
+
+def test_the_explicit_path_follows_the_model_and_the_folder(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    batch, spec = make_batch("one image"), f"tokenflex:tokens=9,weights={tmp_path}"
+    first = me.prepare(tiny_llava, spec, **batch).features[0][1]
+    half = {**batch, "pixel_values": batch["pixel_values"].bfloat16()}
+    assert me.prepare(tiny_llava.bfloat16(), spec, **half).features[0][1].dtype == torch.bfloat16
+    tiny_llava.float()
+    state = load_file(tmp_path / "compressor.safetensors")
+    save_file({k: v * 2 for k, v in state.items()}, tmp_path / "compressor.safetensors")
+    os.utime(tmp_path / "config.json", (1, 1))
+    assert not torch.allclose(me.prepare(tiny_llava, spec, **batch).features[0][1], first)
+
+
+def test_a_projector_under_lora_is_refused(tiny_llava, tmp_path):
+    peft = pytest.importorskip("peft")
+    random_folder(tmp_path, tiny_llava)
+    model = peft.get_peft_model(tiny_llava, peft.LoraConfig(r=2, target_modules=["linear_1", "q_proj"]))
+    with pytest.raises(me.UnsupportedModelError, match="the projector belongs to a PEFT adapter"):
+        me.wrap(model, f"tokenflex:tokens=9,weights={tmp_path}")
+
+
+def test_weights_under_a_lora_are_refused_and_a_projector_alone_is_not(tiny_llava, make_batch, tmp_path):
+    peft = pytest.importorskip("peft")
+    random_folder(tmp_path / "alone", tiny_llava)
+    random_folder(tmp_path / "both", tiny_llava, {"model.language_model.norm.weight": tiny_llava.model.language_model.norm.weight * 2})
+    model = peft.get_peft_model(tiny_llava, peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    with pytest.raises(me.UnsupportedModelError, match="merge or unload the LoRA first"):
+        me.wrap(model, f"tokenflex:tokens=9,weights={tmp_path / 'both'}")
+    me.wrap(model, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")
+    assert model.generate(**make_batch("one image"), **NEW).shape[0] == 1
+
+
+def test_offloaded_models_run_as_those_that_are_not(tiny_llava, make_batch, tmp_path):
+    from accelerate import cpu_offload
+
+    random_folder(tmp_path, tiny_llava)
+    batch, spec = make_batch("one image", "two images"), f"tokenflex:tokens=9,weights={tmp_path}"
+    wanted = me.wrap(copy.deepcopy(tiny_llava), spec).generate(**batch, **NEW)
+    language = copy.deepcopy(tiny_llava)
+    cpu_offload(language.model.language_model)
+    assert torch.equal(me.wrap(language, spec).generate(**batch, **NEW), wanted)
+    everything = copy.deepcopy(tiny_llava)
+    cpu_offload(everything)
+    with pytest.raises(me.UnsupportedModelError, match="the projector is offloaded"):
+        me.wrap(everything, spec)
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -388,7 +470,7 @@ def spoil(what):
         elif what == "width":
             config["sizes"]["outputs"] = 48
         elif what == "base":
-            config["base"]["fingerprint"] = "0" * 16
+            config["base"]["sample"]["model.language_model.norm.weight"] = [9.0, 9.0]
         elif what == "torn":
             (folder / "compressor.safetensors").write_bytes(b"torn")
             return
@@ -442,12 +524,18 @@ def test_load_takes_the_saved_budget_or_a_given_one(tiny_llava, tmp_path):
         me.load(tmp_path / "nowhere")
 
 
-def test_the_fingerprint_sees_the_base_and_not_its_dtype_or_its_wrapping(tiny_llava, make_llava, tmp_path):
-    base = trained.base_fingerprint(tiny_llava)
-    assert trained.base_fingerprint(make_llava(seed=1)) != base
-    assert trained.base_fingerprint(copy.deepcopy(tiny_llava).bfloat16()) == base
+def test_the_base_is_known_in_any_dtype_and_wrapping_and_told_from_others(tiny_llava, make_llava, tmp_path):
+    base = trained.base_of(tiny_llava)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert trained.differs(base, copy.deepcopy(tiny_llava).to(dtype)) is None
+    assert "is another" in trained.differs(base, make_llava(seed=1))
+    assert "num_hidden_layers is another" in trained.differs(base, make_llava(layers=2))
+    tuned = copy.deepcopy(tiny_llava)
+    with torch.no_grad():
+        tuned.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.05)
+    assert "layers.1.mlp.up_proj.weight is another" in trained.differs(base, tuned)
     random_folder(tmp_path, tiny_llava)
-    assert trained.base_fingerprint(me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")) == base
+    assert trained.differs(base, me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")) is None
 
 
 # ------------------------------------------------------------------------------------------------ cost
@@ -463,6 +551,13 @@ def test_flops_equal_the_counter(name, picture, tokens):
     shape, method = load_shape(name), me.TokenFlex(tokens=tokens)
     found, counted = cost(shape, method=method, **picture), count(build_on_meta(shape), shape, method, **picture)
     assert (found.vision, found.compress, found.prefill) == (counted.vision, counted.compress, counted.prefill)
+
+
+def test_flops_are_those_of_the_folders_own_layers(tiny_llava, tmp_path):
+    for name, sizes in (("mlp", {"layers": "mlp"}), ("wide", {"expansion": 5})):
+        random_folder(tmp_path / name, tiny_llava, **sizes)
+        shape, method = shape_of(tiny_llava.config), me.TokenFlex(tokens=9, weights=str(tmp_path / name))
+        assert cost(shape, method=method).vision == count(tiny_llava, shape, method).vision
 
 
 def test_all_tokens_on_its_weights_cost_its_projector():

@@ -193,8 +193,12 @@ def test_images_of_left_out_turns_go_too():
     assert torch.equal(cut["input_ids"], encode(LATER.first(1), processor)["input_ids"])
 
 
-def test_first_turn_that_does_not_fit_names_the_record():
-    with pytest.raises(me.MllmEfficientError, match=r"d.json:1: the first turn has \d+ tokens, and max_length is 30"):
+def test_a_first_turn_that_does_not_fit_loses_its_end_and_images_that_do_not_are_named():
+    full = Collator(build_processor())([ONE.first(1)])
+    length = full["labels"].shape[1] - 2
+    cut = Collator(build_processor(), max_length=length)([ONE])
+    assert all(torch.equal(cut[name], full[name][:, :length]) for name in ("input_ids", "labels", "attention_mask"))
+    with pytest.raises(me.MllmEfficientError, match="d.json:1: its images go beyond max_length=30"):
         Collator(build_processor(), max_length=30)([ONE])
 
 

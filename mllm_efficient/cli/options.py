@@ -68,6 +68,10 @@ def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     adapter = require_supported(loaded)
     for method in methods:
         check(adapter, method)
+        if method.installs is not None:
+            from ..trained import located
+
+            located(adapter, method.installs)
         say(describe(method, adapter.usual(), adapter))
 
 

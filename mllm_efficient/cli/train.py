@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,9 @@ from . import options
 
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as seed=1 or stages.0.steps=100.")] = None,
-    config: Annotated[Path, typer.Option("--config", help="A recipe, such as configs/train/tokenflex_builtin.yaml.")] = ...,  # type: ignore[assignment]
+    config: Annotated[
+        Path, typer.Option("--config", help="A recipe: a YAML file, or one that ships by its name, such as tokenflex_builtin.")
+    ] = ...,  # type: ignore[assignment]
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the data, count tokens, estimate steps and memory; train nothing.")
     ] = False,
@@ -33,6 +36,8 @@ def train(
     from ..train.trainer import run
 
     folder = run(recipe)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
     method = f"{recipe.method}:tokens={max(recipe.counts)},weights={folder}"
     options.say(f"trained: {folder}; use it as --method {method}")
     if json:
@@ -43,7 +48,7 @@ def _dry_run(recipe, json: bool) -> None:
     from ..train.estimate import estimate
     from ..train.trainer import records_of
 
-    found = estimate(recipe, {s.name: records_of(recipe, s) for s in recipe.stages})
+    found = estimate(recipe, {s.name: records_of(recipe, s, keep=False) for s in recipe.stages})
     if json:
         options.print_json(found["rows"], found["meta"])
         return

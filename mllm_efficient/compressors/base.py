@@ -223,6 +223,8 @@ class Projector(Compressor):
         super().__post_init__()
         if self.per != "image" or self.newline is not None:
             raise BadBudgetError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")
+        if self.weights is not None and not isinstance(self.weights, str):
+            raise BadBudgetError(f"{self.name}: weights={self.weights!r} is no folder or hub id")
         if self.tokens is not None and math.isqrt(self.tokens) ** 2 != self.tokens:
             near = math.isqrt(self.tokens)
             raise BadBudgetError(f"{self.name}: tokens={self.tokens} is no square: {near**2} and {(near + 1) ** 2} are")

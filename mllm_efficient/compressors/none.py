@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ class NoCompression(Selector):
         if (self.per, self.newline) != ("image", None):
             raise BadBudgetError("none keeps every token and newline column: per= and newline= have no effect")
         super().__post_init__()
+        if self.on is not None and re.search(r"(^|[:,])\s*(keep|tokens|prune)\s*=|^$", self.on):
+            raise BadBudgetError(f"none@{self.on}: a method without its budget is wanted, such as none@tokenflex")
         if self.on is not None and self.positions is not None:
             raise BadBudgetError(f"none@{self.on}: positions= has no effect where every token stays")
         if self.on is not None and self.installs is None:

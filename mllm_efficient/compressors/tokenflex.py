@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import MllmEfficientError
+from ..folders import RANDOM, open_folder
 from ..registry import register
 from .base import Projector
 
@@ -30,5 +31,7 @@ class TokenFlex(Projector):
         return TokenFlexProjector(inputs, outputs, **config)
 
     def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
-        hidden = 3 * inputs
-        return 2 * n * hidden * (2 * inputs + outputs)
+        sizes = {} if self.weights in (None, RANDOM) else open_folder(str(self.weights)).config["sizes"]
+        if sizes.get("layers") == "mlp":
+            return 2 * n * outputs * (inputs + outputs)
+        return 2 * n * sizes.get("expansion", 3) * inputs * (2 * inputs + outputs)

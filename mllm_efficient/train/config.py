@@ -101,12 +101,15 @@ class Recipe:
 
 
 def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """A recipe from a YAML file. overrides: ``"seed=1"``, ``"stages.0.steps=10"``, ``"data.path=d.json"``.
+    """A recipe from a YAML file, or one that ships by its name alone, ``tokenflex_builtin``.
+
+    overrides: ``"seed=1"``, ``"stages.0.steps=10"``, ``"data.path=d.json"``.
 
     Raises ``MllmEfficientError`` naming the key that is wrong, and the nearest that is known.
     """
     import yaml
 
+    path = path if path.exists() or path.suffix else _shipped(path.name)
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -126,6 +129,16 @@ def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     recipe = _make(Recipe, content, "")
     _check(recipe)
     return recipe
+
+
+def _shipped(name: str) -> Path:
+    from importlib.resources import files
+
+    folder = Path(str(files("mllm_efficient.configs"))) / "train"
+    path, known = folder / f"{name}.yaml", sorted(p.stem for p in folder.glob("*.yaml"))
+    if not path.is_file():
+        raise MllmEfficientError(f"no recipe {name}{did_you_mean(name, known)} (shipped: {', '.join(known)}; or a YAML file)")
+    return path
 
 
 def _put(content: Any, keys: list[str], value: Any, override: str) -> None:
@@ -214,6 +227,21 @@ def _check(recipe: Recipe) -> None:
     names = [s.name for s in recipe.stages]
     if len(set(names)) < len(names) or not all(n.replace("_", "").replace("-", "").isalnum() for n in names):
         raise MllmEfficientError(f"stages need names of their own, of letters, digits, - and _: {', '.join(names)}")
+    reserved = [n for n in names if n in ("final", "data")]
+    if reserved:
+        raise MllmEfficientError(f"a stage cannot be named {reserved[0]}, which is a folder of the run")
+    for name, least in (("seed", 0), ("workers", 0), ("logging_steps", 1), ("max_length", 1)):
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise MllmEfficientError(f"{name}={value}: at least {least}")
+    if recipe.dtype not in ("float32", "bfloat16", "float16"):
+        raise MllmEfficientError(f"dtype={recipe.dtype}: float32, bfloat16 or float16")
+    if recipe.device not in ("auto", "cpu", "cuda", "mps"):
+        raise MllmEfficientError(f"device={recipe.device}: auto, cpu, cuda or mps (CUDA_VISIBLE_DEVICES says which GPU)")
+    if recipe.start is not None and recipe.settings:
+        raise MllmEfficientError("settings have no effect with start, whose projector has its own")
+    if recipe.lora.r < 1 or recipe.lora.alpha < 1 or not recipe.lora.targets:
+        raise MllmEfficientError("lora: r and alpha are at least 1, and targets name some layers")
     _check_data(recipe.data, "data")
     for stage in recipe.stages:
         _check_stage(stage)
@@ -256,6 +284,8 @@ def _check_stage(stage: StageConfig) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise MllmEfficientError(f"{where}: {name}={value} must be positive")
+    if stage.weight_decay < 0 or any(rate <= 0 for rate in stage.learning_rates.values()):
+        raise MllmEfficientError(f"{where}: weight_decay is at least 0 and learning_rates are positive")
     if not 0 <= stage.warmup < 1:
         raise MllmEfficientError(f"{where}: warmup={stage.warmup} is a fraction of the steps, below 1")
     if stage.data is not None:

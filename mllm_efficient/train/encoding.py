@@ -27,15 +27,16 @@ def encode(record: Record, processor: Any, max_length: int | None = None) -> dic
     Returns ``input_ids`` (L,), ``labels`` (L,) with -100 everywhere but on the answers and the token that ends each,
     ``turns`` (L,), 0 up to the end of the first question's images and the number of the turn after that (a conversation
     that begins without images has no 0), ``mm_token_type_ids`` (L,) if the processor gives them, and the processor's
-    vision tensors as they come. Turns that go beyond ``max_length`` are left out; raises ``MllmEfficientError`` if the
-    first one does, or if the template or the processor makes something of the conversation that cannot be labelled.
+    vision tensors as they come. Turns that go beyond ``max_length`` are left out, and the end of the first one; raises
+    ``MllmEfficientError`` if its images do, or if the template or the processor makes something of the conversation that
+    cannot be labelled.
     """
     rows, vision = _encode([record], Chat(processor), max_length, independent=False)
     return rows[0] | vision
 
 
 class Collator:
-    """Records to a right-padded batch. A turn beyond ``max_length`` tokens (visual ones included) is left out.
+    """Records to a right-padded batch. A turn beyond ``max_length`` tokens (visual ones included) is left out, a first one cut.
 
     ``input_ids``, ``attention_mask``, ``labels`` (-100 on padding) are (batch, L), and ``mm_token_type_ids`` where the
     processor gives them; the vision tensors are what the processor makes of all images of the batch.
@@ -93,6 +94,7 @@ def _encode(
     fitting = [_fitting(record, row["turns"], max_length) for record, row in zip(records, encoded)]
     if any(len(fit.turns) < len(record.turns) for fit, record in zip(fitting, records)):
         return _encode(fitting, chat, max_length, independent)  # anew, because images may have gone with their turns
+    encoded = [_cut(row, max_length, chat, record.name) for row, record in zip(encoded, records)]
     return encoded, {name: value for name, value in batch.items() if name not in SAID_OF_TOKENS}
 
 
@@ -119,6 +121,13 @@ def _fitting(record: Record, turns: Tensor, max_length: int | None) -> Record:
     if max_length is None or len(turns) <= max_length:
         return record
     lengths = [int((turns <= turn).sum()) for turn in range(1, len(record.turns) + 1)]
-    if lengths[0] > max_length:
-        raise MllmEfficientError(f"{record.name}: the first turn has {lengths[0]} tokens, and max_length is {max_length}: raise it")
-    return record.first(sum(length <= max_length for length in lengths))
+    return record.first(max(1, sum(length <= max_length for length in lengths)))
+
+
+def _cut(row: dict[str, Tensor], max_length: int | None, chat: Chat, name: str) -> dict[str, Tensor]:
+    """A row whose first turn alone is too long, without its end. Raises where images would be cut."""
+    if max_length is None or len(row["input_ids"]) <= max_length:
+        return row
+    if (row["input_ids"][max_length:] == chat.image_id).any():
+        raise MllmEfficientError(f"{name}: its images go beyond max_length={max_length}: raise it")
+    return {key: value[:max_length] for key, value in row.items()}

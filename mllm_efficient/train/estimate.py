@@ -13,6 +13,7 @@ from ..errors import MllmEfficientError
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape
+from ..plan import check
 from ..registry import get_method
 from .config import Recipe, StageConfig
 from .encoding import token_statistics
@@ -28,6 +29,8 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
     Raises ``MllmEfficientError`` where neither the model nor a shape of it is at hand.
     """
     shape = load_shape(recipe.shape or recipe.model)
+    for count in recipe.counts:
+        check(pictures_of(shape), get_method(recipe.method)(tokens=count))
     processor, why = _processor(recipe)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parameters = count_parameters(recipe, shape)
@@ -37,9 +40,9 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
         "meta": {
             "model": recipe.model, "shape": shape.name, "method": recipe.method, "parameters": parameters, "processes": world,
             "tokens": why or "counted by the model's processor on a sample of the records",
-            "memory": "weights, gradients and two Adam moments in the weights' dtype, 34 bytes x tokens x width per decoder layer in "
-            "half precision (Korthikanti et al., arXiv 2205.05198, attention matrices not kept), and the logits; of one process, "
-            "nothing sharded",
+            "memory": "weights, gradients and two Adam moments in the weights' dtype (float32 for projector and LoRA under bf16), "
+            "34 bytes x tokens x width per decoder layer in half precision (Korthikanti et al., arXiv 2205.05198, attention "
+            "matrices not kept), and the logits; of one process, nothing sharded",
         },
     }  # fmt: skip
 
@@ -93,11 +96,13 @@ def _row(
     share = {count: weight / sum(recipe.counts.values()) for count, weight in recipe.counts.items()}
     drawn = sum(count * weight for count, weight in share.items())
     each = stage.batch_size * stage.gradient_accumulation * world
-    steps = stage.steps if stage.steps is not None else math.floor(len(records) * (stage.epochs or 1) / each)
+    per_epoch = math.ceil(len(records) // (stage.batch_size * world) / stage.gradient_accumulation)
+    steps = stage.steps if stage.steps is not None else math.ceil(per_epoch * (stage.epochs or 1))
     text = tokens["text_mean"]
     visual = max(recipe.counts) * (tokens["visual_mean"] / _usual(shape))
     trained = sum(parameters[part] for part in stage.train)
     size, half = BYTES[recipe.dtype], 2 if recipe.bf16 else BYTES[recipe.dtype]
+    moving = sum(parameters[part] * (4 if recipe.bf16 and part in ("projector", "lora") else size) for part in stage.train)
     everything = sum(v for k, v in parameters.items() if k != "lora") + parameters["lora"]
     language = stage.objective == "answers"
     width, layers = shape.decoder.width, shape.decoder.layers
@@ -109,9 +114,9 @@ def _row(
         "batch": each, "text_tokens": round(text, 1), "answer_tokens": round(tokens["answer_mean"], 1),
         "visual_tokens_full": round(tokens["visual_mean"], 1),
         "visual_tokens_drawn": round(drawn * tokens["visual_mean"] / _usual(shape), 1),
-        "trained_parameters": trained, "weights_gb": round(everything * size / GB, 2), "optimizer_gb": round(3 * trained * size / GB, 2),
+        "trained_parameters": trained, "weights_gb": round(everything * size / GB, 2), "optimizer_gb": round(3 * moving / GB, 2),
         "activations_gb": round((activations + logits) / GB, 2),
-        "memory_gb": round((everything * size + 3 * trained * size + activations + logits) / GB, 1),
+        "memory_gb": round((everything * size + 3 * moving + activations + logits) / GB, 1),
     }  # fmt: skip
 
 

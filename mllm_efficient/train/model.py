@@ -44,6 +44,8 @@ class TrainingModel(nn.Module):
                 part = "lora"
             elif ".vision_tower." in name:
                 part = "vision_tower"
+            elif name.endswith("image_newline"):  # has no place among the tokens of these methods
+                continue
             else:
                 part = "language_model"
             out[part].append((name, parameter))
@@ -51,6 +53,7 @@ class TrainingModel(nn.Module):
 
     def freeze_but(self, train: tuple[str, ...]) -> None:
         """Lets the named parts move. Raises for one that the model has not."""
+        self.requires_grad_(False)
         for part, members in self.parts().items():
             if part in train and not members:
                 raise MllmEfficientError(f"the model has no {part} to train")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -40,7 +40,7 @@ class CountTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.counts, self.objective, self.rates, self.draw_seed = counts, objective, rates, seed
         self.model_accepts_loss_kwargs = False
-        self.seen: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.seen: dict[int, torch.Tensor] = {}  # by count: sum of losses, batches, answer tokens guessed, answer tokens
         self.micro = (-1, -1)
 
     def draw(self) -> int:
@@ -54,19 +54,20 @@ class CountTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         count = self.draw()
         out = model(self.objective, count, dict(inputs))
-        totals = self.seen[count]
-        totals["loss"] += float(out["loss"].detach())
-        totals["batches"] += 1
-        for name in ("right", "asked"):
-            totals[name] += float(out[name])
+        loss = out["loss"].detach().double()
+        now = torch.stack([loss, torch.ones_like(loss), out["right"].to(loss), out["asked"].to(loss)])
+        self.seen[count] = self.seen[count] + now if count in self.seen else now
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for count, totals in sorted(self.seen.items()):
-            logs[f"loss_{count}"] = round(totals["loss"] / totals["batches"], 4)
-            if totals["asked"]:
-                logs[f"accuracy_{count}"] = round(100 * totals["right"] / totals["asked"], 2)
-        self.seen.clear()
+        counts = sorted(self.seen)  # the same on every rank
+        if counts:
+            totals = self.accelerator.reduce(torch.stack([self.seen[c] for c in counts]), "sum").tolist()
+            for count, (loss, batches, right, asked) in zip(counts, totals):
+                logs[f"loss_{count}"] = round(loss / batches, 4)
+                if asked:
+                    logs[f"accuracy_{count}"] = round(100 * right / asked, 2)
+            self.seen.clear()
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -126,7 +127,7 @@ class Bar(TrainerCallback):
         if self.bar is not None and logs and "loss" in logs:
             self.bar.set_postfix(loss=logs["loss"], refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -158,20 +159,28 @@ class LogFile(TrainerCallback):
 
 
 def loaded_for(recipe: Recipe) -> Loaded:
-    """The base model of a recipe; with several processes on the CPU at first, from where the Trainer takes it to each one's device."""
-    device = "cpu" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else recipe.device
+    """The base model of a recipe, on this process's own device."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and recipe.device != "cpu" and torch.cuda.is_available()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if several else recipe.device
     kernel = recipe.attn_implementation
     return load(ModelOptions(model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=kernel, seed=recipe.seed))
 
 
-def records_of(recipe: Recipe, stage: StageConfig) -> Sequence[Any]:
-    """The conversations of a stage, all checked."""
+def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True) -> Sequence[Any]:
+    """The conversations of a stage, all checked. keep: generated pictures, in a folder ``data`` beside the output folder."""
     data = stage.data or recipe.data
     if data.builtin is not None:
-        folder, natural = Path(recipe.output_dir).parent / "data", recipe.model != BUILTIN
-        return builtin_records(data.builtin, data.scenes, data.questions, folder, natural, recipe.seed)
-    assert data.path is not None
-    return read_data(Path(data.path), None if data.images is None else Path(data.images))
+        folder, natural = Path(recipe.output_dir).parent / "data" if keep else None, recipe.model != BUILTIN
+        records: Sequence[Any] = builtin_records(data.builtin, data.scenes, data.questions, folder, natural, recipe.seed)
+    else:
+        assert data.path is not None
+        records = read_data(Path(data.path), None if data.images is None else Path(data.images))
+    least = stage.batch_size * stage.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    if len(records) < least:
+        raise MllmEfficientError(
+            f"stage {stage.name}: {len(records)} records are fewer than one step takes, {least}: make the batch smaller"
+        )
+    return records
 
 
 def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
@@ -185,11 +194,14 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     own = getattr(*adapter.projector_at)
     if recipe.start is None:
         torch.manual_seed(recipe.seed)
-        dtype = torch.float32 if recipe.bf16 else loaded.model.dtype  # small updates are lost in bfloat16 weights
-        module = method.module(*adapter.projector_widths, **recipe.settings).to(loaded.model.device, dtype)
-        trained.install(adapter, method, module)
+        parts = trained.Parts(method.module(*adapter.projector_widths, **recipe.settings).to(loaded.model.device, loaded.model.dtype))
     else:
-        trained.install(adapter, method)
+        parts = trained.parts_of(adapter, method)
+        if parts.delta and not any("language_model" in s.train for s in recipe.stages):
+            raise MllmEfficientError(f"start={recipe.start} has a language model of its own, which would be lost: train language_model too")
+    if recipe.bf16:
+        parts.module.float()  # small updates are lost in bfloat16 weights
+    trained.install(adapter, method, parts)
     host = loaded.model
     if any("lora" in s.train for s in recipe.stages):
         host = _with_lora(recipe, host)
@@ -203,7 +215,10 @@ def _with_lora(recipe: Recipe, model: Any) -> Any:
         raise MllmEfficientError("a LoRA needs peft: pip install peft") from None
     lora = recipe.lora
     targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
-    return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+    try:
+        return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets))
+    except ValueError as error:
+        raise MllmEfficientError(f"lora: {str(error).splitlines()[0]}") from error
 
 
 def run(recipe: Recipe) -> Path:
@@ -213,22 +228,23 @@ def run(recipe: Recipe) -> Path:
     Raises ``MllmEfficientError`` for a folder that another recipe wrote in.
     """
     folder = Path(recipe.output_dir)
-    _own(folder, recipe)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
     loaded = loaded_for(recipe)
-    base = trained.base_fingerprint(loaded.model)
+    base = trained.base_of(loaded.model)
     model = build_model(recipe, loaded)
-    first = True
+    _own(folder, recipe)
     for stage in recipe.stages:
         model.freeze_but(stage.train)
         done = folder / stage.name / WEIGHTS
         if done.exists():
             _read(model, done)
-            continue
-        first = _run_stage(recipe, stage, loaded, model, records[stage.name], folder) and first
+        else:
+            _run_stage(recipe, stage, loaded, model, records[stage.name], folder)
     final = folder / FINAL
-    if not first or not (final / trained.CONFIG).exists():
-        publish(recipe, model, base, final)
+    if not final.exists():
+        if int(os.environ.get("RANK", 0)) == 0:
+            publish(recipe, model, base, final)
+        PartialState().wait_for_everyone()
     return final
 
 
@@ -237,14 +253,18 @@ def _own(folder: Path, recipe: Recipe) -> None:
     mine, path = _lasting(recipe), folder / RECIPE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            there = json.loads(path.read_text())
-            odd = [k for k in mine if there.get(k) != mine[k]]
-            if odd:
-                raise MllmEfficientError(f"{folder} holds a training with another {', '.join(odd)}: use another output_dir")
-        path.write_text(json.dumps(mine, indent=1) + "\n")
+        if not path.exists():
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(mine, indent=1) + "\n")
+            partial.replace(path)
+        there = json.loads(path.read_text())
     except OSError as error:
         raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
+    except ValueError:
+        raise MllmEfficientError(f"{path} is not the recipe of a training: use another output_dir") from None
+    odd = [k for k in mine if there.get(k) != mine[k]]
+    if odd:
+        raise MllmEfficientError(f"{folder} holds a training with another {', '.join(odd)}: use another output_dir")
 
 
 def _lasting(recipe: Recipe) -> dict[str, Any]:
@@ -256,7 +276,7 @@ def _lasting(recipe: Recipe) -> dict[str, Any]:
 def arguments(recipe: Recipe, stage: StageConfig, folder: Path) -> TrainingArguments:
     """What the Trainer is told of a stage."""
     cpu = torch.device(pick_device(ModelOptions(device=recipe.device))).type == "cpu"
-    return TrainingArguments(
+    given = TrainingArguments(
         output_dir=str(folder / stage.name / "checkpoints"), per_device_train_batch_size=stage.batch_size,
         gradient_accumulation_steps=stage.gradient_accumulation, learning_rate=stage.learning_rate, weight_decay=stage.weight_decay,
         max_steps=stage.steps or -1, num_train_epochs=stage.epochs or 1, lr_scheduler_type=stage.schedule, warmup_steps=stage.warmup,
@@ -265,21 +285,32 @@ def arguments(recipe: Recipe, stage: StageConfig, folder: Path) -> TrainingArgum
         dataloader_num_workers=recipe.workers, dataloader_drop_last=True, ddp_find_unused_parameters=False,
         dataloader_pin_memory=not cpu, logging_nan_inf_filter=False, disable_tqdm=True,
     )  # fmt: skip
+    given._n_gpu = min(given.n_gpu, 1)  # several GPUs are for torchrun: DataParallel would replicate the adapter's model wrongly
+    return given
 
 
-def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> bool:
+def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> None:
     if stage.gradient_checkpointing:
         _checkpointing(loaded.model, "enable", {"use_reentrant": False})
+    bar = Bar(stage.name)
     trainer = CountTrainer(
         model=model, args=arguments(recipe, stage, folder), train_dataset=records,
         data_collator=Collator(loaded.processor, recipe.max_length, recipe.independent_turns and stage.objective == "answers"),
         counts=recipe.counts, objective=stage.objective, rates=stage.learning_rates, seed=recipe.seed,
-        callbacks=[LogFile(folder / LOG, stage.name), Bar(stage.name)],
+        callbacks=[LogFile(folder / LOG, stage.name), bar],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     checkpoints = folder / stage.name / "checkpoints"
-    newest = max(checkpoints.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]), default=None)
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest.parent))
+    newest, state = _newest(checkpoints)
+    if newest is not None and state["global_step"] >= state["max_steps"]:  # only its last weights were not written yet
+        _read(model, newest / WEIGHTS)
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except MllmEfficientError as error:  # a loader's worker puts its traceback before the line
+            raise MllmEfficientError(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.")) from error
+        finally:
+            bar.close()
     if stage.gradient_checkpointing:
         _checkpointing(loaded.model, "disable")
     if trainer.is_world_process_zero():
@@ -288,7 +319,18 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
         partial.replace(folder / stage.name / WEIGHTS)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    return False
+
+
+def _newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that was written to its end, and its state."""
+    found = []
+    for path in checkpoints.glob("checkpoint-*/trainer_state.json"):
+        try:
+            found.append((json.loads(path.read_text()), path.parent))
+        except ValueError:  # a kill in mid-write
+            continue
+    state, folder = max(found, key=lambda f: f[0]["global_step"], default=({}, None))
+    return folder, state
 
 
 def _checkpointing(model: Any, what: str, *how: Any) -> None:
@@ -296,15 +338,19 @@ def _checkpointing(model: Any, what: str, *how: Any) -> None:
     (getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}"))(*how)
 
 
-def publish(recipe: Recipe, model: TrainingModel, base: str, folder: Path) -> None:
-    """Writes the trained method's folder, the language model's weights with it where a stage moved them."""
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    about = {"base": {"model": recipe.model}, "recipe": _lasting(recipe)}
+def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: Path) -> None:
+    """Writes the trained method's folder, the language model's weights with it where a stage moved them.
+
+    It appears whole or not at all. Raises ``MllmEfficientError`` for weights that are no numbers.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    about = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
     shown = get_method(recipe.method)(tokens=max(recipe.counts))
-    trained.save(folder, shown, model.projector, base, about)
+    trained.save(partial, shown, model.projector, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
     if "lora" in kinds:
-        model.host.save_pretrained(folder / trained.DELTA)
+        model.host.save_pretrained(partial / trained.DELTA)
     elif "language_model" in kinds:
-        trained.save_delta(folder, {name.removeprefix("host."): p for name, p in model.parts()["language_model"]})
+        trained.save_delta(partial, {name.removeprefix("host."): p for name, p in model.parts()["language_model"]})
+    trained.move(partial, folder)

@@ -1,0 +1,70 @@
+"""Folders of trained methods: where they are and what their ``config.json`` says. No torch.
+
+A folder has ``config.json`` (method, sizes, the base model it was trained on), ``compressor.safetensors``, and, where the
+language model was trained with it, ``base_delta/``: whole weights in ``model.safetensors``, or a LoRA as PEFT saves it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .errors import MllmEfficientError
+
+CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
+RANDOM = "random"  # in place of a folder: weights that are drawn, for timing alone
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A trained method on disk. config: its ``config.json``."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def delta(self) -> Path | None:
+        """The weights of the language model that were trained with it."""
+        path = self.path / DELTA
+        return path if path.is_dir() else None
+
+
+def open_folder(where: str) -> Folder:
+    """A folder, or one of the hub by its id. Raises ``MllmEfficientError`` for what is none."""
+    path = Path(where).expanduser()
+    if not path.is_dir() and where.count("/") == 1 and not where.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(where, allow_patterns=["*.json", "*.safetensors"]))
+        except Exception as error:  # whatever the hub's library raises without network, access or such a repository
+            raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
+    try:
+        config = json.loads((path / CONFIG).read_text())
+    except OSError:
+        raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
+    except ValueError:
+        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON") from None
+    if not _describes_a_method(config):
+        raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
+    return Folder(path, config)
+
+
+def _describes_a_method(config: Any) -> bool:
+    if not isinstance(config, dict) or not isinstance(config.get("method"), str):
+        return False
+    sizes, base = config.get("sizes"), config.get("base")
+    if not isinstance(sizes, dict) or not isinstance(base, dict):
+        return False
+    return all(isinstance(sizes.get(k), int) for k in ("inputs", "outputs")) and all(
+        isinstance(base.get(k), dict) for k in ("sizes", "sample")
+    )
+
+
+def shipped(name: str) -> Folder | None:
+    """A method's weights for the embedded model, if it has any."""
+    path = Path(str(files("mllm_efficient.eval.builtin") / "trained" / name))
+    return open_folder(str(path)) if (path / CONFIG).is_file() else None
