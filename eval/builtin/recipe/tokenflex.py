@@ -47,7 +47,7 @@ RESULTS = Path("benchmarks/results/tokenflex")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, help="where the runs are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"where the answers are (default: {RESULTS})")
+    parser.add_argument("--results", type=Path, help=f"where the answers are (default: OUTPUT_DIR/answers; with --table {RESULTS})")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core (default: 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--override", action="append", default=[], help="key=value for the recipe, for shorter trials")
@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the table of the answers that are there")
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run, in this process")
     args = parser.parse_args(argv)
+    if args.output_dir is None and not args.table:
+        parser.error("--output-dir or --table is needed")
+    args.results = args.results or (RESULTS if args.table else args.output_dir / "answers")
     if args.run:
         one_run(args.run[0], int(args.run[1]), args)
     elif args.table:
         print(table(*read_answers(args.results)))
-    elif args.output_dir is None:
-        parser.error("--output-dir or --table is needed")
     else:
         return run_all(args)
     return 0
@@ -103,7 +104,11 @@ def one_run(arm: str, seed: int, args: argparse.Namespace) -> None:
     from mllm_efficient.train.trainer import run
 
     path = args.results / f"{arm}-{seed}.json"
+    asked_as = {"questions": args.questions, "override": args.override}
     if path.exists():
+        there = json.loads(path.read_text())
+        if {k: there[k] for k in asked_as} != asked_as:
+            raise SystemExit(f"{path} is of another run ({ {k: there[k] for k in asked_as} }): use other --results and --output-dir")
         return
     log: list[dict[str, Any]] = []
     if arm == UNTRAINED:
@@ -116,7 +121,7 @@ def one_run(arm: str, seed: int, args: argparse.Namespace) -> None:
     asked = samples("test", args.questions)
     answers = ask(asked, specs)
     args.results.mkdir(parents=True, exist_ok=True)
-    content = {"arm": arm, "seed": seed, "questions": args.questions, "answers": answers, "log": log}
+    content = {"arm": arm, "seed": seed, **asked_as, "answers": answers, "log": log}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content) + "\n")
     partial.replace(path)
@@ -176,7 +181,10 @@ def mean(by_seed: dict[int, np.ndarray]) -> np.ndarray:
 def table(runs: Answers, asked: Sequence[Sample]) -> str:
     """The table and the two claims as Markdown: means over seeds, 95% intervals over images, the seeds' range in brackets."""
     found = scores(runs, asked)
-    arms = [a for a in ("untrained", *(f"fixed-{c}" for c in COUNTS), "mlp-dynamic", "dynamic") if (a, 144) in found]
+    arms = [UNTRAINED, *(f"fixed-{c}" for c in COUNTS), "mlp-dynamic", "dynamic"]
+    missing = [arm for arm in arms if (arm, COUNTS[0]) not in found]
+    if missing:
+        raise SystemExit(f"no answers of {', '.join(missing)} yet: run it to its end first")
     lines = [f"| trained | {' | '.join(f'tested at {c}' for c in TESTED)} |", "|---" * (len(TESTED) + 1) + "|"]
     for arm in arms:
         cells = []
