@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .compressors.base import Compressor, Projector, generator_for
+from .compressors.reducer import Reducer
 from .errors import UnsupportedModelError
 from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
 from .locate import Located, locate
@@ -23,6 +24,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
+from .staged import report_of, stage, targets
 from .trained import held, module_of
 
 
@@ -42,8 +44,8 @@ class Encoded:
 class Prepared:
     """A call ready for the stock model: ``model.generate(**prepared.model_kwargs, max_new_tokens=20)``.
 
-    report: what was done. layout: None where nothing was compressed. visual_keep_mask: (B, L) bool, False where a
-    visual token left the prompt.
+    report: what was done. layout: None where no column left the prompt. staging: what is to be done inside the decoder,
+    whose report is complete when a forward has run. visual_keep_mask: (B, L) bool, False where a visual token left the prompt.
 
     ``generate`` goes on from it by itself. A decode loop written by hand over the stock ``forward`` must pass
     ``position_ids=layout.positions_of(mask, 1)`` with the reduced mask where that is not None (kept positions, M-RoPE):
@@ -53,8 +55,13 @@ class Prepared:
     tensors: dict[str, Any]
     features: list[tuple[str, Tensor, tuple[Tensor, ...]]] | None
     pack: Callable[[list[tuple[str, Tensor, tuple[Tensor, ...]]]], dict[str, Any]]
-    report: CompressionReport
+    planned: CompressionReport
     layout: Layout | None
+    staging: Any = None
+
+    @property
+    def report(self) -> CompressionReport:
+        return self.planned if self.staging is None else report_of(self.staging, self.planned)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -63,6 +70,7 @@ class Prepared:
         if self.features is not None:
             out["mm_encoder_outputs"] = EncoderOutputs(self.pack(self.features))
             out["mm_encoder_outputs"].layout = self.layout
+            out["mm_encoder_outputs"].staging, out["mm_encoder_outputs"].planned = self.staging, self.planned
         return out
 
     @property
@@ -72,11 +80,11 @@ class Prepared:
 
 
 def pre_llm(compressor: Any) -> Compressor:
-    """The one method in what ``build`` made, which must work before the language model (families P and J)."""
+    """The one method in what ``build`` made, of family P, J or L."""
     built = build(compressor)
     stages = built if isinstance(built, tuple) else (built,)
     for stage in stages:
-        if stage.family != "P" and not isinstance(stage, Projector):
+        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
             raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
     if len(stages) > 1:
         raise UnsupportedModelError(f"{' and '.join(s.name for s in stages)} one after the other: this version runs one method at a time")
@@ -192,6 +200,14 @@ def prepare(
 
     if encoded is None:
         encoded = encode_items(adapter, method, items)
+    if isinstance(method, Reducer):
+        staging = stage(method, positions, mask_cpu, found, plans, labels)
+        if labels is not None:
+            rest["labels"] = targets(labels, mask_cpu, staging)
+        features = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
+        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
+        return Prepared(_given(tensors), features, adapter.pack, report, None, staging)
     before = past.images.tolist() if past else [0] * len(ids_cpu)
     contexts = _contexts(adapter, method, found, input_ids[:, start:], new_mask, image_keys, before)
     squeezed, seconds = squeeze_all(method, plans, [encoded.encodings[f.index] for f in found], contexts)
@@ -213,7 +229,12 @@ def prepare(
 
 
 def require_installed(adapter: Any, method: Compressor) -> None:
-    """A baseline on a trained method's weights is nothing but another name where the model does not hold them."""
+    """A baseline on a trained method's weights is nothing but another name where the model does not hold them.
+
+    And nothing of an in-decoder method happens in a decoder without its hooks.
+    """
+    if isinstance(method, Reducer) and not adapter.reached_inside:
+        raise UnsupportedModelError(f"{method.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
     if method.installs is not None and method.family != "J" and held(adapter) is None:
         raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
 
@@ -233,6 +254,7 @@ def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
         f.row, p.shape.n, p.kept, indices,
         (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
         p.shape.tile(), p.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, p.separators,
+        p.per_layer,
     )  # fmt: skip
 
 

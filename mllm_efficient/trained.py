@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .compressors.base import Compressor, Projector
+from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError
 
 CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
@@ -277,11 +278,31 @@ def install(adapter: Any, method: Compressor, module: nn.Module | None = None) -
 
 
 @contextlib.contextmanager
+def inside(adapter: Any) -> Iterator[None]:
+    """The hooks of in-decoder methods on the model, if they are not there already."""
+    if adapter.reached_inside:
+        yield
+        return
+    adapter.reach_inside()
+    try:
+        yield
+    finally:
+        adapter.let_go_inside()
+
+
+@contextlib.contextmanager
 def installed(model: Any, method: Compressor | None) -> Iterator[None]:
-    """A trained method's parts in the model inside the block; nothing for a method that has none or a model that holds it."""
+    """What a method puts into a model, inside the block: the parts of a trained one, the hooks of one in the decoder.
+
+    Nothing for a method that has none or a model that holds them.
+    """
     from .patches import adapter_for
 
     adapter = adapter_for(model)
+    if isinstance(method, Reducer):
+        with inside(adapter):
+            yield
+        return
     if method is None or method.installs is None or held(adapter) is not None:
         yield
         return

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import torch
 
 from .compressors.base import Compressor
+from .compressors.reducer import Reducer
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .report import CompressionReport, remember
 from .shrink import check, has_pixels, keeps_all, pre_llm, prepare
+from .staged import report_of
 from .trained import install
 
 Model = TypeVar("Model")
@@ -53,18 +55,22 @@ def wrap(model: Model, compressor: Any) -> Model:
     inner.__class__ = _class_for(type(inner))
     inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
+    if isinstance(method, Reducer):
+        adapter.reach_inside()
     return model
 
 
 def unwrap(model: Model) -> Model:
     """Takes everything off that ``wrap`` put on; returns the same object. Raises if it is not wrapped."""
-    from .patches import inner_model
+    from .patches import adapter_for
 
-    inner = inner_model(model)
+    adapter = adapter_for(model)
+    inner = adapter.model
     hook = _hook_of(inner)
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
     hook.undo()
+    adapter.let_go_inside()
     for hooks, with_kwargs, ours in (
         (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
         (inner._forward_hooks, inner._forward_hooks_with_kwargs, lambda h: h is mark_output),
@@ -139,7 +145,10 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
     """The forward hook: puts ``visual_keep_mask`` on the output and the layout on the cache."""
     if within_generate(model):
         return
-    layout = getattr(kwargs.get("mm_encoder_outputs"), "layout", None)
+    encoded = kwargs.get("mm_encoder_outputs")
+    layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
+    if staging is not None:
+        remember(model, report_of(staging, encoded.planned))
     if layout is not None:
         for part in output if isinstance(output, tuple) else output.values():
             leave_on(part, layout)
@@ -147,7 +156,7 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
         return
     if layout is not None:
         output.visual_keep_mask = layout.keep.to(output.logits.device)
-    elif has_pixels(kwargs):
+    elif has_pixels(kwargs) or staging is not None:
         output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
 
 

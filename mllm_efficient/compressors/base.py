@@ -52,7 +52,7 @@ class Compressor:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadBudgetError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
-        if self.positions == "keep" and self.merges:
+        if self.positions == "keep" and self.merges and self.family != "L":  # inside the decoder it takes the place of one of them
             raise BadBudgetError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
             raise BadBudgetError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
