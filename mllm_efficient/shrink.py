@@ -24,7 +24,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
-from .staged import report_of, stage, targets
+from .staged import report_of, staging_of, targets
 from .trained import held, module_of
 
 
@@ -201,7 +201,7 @@ def prepare(
     if encoded is None:
         encoded = encode_items(adapter, method, items)
     if isinstance(method, Reducer):
-        staging = stage(method, positions, mask_cpu, found, plans, labels)
+        staging = staging_of(method, positions, mask_cpu, found, plans, labels)
         if labels is not None:
             rest["labels"] = targets(labels, mask_cpu, staging)
         features = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]

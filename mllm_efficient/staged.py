@@ -17,10 +17,10 @@ from .report import CompressionReport
 from .tokens import VisualShape
 
 if TYPE_CHECKING:
-    from .patches.decoder import Staging
+    from .patches.passes import Staging
 
 
-def stage(
+def staging_of(
     method: Reducer, positions: str, mask: Tensor, found: Sequence[Located], plans: Sequence[Plan], labels: Tensor | None = None
 ) -> Staging:
     """What the decoder is to do with a batch of prompts.
@@ -28,7 +28,7 @@ def stage(
     mask: (B, P) bool on the CPU. labels: (B, P), of which the first behind the last image is where the answer begins; without
     them the whole prompt is the instruction.
     """
-    from .patches.decoder import StagedImage, Staging
+    from .patches.passes import StagedImage, Staging
 
     images, numbers = [], [0] * len(mask)
     visual = torch.zeros_like(mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -143,6 +143,7 @@ class Sequence:
     images: list[list[int]]
     places: list[torch.Tensor]
     last: int
+    separators: set[int] = field(default_factory=set)  # columns of the prompt
 
 
 def start(model, ids, features, new=()):
@@ -174,7 +175,7 @@ def without(s, gone, kept):
     left = [slot for slot in range(len(s.columns)) if slot not in gone]
     where = {slot: new for new, slot in enumerate(left)}
     images = [[where[slot] for slot in slots] for slots in kept]
-    return Sequence(s.hidden[left], [s.columns[slot] for slot in left], images, s.places, where[s.last])
+    return Sequence(s.hidden[left], [s.columns[slot] for slot in left], images, s.places, where[s.last], s.separators)
 
 
 def pool(s):
@@ -315,14 +316,299 @@ def test_beams_equal_the_reference(toys, batch, kind, positions):
     assert new_tokens(model.generate(**batch, max_new_tokens=4, num_beams=3), batch) == expected
 
 
+def reference_of(model, batch, name, positions, new=NEW):
+    return [slow_greedy(model, ids, f, REFERENCES[name], positions, new) for ids, f in rows_of(model, batch)]
+
+
+both_toys = pytest.mark.parametrize("name", ["half", "kernels"])
+
+
 @both_positions
-@pytest.mark.parametrize("how", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3), dict(cache_implementation="static")], ids=str)
-@pytest.mark.parametrize("name", ["half", "kernels"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-def test_other_ways_to_generate_equal_the_reference(toys, make_batch, kind, positions, how, name):
-    model = tiny(kind)
-    me.wrap(model, f"{name}:positions={positions}")
-    rows = ROWS if "prompt_lookup_num_tokens" not in how else ("long text",)
-    batch = make_batch(*rows)
-    expected = [slow_greedy(model, ids, f, REFERENCES[name], positions) for ids, f in rows_of(model, batch)]
-    assert new_tokens(model.generate(**batch, max_new_tokens=NEW, **how), batch) == expected
+@both_toys
+@pytest.mark.parametrize("how", [dict(use_cache=False), dict(cache_implementation="static")], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "mistral, window"])
+def test_other_ways_to_generate_equal_the_reference(toys, batch, kind, positions, how, name):
+    model = me.wrap(tiny(kind), f"{name}:positions={positions}")
+    if how.get("cache_implementation") == "static" and "window" in kind:
+        with pytest.raises(me.UnsupportedModelError, match="static cache with sliding layers"):
+            model.generate(**batch, max_new_tokens=NEW, **how)
+        return
+    assert new_tokens(model.generate(**batch, max_new_tokens=NEW, **how), batch) == reference_of(model, batch, name, positions)
+
+
+@both_positions
+@both_toys
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral, window"])
+def test_prompt_lookup_equals_the_reference(toys, processor, picture, kind, positions, name):
+    """Drafts stand behind the prompt in its first forward: the last token there is none of the question's."""
+    batch = processor(images=picture(3), text="user : <image> is the ring red ? is the ring", return_tensors="pt")
+    model = me.wrap(tiny(kind), f"{name}:positions={positions}")
+    out = new_tokens(model.generate(**batch, max_new_tokens=NEW, prompt_lookup_num_tokens=3), batch)
+    assert out == reference_of(model, batch, name, positions)
+
+
+@both_positions
+@both_toys
+@pytest.mark.parametrize("kind", ["llama", "mistral, window"])
+def test_a_second_turn_goes_on_from_the_shortened_cache(toys, batch, kind, positions, name):
+    """Turns of different lengths, so the second one is padded between the first answer and itself; a window would count that."""
+    model = me.wrap(tiny(kind), f"{name}:positions={positions}")
+    first = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    turn = torch.tensor([[0, 0, 6, 7, 8], [0, 9, 10, 11, 12], [13, 14, 15, 16, 17], [0, 0, 0, 18, 19]])
+    turn = turn[:, 3:] if "window" in kind else turn
+    ids = torch.cat([first.sequences, turn], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 3, dtype=torch.long), (turn > 0).long()], 1)
+    second = model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=4)
+    for i, (prompt, features) in enumerate(rows_of(model, batch)):
+        said = [*first.sequences[i, -3:].tolist(), *turn[i][turn[i] > 0].tolist()]
+        expected = []
+        for _ in range(4):
+            logits, _, _ = run(model, start(model, prompt, features, said + expected), REFERENCES[name], positions)
+            expected.append(int(logits[-1].argmax()))
+        assert second[i, ids.shape[1] :].tolist() == expected
+
+
+def test_sampled_answers_share_their_prompt(toys, batch):
+    model = me.wrap(tiny(), "half")
+    out = model.generate(**batch, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=2)
+    assert torch.equal(out[::2], out[1::2]) and torch.equal(out[::2], model.generate(**batch, max_new_tokens=4))
+
+
+def test_every_layer_has_a_cache_of_its_own_length(toys, batch):
+    model = me.wrap(tiny(), "half")
+    out = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    full, text = batch["input_ids"].shape[1], batch["attention_mask"].sum(1) - torch.tensor([36, 72, 0, 36])
+    lengths = [full, max((text + torch.tensor([18, 36, 0, 18])).tolist()), max((text + torch.tensor([9, 18, 0, 9])).tolist())]
+    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [n + 2 for n in lengths for _ in range(2)]
+    assert out.compression.tokens_per_layer == [144, 144, 72, 72, 36, 36]
+    assert [i.per_layer for i in out.compression.images] == [(36, 36, 18, 18, 9, 9)] * 4
+    assert out.compression.layer_average == 84 and [i.kept for i in out.compression.images] == [21] * 4
+
+
+def test_the_report_holds_the_indices_of_the_last_stage(toys, make_batch):
+    model, one = tiny(), make_batch("two images")
+    ((ids, features),) = rows_of(model, one)
+    with torch.no_grad():
+        _, s, lengths = run(model, start(model, ids, features), REFERENCES["half"], "renumber")
+    expected = [(place[:, 2] * 6 + place[:, 3]).tolist() for place in s.places]
+    with me.compressed(model, "half"), torch.no_grad():
+        model(**one)
+        report = me.last_report(model)
+    assert [i.indices.tolist() for i in report.images] == expected
+    assert report.tokens_per_layer == [n - (ids != IMAGE).sum() for n in lengths]
+
+
+# ------------------------------------------------------------------------------------------------ forward
+
+
+@every_decoder
+@both_positions
+@both_toys
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_forward_gives_logits_at_every_column(toys, make_batch, kind, positions, name, side):
+    batch, model = make_batch(*ROWS, padding_side=side), tiny(kind)
+    with me.compressed(model, f"{name}:positions={positions}"), torch.no_grad():
+        ours = model(**batch)
+    assert ours.logits.shape[:2] == batch["input_ids"].shape
+    for (ids, features), mask, logits in zip(rows_of(model, batch), batch["attention_mask"].bool(), ours.logits):
+        with torch.no_grad():
+            expected, s, _ = run(model, start(model, ids, features), REFERENCES[name], positions)
+        torch.testing.assert_close(logits[mask][s.columns], expected, atol=2e-5, rtol=2e-5)
+        before = [max(c for c in s.columns if c <= column) for column in range(len(ids))]
+        assert torch.equal(logits[mask], logits[mask][before])  # a token that went says what the one before it does
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+@both_toys
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_and_gradients_equal_the_reference(toys, make_batch, name, checkpointing, side):
+    batch, model = make_batch(*ROWS, padding_side=side), tiny("llama")
+    rows = rows_of(model, batch)
+    labels = torch.full_like(batch["input_ids"], -100)
+    answers = (2, 5, 4, 7)
+    for row, (answer, mask) in enumerate(zip(answers, batch["attention_mask"].bool())):
+        at = mask.nonzero()[-answer:, 0]
+        labels[row, at] = batch["input_ids"][row, at]
+    total, count = 0.0, 0
+    for answer, (ids, features) in zip(answers, rows):
+        s = start(model, ids, [f.detach() for f in features])
+        s.last = len(ids) - answer - 1  # the instruction ends where the answer begins
+        logits, s, _ = run(model, s, REFERENCES[name], "renumber")
+        total = total + torch.nn.functional.cross_entropy(logits[-answer - 1 : -1], ids[-answer:], reduction="sum")
+        count += answer
+    (total / count).backward()
+    expected = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None and "language_model" in k}
+    model.zero_grad()
+    me.wrap(model, name)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    model.train()
+    out = model(**batch, labels=labels)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx((total / count).item(), abs=1e-5)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[key].grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_labels_of_visual_tokens_are_no_targets(toys, make_batch):
+    batch, model = make_batch("one image", "long text"), me.wrap(tiny(), "half")
+    every = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        first = model(**batch, labels=every).loss
+        assert torch.equal(first, model(**batch, labels=every.masked_fill(every == IMAGE, -100)).loss)
+    assert (every == IMAGE).any()  # the caller's own labels are left alone
+
+
+def test_a_decode_loop_by_hand_equals_generate(toys, batch):
+    model = me.wrap(tiny(), "kernels")
+    expected = new_tokens(model.generate(**batch, max_new_tokens=4), batch)
+    with torch.no_grad():
+        out = model(**batch, use_cache=True)
+        mask, said = batch["attention_mask"], [out.logits[:, -1].argmax(-1)]
+        for _ in range(3):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            out = model(input_ids=said[-1][:, None], attention_mask=mask, past_key_values=out.past_key_values)
+            said.append(out.logits[:, -1].argmax(-1))
+    assert torch.stack(said, 1).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------ living with others
+
+
+def test_unwrap_leaves_no_trace(toys, batch):
+    model = tiny()
+    with torch.no_grad():
+        before, stock = model(**batch).logits, model.generate(**batch, max_new_tokens=4)
+    hooks = {name: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for name, m in model.named_modules()}
+    me.wrap(model, "half")
+    model.generate(**batch, max_new_tokens=2)
+    me.unwrap(model)
+    assert {name: (dict(m._forward_pre_hooks), dict(m._forward_hooks)) for name, m in model.named_modules()} == hooks
+    assert not any(m._forward_pre_hooks_with_kwargs or m._forward_hooks_with_kwargs for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before) and torch.equal(model.generate(**batch, max_new_tokens=4), stock)
+
+
+def test_one_call_can_have_another_method_or_none(toys, batch):
+    model = tiny()
+    stock = model.generate(**batch, max_new_tokens=4)
+    staged = me.wrap(model, "half").generate(**batch, max_new_tokens=4)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, compression=None), stock)
+    pruned = model.generate(**batch, max_new_tokens=4, compression="uniform:keep=0.5")
+    me.unwrap(model)
+    me.wrap(model, "uniform:keep=0.5")
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), pruned)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, compression="half"), staged)
+    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+    me.unwrap(model)
+
+
+def test_a_copy_of_a_wrapped_model_works_alone(toys, batch):
+    model = me.wrap(tiny(), "half")
+    expected = model.generate(**batch, max_new_tokens=4)
+    twin = copy.deepcopy(model)
+    me.unwrap(model)
+    assert torch.equal(twin.generate(**batch, max_new_tokens=4), expected)
+    me.unwrap(twin)
+    assert torch.equal(twin.generate(**batch, max_new_tokens=4), model.generate(**batch, max_new_tokens=4))
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["offloaded first", "wrapped first"])
+def test_weights_offloaded_to_the_cpu(toys, batch, before):
+    """On a machine without an accelerator accelerate's hooks run all the same, from and to the CPU."""
+    from accelerate import cpu_offload
+
+    model = tiny()
+    with me.compressed(model, "fastv:ratio=0.5"):
+        expected = model.generate(**batch, max_new_tokens=4)
+    steps = [lambda: cpu_offload(model, torch.device("cpu")), lambda: me.wrap(model, "fastv:ratio=0.5")]
+    for step in steps if before else steps[::-1]:
+        step()
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), expected)
+
+
+def test_under_peft(toys, batch):
+    peft = pytest.importorskip("peft")
+    model = tiny()
+    with me.compressed(model, "fastv:ratio=0.5"):
+        expected = model.generate(**batch, max_new_tokens=4)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=2))
+    me.wrap(adapted, "fastv:ratio=0.5")
+    assert torch.equal(adapted.generate(**batch, max_new_tokens=4), expected)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    adapted.train()
+    adapted(**batch, labels=labels).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora" in n)
+
+
+def test_an_emptied_cache_starts_afresh(toys, batch, make_batch):
+    model, cache = me.wrap(tiny(), "half"), transformers.DynamicCache()
+    text = make_batch("text only")
+    expected = model.generate(**text, max_new_tokens=4)
+    model.generate(**batch, max_new_tokens=2, past_key_values=cache)
+    cache.reset()
+    assert torch.equal(model.generate(**text, max_new_tokens=4, past_key_values=cache), expected)
+
+
+def test_a_copied_cache_is_a_prompt_cache(toys, make_batch):
+    model, one = me.wrap(tiny(), "half"), make_batch("one image")
+    first = model.generate(**one, max_new_tokens=2, return_dict_in_generate=True)
+    answers = []
+    for _ in range(2):
+        ids = torch.cat([first.sequences, torch.tensor([[6, 7]])], 1)
+        answers.append(model.generate(input_ids=ids, past_key_values=copy.deepcopy(first.past_key_values), max_new_tokens=3))
+    assert torch.equal(*answers)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def test_what_cannot_work_is_one_line(toys, make_batch):
+    one, model = make_batch("one image"), tiny()
+    with pytest.raises(me.UnsupportedModelError, match="works inside the decoder, which prepare does not reach: use wrap or compressed"):
+        me.prepare(model, "half", **one)
+    me.wrap(model, "half")
+    with pytest.raises(me.MllmEfficientError, match="prefill_chunk_size cuts a prompt"):
+        model.generate(**one, max_new_tokens=2, prefill_chunk_size=8)
+    out = model.generate(**one, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(me.CountMismatchError, match="start with an empty cache|use an empty"):
+        model.generate(**one, past_key_values=out.past_key_values, max_new_tokens=2)
+    with pytest.raises(me.CountMismatchError, match="does not fit"):
+        model(input_ids=torch.tensor([[6]]), attention_mask=torch.ones(1, 9), past_key_values=out.past_key_values)
+    out.past_key_values.crop(-30)
+    with pytest.raises(me.CountMismatchError, match="cut inside its shortened prompt"):
+        model(input_ids=torch.tensor([[6]]), past_key_values=out.past_key_values)
+
+
+def test_a_compiled_model_is_refused(toys, make_batch):
+    model = tiny()
+    model.compile(backend="eager")
+    with pytest.raises(me.UnsupportedModelError, match="torch.compile cannot trace"):
+        me.wrap(model, "half")
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("half:keep=0.5,ratio=0.5", "together"),
+    ("half:ratio=1.5", "not a share"),
+    ("half:ratio=null,ratios=0.5/x", "not shares"),
+    ("half:ratio=null,ratios=0.5/0.75", "grow"),
+    ("half:ratio=0.5,per=tile", "leave it out"),
+    ("half:ratio=null", "no budget"),
+    ("fastv:layer=0,keep=0.5", "layer=0"),
+    ("fastv", "no budget"),
+])  # fmt: skip
+def test_bad_specifications_are_one_line(toys, spec, message):
+    with pytest.raises(me.BadBudgetError, match=message):
+        me.build(spec)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("fastv:layer=6,keep=0.5", "layer 6 of a decoder of 6: use 1 to 5"),
+    ("fastv:tokens=10", "the smallest is 13 .tokens=13."),
+    ("half:ratio=null,ratios=0.5", "1 ratios for 2 stages"),
+])  # fmt: skip
+def test_budgets_that_the_decoder_cannot_keep_are_one_line(toys, spec, message):
+    with pytest.raises(me.BadBudgetError, match=message) as error:
+        me.wrap(tiny(), spec)
+    assert "\n" not in str(error.value)

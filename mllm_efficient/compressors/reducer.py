@@ -38,7 +38,9 @@ class Reducer(Compressor):
         native = [name for name in ("ratio", "ratios") if getattr(self, name) is not None]
         asked = [name for name in ("keep", "tokens", "prune", "min_tokens", "max_tokens") if getattr(self, name) is not None]
         if native and (asked or len(native) > 1):
-            raise BadBudgetError(f"{self.name}: {' and '.join([*native, *asked])} together: give one of keep=, tokens=, prune=, ratio=, ratios=")
+            raise BadBudgetError(
+                f"{self.name}: {' and '.join([*native, *asked])} together: give one of keep=, tokens=, prune=, ratio=, ratios="
+            )
         if self.ratios is not None:
             object.__setattr__(self, "ratios", "/".join(f"{r:g}" for r in _shares(self.name, self.ratios)))
         if self.ratio is not None:
@@ -84,8 +86,11 @@ class Reducer(Compressor):
             raise CountMismatchError(f"{self.name}: select gave an index twice, or one outside 0..{len(v) - 1}")
         return ReducedTokens(ordered)
 
-    def choice_flops(self, n: int, text: int, d: int) -> int:
-        """FLOPs of the method's own products at a stage with n visual and ``text`` text tokens of width d."""
+    def choice_flops(self, n: int, k: int, text: int, d: int, full: int) -> int:
+        """FLOPs of the method's own products: k of an image's n tokens, of ``full`` at first, beside ``text`` text tokens of width d.
+
+        What the host does for it (attention, keys) is not among them.
+        """
         return 0
 
     def stages(self, depth: int) -> tuple[int, ...]:
@@ -114,6 +119,24 @@ class Reducer(Compressor):
     def per_layer(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
         """Visual tokens of an image with n at each decoder layer."""
         return spread_out(n, self.stages(depth), self.counts(n, depth, fixed=fixed), depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStage(Reducer):
+    """Tokens go once, after ``layer`` decoder layers, by what the last of those layers shows."""
+
+    layer: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise BadBudgetError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def rater(self, layer: int) -> int:
+        return layer - 1
 
 
 def spread_out(n: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:

@@ -69,7 +69,9 @@ class Pictures:
         """As of an adapter, by the text model's kind."""
         kind = self.model.config["text_config"]["model_type"]
         if kind not in ("llama", "qwen2", "qwen3", "mistral"):
-            raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen2, Qwen3 and Mistral, and this one is {kind}")
+            raise UnsupportedModelError(
+                f"{method.name} works inside the decoders of Llama, Qwen2, Qwen3 and Mistral, and this one is {kind}"
+            )
 
     def unit(self, picture: Picture) -> Grid:
         return picture.unit
