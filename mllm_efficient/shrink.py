@@ -118,7 +118,8 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
     seen = plan(adapter, method, item)
     other = (method.name, method.weights, seen.side) if isinstance(method, Projector) else (seen.smaller, held(adapter))
-    return frozenset(method.needs) & {"attention", "keys"}, other
+    of_tower = frozenset() if isinstance(method, Reducer) else frozenset(method.needs) & {"attention", "keys"}
+    return of_tower, other
 
 
 def keeps_all(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> bool:
@@ -228,6 +229,18 @@ def prepare(
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
 
 
+def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
+    """What a method does to the images of a call, without an answer. In-decoder methods take a prefill for that."""
+    from .trained import installed
+
+    method = pre_llm(compressor)
+    with torch.no_grad(), installed(model, method):
+        prepared = prepare(model, method, **inputs)
+        if prepared.staging is not None:
+            model(**prepared.model_kwargs, use_cache=False, logits_to_keep=1)
+    return prepared.report
+
+
 def require_installed(adapter: Any, method: Compressor) -> None:
     """A baseline on a trained method's weights is nothing but another name where the model does not hold them.
 
@@ -247,7 +260,8 @@ def has_pixels(inputs: dict[str, Any]) -> bool:
 
 
 def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
-    indices = torch.arange(p.shape.n) if s is None else s.indices
+    inside = bool(p.stages) and not p.untouched  # what stays is known when the decoder has run
+    indices = (None if inside else torch.arange(p.shape.n)) if s is None else s.indices
     kept_planes = None if s is None else s.kept_planes
     one = kept_planes is not None and len(kept_planes) == 1
     return ImageReport(

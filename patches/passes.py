@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -43,6 +44,7 @@ class Staging:
     padding. last: (B,) the column of each instruction's last token. text: of each row the columns of its text tokens up to
     there. All on the CPU. outcome: filled in by the forward that shortens: ``indices`` (k,) of each image at the end,
     ``left`` after each stage of each image, ``seconds``.
+    meter: what is entered while the method and the host on its behalf compute.
     """
 
     method: Reducer
@@ -52,6 +54,7 @@ class Staging:
     last: Tensor
     text: tuple[Tensor, ...]
     images: tuple[StagedImage, ...]
+    meter: Callable[[], AbstractContextManager[Any]] = nullcontext
     outcome: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -201,14 +204,21 @@ class Prefill(Pass):
             if index not in (rater, stage):
                 continue
             self.move(hidden.device)
-            if index == rater:
-                self.observe(layer, hidden, kwargs["position_embeddings"])
-            if index == stage:
-                hidden = self.shorten(number, hidden)
-                self._remember(kwargs.get("past_key_values"))
+            with self.staging.meter():
+                if index == rater and self._takes(number):
+                    self.observe(layer, hidden, kwargs["position_embeddings"])
+                if index == stage:
+                    hidden = self.shorten(number, hidden)
             self.seconds += time.perf_counter() - begin
+            if index == stage:
+                self._remember(kwargs.get("past_key_values"))
         self.substitute(index, layer, hidden, kwargs)
         return hidden
+
+    def _takes(self, number: int) -> bool:
+        """Whether stage ``number`` changes anything."""
+        images = zip(self.staging.images, self.at)
+        return self.staging.method.merges or any(image.counts[number] < len(at) for image, at in images)
 
     def move(self, device: torch.device) -> None:
         """Everything that is indexed with, to where the states are."""
@@ -265,7 +275,8 @@ class Prefill(Pass):
             entered = self.entry[:: len(self.entry) // len(prompts)][row]
             extra["entry"], extra["text_entry"] = (entered[where.to(entered.device)] for where in (image.columns, self.staging.text[row]))
         prompt = prompts[row]
-        return LayerTokens(prompt[at], prompt[text], prompt[self.last[row]], self.index[i], self.places[i], **extra)
+        question = prompt.index_select(0, self.last[row : row + 1])[0]  # a single number as index would make the host wait
+        return LayerTokens(prompt[at], prompt[text], question, self.index[i], self.places[i], **extra)
 
     # ------------------------------------------------------------------------------ a stage
 
@@ -274,14 +285,12 @@ class Prefill(Pass):
         prompts, lengths = self._prompts(hidden), self.layer_mask.sum(1).tolist()
         stay = self.layer_mask.to(hidden.device).clone()
         merged: list[tuple[int, int, Tensor]] = []
-        changed = False
+        takes = self._takes(number)
         for i, image in enumerate(self.staging.images):
-            if image.counts[number] >= len(self.at[i]) and not self.staging.method.merges:
-                continue
-            lengths[image.row] -= self._reduce(i, image.counts[number], prompts, stay, merged)
-            changed = True
+            if image.counts[number] < len(self.at[i]) or self.staging.method.merges:
+                lengths[image.row] -= self._reduce(i, image.counts[number], prompts, stay, merged)
         self.left.append([len(at) for at in self.at])
-        if not changed:
+        if not takes:
             return hidden
         n = self.layer_mask.shape[1]
         source = self._renumber(stay, lengths)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import mllm_efficient as me
 from mllm_efficient.compressors.fastv import FastV
 from mllm_efficient.compressors.reducer import Reducer, solve, spread_out
+from mllm_efficient.measure import counter
+from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.plan import describe
 
@@ -358,3 +360,51 @@ def slow_rows(model, method, positions, newline):
         return without(s, gone, [[slots[j] for j in stay] for slots, stay in zip(s.images, kept)])
 
     return {1: reduce}, recorded.seen
+
+
+# ------------------------------------------------------------------------------------------------ FLOPs
+
+
+@pytest.mark.parametrize("call", [{"new_tokens": 3}, {"batch_size": 2}], ids=["decode", "batch"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name, budget", EVERY)
+def test_a_real_call_costs_what_torch_counts(kind, name, budget, call):
+    """Every phase; compress is what the method and its raters compute, of which the prefill is free."""
+    model, spec = tiny(kind), f"{name}:{budget}"
+    shape = shape_of(model.config, kind)
+    found = counter.count(model, shape, me.build(spec), text_tokens=11, visual_tokens=72, **call)
+    closed = cost(shape, text_tokens=11, visual_tokens=72, method=spec, **call)
+    for phase in ("vision", "compress", "prefill", "decode", "total"):
+        assert getattr(found, phase) == getattr(closed, phase), phase
+    assert closed.compress > 0 and not adapter_for(model).reached_inside
+
+
+@pytest.mark.parametrize("newline", ["null", "keep"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video"])
+def test_newline_columns_are_counted_where_they_are(name, newline):
+    model, spec = families.tiny(name), f"fastv:layer=1,ratio=0.3,newline={newline}"
+    shape = shape_of(model.config, name)
+    found = counter.count(model, shape, me.build(spec), text_tokens=9, image_size=(70, 50), new_tokens=2)
+    assert found == counter.Counted(
+        *(
+            getattr(cost(shape, text_tokens=9, image_size=(70, 50), method=spec, new_tokens=2), p)
+            for p in ("vision", "compress", "prefill", "decode")
+        )
+    )
+
+
+@pytest.mark.parametrize("spec", ["fastv:tokens=64", "pyramiddrop:ratio=0.5", "sparsevlm:tokens=128", "dart:tokens=64"])
+def test_a_7b_shape_costs_what_torch_counts_without_weights(spec):
+    from .test_flops import on_meta
+
+    shape = load_shape("llava-1.5-7b")
+    found, closed = counter.count(on_meta("llava-1.5-7b"), shape, me.build(spec)), cost(shape, method=spec)
+    assert (found.compress, found.prefill) == (closed.compress, closed.prefill)
+    assert closed.total < cost(shape).total and closed.kv_cache_bytes < cost(shape).kv_cache_bytes
+    assert closed.visual_tokens_kept == round(sum(me.build(spec).per_layer(576, 32)) / 32)
+
+
+def test_a_prefill_at_the_layer_average_costs_about_the_same_wherever_tokens_go():
+    """Layers cost nearly in proportion to their tokens, which is why the layer average is the budget."""
+    costs = [cost("llava-1.5-7b", method=f"{name}:tokens=192").prefill for name in ("divprune", *METHODS)]
+    assert max(costs) / min(costs) < 1.01

@@ -109,8 +109,8 @@ class Compressor:
 
 
 def query_aware(cls: type[Compressor]) -> bool:
-    """Whether a method looks at the question."""
-    return bool({"text", "clip_text"} & set(cls.needs))
+    """Whether a method looks at the question. All that in-decoder methods can be shown depends on it."""
+    return bool(cls.needs) if cls.family == "L" else bool({"text", "clip_text"} & set(cls.needs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,8 +81,12 @@ class Reducer(Compressor):
         if indices.shape != (k,):
             raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
         ordered = indices.sort().values
-        own = type(self).select is not Reducer.select  # the one above cannot be wrong, and a GPU need not be waited for
-        if own and not bool((ordered.diff() > 0).all() & (ordered[0] >= 0) & (ordered[-1] < len(v))):
+        # score cannot go wrong, so that a GPU need not be waited for
+        if (
+            type(self).select is not Reducer.select
+            and not v.hidden.is_meta
+            and not bool((ordered.diff() > 0).all() & (ordered[0] >= 0) & (ordered[-1] < len(v)))
+        ):
             raise CountMismatchError(f"{self.name}: select gave an index twice, or one outside 0..{len(v) - 1}")
         return ReducedTokens(ordered)
 
