@@ -147,7 +147,7 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
         return
     encoded = kwargs.get("mm_encoder_outputs")
     layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
-    if staging is not None:
+    if encoded is not None and staging is not None:
         remember(model, report_of(staging, encoded.planned))
     if layout is not None:
         for part in output if isinstance(output, tuple) else output.values():

@@ -85,8 +85,13 @@ def count(
         with flop_counter() as compress:
             prepared = prepare(model, method, encoded=encoded, **prompt)
         choosing: list[FlopCounterMode] = []
+
+        def meter() -> FlopCounterMode:
+            choosing.append(flop_counter())
+            return choosing[-1]
+
         if prepared.staging is not None:
-            prepared = replace(prepared, staging=replace(prepared.staging, meter=lambda: choosing.append(flop_counter()) or choosing[-1]))
+            prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
         call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
         # A cache from the start: position ids without one are searched for packed sequences, by value.
         cache = _cache(model)
