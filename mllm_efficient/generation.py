@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compressors.base import Compressor
-from .compressors.reducer import Reducer
 from .errors import CountMismatchError, MllmEfficientError
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
+from .registry import build
 from .report import CompressionReport, remember
-from .shrink import Prepared, check, has_pixels, keeps_all, pre_llm, prepare
+from .shrink import Prepared, check_all, halves, has_pixels, keeps_all, prepare
 from .trained import inside
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
@@ -30,14 +29,15 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
     """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
     from .patches import adapter_for
 
-    method = method if method is None else pre_llm(method)
+    method = None if method is None else build(method)
+    reduces = method is not None and halves(method)[1] is not None
     shortened = hasattr(kwargs.get("past_key_values"), SEGMENTS_ATTRIBUTE)
-    hooks = inside(adapter_for(model)) if shortened or isinstance(method, Reducer) else contextlib.nullcontext()
+    hooks = inside(adapter_for(model)) if shortened or reduces else contextlib.nullcontext()
     with hooks:
         return _generate(model, stock, method, inputs, args, kwargs)
 
 
-def _generate(model: Any, stock: Any, method: Compressor | None, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
     names = [p for p in inspect.signature(stock).parameters if p != "self"]
     kwargs, args = {**dict(zip(names[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
@@ -47,7 +47,7 @@ def _generate(model: Any, stock: Any, method: Compressor | None, inputs: Tensor 
     if method is not None:
         from .patches import adapter_for
 
-        check(adapter_for(model), method)
+        check_all(adapter_for(model), method)
     if method is None and layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
     config = kwargs.get("generation_config")
@@ -61,10 +61,12 @@ def _generate(model: Any, stock: Any, method: Compressor | None, inputs: Tensor 
     call = {k: v for k, v in kwargs.items() if k not in prepared.tensors and k not in _vision_keys(model)}
     call |= prepared.model_kwargs
     chunks = _setting("prefill_chunk_size", kwargs, config, model) is not None
-    if prepared.layout is None:
+    if prepared.staging is not None:
         if chunks:
             raise MllmEfficientError("prefill_chunk_size cuts a prompt that in-decoder methods need whole: leave it out")
-        return _finish(model, _run(model, stock, None, args, {**call, "disable_compile": True}), prepared.report)
+        call["disable_compile"] = True
+    if prepared.layout is None:
+        return _finish(model, _run(model, stock, None, args, call), prepared.report)
 
     from .patches import transformers_version
 

@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .compressors.reducer import Reducer, spread_out
-from .layout import IGNORE
+from .layout import IGNORE, Layout
 from .locate import Located
 from .plan import Plan
 from .report import CompressionReport
-from .tokens import VisualShape
+from .squeeze import Squeezed
+from .tokens import Plane
 
 if TYPE_CHECKING:
     from .patches.passes import Staging
 
 
+@dataclass(frozen=True)
+class Standing:
+    """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
+
+    places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, None where merged.
+    """
+
+    row: int
+    columns: Tensor
+    separators: Tensor
+    places: Tensor
+    origin: Tensor | None
+
+
+def standing(f: Located, p: Plan) -> Standing:
+    """An image all of whose tokens are in the prompt."""
+    columns = f.columns.cpu()
+    between = torch.ones(len(columns), dtype=torch.bool)
+    between[p.shape.token_slots] = False
+    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(p.shape.planes), torch.arange(p.shape.n))
+
+
+def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
+    """What a method before the decoder left of an image, in the prompt that is left."""
+    valid = layout.mask[f.row].bool()
+    short = torch.full((layout.full_length,), -1)
+    short[layout.columns[f.row, valid]] = torch.arange(layout.reduced_length)[valid]
+    kept = s.keep.nonzero()[:, 0]
+    is_token = torch.zeros(len(kept), dtype=torch.bool)
+    if s.indices is not None:
+        is_token[torch.isin(kept, p.shape.token_slots)] = True
+        places = places_of(p.shape.planes)[s.indices.sort().values]
+    else:
+        planes = s.kept_planes or ()
+        slots = p.after.token_slots if p.after is not None and p.separators else torch.arange(sum(len(plane) for plane in planes))
+        is_token[slots] = True
+        places = places_of(planes)
+    columns = short[f.columns.cpu()[kept]]
+    origin = None if s.indices is None else s.indices.sort().values
+    return Standing(f.row, columns[is_token], columns[~is_token], places, origin)
+
+
 def staging_of(
-    method: Reducer, positions: str, mask: Tensor, found: Sequence[Located], plans: Sequence[Plan], labels: Tensor | None = None
+    method: Reducer, positions: str, mask: Tensor, images: Sequence[Standing], adapter: Any, labels: Tensor | None = None
 ) -> Staging:
     """What the decoder is to do with a batch of prompts.
 
@@ -30,28 +73,28 @@ def staging_of(
     """
     from .patches.passes import StagedImage, Staging
 
-    images, numbers = [], [0] * len(mask)
+    depth, staged, numbers = adapter.decoder_layers, [], [0] * len(mask)
     visual = torch.zeros_like(mask)
-    for f, p in zip(found, plans):
-        slots, columns = p.shape.token_slots, f.columns.cpu()
-        between = torch.ones(len(columns), dtype=torch.bool)
-        between[slots] = False
-        places = torch.cat([torch.full((p.shape.n, 1), numbers[f.row]), places_of(p.shape)], 1)
-        counts = tuple(count for _, count in p.stages)
-        images.append(StagedImage(f.row, columns[slots], columns[between], places, counts, method.newline == "keep"))
-        visual[f.row, columns] = True
-        numbers[f.row] += 1
+    for image in images:
+        n = len(image.columns)
+        places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
+        counts = method.counts(n, depth, fixed=False)
+        keeps = method.newline == "keep"
+        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, keeps, image.origin))
+        visual[image.row, image.columns] = True
+        visual[image.row, image.separators] = True
+        numbers[image.row] += 1
     last = instruction_end(mask, visual, labels)
     upto = torch.arange(mask.shape[1])[None] <= last[:, None]
     text = tuple(row.nonzero()[:, 0] for row in mask & ~visual & upto)
-    return Staging(method, tuple(layer for layer, _ in plans[0].stages), positions, mask, last, text, tuple(images))
+    return Staging(method, method.stages(depth), positions, mask, last, text, tuple(staged))
 
 
-def places_of(shape: VisualShape) -> Tensor:
-    """(N, 3) plane, row and column of each token."""
+def places_of(planes: Sequence[Plane]) -> Tensor:
+    """(N, 3) plane, row and column of each token of all planes."""
     parts = [
         torch.stack([torch.full((len(p),), i), *(torch.arange(len(p)) // p.columns, torch.arange(len(p)) % p.columns)], 1)
-        for i, p in enumerate(shape.planes)
+        for i, p in enumerate(planes)
         if len(p)
     ]
     return torch.cat(parts)
@@ -85,8 +128,9 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         return before
     left, depth = staging.outcome["left"], before.decoder_layers
     images = []
-    for i, image in enumerate(before.images):
-        per_layer = spread_out(image.full, staging.stages, [stage[i] for stage in left], depth)
-        indices = None if staging.method.merges else staging.outcome["indices"][i].cpu()
+    for i, (image, staged) in enumerate(zip(before.images, staging.images)):
+        per_layer = spread_out(len(staged.columns), staging.stages, [stage[i] for stage in left], depth)
+        selects = staged.origin is not None and not staging.method.merges
+        indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
         images.append(replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer))
-    return replace(before, images=tuple(images), compress_seconds=staging.outcome["seconds"])
+    return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

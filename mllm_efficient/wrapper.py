@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 
 from .compressors.base import Compressor
-from .compressors.reducer import Reducer
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
+from .registry import build
 from .report import CompressionReport, remember
-from .shrink import check, has_pixels, keeps_all, pre_llm, prepare
+from .shrink import check_all, halves, has_pixels, keeps_all, prepare
 from .staged import report_of
 from .trained import install
 
@@ -46,16 +46,16 @@ def wrap(model: Model, compressor: Any) -> Model:
     """
     from .patches import adapter_for
 
-    adapter, method = adapter_for(model), pre_llm(compressor)
+    adapter, method, (before, inside) = adapter_for(model), build(compressor), halves(compressor)
     inner = adapter.model
     if _hook_of(inner) is not None:
         raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
-    check(adapter, method)
-    undo = install(adapter, method)
+    check_all(adapter, method)
+    undo = install(adapter, before)
     inner.__class__ = _class_for(type(inner))
     inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
-    if isinstance(method, Reducer):
+    if inside is not None:
         adapter.reach_inside()
     return model
 
@@ -92,8 +92,8 @@ def compressed(model: Model, compressor: Any) -> Iterator[Model]:
         unwrap(model)
 
 
-def method_of(model: Any) -> Compressor | None:
-    """The method a model is wrapped with, or None."""
+def method_of(model: Any) -> Compressor | tuple[Compressor, ...] | None:
+    """The method a model is wrapped with, several in the order they run, or None."""
     from .patches import inner_model
 
     hook = _hook_of(inner_model(model))
@@ -107,7 +107,7 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor, undo: Callable[[], None]):
+    def __init__(self, method: Compressor | tuple[Compressor, ...], undo: Callable[[], None]):
         self.method, self.undo = method, undo
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):

@@ -25,7 +25,8 @@ class StagedImage:
     """The visual tokens of one image in a prompt. row: of the batch. columns: (N,), separators: (S,) where they stand.
 
     places: (N, 4) image within its row, plane, row and column. counts: tokens left after each stage. keep_separators:
-    whether newline columns stay where tokens go.
+    whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, None where
+    those were merged before they came here.
     """
 
     row: int
@@ -34,6 +35,7 @@ class StagedImage:
     places: Tensor
     counts: tuple[int, ...]
     keep_separators: bool = False
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True)
