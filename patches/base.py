@@ -101,7 +101,13 @@ class Adapter:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
         from .decoder import check_decoder
 
-        check_decoder(self.model, method)
+        check_decoder(self, method)
+
+    @property
+    def deep_layers(self) -> int:
+        """Decoder layers behind which visual features are added (deepstack)."""
+        vision = self.config.vision_config
+        return len(vision.deepstack_visual_indexes) if self.deepstack else 0
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The images of a call in prompt order, then its videos, before any pixel is looked at.

@@ -21,7 +21,10 @@ from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 from .passes import Pass, Prefill, Shortened, Staging
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
-LAYERS = frozenset({"LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer"})
+LAYERS = frozenset({
+    "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+})  # fmt: skip
 
 
 class EnterLayer:
@@ -142,13 +145,28 @@ def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
         with_kwargs.pop(key, None)
 
 
-def check_decoder(model: Any, method: Reducer) -> None:
-    """Raises ``UnsupportedModelError`` for a decoder whose layers are not known to work like Llama's."""
-    decoder = decoder_of(model)
-    kind = type(decoder.layers[0]).__name__
+def check_decoder(adapter: Any, method: Reducer) -> None:
+    """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
+    from . import transformers_version
+
+    layers = decoder_of(adapter.model).layers
+    kind = type(layers[0]).__name__
     if kind not in LAYERS:
-        raise UnsupportedModelError(
-            f"{method.name} works inside the decoders of Llama, Qwen2, Qwen3 and Mistral, and this one is of {kind}"
-        )
-    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
+    if not adapter.mrope:
+        return
+    if transformers_version() < (5, 23):
+        raise UnsupportedModelError(f"{method.name} on {adapter.name} needs transformers 5.23 or newer")
+    if method.merges:
+        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
+    if method.positions == "renumber":
+        raise UnsupportedModelError(
+            f"{method.name}: positions='renumber' has no meaning inside {adapter.name}, whose positions have three rows"
+        )
+    first, deep = method.stages(len(layers))[0], adapter.deep_layers
+    if first < deep:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens at layer {first}, and {adapter.name} adds visual features up to layer {deep}: drop there or later"
+        )

@@ -144,6 +144,8 @@ class Sequence:
     places: list[torch.Tensor]
     last: int
     separators: set[int] = field(default_factory=set)  # columns of the prompt
+    grid: torch.Tensor | None = None  # (3, L) positions of every column, M-RoPE
+    deep: tuple[torch.Tensor, ...] = ()  # (L, d) what is added behind the first layers
 
 
 def start(model, ids, features, new=()):
@@ -175,7 +177,7 @@ def without(s, gone, kept):
     left = [slot for slot in range(len(s.columns)) if slot not in gone]
     where = {slot: new for new, slot in enumerate(left)}
     images = [[where[slot] for slot in slots] for slots in kept]
-    return Sequence(s.hidden[left], [s.columns[slot] for slot in left], images, s.places, where[s.last], s.separators)
+    return Sequence(s.hidden[left], [s.columns[slot] for slot in left], images, s.places, where[s.last], s.separators, s.grid, s.deep)
 
 
 def pool(s):
@@ -203,6 +205,12 @@ def half(s):
     return drop(s, lambda i, states, _: top(states.sum(-1), max(1, round(len(states) / 2))))
 
 
+def tables_of(decoder, s, positions):
+    """cos and sin (1, n, head_dim)."""
+    at = torch.tensor(s.columns) if positions == "keep" else torch.arange(len(s.columns))
+    return decoder.rotary_emb(s.hidden[None], at[None] if s.grid is None else s.grid[:, None, at])
+
+
 def run(model, s, stages, positions, seen=None):
     """Logits of a row, a stage's function called before its layer. seen: called with (layer number, layer, s) before each."""
     decoder = model.model.language_model
@@ -212,14 +220,15 @@ def run(model, s, stages, positions, seen=None):
             seen(number, layer, s)
         if number in stages:
             s = stages[number](s)
-        at = torch.tensor(s.columns) if positions == "keep" else torch.arange(len(s.columns))
         lengths.append(len(s.columns))
-        n, window = len(at), getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
+        n, window = len(s.columns), getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
         i, j = torch.arange(n)[:, None], torch.arange(n)[None]
         mask = (j <= i) & (j > i - (window or n + 1))
         mask = torch.zeros(n, n).masked_fill(~mask, torch.finfo(torch.float32).min)[None, None]
-        tables = decoder.rotary_emb(s.hidden[None], at[None])
+        tables = tables_of(decoder, s, positions)
         s.hidden = layer(s.hidden[None], attention_mask=mask, position_embeddings=tables, use_cache=False)[0]
+        if number < len(s.deep):
+            s.hidden = s.hidden + s.deep[number][s.columns]
     return model.lm_head(decoder.norm(s.hidden)), s, lengths
 
 

@@ -19,7 +19,7 @@ from mllm_efficient.patches import adapter_for
 from mllm_efficient.plan import describe
 
 from . import families
-from .test_decoder import DECODERS, IMAGE, NEW, ROWS, drop, new_tokens, rows_of, run, start, tiny, top, without
+from .test_decoder import DECODERS, IMAGE, NEW, ROWS, drop, new_tokens, rows_of, run, start, tables_of, tiny, top, without
 
 METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer)]
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
@@ -43,8 +43,7 @@ def attention_map(model, layer, s, positions):
 
 def rotated(decoder, layer, s, positions, which):
     """(heads, n, head_dim) queries or keys."""
-    at = torch.tensor(s.columns) if positions == "keep" else torch.arange(len(s.columns))
-    cos, sin = (t[0] for t in decoder.rotary_emb(s.hidden[None], at[None]))
+    cos, sin = (t[0] for t in tables_of(decoder, s, positions))
     parts = getattr(layer.self_attn, f"{which}_proj")(layer.input_layernorm(s.hidden))
     parts = parts.view(len(s.hidden), -1, layer.self_attn.head_dim)
     if hasattr(layer.self_attn, f"{which}_norm"):
@@ -61,12 +60,12 @@ def text_of(s):
 class Slow:
     """One method's stages for ``run``: what it looks at is recorded before the layer that shows it."""
 
-    def __init__(self, model, method, positions):
+    def __init__(self, model, method, positions, n=36):
         self.model, self.method, self.positions = model, method, positions
         depth = model.config.text_config.num_hidden_layers
         self.layers = method.layers(depth)
         self.raters = [method.rater(layer) for layer in self.layers]
-        self.counts = method.counts(36, depth)
+        self.counts = method.counts(n, depth)
         self.shown = None
 
     def seen(self, number, layer, s):
@@ -107,9 +106,9 @@ class Slow:
         return chosen
 
 
-def slow(model, method, positions):
+def slow(model, method, positions, n=36):
     """The stages of a method, and the callback that records, as ``run`` takes them."""
-    stages = Slow(model, method, positions)
+    stages = Slow(model, method, positions, n)
     return {layer: (lambda s, layer=layer: stages(layer, s)) for layer in stages.layers}, stages.seen
 
 
@@ -347,8 +346,8 @@ def spliced(model, ids, found, said):
     return s
 
 
-def slow_rows(model, method, positions, newline):
-    """Stages at layer 1 that leave 0.3 of each image, and of its newline columns all or none."""
+def slow_rows(model, method, positions, newline, layer=1):
+    """A stage at ``layer`` that leaves 0.3 of each image, and of its newline columns all or none."""
     recorded = Slow(model, method, positions)
 
     def reduce(s):
@@ -359,7 +358,109 @@ def slow_rows(model, method, positions, newline):
         s.places = [place[stay] for place, stay in zip(s.places, kept)]
         return without(s, gone, [[slots[j] for j in stay] for slots, stay in zip(s.images, kept)])
 
-    return {1: reduce}, recorded.seen
+    return {layer: reduce}, recorded.seen
+
+
+@pytest.mark.parametrize("name, layer", [("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 2)])
+@pytest.mark.parametrize("method", ["fastv", "dart"])
+def test_m_rope_families_keep_the_places_of_what_stays(name, layer, method):
+    """Three rows of positions, videos, and in Qwen3-VL features that the first layers add."""
+    family, method = families.FAMILIES[name], me.build(f"{method}:layer={layer},ratio=0.3")
+    model, batch = families.tiny(name), families.make(name, *family.mixed)
+    with me.compressed(model, method):
+        out = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+        more = torch.tensor([[20, 21]] * len(out.sequences))
+        mask = torch.cat([batch["attention_mask"], torch.ones(len(more), 5, dtype=torch.long)], 1)
+        turn = model.generate(
+            input_ids=torch.cat([out.sequences, more], 1), attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=2
+        )
+    report = out.compression
+    for row, kind in enumerate(family.mixed):
+        inputs = families.make(name, kind)
+        found = families.visuals(name, model, inputs)
+        stages, seen = slow_rows(model, method, "keep", None, layer)
+        said = []
+        for number in range(5):
+            whole = families.splice(name, model, inputs, found, [families.everything(v) for v in found], "keep")
+            whole = families.extended(model, whole, torch.tensor(said + ([20, 21] if number == 3 else []), dtype=torch.long))
+            s = spliced(model, inputs["input_ids"][0], found, [])
+            deep = tuple(torch.zeros_like(whole.embeds[0]) for _ in whole.deep)
+            for layer_features, target in zip(whole.deep, deep):
+                target[whole.visual[0]] = layer_features
+            s.hidden, s.grid, s.deep = whole.embeds[0], whole.positions[:, 0], deep
+            s.columns = list(range(len(s.hidden)))
+            if number == 3:
+                said += [20, 21]
+            with torch.no_grad():
+                logits, s, _ = run(model, s, stages, "keep", seen)
+            said.append(int(logits[-1].argmax()))
+        assert out.sequences[row, -3:].tolist() == said[:3]
+        assert turn[row, -2:].tolist() == said[-2:]
+        kept = [i for i in report.images if i.row == row]
+        assert [i.indices.tolist() for i in kept] == [place[:, 0].tolist() for place in s.places]
+
+
+@pytest.mark.parametrize("name, spec, message", [
+    ("qwen3_vl", "fastv:layer=1,ratio=0.5", "adds visual features up to layer 2: drop there or later"),
+    ("qwen2_5_vl", "fastv:layer=1,ratio=0.5,positions=renumber", "positions='renumber' has no meaning inside"),
+])  # fmt: skip
+def test_what_m_rope_cannot_do_is_one_line(name, spec, message):
+    with pytest.raises(me.UnsupportedModelError, match=message):
+        me.wrap(families.tiny(name), spec)
+
+
+# ------------------------------------------------------------------------------------------------ one after the other
+
+
+@pytest.mark.parametrize("positions", ["null", "keep"])
+@pytest.mark.parametrize("before", ["divprune:tokens=20", "pool:tokens=9", "uniform:keep=0.25"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_method_before_the_decoder_and_one_inside(make_batch, before, positions, beams):
+    if before.startswith("pool") and positions == "keep":
+        positions = "null"
+    batch, model = make_batch(*ROWS), tiny()
+    spec = f"{before},positions={positions} | fastv:ratio=0.4"
+    expected, counts = [], []
+    for kind in ROWS:
+        prepared = me.prepare(model, f"{before},positions={positions}", **make_batch(kind))
+        ids, features = prepared.model_kwargs["input_ids"][0], [f for _, f, _ in prepared.features or ()]
+        rule = "renumber" if positions == "null" else "keep"
+        n = len(features[0]) if features else 36
+        stages, seen = slow(model, me.build("fastv:ratio=0.4"), rule, n)
+        said = []
+        for _ in range(3):
+            s = start(model, ids, features, said)
+            if prepared.layout is not None and rule == "keep":
+                full = prepared.layout.full_length
+                s.columns = [*prepared.layout.columns[0].tolist(), *range(full, full + len(said))]
+            with torch.no_grad():
+                logits, s, _ = run(model, s, stages, rule, seen)
+            said.append(int(logits[-1].argmax()))
+        expected.append(said)
+        counts += [len(place) for place in s.places]
+    me.wrap(model, spec)
+    if beams > 1:
+        one_by_one = [model.generate(**make_batch(kind), max_new_tokens=3, num_beams=beams)[0, -3:].tolist() for kind in ROWS]
+        assert new_tokens(model.generate(**batch, max_new_tokens=3, num_beams=beams), batch) == one_by_one
+        return
+    out = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    assert new_tokens(out.sequences, batch) == expected
+    report = out.compression
+    assert [s["method"] for s in report.stages] == [before.split(":")[0], "fastv"]
+    assert [i.per_layer[-1] for i in report.images] == counts and [i.full for i in report.images] == [36] * 4
+    pruned = len(features[0])
+    assert report.tokens_per_layer[:2] == [4 * pruned] * 2
+    for image in report.images:
+        assert (image.indices is None) == before.startswith("pool")
+    with torch.no_grad():
+        logits = model(**make_batch("one image")).logits
+        assert logits.shape[1] == int(batch["attention_mask"][0].sum()) - 36 + pruned
+        assert int(logits[0, -1].argmax()) == expected[0][0]
+    more = torch.cat([out.sequences, torch.tensor([[20, 21]] * 4)], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(4, 5, dtype=torch.long)], 1)
+    model.generate(input_ids=more, attention_mask=mask, past_key_values=out.past_key_values, max_new_tokens=2)
+    me.unwrap(model)
+    assert not adapter_for(model).reached_inside
 
 
 # ------------------------------------------------------------------------------------------------ FLOPs

@@ -68,10 +68,8 @@ class Pictures:
     def check_inside(self, method: Reducer) -> None:
         """As of an adapter, by the text model's kind."""
         kind = self.model.config["text_config"]["model_type"]
-        if kind not in ("llama", "qwen2", "qwen3", "mistral"):
-            raise UnsupportedModelError(
-                f"{method.name} works inside the decoders of Llama, Qwen2, Qwen3 and Mistral, and this one is {kind}"
-            )
+        if kind.removesuffix("_text") not in ("llama", "qwen2", "qwen3", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is {kind}")
 
     def unit(self, picture: Picture) -> Grid:
         return picture.unit
