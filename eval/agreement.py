@@ -168,7 +168,7 @@ class Agreement(Harness):
         read = read[:, : longest - 1]
         prepared, _ = self._prepared(method, batch)
         layout = prepared.layout
-        if layout is None:  # nothing is chosen, so nothing can be chosen by the answer
+        if layout is None and prepared.staging is None:  # nothing is chosen, so nothing can be chosen by the answer
             call = self._prepared(method, batch, read)[0].model_kwargs
         else:
             call = prepared.model_kwargs
@@ -178,7 +178,7 @@ class Agreement(Harness):
             if "mm_token_type_ids" in call:
                 types = call["mm_token_type_ids"]
                 call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(new.shape)], 1)
-            places = layout.positions_of(call["attention_mask"], new.shape[1]) if longest > 1 else None
+            places = layout.positions_of(call["attention_mask"], new.shape[1]) if layout is not None and longest > 1 else None
             if places is not None:
                 call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)
         logits = self.loaded.model(**call, use_cache=True, logits_to_keep=longest).logits

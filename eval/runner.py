@@ -136,7 +136,7 @@ class Run(Harness):
         if not region.any():
             return {}
         inside = int(region[image.indices.numpy()].sum())
-        return {"region_share": inside / image.kept, "region_kept": inside / int(region.sum())}
+        return {"region_share": inside / len(image.indices), "region_kept": inside / int(region.sum())}
 
 
 def first_word(text: str) -> str:

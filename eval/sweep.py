@@ -17,8 +17,9 @@ from typing import Any
 from mllm_efficient.compressors.base import Compressor, Projector
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
+from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.compressors.resize import Resize
-from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.errors import BadBudgetError, MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD, REFERENCE
 from mllm_efficient.measure.bench import Bench, Settings
 from mllm_efficient.measure.flops import Cost
@@ -93,6 +94,8 @@ def _own_budget(spec: str) -> str | None:
     if re.split("[:@]", spec)[0].strip() == NoCompression.name:
         return ""
     found = re.findall(r"[:,]\s*(\w+)\s*=\s*([^,]+?)\s*(?=,|$)", spec)
+    if any(k in ("ratio", "ratios") for k, _ in found):  # an in-decoder method that says what its stages leave
+        return ""
     parts = [f"{k}={v}" for k, v in found if k in (*BUDGETS, "min_tokens", "max_tokens")]
     return ",".join(parts) if any(k in BUDGETS for k, _ in found) else None
 
@@ -117,9 +120,12 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
         try:
             check(adapter, cell.method)
         except MllmEfficientError as error:
-            if cell.role != REFERENCE:
+            if cell.role == REFERENCE:
+                left_out[cell.spec] = str(error)
+                continue
+            if not (isinstance(error, BadBudgetError) and isinstance(cell.method, Reducer)):
                 raise
-            left_out[cell.spec] = str(error)
+            out.append(replace(cell, failed=str(error)))  # an average that cannot be reached; others can
             continue
         try:
             say(describe(cell.method, adapter.usual(), adapter))
@@ -141,6 +147,8 @@ class Flops(PromptFlops):
 
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""
+        if isinstance(budget, Reducer) and all(getattr(budget, name) is None for name in BUDGETS):  # its stages say what is left
+            return self.of(Random(tokens=self.of(budget).visual_tokens_kept))
         return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens", "per")}))
 
     def match(self, cell: Cell) -> Cell:

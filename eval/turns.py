@@ -77,8 +77,11 @@ def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> 
     with wrapper.compressed(model, method) if method is not None else contextlib.nullcontext():
         prepared = run.prepared(method, [f.first for f in batch], asked) if method is not None else None
         layout = prepared.layout if prepared is not None else None
-        if prepared is None or layout is None:  # nothing left the prompt: the model's own call, which remembers M-RoPE positions
-            first = run.generate(asked, return_dict_in_generate=True)
+        if prepared is None or (layout is None and prepared.staging is None):
+            first = run.generate(asked, return_dict_in_generate=True)  # the model's own call, which remembers M-RoPE positions
+            said = first.sequences
+        elif layout is None:  # tokens go inside the decoder
+            first = run.generate(prepared.model_kwargs, return_dict_in_generate=True)
             said = first.sequences
         else:
             first = run.generate(prepared.model_kwargs, return_dict_in_generate=True)

@@ -19,6 +19,8 @@ _HOME = {
     "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "projector", "Projector": "compressors.base", "load": "trained",
+    "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
+    "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
@@ -34,11 +36,16 @@ if TYPE_CHECKING:
     from .compressors.base import Merger as Merger
     from .compressors.base import Projector as Projector
     from .compressors.base import Selector as Selector
+    from .compressors.dart import Dart as Dart
     from .compressors.divprune import DivPrune as DivPrune
+    from .compressors.fastv import FastV as FastV
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool
+    from .compressors.pyramiddrop import PyramidDrop as PyramidDrop
     from .compressors.random import Random as Random
+    from .compressors.reducer import Reducer as Reducer
     from .compressors.resize import Resize as Resize
+    from .compressors.sparsevlm import SparseVLM as SparseVLM
     from .compressors.tokenflex import TokenFlex as TokenFlex
     from .compressors.uniform import Uniform as Uniform
     from .errors import AlreadyWrappedError as AlreadyWrappedError
@@ -58,6 +65,8 @@ if TYPE_CHECKING:
     from .shrink import Prepared as Prepared
     from .shrink import prepare as prepare
     from .tokens import CompressedTokens as CompressedTokens
+    from .tokens import LayerTokens as LayerTokens
+    from .tokens import ReducedTokens as ReducedTokens
     from .tokens import VisualTokens as VisualTokens
     from .trained import load as load
     from .wrapper import compressed as compressed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .errors import CountMismatchError, MllmEfficientError
-from .layout import UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
+from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
+from .registry import build
 from .report import CompressionReport, remember
-from .shrink import Prepared, check, has_pixels, keeps_all, pre_llm, prepare
+from .shrink import Prepared, check_all, halves, has_pixels, keeps_all, prepare
+from .trained import inside
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 
@@ -24,6 +27,17 @@ def within_generate(model: Any) -> bool:
 
 def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+    from .patches import adapter_for
+
+    method = None if method is None else build(method)
+    reduces = method is not None and halves(method)[1] is not None
+    shortened = hasattr(kwargs.get("past_key_values"), SEGMENTS_ATTRIBUTE)
+    hooks = inside(adapter_for(model)) if shortened or reduces else contextlib.nullcontext()
+    with hooks:
+        return _generate(model, stock, method, inputs, args, kwargs)
+
+
+def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
     names = [p for p in inspect.signature(stock).parameters if p != "self"]
     kwargs, args = {**dict(zip(names[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
@@ -33,28 +47,35 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
     if method is not None:
         from .patches import adapter_for
 
-        method = pre_llm(method)
-        check(adapter_for(model), method)
+        check_all(adapter_for(model), method)
     if method is None and layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
     config = kwargs.get("generation_config")
     if method is not None and kwargs.get("mm_encoder_outputs") is None:
         prepared = _prepare_generate(model, method, ids, layout, kwargs, config)
-    if prepared is None or prepared.layout is None:
+    if prepared is None or (prepared.layout is None and prepared.staging is None):
         out = _run(model, stock, inputs, args, kwargs)
         return _finish(model, out, prepared.report if prepared else CompressionReport())
 
-    from .patches import transformers_version
-
     assert ids is not None
-    removed = prepared.layout.removed
     call = {k: v for k, v in kwargs.items() if k not in prepared.tensors and k not in _vision_keys(model)}
     call |= prepared.model_kwargs
+    chunks = _setting("prefill_chunk_size", kwargs, config, model) is not None
+    if prepared.staging is not None:
+        if chunks:
+            raise MllmEfficientError("prefill_chunk_size cuts a prompt that in-decoder methods need whole: leave it out")
+        call["disable_compile"] = True
+    if prepared.layout is None:
+        return _finish(model, _run(model, stock, None, args, call), prepared.report)
+
+    from .patches import transformers_version
+
+    removed = prepared.layout.removed
     for name in ("max_length", "min_length"):
         wanted = _setting(name, kwargs, config, model)
         if wanted is not None:
             call[name] = max(wanted - removed, 0)
-    if _setting("prefill_chunk_size", kwargs, config, model) is not None and transformers_version() < (5, 23):
+    if chunks and transformers_version() < (5, 23):
         raise MllmEfficientError("prefill_chunk_size with images needs transformers 5.23 or newer: leave it out")
     gaps = prepared.layout.positions == "keep" and not prepared.layout.mrope
     if gaps and _setting("use_cache", kwargs, config, model) is False:

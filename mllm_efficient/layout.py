@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import CountMismatchError
 
 CACHE_ATTRIBUTE = "_visual_layout"
+SEGMENTS_ATTRIBUTE = "_visual_segments"  # what in-decoder methods leave on a cache
 UNCOMPRESSED_CACHE = "new images on a cache that was not compressed: start with an empty cache"
 IGNORE = -100  # the label that enters no loss
 
@@ -86,9 +87,11 @@ def with_text_row(places: Tensor, mask: Tensor) -> Tensor:
 
 
 class EncoderOutputs(dict):
-    """``mm_encoder_outputs`` that remembers the layout it belongs to."""
+    """``mm_encoder_outputs`` that remembers the layout it belongs to, what is to be done inside the decoder, and its report."""
 
     layout: Layout | None = None
+    staging: Any = None
+    planned: Any = None
 
 
 def require(ok: bool, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .budget import apportion
 from .compressors.base import Compressor, Projector, Resizer
+from .compressors.reducer import Reducer, spread_out
 from .errors import BadBudgetError, UnsupportedModelError
 from .lazy import torch
 from .tokens import Plane, VisualShape
@@ -52,7 +53,8 @@ class Plan:
     groups: of a method that works on tokens. smaller: the grid a smaller picture is given; side: tokens along a side of
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
     columns and separators that are left. untouched: every token and separator stays as it is. clamped: more tokens were
-    asked than there are.
+    asked than there are. stages: of an in-decoder method (layer, tokens from there on); per_layer: its tokens at every layer, of
+    which kept is the mean, rounded.
     """
 
     shape: VisualShape
@@ -64,6 +66,8 @@ class Plan:
     separators: int = 0
     untouched: bool = False
     clamped: bool = False
+    stages: tuple[tuple[int, int], ...] = ()
+    per_layer: tuple[int, ...] = ()
 
 
 def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
@@ -71,6 +75,8 @@ def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
     shape: VisualShape = item.shape
     if isinstance(method, Projector):
         return _projected(adapter, method, item)
+    if isinstance(method, Reducer):
+        return _reduced(adapter, method, shape)
     k = method.budget.count(shape.n, fixed=adapter.fixed_count)
     clamped = method.tokens is not None and method.tokens > shape.n
     whole = Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
@@ -100,6 +106,18 @@ def _projected(adapter: Any, method: Projector, item: Any) -> Plan:
             f"{method.name}: {side * side} tokens for each of {len(after.planes)} views are {after.n}: the prompt has room for {shape.n}"
         )
     return Plan(shape, after.n, side=side, after=after)
+
+
+def _reduced(adapter: Any, method: Reducer, shape: VisualShape) -> Plan:
+    depth = adapter.decoder_layers
+    layers, counts = method.stages(depth), method.counts(shape.n, depth, fixed=adapter.fixed_count)
+    per_layer = spread_out(shape.n, layers, counts, depth)
+    untouched = min(counts) == shape.n and not method.merges
+    separators = shape.separators if untouched or method.newline == "keep" else 0
+    return Plan(
+        shape, round(sum(per_layer) / depth), separators=separators, untouched=untouched,
+        clamped=method.tokens is not None and method.tokens > shape.n, stages=tuple(zip(layers, counts)), per_layer=per_layer,
+    )  # fmt: skip
 
 
 def _groups(method: Compressor, shape: VisualShape, k: int) -> Iterator[Group]:
@@ -159,8 +177,11 @@ def check(adapter: Any, method: Compressor) -> None:
     family, name = adapter.name, method.name
     if method.installs is not None and not adapter.projects:
         raise UnsupportedModelError(f"{method.installs.name} takes the place of LLaVA's projector, which {family} has not")
+    inside = isinstance(method, Reducer)
+    if inside:
+        adapter.check_inside(method)
     lacking = sorted(set(method.needs) - adapter.gives)
-    if lacking:
+    if lacking and not inside:
         raise UnsupportedModelError(f"{name} needs {', '.join(lacking)}, which {family} does not give")
     if method.per != "image" and method.per not in adapter.parts:
         known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
@@ -182,12 +203,17 @@ def check(adapter: Any, method: Compressor) -> None:
     if adapter.deepstack and method.merges and not isinstance(method, Resizer) and not getattr(method, "channelwise", False):
         raise UnsupportedModelError(f"{name} merges by content, and the features that {family} adds in later layers cannot follow")
     usual = adapter.usual()
-    if usual is not None:
+    if usual is not None and isinstance(method, Reducer):
+        method.counts(usual.n, adapter.decoder_layers, fixed=adapter.fixed_count)
+    elif usual is not None:
         method.budget.count(len(usual.planes[-1]) if method.family == "J" else usual.n, fixed=adapter.fixed_count)
 
 
 def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
+    if shape is None and isinstance(method, Reducer):
+        layers = ", ".join(map(str, method.stages(adapter.decoder_layers)))
+        return f"{method.name} drops tokens of each image at layer {layers}"
     if shape is None:
         each = {"image": "image or video", "tile": "tile", "frame": "frame"}[method.per]
         if method.tokens is not None:
@@ -198,5 +224,19 @@ def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str
         return f"{method.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
     from .patches.base import Item
 
-    k = plan(adapter, method, Item({}, shape)).kept
+    planned = plan(adapter, method, Item({}, shape))
+    if isinstance(method, Reducer):
+        return _in_stages(method, planned)
+    k = planned.kept
     return f"{method.name} keeps {k} of {shape.n} tokens per {shape.modality} (removes {100 * (1 - k / shape.n):.1f}%)"
+
+
+def _in_stages(method: Reducer, planned: Plan) -> str:
+    """``fastv keeps 576 tokens up to layer 2, then 115 (layer average 143.8)``."""
+    if planned.untouched:
+        return f"{method.name} keeps every token"
+    counts = [planned.shape.n, *(count for _, count in planned.stages)]
+    spans = [f"{count} up to layer {layer}" for count, (layer, _) in zip(counts, planned.stages)]
+    spans[0] = spans[0].replace(" up", " tokens up", 1)
+    average = sum(planned.per_layer) / len(planned.per_layer)
+    return f"{method.name} keeps {', then '.join([*spans, str(counts[-1])])} (layer average {average:.1f})"

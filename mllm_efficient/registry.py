@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .compressors.base import Compressor
 
 GROUP = "mllm_efficient.compressors"
-BUILTIN = {name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex")}
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart")
+BUILTIN = {
+    name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE)
+}
 _registered: dict[str, type] = {}
 
 
@@ -47,7 +50,7 @@ def _require_method_class(cls: Any) -> None:
     if isinstance(cls, type) and "__dataclass_params__" not in cls.__dict__:  # the class's own settings would be lost
         raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
     if not isinstance(cls, type) or not issubclass(cls, Compressor):
-        raise MllmEfficientError(f"{getattr(cls, '__name__', cls)!s} is not a method: derive a class from me.Selector or me.Merger")
+        raise MllmEfficientError(f"{getattr(cls, '__name__', cls)!s} is not a method: derive it from me.Selector, me.Merger or me.Reducer")
 
 
 @lru_cache(maxsize=1)

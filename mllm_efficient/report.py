@@ -22,7 +22,9 @@ class ImageReport:
     of the tokens, or of the merged ones, where they form one grid. tile, frame: (N,) of each token before, or None.
     clamped: more tokens were asked than there are. modality: "image" or "video". planes: the rectangles that the N
     tokens form, one after the other, with what each covers of the picture; kept_planes: those of the merged tokens,
-    None where tokens were selected. separators_full, separators_kept: newline columns and separators.
+    None where tokens were selected. separators_full, separators_kept: newline columns and separators. per_layer: of an
+    in-decoder method the tokens at each decoder layer, of which ``kept`` is the mean, rounded, and ``indices`` are those at
+    the end; empty where all layers see the same.
     """
 
     row: int
@@ -38,6 +40,7 @@ class ImageReport:
     frame: Tensor | None = None
     separators_full: int = 0
     separators_kept: int = 0
+    per_layer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,13 @@ class CompressionReport:
 
     @property
     def tokens_per_layer(self) -> list[int]:
-        return [self.visual_tokens_kept] * self.decoder_layers
+        return [sum(i.per_layer[layer] if i.per_layer else i.kept for i in self.images) for layer in range(self.decoder_layers)]
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens of the whole batch at a decoder layer, on average."""
+        layers = self.tokens_per_layer
+        return sum(layers) / len(layers) if layers else float(self.visual_tokens_kept)
 
     def __str__(self) -> str:
         if not self.images:

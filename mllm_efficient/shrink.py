@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .compressors.base import Compressor, Projector, generator_for
+from .compressors.none import NoCompression
+from .compressors.reducer import Reducer
 from .errors import UnsupportedModelError
 from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
 from .locate import Located, locate
@@ -23,6 +25,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
+from .staged import report_of, staging_of, standing, standing_in, targets
 from .trained import held, module_of, require_held
 
 
@@ -42,8 +45,8 @@ class Encoded:
 class Prepared:
     """A call ready for the stock model: ``model.generate(**prepared.model_kwargs, max_new_tokens=20)``.
 
-    report: what was done. layout: None where nothing was compressed. visual_keep_mask: (B, L) bool, False where a
-    visual token left the prompt.
+    report: what was done. layout: None where no column left the prompt. staging: what is to be done inside the decoder,
+    whose report is complete when a forward has run. visual_keep_mask: (B, L) bool, False where a visual token left the prompt.
 
     ``generate`` goes on from it by itself. A decode loop written by hand over the stock ``forward`` must pass
     ``position_ids=layout.positions_of(mask, 1)`` with the reduced mask where that is not None (kept positions, M-RoPE):
@@ -53,8 +56,13 @@ class Prepared:
     tensors: dict[str, Any]
     features: list[tuple[str, Tensor, tuple[Tensor, ...]]] | None
     pack: Callable[[list[tuple[str, Tensor, tuple[Tensor, ...]]]], dict[str, Any]]
-    report: CompressionReport
+    planned: CompressionReport
     layout: Layout | None
+    staging: Any = None
+
+    @property
+    def report(self) -> CompressionReport:
+        return self.planned if self.staging is None else report_of(self.staging, self.planned)
 
     @property
     def model_kwargs(self) -> dict[str, Any]:
@@ -63,6 +71,7 @@ class Prepared:
         if self.features is not None:
             out["mm_encoder_outputs"] = EncoderOutputs(self.pack(self.features))
             out["mm_encoder_outputs"].layout = self.layout
+            out["mm_encoder_outputs"].staging, out["mm_encoder_outputs"].planned = self.staging, self.planned
         return out
 
     @property
@@ -72,15 +81,37 @@ class Prepared:
 
 
 def pre_llm(compressor: Any) -> Compressor:
-    """The one method in what ``build`` made, which must work before the language model (families P and J)."""
+    """The one method in what ``build`` made, of family P, J or L."""
     built = build(compressor)
     stages = built if isinstance(built, tuple) else (built,)
     for stage in stages:
-        if stage.family != "P" and not isinstance(stage, Projector):
+        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
             raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
     if len(stages) > 1:
         raise UnsupportedModelError(f"{' and '.join(s.name for s in stages)} one after the other: this version runs one method at a time")
     return stages[0]
+
+
+def halves(compressor: Any) -> tuple[Compressor, Reducer | None]:
+    """The method before the language model (``none`` if there is none) and the one inside it.
+
+    Raises ``UnsupportedModelError`` for two before it.
+    """
+    built = build(compressor)
+    stages = built if isinstance(built, tuple) else (built,)
+    inside = stages[-1] if isinstance(stages[-1], Reducer) else None
+    before = stages[: len(stages) - (inside is not None)]
+    return (pre_llm(before) if before else NoCompression()), inside
+
+
+def check_all(adapter: Any, compressor: Any) -> None:
+    """``check`` of each half. What is inside is given what the half before it leaves, so its own budget is seen later."""
+    before, inside = halves(compressor)
+    check(adapter, before)
+    if inside is not None and before.name == NoCompression.name:
+        check(adapter, inside)
+    elif inside is not None:
+        adapter.check_inside(inside)
 
 
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
@@ -110,12 +141,14 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
     seen = plan(adapter, method, item)
     other = (method.name, method.weights, seen.side) if isinstance(method, Projector) else (seen.smaller, held(adapter))
-    return frozenset(method.needs) & {"attention", "keys"}, other
+    of_tower = frozenset() if isinstance(method, Reducer) else frozenset(method.needs) & {"attention", "keys"}
+    return of_tower, other
 
 
-def keeps_all(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> bool:
-    """Whether the method leaves the images of a call as they are, so that the call needs no change."""
-    return all(plan(adapter, method, item).untouched for item in adapter.items(inputs))
+def keeps_all(adapter: Any, method: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a method leaves the images of a call as they are, so that the call needs no change."""
+    items = adapter.items(inputs)
+    return all(plan(adapter, half, item).untouched for half in halves(method) if half is not None for item in items)
 
 
 def prepare(
@@ -146,15 +179,17 @@ def prepare(
     """
     from .patches import adapter_for
 
-    adapter, method = adapter_for(model), pre_llm(compressor)
+    adapter, (method, inside) = adapter_for(model), halves(compressor)
     vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
     rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
     if labels is not None:
         rest["labels"] = labels
     if encoded is None and not has_pixels(vision) and past is None:
         return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
-    check(adapter, method)
+    check_all(adapter, compressor)
     require_installed(adapter, method)
+    if inside is not None:
+        require_installed(adapter, inside)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
     require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
@@ -166,20 +201,23 @@ def prepare(
         same = input_ids.shape[0] == past.ids.shape[0] and torch.equal(ids_cpu[:, :start], past.ids)
         require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
     positions = position_rule(adapter, method)
+    rule = inside.positions or positions if inside is not None else positions
     same_rule = past is None or past.positions == positions
     require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
     new_ids, new_mask = ids_cpu[:, start:], mask_cpu[:, start:]
     items = encoded.items if encoded else adapter.items({**vision, "input_ids": new_ids, "attention_mask": new_mask})
     found = locate(new_ids, adapter.placeholders, items)
     plans = [plan(adapter, method, f.item) for f in found]
-    settings = {"stages": (method.to_dict(),), "positions": positions, "decoder_layers": adapter.decoder_layers}
+    alone = inside is not None and method.name == NoCompression.name
+    settings = {"stages": stages_of(method, inside), "positions": rule, "decoder_layers": adapter.decoder_layers}
     if encoded is not None:
         for f in found:
             needs, smaller = encoding_key(adapter, method, f.item)
             have, seen = encoded.made_for[f.index]
             require(needs <= have, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
             require(smaller == seen, f"this encoding saw images of another size or projector than {method.name} asks for")
-    if past is None and all(p.untouched for p in plans):
+    inner = [plan(adapter, inside, f.item) for f in found] if inside is not None and alone else plans
+    if past is None and all(p.untouched for p in inner) and (inside is None or alone):
         report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
         if encoded is None:
             return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
@@ -192,6 +230,15 @@ def prepare(
 
     if encoded is None:
         encoded = encode_items(adapter, method, items)
+    if inside is not None and alone and not adapter.mrope:
+        staging = staging_of(inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], adapter, labels)
+        if labels is not None:
+            rest["labels"] = targets(labels, mask_cpu, staging)
+        features = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
+        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
+        return Prepared(_given(tensors), features, adapter.pack, report, None, staging)
+    require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
     before = past.images.tolist() if past else [0] * len(ids_cpu)
     contexts = _contexts(adapter, method, found, input_ids[:, start:], new_mask, image_keys, before)
     squeezed, seconds = squeeze_all(method, plans, [encoded.encodings[f.index] for f in found], contexts)
@@ -209,11 +256,41 @@ def prepare(
         tensors["position_ids"] = positions_of
     report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
     features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
-    return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
+    staging = None
+    if inside is not None and found:
+        left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
+        staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, tensors.get("labels"))
+        if labels is not None:
+            tensors["labels"] = targets(tensors["labels"], layout.mask.bool(), staging)
+    return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
+
+
+def stages_of(method: Compressor, inside: Reducer | None) -> tuple[dict[str, Any], ...]:
+    """The methods that run, as a report has them."""
+    if inside is None:
+        return (method.to_dict(),)
+    return (inside.to_dict(),) if method.name == NoCompression.name else (method.to_dict(), inside.to_dict())
+
+
+def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
+    """What a method does to the images of a call, without an answer. In-decoder methods take a prefill for that."""
+    from .trained import installed
+
+    method = pre_llm(compressor)
+    with torch.no_grad(), installed(model, method):
+        prepared = prepare(model, method, **inputs)
+        if prepared.staging is not None:
+            model(**prepared.model_kwargs, use_cache=False, logits_to_keep=1)
+    return prepared.report
 
 
 def require_installed(adapter: Any, method: Compressor) -> None:
-    """A baseline on a trained method's weights is nothing but another name where the model does not hold them."""
+    """A baseline on a trained method's weights is nothing but another name where the model does not hold them.
+
+    And nothing of an in-decoder method happens in a decoder without its hooks.
+    """
+    if isinstance(method, Reducer) and not adapter.reached_inside:
+        raise UnsupportedModelError(f"{method.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
     require_held(adapter, method)
     if method.installs is not None and method.family != "J" and held(adapter) is None:
         raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
@@ -227,13 +304,15 @@ def has_pixels(inputs: dict[str, Any]) -> bool:
 
 
 def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
-    indices = torch.arange(p.shape.n) if s is None else s.indices
+    inside = bool(p.stages) and not p.untouched  # what stays is known when the decoder has run
+    indices = (None if inside else torch.arange(p.shape.n)) if s is None else s.indices
     kept_planes = None if s is None else s.kept_planes
     one = kept_planes is not None and len(kept_planes) == 1
     return ImageReport(
         f.row, p.shape.n, p.kept, indices,
         (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
         p.shape.tile(), p.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, p.separators,
+        p.per_layer,
     )  # fmt: skip
 
 

@@ -136,3 +136,49 @@ class CompressedTokens:
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The visual tokens of one image between two decoder layers, and the text of its prompt up to the instruction's end.
+
+    hidden: (n, d), text: (T, d), question: (d,): states about to enter the layer, of the visual tokens in raster order, of
+        the text tokens, and of the instruction's last token.
+    index: (n,) of each token among the N that entered the decoder. places: (n, 4) image within its row, plane,
+        row and column of each.
+    attention: (n,) attention of the instruction's last token, text_attention: (T, n) of every text token, averaged over
+        heads, in the rater layer; only for methods that list them in ``needs``.
+    keys: (n, w), text_keys: (T, w): keys of the rater layer as the cache has them, heads side by side; only if needed.
+    entry: (N, d), text_entry: (T, d): what entered the decoder; only if needed.
+    """
+
+    hidden: Tensor
+    text: Tensor
+    question: Tensor
+    index: Tensor
+    places: Tensor
+    attention: Tensor | None = None
+    text_attention: Tensor | None = None
+    keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    entry: Tensor | None = None
+    text_entry: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+
+@dataclass(frozen=True)
+class ReducedTokens:
+    """What a stage leaves of n tokens.
+
+    indices: (k,) ascending, of the tokens that stay; of a merged token the one whose place in the prompt it takes.
+    features: (k, d) of merged tokens, None where tokens stay as they are. places: (k, 4) of merged tokens.
+    """
+
+    indices: Tensor
+    features: Tensor | None = None
+    places: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .compressors.base import Compressor, Projector
+from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError
 from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, open_folder, shipped
 
@@ -344,14 +345,32 @@ def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Und
 
 
 @contextlib.contextmanager
-def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | None = None) -> Iterator[None]:
-    """A trained method's parts in the model inside the block; nothing for a method that has none or a model that holds it.
+def inside(adapter: Any) -> Iterator[None]:
+    """The hooks of in-decoder methods on the model, if they are not there already."""
+    if adapter.reached_inside:
+        yield
+        return
+    adapter.reach_inside()
+    try:
+        yield
+    finally:
+        adapter.let_go_inside()
 
-    kept: parts that were read before, by ``mark``; those that are read now are added.
+
+@contextlib.contextmanager
+def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | None = None) -> Iterator[None]:
+    """What a method puts into a model, inside the block: the parts of a trained one, the hooks of one in the decoder.
+
+    Nothing for a method that has none or a model that holds them. kept: parts that were read before, by ``mark``; those
+    that are read now are added.
     """
     from .patches import adapter_for
 
     adapter, part = adapter_for(model), None if method is None else method.installs
+    if isinstance(method, Reducer):
+        with inside(adapter):
+            yield
+        return
     if method is None or part is None or held(adapter) is not None:
         yield
         return

@@ -20,8 +20,10 @@ from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
+from .registry import build
 from .report import CompressionReport, remember
-from .shrink import check, has_pixels, keeps_all, pre_llm, prepare
+from .shrink import check_all, halves, has_pixels, keeps_all, prepare
+from .staged import report_of
 from .trained import install
 
 Model = TypeVar("Model")
@@ -44,27 +46,31 @@ def wrap(model: Model, compressor: Any) -> Model:
     """
     from .patches import adapter_for
 
-    adapter, method = adapter_for(model), pre_llm(compressor)
+    adapter, method, (before, inside) = adapter_for(model), build(compressor), halves(compressor)
     inner = adapter.model
     if _hook_of(inner) is not None:
         raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
-    check(adapter, method)
-    undo = install(adapter, method)
+    check_all(adapter, method)
+    undo = install(adapter, before)
     inner.__class__ = _class_for(type(inner))
     inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
+    if inside is not None:
+        adapter.reach_inside()
     return model
 
 
 def unwrap(model: Model) -> Model:
     """Takes everything off that ``wrap`` put on; returns the same object. Raises if it is not wrapped."""
-    from .patches import inner_model
+    from .patches import adapter_for
 
-    inner = inner_model(model)
+    adapter = adapter_for(model)
+    inner = adapter.model
     hook = _hook_of(inner)
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
     hook.undo()
+    adapter.let_go_inside()
     for hooks, with_kwargs, ours in (
         (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
         (inner._forward_hooks, inner._forward_hooks_with_kwargs, lambda h: h is mark_output),
@@ -86,8 +92,8 @@ def compressed(model: Model, compressor: Any) -> Iterator[Model]:
         unwrap(model)
 
 
-def method_of(model: Any) -> Compressor | None:
-    """The method a model is wrapped with, or None."""
+def method_of(model: Any) -> Compressor | tuple[Compressor, ...] | None:
+    """The method a model is wrapped with, several in the order they run, or None."""
     from .patches import inner_model
 
     hook = _hook_of(inner_model(model))
@@ -101,7 +107,7 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor, undo: Callable[[], None]):
+    def __init__(self, method: Compressor | tuple[Compressor, ...], undo: Callable[[], None]):
         self.method, self.undo = method, undo
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
@@ -139,7 +145,10 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
     """The forward hook: puts ``visual_keep_mask`` on the output and the layout on the cache."""
     if within_generate(model):
         return
-    layout = getattr(kwargs.get("mm_encoder_outputs"), "layout", None)
+    encoded = kwargs.get("mm_encoder_outputs")
+    layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
+    if encoded is not None and staging is not None:
+        remember(model, report_of(staging, encoded.planned))
     if layout is not None:
         for part in output if isinstance(output, tuple) else output.values():
             leave_on(part, layout)
@@ -147,7 +156,7 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
         return
     if layout is not None:
         output.visual_keep_mask = layout.keep.to(output.logits.device)
-    elif has_pixels(kwargs):
+    elif has_pixels(kwargs) or staging is not None:
         output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
 
 

@@ -78,6 +78,37 @@ class Adapter:
     def decoder_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
+    @property
+    def reached_inside(self) -> bool:
+        """Whether the hooks of in-decoder methods are on the model."""
+        from .decoder import attached
+
+        return attached(self.model)
+
+    def reach_inside(self) -> None:
+        """Puts the hooks of in-decoder methods on the model; ``let_go_inside`` takes them off."""
+        from .decoder import attach
+
+        attach(self.model)
+
+    def let_go_inside(self) -> None:
+        if self.reached_inside:
+            from .decoder import detach
+
+            detach(self.model)
+
+    def check_inside(self, method: Any) -> None:
+        """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
+        from .decoder import check_decoder
+
+        check_decoder(self, method)
+
+    @property
+    def deep_layers(self) -> int:
+        """Decoder layers behind which visual features are added (deepstack)."""
+        vision = self.config.vision_config
+        return len(vision.deepstack_visual_indexes) if self.deepstack else 0
+
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The images of a call in prompt order, then its videos, before any pixel is looked at.
 

@@ -452,7 +452,7 @@ def report_of(monkeypatch):
         processor, placed = Processor(), []
         adapter = SimpleNamespace(place=lambda planes, size, by: placed.append((size, by)) or planes)
         report = CompressionReport(reports)
-        monkeypatch.setattr("mllm_efficient.shrink.prepare", lambda *a, **k: SimpleNamespace(report=report))
+        monkeypatch.setattr("mllm_efficient.shrink.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
         monkeypatch.setattr("mllm_efficient.patches.adapter_for", lambda model: adapter)
         loaded = Loaded(SimpleNamespace(device="cpu", dtype=torch.bfloat16), processor, ModelOptions())
         result = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)

@@ -92,17 +92,14 @@ def _thumbnail(path: str) -> str | None:
 
 def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key: str) -> list[str]:
     """One JPEG for each view of the picture: the kept tokens lit, or the mean colour of each merged one."""
-    import torch
     from PIL import Image
 
     from mllm_efficient.patches import adapter_for
-    from mllm_efficient.shrink import prepare
-    from mllm_efficient.trained import installed
+    from mllm_efficient.shrink import look
     from mllm_efficient.viz import Result, fit, render, views
 
-    with torch.no_grad(), installed(loaded.model, method):
-        inputs = loaded.inputs([loaded.prompt(question, 1)], [picture])
-        report = prepare(loaded.model, method, image_keys=[key], **inputs).report.images[0]
+    inputs = loaded.inputs([loaded.prompt(question, 1)], [picture])
+    report = look(loaded.model, method, image_keys=[key], **inputs).images[0]
     adapter = adapter_for(loaded.model)
     processor = loaded.processor.image_processor
     planes = adapter.place(report.planes, picture.size, processor)

@@ -59,6 +59,7 @@ def generate(
     row = {
         "method": compressor.spec(), "answer": answer, "images": len(pictures),
         "visual_tokens_full": report.visual_tokens_full, "visual_tokens_kept": report.visual_tokens_kept,
+        "tokens_per_layer": report.tokens_per_layer,
         "new_tokens": len(new), "seconds": round(seconds, 3), "compress_seconds": round(report.compress_seconds, 5),
     }  # fmt: skip
     if json:

@@ -39,4 +39,5 @@ def methods(json: options.Json = False, imports: options.Import = None) -> None:
     options.print_table(["method", "family", "trained", "query-aware", "needs", "paper", "own parameters"], lines, left=7)
     print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=,")
     print("per= (image, tile, frame) and newline= (keep).")
-    print("Families: J in place of the projector, P before the language model. Example: --method divprune:keep=0.1")
+    print("Families: P before the language model, J projector, L inside the decoder, whose budget is the average over its layers.")
+    print("Examples: --method divprune:keep=0.1, --method fastv:layer=2,keep=0.5")

@@ -110,11 +110,8 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
 
     A model without a video processor is given the frames as images of one prompt.
     """
-    import torch
-
     from ..patches import adapter_for
-    from ..shrink import prepare
-    from ..trained import installed
+    from ..shrink import look
     from ..viz import Result
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
@@ -122,8 +119,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
         inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
-    with torch.no_grad(), installed(loaded.model, method):
-        reports = prepare(loaded.model, method, **inputs).report.images
+    reports = look(loaded.model, method, **inputs).images
     adapter, size = adapter_for(loaded.model), pictures[0].size
     planes: list[Any] = []
     kept_planes: list[Any] = []

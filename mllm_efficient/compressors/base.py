@@ -52,7 +52,7 @@ class Compressor:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadBudgetError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
-        if self.positions == "keep" and self.merges:
+        if self.positions == "keep" and self.merges and self.family != "L":  # inside the decoder it takes the place of one of them
             raise BadBudgetError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
             raise BadBudgetError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
@@ -109,8 +109,8 @@ class Compressor:
 
 
 def query_aware(cls: type[Compressor]) -> bool:
-    """Whether a method looks at the question."""
-    return bool({"text", "clip_text"} & set(cls.needs))
+    """Whether a method looks at the question. All that in-decoder methods can be shown depends on it."""
+    return bool(cls.needs) if cls.family == "L" else bool({"text", "clip_text"} & set(cls.needs))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..compressors.base import Compressor
+from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from .pictures import Picture, Size, chosen, pictures_of
 from .shapes import ModelShape
@@ -62,7 +63,7 @@ def count(
     """
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
-    from ..trained import or_random
+    from ..trained import inside, or_random
 
     method = or_random(method)
     rules = pictures_of(shape)
@@ -73,7 +74,8 @@ def count(
     inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
-    with torch.no_grad(), OneDevice() if meta else contextlib.nullcontext():
+    hooks = inside(adapter) if isinstance(method, Reducer) else contextlib.nullcontext()
+    with torch.no_grad(), hooks, OneDevice() if meta else contextlib.nullcontext():
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
@@ -83,6 +85,14 @@ def count(
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
         with flop_counter() as compress:
             prepared = prepare(model, method, encoded=encoded, **prompt)
+        choosing: list[FlopCounterMode] = []
+
+        def meter() -> FlopCounterMode:
+            choosing.append(flop_counter())
+            return choosing[-1]
+
+        if prepared.staging is not None:
+            prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
         call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
         # A cache from the start: position ids without one are searched for packed sequences, by value.
         cache = _cache(model)
@@ -93,7 +103,9 @@ def count(
             for i in range(new_tokens - 1):
                 token = torch.full((batch_size, 1), _text_id(adapter), device=ids.device)
                 model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), past_key_values=cache, use_cache=True)
-    return Counted(*(c.get_total_flops() for c in (vision, compress, prefill, decode)))
+    inside_prefill = sum(c.get_total_flops() for c in choosing)
+    phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
+    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3])
 
 
 def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int) -> dict[str, Any]:

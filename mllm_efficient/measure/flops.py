@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compressors.base import Compressor
+from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..plan import check
 from .conventions import CONVENTIONS, EXACT, prefill_macs
@@ -86,11 +87,11 @@ def cost(
         visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
             height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
         images: pictures of a prompt, all alike; not with ``visual_tokens``, which says it.
-        method: of family P or J, as ``me.build`` takes it.
+        method: as ``me.build`` takes it.
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
         convention: "exact", "divprune" or "sparsevlm".
-        visual_per_layer: visual tokens in each decoder layer, for methods that shorten the sequence inside the decoder.
+        visual_per_layer: visual tokens in each decoder layer, instead of those that the method leaves there.
 
     Raises:
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
@@ -106,14 +107,18 @@ def cost(
     pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
-    layers = [tokens] * decoder.layers if visual_per_layer is None else list(visual_per_layer)
-    _require(len(layers) == decoder.layers, f"visual tokens of {len(layers)} layers given, and {model.name} has {decoder.layers}")
-    lengths = [text_tokens + separators + n for n in layers]
+    if visual_per_layer is None:
+        lengths = [text_tokens + sum(k.at(layer) for k in kept) for layer in range(decoder.layers)]
+    else:
+        _require(len(visual_per_layer) == decoder.layers, _layers_differ(len(visual_per_layer), model))
+        lengths = [text_tokens + separators + n for n in visual_per_layer]
     _require(min(lengths) > 0, "a prompt without tokens")
     vision = compress = decode = 0
     if convention == EXACT:
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
         compress = sum(compressor.flops(n, decoder.width, k) for one in kept for n, k in one.groups)
+        if isinstance(compressor, Reducer):
+            compress = choosing_flops(decoder, compressor, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
@@ -127,15 +132,29 @@ def cost(
 
 
 def pre_llm(method: Compressor | str | dict[str, Any]) -> Compressor:
-    """A method of family P or J, built without torch."""
+    """One method, built without torch."""
     from ..registry import build
 
     built = build(method)
     if isinstance(built, tuple):
         raise UnsupportedModelError(f"{' and '.join(s.name for s in built)} one after the other: this version counts one method at a time")
-    if built.family not in "PJ":
-        raise UnsupportedModelError(f"{built.name} is of family {built.family}, whose FLOPs this version does not count")
     return built
+
+
+def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text: int) -> int:
+    """What an in-decoder method computes to choose, beside the layers: the keys and attention it is shown, its own products.
+
+    Keys of every token of the prompt in one layer, queries of the instruction's last token or of all text tokens.
+    """
+    wide, narrow, total = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim, 0
+    for number, (layer, _) in enumerate(kept[0].stages):
+        shrinks = [(k, k.per_layer[layer - 1], k.stages[number][1]) for k in kept if k.stages[number][1] < k.per_layer[layer - 1]]
+        n = text + sum(k.at(layer - 1) for k in kept)
+        queries = text * ("text_attention" in method.needs) + ("attention" in method.needs)
+        if shrinks and (queries or "keys" in method.needs):
+            total += 2 * n * decoder.width * narrow + 2 * queries * wide * (decoder.width + n)
+        total += sum(method.choice_flops(before, after, text, decoder.width, k.per_layer[0]) for k, before, after in shrinks)
+    return total
 
 
 def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
@@ -217,6 +236,10 @@ def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
 def _words(pictures: list[Picture]) -> str:
     first = pictures[0].says
     return first if len(pictures) == 1 else f"{len(pictures)} pictures, each {first}"
+
+
+def _layers_differ(given: int, model: ModelShape) -> str:
+    return f"visual tokens of {given} layers given, and {model.name} has {model.decoder.layers}"
 
 
 def _require(ok: bool, message: str) -> None:

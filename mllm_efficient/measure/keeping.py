@@ -14,13 +14,22 @@ from .pictures import Picture, Pictures
 class Kept:
     """A method on one picture. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
 
-    picture: what the tower sees, a smaller one under ``resize``.
+    picture: what the tower sees, a smaller one under ``resize``. stages, per_layer: as in a ``Plan``.
     """
 
     picture: Picture
     tokens: int
     separators: int
     groups: tuple[tuple[int, int], ...] = ()
+    stages: tuple[tuple[int, int], ...] = ()
+    per_layer: tuple[int, ...] = ()
+
+    def at(self, layer: int) -> int:
+        """Tokens and separators of the picture that decoder layer ``layer`` sees. Separators go with the first tokens."""
+        if not self.per_layer:
+            return self.tokens + self.separators
+        whole = self.per_layer[layer] == self.per_layer[0]
+        return self.per_layer[layer] + (self.picture.shape.separators if whole else self.separators)
 
 
 def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
@@ -30,4 +39,4 @@ def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
         raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
     p = plan(rules, method, picture)
     seen = picture if p.smaller is None else rules.smaller(picture, p.smaller)
-    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups))
+    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer)

@@ -24,8 +24,8 @@ PHASES = {
     "preprocess_ms": "pictures in memory to model inputs on the device, by the model's processor",
     "vision_ms": "vision tower and projector",
     "compress_ms": "the method, and the removal of the surplus placeholders",
-    "method_ms": "the method's own part of compress_ms",
-    "prefill_ms": "the language model over the prompt, features given",
+    "method_ms": "the method's own part of compress_ms; of an in-decoder method its part of prefill_ms, as the host sees it",
+    "prefill_ms": "the language model over the prompt, features given; in-decoder methods run here",
     "ttft_ms": "generate, from pixels in memory to the first token: vision, method, prefill; measured by itself, not a sum",
     "tpot_ms": "each further token",
     "e2e_ms": "generate, from pixels in memory to the last token (preprocess_ms comes on top)",
@@ -73,9 +73,9 @@ class Laps:
         sample["vision_ms"], encoded = run(lambda: encode(model, method, **call))
         milliseconds, prepared = run(lambda: prepare(model, method, encoded=encoded, **call))
         sample["compress_ms"] = milliseconds if arm.wrapped else 0.0  # the stock model does nothing here
-        sample["method_ms"] = 1000 * prepared.report.compress_seconds
         arguments = prepared.model_kwargs
         sample["prefill_ms"], _ = run(lambda: model(**arguments, use_cache=True, logits_to_keep=1))
+        sample["method_ms"] = 1000 * prepared.report.compress_seconds
         return sample
 
     def end_to_end(self, arm: Arm) -> dict[str, float]:

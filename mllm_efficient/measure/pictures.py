@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, replace
 
-from ..errors import MllmEfficientError
+from ..compressors.reducer import Reducer
+from ..errors import MllmEfficientError, UnsupportedModelError
 from ..tokens import Plane, VisualShape
 from .shapes import ModelShape
 
@@ -59,6 +60,16 @@ class Pictures:
 
     def __init__(self, model: ModelShape):
         self.model, self.name, self.patch = model, model.name, model.tower.patch
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.model.decoder.layers
+
+    def check_inside(self, method: Reducer) -> None:
+        """As of an adapter, by the text model's kind."""
+        kind = self.model.config["text_config"]["model_type"]
+        if kind.removesuffix("_text") not in ("llama", "qwen2", "qwen3", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is {kind}")
 
     def unit(self, picture: Picture) -> Grid:
         return picture.unit

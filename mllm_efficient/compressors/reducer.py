@@ -1,0 +1,190 @@
+"""The base class of in-decoder methods (family L): fewer visual tokens from one decoder layer to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..budget import Budget
+from ..errors import BadBudgetError, CountMismatchError
+from ..tokens import LayerTokens, ReducedTokens
+from .base import Compressor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reducer(Compressor):
+    """Keeps fewer visual tokens from some decoder layers on. Override ``layers`` and ``score`` (or ``select``).
+
+    keep, tokens, prune: the **layer average** of an image's visual tokens over all decoder layers, for which the stages
+    are solved: each leaves the same share of what reaches it, and the last one makes up for the rounding. Instead of
+    them, ratio: the share that every stage leaves of what reaches it; ratios: ``0.5/0.25/0.125``, the share of the N
+    tokens that is left after each stage.
+
+    needs: of attention, text_attention, keys, entry (see ``LayerTokens``). A method that merges sets ``merges`` and
+    overrides ``reduce``.
+    """
+
+    family: ClassVar[str] = "L"
+
+    ratio: float | None = None
+    ratios: str | None = None
+
+    def __post_init__(self):
+        native = [name for name in ("ratio", "ratios") if getattr(self, name) is not None]
+        asked = [name for name in ("keep", "tokens", "prune", "min_tokens", "max_tokens") if getattr(self, name) is not None]
+        if native and (asked or len(native) > 1):
+            raise BadBudgetError(
+                f"{self.name}: {' and '.join([*native, *asked])} together: give one of keep=, tokens=, prune=, ratio=, ratios="
+            )
+        if self.ratios is not None:
+            object.__setattr__(self, "ratios", "/".join(f"{r:g}" for r in _shares(self.name, self.ratios)))
+        if self.ratio is not None:
+            _share(self.name, "ratio", self.ratio)
+        super().__post_init__()
+        if self.per != "image":
+            raise BadBudgetError(f"{self.name}: per={self.per!r} has no effect inside the decoder: leave it out")
+
+    @property
+    def budget(self) -> Budget:
+        """What keep, tokens or prune ask for; everything where ratio or ratios say what stays."""
+        if self.ratio is not None or self.ratios is not None:
+            return Budget(keep=1.0)
+        return super().budget
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """The decoder layers (from 0, ascending) at whose input tokens go, in a decoder of ``depth`` layers."""
+        raise TypeError(f"{type(self).__name__} must define layers(depth)")
+
+    def rater(self, layer: int) -> int:
+        """The layer whose attention and keys a stage at ``layer`` is shown: ``layer`` itself or the one before it."""
+        return layer
+
+    def score(self, v: LayerTokens) -> Tensor:
+        """One score per token, (n,); the highest stay, ties go to the lowest index."""
+        raise TypeError(f"{type(self).__name__} must define score(v) or select(v, k)")
+
+    def select(self, v: LayerTokens, k: int) -> Tensor:
+        """Indices (k,) of the tokens that stay, in any order."""
+        scores = self.score(v)
+        if scores.shape != (len(v),):
+            raise CountMismatchError(f"{self.name}: score gave {tuple(scores.shape)} for {len(v)} tokens: one each")
+        return scores.sort(descending=True, stable=True).indices[:k]
+
+    def reduce(self, v: LayerTokens, k: int) -> ReducedTokens:
+        """What a stage leaves of the tokens. k: how many, of a method that selects exactly, of one that merges at most."""
+        indices = self.select(v, k)
+        if indices.shape != (k,):
+            raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
+        ordered = indices.sort().values
+        # score cannot go wrong, so that a GPU need not be waited for
+        if (
+            type(self).select is not Reducer.select
+            and not v.hidden.is_meta
+            and not bool((ordered.diff() > 0).all() & (ordered[0] >= 0) & (ordered[-1] < len(v)))
+        ):
+            raise CountMismatchError(f"{self.name}: select gave an index twice, or one outside 0..{len(v) - 1}")
+        return ReducedTokens(ordered)
+
+    def choice_flops(self, n: int, k: int, text: int, d: int, full: int) -> int:
+        """FLOPs of the method's own products: k of an image's n tokens, of ``full`` at first, beside ``text`` text tokens of width d.
+
+        What the host does for it (attention, keys) is not among them.
+        """
+        return 0
+
+    def stages(self, depth: int) -> tuple[int, ...]:
+        """``layers(depth)``, checked. Raises ``BadBudgetError`` for layers that the decoder has not."""
+        layers = tuple(self.layers(depth))
+        if not layers or any(not 1 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
+            said = ", ".join(map(str, layers)) or "none"
+            raise BadBudgetError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
+        return layers
+
+    def counts(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
+        """Tokens left after each stage, of an image with n, known before any layer has run.
+
+        Raises ``BadBudgetError`` for a layer average that cannot be reached, naming the smallest that can.
+        """
+        stages = self.stages(depth)
+        if self.ratios is not None:
+            shares = _shares(self.name, self.ratios)
+            if len(shares) != len(stages):
+                raise BadBudgetError(f"{self.name}: {len(shares)} ratios for {len(stages)} stages of a decoder of {depth} layers: one each")
+            return tuple(max(1, round(n * share)) for share in shares)
+        if self.ratio is not None:
+            return tuple(max(1, round(n * self.ratio**i)) for i in range(1, len(stages) + 1))
+        return solve(self.name, self.budget.count(n, fixed=fixed), n, stages, depth)
+
+    def per_layer(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
+        """Visual tokens of an image with n at each decoder layer."""
+        return spread_out(n, self.stages(depth), self.counts(n, depth, fixed=fixed), depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStage(Reducer):
+    """Tokens go once, after ``layer`` decoder layers, by what the last of those layers shows."""
+
+    layer: int = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise BadBudgetError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def rater(self, layer: int) -> int:
+        return layer - 1
+
+
+def spread_out(n: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Tokens at each of ``depth`` layers: n up to the first stage, ``counts[i]`` from stage i on."""
+    reached = [sum(layer >= stage for stage in stages) for layer in range(depth)]
+    return tuple(n if r == 0 else counts[r - 1] for r in reached)
+
+
+def solve(name: str, average: int, n: int, stages: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Tokens after each stage whose mean over all layers is ``average``, as near as whole numbers allow."""
+    if average >= n:
+        return (n,) * len(stages)
+    spans = [b - a for a, b in zip(stages, [*stages[1:], depth])]
+    rest = average * depth - stages[0] * n
+    if rest < sum(spans):
+        least = math.ceil((stages[0] * n + sum(spans)) / depth)
+        raise BadBudgetError(
+            f"{name}: a layer average of {average} of {n} tokens cannot be reached where {stages[0]} of {depth} layers see them all: "
+            f"the smallest is {least} (tokens={least})"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        total = sum(span * max(1.0, n * share ** (i + 1)) for i, span in enumerate(spans))
+        low, high = (share, high) if total < rest else (low, share)
+    counts = [max(1, round(n * high ** (i + 1))) for i in range(len(spans) - 1)]
+    last = round((rest - sum(span * count for span, count in zip(spans, counts))) / spans[-1])
+    return (*counts, max(1, min(last, counts[-1] if counts else n)))
+
+
+def _shares(name: str, given: Any) -> tuple[float, ...]:
+    """The numbers in ``0.5/0.25``, a list or a single number."""
+    parts = given.split("/") if isinstance(given, str) else list(given) if isinstance(given, (list, tuple)) else [given]
+    try:
+        shares = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise BadBudgetError(f"{name}: ratios={given!r} are not shares, such as ratios=0.5/0.25/0.125") from None
+    for share in shares:
+        _share(name, "ratios", share)
+    if list(shares) != sorted(shares, reverse=True):
+        raise BadBudgetError(f"{name}: ratios={given} grow: each is the share of all tokens that is left after a stage")
+    return shares
+
+
+def _share(name: str, field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise BadBudgetError(f"{name}: {field}={value!r} is not a share in (0, 1]")

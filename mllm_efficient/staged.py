@@ -1,0 +1,136 @@
+"""In-decoder methods (family L) on a call: where its visual tokens stand, what each stage leaves, and what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .compressors.reducer import Reducer, spread_out
+from .layout import IGNORE, Layout
+from .locate import Located
+from .plan import Plan
+from .report import CompressionReport
+from .squeeze import Squeezed
+from .tokens import Plane
+
+if TYPE_CHECKING:
+    from .patches.passes import Staging
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
+
+    places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, None where merged.
+    """
+
+    row: int
+    columns: Tensor
+    separators: Tensor
+    places: Tensor
+    origin: Tensor | None
+
+
+def standing(f: Located, p: Plan) -> Standing:
+    """An image all of whose tokens are in the prompt."""
+    columns = f.columns.cpu()
+    between = torch.ones(len(columns), dtype=torch.bool)
+    between[p.shape.token_slots] = False
+    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(p.shape.planes), torch.arange(p.shape.n))
+
+
+def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
+    """What a method before the decoder left of an image, in the prompt that is left."""
+    valid = layout.mask[f.row].bool()
+    short = torch.full((layout.full_length,), -1)
+    short[layout.columns[f.row, valid]] = torch.arange(layout.reduced_length)[valid]
+    kept = s.keep.nonzero()[:, 0]
+    is_token = torch.zeros(len(kept), dtype=torch.bool)
+    if s.indices is not None:
+        is_token[torch.isin(kept, p.shape.token_slots)] = True
+        places = places_of(p.shape.planes)[s.indices.sort().values]
+    else:
+        planes = s.kept_planes or ()
+        slots = p.after.token_slots if p.after is not None and p.separators else torch.arange(sum(len(plane) for plane in planes))
+        is_token[slots] = True
+        places = places_of(planes)
+    columns = short[f.columns.cpu()[kept]]
+    origin = None if s.indices is None else s.indices.sort().values
+    return Standing(f.row, columns[is_token], columns[~is_token], places, origin)
+
+
+def staging_of(
+    method: Reducer, positions: str, mask: Tensor, images: Sequence[Standing], adapter: Any, labels: Tensor | None = None
+) -> Staging:
+    """What the decoder is to do with a batch of prompts.
+
+    mask: (B, P) bool on the CPU. labels: (B, P), of which the first behind the last image is where the answer begins; without
+    them the whole prompt is the instruction.
+    """
+    from .patches.passes import StagedImage, Staging
+
+    depth, staged, numbers = adapter.decoder_layers, [], [0] * len(mask)
+    visual = torch.zeros_like(mask)
+    for image in images:
+        n = len(image.columns)
+        places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
+        counts = method.counts(n, depth, fixed=False)
+        keeps = method.newline == "keep"
+        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, keeps, image.origin))
+        visual[image.row, image.columns] = True
+        visual[image.row, image.separators] = True
+        numbers[image.row] += 1
+    last = instruction_end(mask, visual, labels)
+    upto = torch.arange(mask.shape[1])[None] <= last[:, None]
+    text = tuple(row.nonzero()[:, 0] for row in mask & ~visual & upto)
+    return Staging(method, method.stages(depth), positions, mask, last, text, tuple(staged))
+
+
+def places_of(planes: Sequence[Plane]) -> Tensor:
+    """(N, 3) plane, row and column of each token of all planes."""
+    parts = [
+        torch.stack([torch.full((len(p),), i), *(torch.arange(len(p)) // p.columns, torch.arange(len(p)) % p.columns)], 1)
+        for i, p in enumerate(planes)
+        if len(p)
+    ]
+    return torch.cat(parts)
+
+
+def instruction_end(mask: Tensor, visual: Tensor, labels: Tensor | None) -> Tensor:
+    """(B,) the column of each instruction's last token: the last of the prompt, or the one before the first answer's."""
+    columns = torch.arange(mask.shape[1]).expand_as(mask)
+    last = torch.where(mask, columns, -1).amax(1)
+    if labels is None:
+        return last.clamp(min=0)
+    behind = columns > torch.where(visual, columns, -1).amax(1, keepdim=True)
+    answer = torch.where(mask & behind & (labels.cpu() != IGNORE), columns, mask.shape[1]).amin(1)
+    return torch.minimum(last, answer - 1).clamp(min=0)
+
+
+def targets(labels: Tensor, mask: Tensor, staging: Staging) -> Tensor:
+    """Labels (B, P) without those of visual tokens, and of a row's first token where padding is in front of it."""
+    out = labels.clone()
+    for image in staging.images:
+        for columns in (image.columns, image.separators):
+            out[image.row, columns.to(out.device)] = IGNORE
+    mask = mask.to(out.device)
+    out[:, 1:][mask[:, 1:] & ~mask[:, :-1]] = IGNORE
+    return out
+
+
+def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
+    """The report with the tokens that a forward left. Before one has run, as it was."""
+    if not staging.outcome:
+        return before
+    left, depth = staging.outcome["left"], before.decoder_layers
+    images = []
+    for i, (image, staged) in enumerate(zip(before.images, staging.images)):
+        per_layer = spread_out(len(staged.columns), staging.stages, [stage[i] for stage in left], depth)
+        selects = staged.origin is not None and not staging.method.merges
+        indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
+        images.append(replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer))
+    return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

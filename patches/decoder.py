@@ -1,0 +1,172 @@
+"""Shortening the visual part of the sequence between the layers of a transformers decoder, by kwargs pre-hooks.
+
+What one call does travels in ``**kwargs`` from the top model to every layer, and what later calls have to know sits on the
+cache object. Layer 0 sees the whole sequence, so all of ``generate``'s bookkeeping, which reads layer 0, stays right; every
+later layer's cache has a length of its own. Each row is shortened by itself and padded on the left, and behind the last
+layer the states are put back to the length of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.compressors.reducer import Reducer
+from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
+from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
+
+from .passes import Pass, Prefill, Shortened, Staging
+
+PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
+LAYERS = frozenset({
+    "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+})  # fmt: skip
+
+
+class EnterLayer:
+    """The pre-hook of decoder layer ``index``. Does nothing to a call that no pass travels with."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any]):
+        kwargs = dict(kwargs)
+        this: Pass | None = kwargs.pop(PASS, None)
+        if this is None:
+            return None
+        _refuse(layer, kwargs.get("past_key_values"))
+        hidden = this.enter(self.index, layer, args[0] if args else kwargs.pop("hidden_states"), kwargs)
+        return (hidden, *args[1:]), kwargs
+
+
+def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """The hook behind the language model: its states at every column of the prompt."""
+    this: Pass | None = kwargs.get(PASS)
+    if this is None:
+        return None
+    if isinstance(output, tuple):
+        return (this.restore(output[0]), *output[1:])
+    output.last_hidden_state = this.restore(output.last_hidden_state)
+    return output
+
+
+def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any]):
+    """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
+    cache = kwargs.get("past_key_values")
+    staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
+    state: Shortened | None = getattr(cache, SEGMENTS_ATTRIBUTE, None)
+    if staging is None and state is None:
+        return None
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    if seen == 0 and state is not None:  # an emptied cache
+        delattr(cache, SEGMENTS_ATTRIBUTE)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    if ids is None:
+        raise CountMismatchError("a shortened prompt goes on with input_ids: pass them")
+    total = seen + ids.shape[1]
+    if staging is not None:
+        if seen:
+            raise CountMismatchError("new images on a cache that holds a conversation: start with an empty cache")
+        new = _new_columns(kwargs.get("attention_mask"), len(ids), staging.length, total, ids.device)
+        return args, {**kwargs, PASS: Prefill(staging, new, decoder_of(model))}
+    if seen == 0:
+        return None
+    assert state is not None
+    if seen < state.length:
+        raise CountMismatchError("the cache was cut inside its shortened prompt: start with an empty cache")
+    new = _new_columns(kwargs.get("attention_mask"), len(ids), state.length, total, ids.device)
+    return args, {**kwargs, PASS: Pass(state, new, decoder_of(model))}
+
+
+def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.device) -> Tensor:
+    """(B, E) bool: which of the columns behind the prompt are no padding. mask: (B, total), or one that ``generate`` has made."""
+    if total < prompt:
+        raise CountMismatchError(f"{total} columns where the prompt alone has {prompt}")
+    if isinstance(mask, dict):  # by layer type; all of them end alike
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones(rows, total - prompt, dtype=torch.bool, device=device)
+    if mask.ndim == 4:  # what the last token sees: booleans, or 0 and the smallest number
+        mask = mask[:, 0, -1, :total]
+        mask = mask == 0 if mask.is_floating_point() else mask
+    if mask.ndim != 2 or mask.shape[1] != total:
+        raise CountMismatchError(f"attention_mask {tuple(mask.shape)} does not fit the {total} tokens of the conversation")
+    return mask[:, prompt:].bool().expand(rows, -1)
+
+
+def _refuse(layer: Any, cache: Any) -> None:
+    """What cannot work."""
+    from . import transformers_version
+
+    if torch.compiler.is_compiling():
+        raise UnsupportedModelError("in-decoder methods choose by values, which torch.compile cannot trace: use family P there")
+    if getattr(layer, "gradient_checkpointing", False) and layer.training and transformers_version() < (5, 23):
+        raise UnsupportedModelError("in-decoder methods with gradient checkpointing need transformers 5.23 or newer")
+    if cache is not None and cache.is_compileable and any(cache.is_sliding):
+        raise UnsupportedModelError("a static cache with sliding layers holds no shortened prompt: leave cache_implementation out")
+
+
+def decoder_of(model: Any) -> Any:
+    """The language model of a top model."""
+    return model.model.language_model
+
+
+def attach(model: Any) -> None:
+    """Puts the hooks on a top model: on itself, in front of every decoder layer, and behind the language model."""
+    decoder = decoder_of(model)
+    if attached(model):
+        return
+    model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+    for index, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
+    decoder.register_forward_hook(leave_decoder, with_kwargs=True)
+
+
+def attached(model: Any) -> bool:
+    return begin_pass in model._forward_pre_hooks.values()
+
+
+def detach(model: Any) -> None:
+    """Takes the hooks off again. They are found by what they are, because a copied model has copies of its own."""
+    decoder = decoder_of(model)
+    for module in (model, *decoder.layers):
+        _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer))
+    _remove(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, lambda h: h is leave_decoder)
+
+
+def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
+    for key in [key for key, hook in hooks.items() if ours(hook)]:
+        del hooks[key]
+        with_kwargs.pop(key, None)
+
+
+def check_decoder(adapter: Any, method: Reducer) -> None:
+    """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
+    from . import transformers_version
+
+    layers = decoder_of(adapter.model).layers
+    kind = type(layers[0]).__name__
+    if kind not in LAYERS:
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    if getattr(adapter.model, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
+    if not adapter.mrope:
+        return
+    if transformers_version() < (5, 23):
+        raise UnsupportedModelError(f"{method.name} on {adapter.name} needs transformers 5.23 or newer")
+    if method.merges:
+        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
+    if method.positions == "renumber":
+        raise UnsupportedModelError(
+            f"{method.name}: positions='renumber' has no meaning inside {adapter.name}, whose positions have three rows"
+        )
+    first, deep = method.stages(len(layers))[0], adapter.deep_layers
+    if first < deep:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens at layer {first}, and {adapter.name} adds visual features up to layer {deep}: drop there or later"
+        )
