@@ -256,12 +256,12 @@ def prepare(
         tensors["position_ids"] = positions_of
     report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
     features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
-    staging = None
-    if inside is not None and found:
-        left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
-        staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, tensors.get("labels"))
-        if labels is not None:
-            tensors["labels"] = targets(tensors["labels"], layout.mask.bool(), staging)
+    if inside is None or not found:
+        return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
+    left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
+    staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, tensors.get("labels"))
+    if labels is not None:
+        tensors["labels"] = targets(tensors["labels"], layout.mask.bool(), staging)
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
 
 
