@@ -279,10 +279,7 @@ def install(adapter: Any, method: Compressor, module: nn.Module | None = None) -
 
 @contextlib.contextmanager
 def inside(adapter: Any) -> Iterator[None]:
-    """The hooks of in-decoder methods on the model, if they are not there already."""
-    if adapter.reached_inside:
-        yield
-        return
+    """The hooks of in-decoder methods on the model."""
     adapter.reach_inside()
     try:
         yield

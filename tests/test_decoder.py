@@ -523,6 +523,26 @@ def test_a_copy_of_a_wrapped_model_works_alone(toys, batch):
     assert torch.equal(twin.generate(**batch, max_new_tokens=4), model.generate(**batch, max_new_tokens=4))
 
 
+def test_threads_share_the_hooks(toys, batch):
+    """Two calls with a method inside on a model that has none: the first to end leaves the other its hooks."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = me.wrap(tiny(), "uniform:keep=0.5")
+    calls = [("half", 4), ("half", 24), ("kernels", 9), ("fastv:ratio=0.3", 16)]
+    expected = [model.generate(**batch, max_new_tokens=n, compression=spec) for spec, n in calls]
+    with ThreadPoolExecutor(4) as pool_of_threads:
+        found = [pool_of_threads.submit(model.generate, **batch, max_new_tokens=n, compression=spec) for spec, n in calls]
+        assert all(torch.equal(f.result(), e) for f, e in zip(found, expected))
+    assert not any(layer._forward_pre_hooks for layer in model.model.language_model.layers)
+
+
+def test_a_copy_of_a_wrapped_model_stays_wrapped_after_another_methods_call(toys, batch):
+    twin = copy.deepcopy(me.wrap(tiny(), "half"))
+    expected = twin.generate(**batch, max_new_tokens=3)
+    twin.generate(**batch, max_new_tokens=3, compression="kernels")
+    assert torch.equal(twin.generate(**batch, max_new_tokens=3), expected)
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["offloaded first", "wrapped first"])
 def test_weights_offloaded_to_the_cpu(toys, batch, before):
     """On a machine without an accelerator accelerate's hooks run all the same, from and to the CPU."""
