@@ -230,6 +230,7 @@ def prepare(
 
     if encoded is None:
         encoded = encode_items(adapter, method, items)
+    staging: Any = None
     if inside is not None and alone and not adapter.mrope:  # every column stays
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
         staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors)
@@ -254,7 +255,6 @@ def prepare(
         tensors["position_ids"] = positions_of
     report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
     features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
-    staging: Any = None
     if inside is not None and found:
         left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
         staging = _stage(adapter, inside, rule, layout.mask.bool(), left, tensors)

@@ -167,8 +167,6 @@ def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
 
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
-    from . import transformers_version
-
     layers = decoder_of(adapter.model).layers
     kind = type(layers[0]).__name__
     if kind not in LAYERS:
@@ -177,8 +175,6 @@ def check_decoder(adapter: Any, method: Reducer) -> None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
     if not adapter.mrope:
         return
-    if transformers_version() < (5, 23):
-        raise UnsupportedModelError(f"{method.name} on {adapter.name} needs transformers 5.23 or newer")
     if method.merges:
         raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
     if method.positions == "renumber":

@@ -305,15 +305,14 @@ def test_what_is_said_of_a_method():
 # ------------------------------------------------------------------------------------------------ families
 
 
-@pytest.mark.parametrize("newline", [None, "keep"])
 @both_positions
-@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("name, newline", [
+    *((name, newline) for name in ("llava_next", "llava_next_video", "llava_onevision") for newline in (None, "keep")), ("internvl", None),
+])  # fmt: skip
 @pytest.mark.parametrize("spec", ["fastv:layer=1,ratio=0.3", "dart:layer=1,ratio=0.3"])
 def test_every_row_of_a_batch_equals_the_slow_formulas(name, spec, positions, newline):
     """Anyres images with newline columns, several images, videos, text alone."""
     family = families.FAMILIES[name]
-    if newline and not family.newlines:
-        pytest.skip("no newline columns")
     method = me.build(f"{spec},positions={positions},newline={newline or 'null'}")
     model, batch = families.tiny(name), families.make(name, *family.mixed)
     with me.compressed(model, method):
@@ -492,6 +491,15 @@ def test_newline_columns_are_counted_where_they_are(name, newline):
             for p in ("vision", "compress", "prefill", "decode")
         )
     )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_m_rope_families_cost_what_torch_counts(name):
+    model, spec = families.tiny(name), "dart:layer=2,ratio=0.3"
+    shape = shape_of(model.config, name)
+    found = counter.count(model, shape, me.build(spec), text_tokens=9, image_size=(96, 60), new_tokens=2)
+    closed = cost(shape, text_tokens=9, image_size=(96, 60), method=spec, new_tokens=2)
+    assert found == counter.Counted(closed.vision, closed.compress, closed.prefill, closed.decode)
 
 
 @pytest.mark.parametrize("spec", ["fastv:tokens=64", "pyramiddrop:ratio=0.5", "sparsevlm:tokens=128", "dart:tokens=64"])
