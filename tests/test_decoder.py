@@ -34,6 +34,7 @@ DECODERS = {
     ),
 }
 every_decoder = pytest.mark.parametrize("kind", list(DECODERS))
+both_toys = pytest.mark.parametrize("name", ["half", "kernels"])
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
 
 
@@ -317,6 +318,23 @@ def test_a_padded_batch_equals_the_reference(toys, batch, kind, positions, name)
     assert new_tokens(model.generate(**batch, max_new_tokens=NEW), batch) == expected
 
 
+@both_positions
+@both_toys
+def test_a_long_row_without_images_beside_shortened_ones(toys, processor, picture, positions, name):
+    """The batch stays as long as it was, and its shortened rows move within it."""
+    text = ["user : <image> what is the big ring ? assistant :", "user : " + "what is a cross ? " * 12 + "assistant :"]
+    batch, model = processor(images=[picture(3)], text=text, return_tensors="pt", padding=True), tiny()
+    expected = reference_of(model, batch, name, positions)
+    me.wrap(model, f"{name}:positions={positions}")
+    assert new_tokens(model.generate(**batch, max_new_tokens=NEW), batch) == expected
+    with torch.no_grad():
+        logits = model(**batch).logits
+    for (ids, features), row, mask in zip(rows_of(model, batch), logits, batch["attention_mask"].bool()):
+        with torch.no_grad():
+            alone, s, _ = run(model, start(model, ids, features), REFERENCES[name], positions)
+        torch.testing.assert_close(row[mask][s.columns], alone, atol=2e-5, rtol=2e-5)
+
+
 @every_decoder
 @both_positions
 def test_beams_equal_the_reference(toys, batch, kind, positions):
@@ -328,9 +346,6 @@ def test_beams_equal_the_reference(toys, batch, kind, positions):
 
 def reference_of(model, batch, name, positions, new=NEW):
     return [slow_greedy(model, ids, f, REFERENCES[name], positions, new) for ids, f in rows_of(model, batch)]
-
-
-both_toys = pytest.mark.parametrize("name", ["half", "kernels"])
 
 
 @both_positions
