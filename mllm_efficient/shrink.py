@@ -25,7 +25,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
-from .staged import report_of, staging_of, standing, standing_in, targets
+from .staged import Standing, report_of, staging_of, standing, standing_in, targets
 from .trained import held, module_of, require_held
 
 
@@ -230,14 +230,13 @@ def prepare(
 
     if encoded is None:
         encoded = encode_items(adapter, method, items)
-    if inside is not None and alone and not adapter.mrope:
-        staging = staging_of(inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], adapter, labels)
-        if labels is not None:
-            rest["labels"] = targets(labels, mask_cpu, staging)
-        features = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
-        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
+    staging: Any = None
+    if inside is not None and alone and not adapter.mrope:  # every column stays
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        return Prepared(_given(tensors), features, adapter.pack, report, None, staging)
+        staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors)
+        whole = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
+        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
+        return Prepared(_given(tensors), whole, adapter.pack, report, None, staging)
     require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
     before = past.images.tolist() if past else [0] * len(ids_cpu)
     contexts = _contexts(adapter, method, found, input_ids[:, start:], new_mask, image_keys, before)
@@ -259,10 +258,17 @@ def prepare(
     if inside is None or not found:
         return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
     left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
-    staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, tensors.get("labels"))
-    if labels is not None:
-        tensors["labels"] = targets(tensors["labels"], layout.mask.bool(), staging)
+    staging = _stage(adapter, inside, rule, layout.mask.bool(), left, tensors)
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
+
+
+def _stage(adapter: Any, inside: Reducer, rule: str, mask: Tensor, images: list[Standing], tensors: dict[str, Any]) -> Any:
+    """The ``Staging`` of a call. Its labels, if it has any, lose those that are no targets."""
+    labels = tensors.get("labels")
+    staging = staging_of(inside, rule, mask, images, adapter, labels)
+    if labels is not None:
+        tensors["labels"] = targets(labels, mask, staging)
+    return staging
 
 
 def stages_of(method: Compressor, inside: Reducer | None) -> tuple[dict[str, Any], ...]:

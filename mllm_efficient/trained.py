@@ -346,10 +346,7 @@ def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Und
 
 @contextlib.contextmanager
 def inside(adapter: Any) -> Iterator[None]:
-    """The hooks of in-decoder methods on the model, if they are not there already."""
-    if adapter.reached_inside:
-        yield
-        return
+    """The hooks of in-decoder methods on the model."""
     adapter.reach_inside()
     try:
         yield

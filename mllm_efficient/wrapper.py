@@ -70,7 +70,8 @@ def unwrap(model: Model) -> Model:
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
     hook.undo()
-    adapter.let_go_inside()
+    if halves(hook.method)[1] is not None:
+        adapter.let_go_inside()
     for hooks, with_kwargs, ours in (
         (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
         (inner._forward_hooks, inner._forward_hooks_with_kwargs, lambda h: h is mark_output),

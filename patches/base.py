@@ -92,10 +92,9 @@ class Adapter:
         attach(self.model)
 
     def let_go_inside(self) -> None:
-        if self.reached_inside:
-            from .decoder import detach
+        from .decoder import detach
 
-            detach(self.model)
+        detach(self.model)
 
     def check_inside(self, method: Any) -> None:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""

@@ -8,6 +8,7 @@ layer the states are put back to the length of the prompt.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 
+from .base import hooking
 from .passes import Pass, Prefill, Shortened, Staging
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
@@ -33,19 +35,20 @@ class EnterLayer:
     def __init__(self, index: int):
         self.index = index
 
-    def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any]):
-        kwargs = dict(kwargs)
+    def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any] | None = None):
+        # Another thread's call can come between the two steps of registering a hook, and then passes no kwargs.
+        kwargs = dict(kwargs or {})
         this: Pass | None = kwargs.pop(PASS, None)
         if this is None:
             return None
-        _refuse(layer, kwargs.get("past_key_values"))
+        _refuse(layer)
         hidden = this.enter(self.index, layer, args[0] if args else kwargs.pop("hidden_states"), kwargs)
         return (hidden, *args[1:]), kwargs
 
 
-def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
     """The hook behind the language model: its states at every column of the prompt."""
-    this: Pass | None = kwargs.get(PASS)
+    this: Pass | None = None if output is None else kwargs.get(PASS)
     if this is None:
         return None
     if isinstance(output, tuple):
@@ -54,8 +57,9 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     return output
 
 
-def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any]):
+def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
     """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
+    kwargs = kwargs or {}
     cache = kwargs.get("past_key_values")
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
     state: Shortened | None = getattr(cache, SEGMENTS_ATTRIBUTE, None)
@@ -64,6 +68,8 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any]):
     seen = 0 if cache is None else int(cache.get_seq_length())
     if seen == 0 and state is not None:  # an emptied cache
         delattr(cache, SEGMENTS_ATTRIBUTE)
+    if cache is not None and cache.is_compileable and any(cache.is_sliding):
+        raise UnsupportedModelError("a static cache with sliding layers holds no shortened prompt: leave cache_implementation out")
     ids = kwargs.get("input_ids", args[0] if args else None)
     ids = kwargs.get("inputs_embeds") if ids is None else ids
     if ids is None:
@@ -99,16 +105,14 @@ def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.de
     return mask[:, prompt:].bool().expand(rows, -1)
 
 
-def _refuse(layer: Any, cache: Any) -> None:
-    """What cannot work."""
+def _refuse(layer: Any) -> None:
+    """What cannot work is said before it goes wrong."""
     from . import transformers_version
 
     if torch.compiler.is_compiling():
         raise UnsupportedModelError("in-decoder methods choose by values, which torch.compile cannot trace: use family P there")
     if getattr(layer, "gradient_checkpointing", False) and layer.training and transformers_version() < (5, 23):
         raise UnsupportedModelError("in-decoder methods with gradient checkpointing need transformers 5.23 or newer")
-    if cache is not None and cache.is_compileable and any(cache.is_sliding):
-        raise UnsupportedModelError("a static cache with sliding layers holds no shortened prompt: leave cache_implementation out")
 
 
 def decoder_of(model: Any) -> Any:
@@ -116,15 +120,24 @@ def decoder_of(model: Any) -> Any:
     return model.model.language_model
 
 
+_users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of the hooks on a model
+
+
 def attach(model: Any) -> None:
-    """Puts the hooks on a top model: on itself, in front of every decoder layer, and behind the language model."""
-    decoder = decoder_of(model)
-    if attached(model):
-        return
-    model.register_forward_pre_hook(begin_pass, with_kwargs=True)
-    for index, layer in enumerate(decoder.layers):
-        layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
-    decoder.register_forward_hook(leave_decoder, with_kwargs=True)
+    """Puts the hooks on a top model: on itself, in front of every decoder layer, and behind the language model.
+
+    Counted: calls in several threads may each want them, and the last to ``detach`` takes them off.
+    """
+    with hooking:
+        users = _users.get(model, 0) or int(attached(model))  # a copy of a model has copies of its hooks
+        _users[model] = users + 1
+        if users:
+            return
+        decoder = decoder_of(model)
+        model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+        for index, layer in enumerate(decoder.layers):
+            layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
+        decoder.register_forward_hook(leave_decoder, with_kwargs=True)
 
 
 def attached(model: Any) -> bool:
@@ -132,11 +145,18 @@ def attached(model: Any) -> bool:
 
 
 def detach(model: Any) -> None:
-    """Takes the hooks off again. They are found by what they are, because a copied model has copies of its own."""
-    decoder = decoder_of(model)
-    for module in (model, *decoder.layers):
-        _remove(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer))
-    _remove(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, lambda h: h is leave_decoder)
+    """Takes the hooks off again, found by what they are."""
+    with hooking:
+        users = _users.pop(model, 1) - 1
+        if users > 0:
+            _users[model] = users
+            return
+        decoder = decoder_of(model)
+        for module in (model, *decoder.layers):
+            _remove(
+                module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer)
+            )
+        _remove(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, lambda h: h is leave_decoder)
 
 
 def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
@@ -147,8 +167,6 @@ def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
 
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
-    from . import transformers_version
-
     layers = decoder_of(adapter.model).layers
     kind = type(layers[0]).__name__
     if kind not in LAYERS:
@@ -157,8 +175,6 @@ def check_decoder(adapter: Any, method: Reducer) -> None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
     if not adapter.mrope:
         return
-    if transformers_version() < (5, 23):
-        raise UnsupportedModelError(f"{method.name} on {adapter.name} needs transformers 5.23 or newer")
     if method.merges:
         raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
     if method.positions == "renumber":

@@ -122,9 +122,7 @@ class Pass:
         segment = self.segment
         assert segment is not None
         if self.state.positions == "keep":
-            if full[0].shape[-2] == hidden.shape[1]:  # a later call, whose columns are all there
-                return full
-            return self._once(("keep", segment.first, hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full))
+            return self.kept(hidden, full)
 
         def renumbered() -> tuple[Tensor, ...]:
             places = self._places(segment, hidden)
@@ -132,12 +130,9 @@ class Pass:
 
         return self._once(("renumber", segment.first, hidden.device), renumbered)
 
-    def _kept(self, part: Tensor, segment: Segment, hidden: Tensor) -> Tensor:
-        behind = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
-        at = self._rows(segment.columns.to(hidden.device), hidden)
-        at = torch.cat([at, behind.expand(len(at), -1)], 1)
-        part = part.to(hidden.device).expand(*part.shape[:-3], len(at), *part.shape[-2:])
-        return part.gather(-2, at[..., None].expand(*part.shape[:-2], at.shape[1], part.shape[-1]))
+    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tables where tokens keep their positions: columns behind the prompts are all there."""
+        return full
 
     def _places(self, segment: Segment, hidden: Tensor) -> Tensor:
         """(B, length) positions of the columns of ``hidden``, counted on within what is left."""
@@ -216,6 +211,18 @@ class Prefill(Pass):
                 self._remember(kwargs.get("past_key_values"))
         self.substitute(index, layer, hidden, kwargs)
         return hidden
+
+    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        segment = self.segment
+        assert segment is not None
+        return self._once(("keep", segment.first, hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full))
+
+    def _kept(self, part: Tensor, segment: Segment, hidden: Tensor) -> Tensor:
+        behind = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
+        at = self._rows(segment.columns.to(hidden.device), hidden)
+        at = torch.cat([at, behind.expand(len(at), -1)], 1)
+        part = part.to(hidden.device).expand(*part.shape[:-3], len(at), *part.shape[-2:])
+        return part.gather(-2, at[..., None].expand(*part.shape[:-2], at.shape[1], part.shape[-1]))
 
     def _takes(self, number: int) -> bool:
         """Whether stage ``number`` changes anything."""

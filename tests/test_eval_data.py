@@ -106,8 +106,9 @@ def test_answers_are_those_of_the_wrapped_model_and_kl_is_that_of_its_steps(load
     assert records[spec, "words"]["kl"] == 0 and records[spec, "words"]["exact_match"]
 
 
+@pytest.mark.parametrize("method", ["divprune:keep=0.3", "fastv"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_any_family_with_its_own_processor_and_template(name, tmp_path):
+def test_any_family_with_its_own_processor_and_template(name, method, tmp_path):
     """One image, two images of different sizes, and none; the second one's tokens and KL against the wrapped model by hand."""
     processor = copy.deepcopy(FAMILIES[name].processor("left"))
     processor.chat_template = TEMPLATE.replace("IMAGE", FAMILIES[name].image)
@@ -117,7 +118,7 @@ def test_any_family_with_its_own_processor_and_template(name, tmp_path):
     lines = [{"images": ["0.png"], "prompt": "what is red ?"}, {"prompt": "what is a ring ?"}]
     lines.append({"id": "two", "images": ["1.png", "2.png"], "messages": [{"role": "user", "content": "are the rings green ?"}]})
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    spec = "divprune:keep=0.3"
+    spec = me.build(f"fastv:ratio=0.3,layer={2 if 'qwen' in name else 1}").spec() if method == "fastv" else method
     evaluation = run(other, tmp_path / "requests.jsonl", spec, "resize:keep=0.5")
     records = {(r["method"], r["id"]): r for r in evaluation.answer_all()}
     assert [r["error"] for r in records.values()] == [None] * 9
@@ -135,8 +136,10 @@ def test_any_family_with_its_own_processor_and_template(name, tmp_path):
         whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(tokens) - 1))
     with torch.no_grad():
         p = other.model(**whole).logits[0, -len(tokens) :].double().log_softmax(-1)
+        labels = torch.full_like(ids, -100)
+        labels[:, inputs["input_ids"].shape[1] :] = 5  # which is where the question ends
         with me.compressed(other.model, spec):
-            q = other.model(**whole).logits[0, -len(tokens) :].double().log_softmax(-1)
+            q = other.model(**whole, labels=labels).logits[0, -len(tokens) :].double().log_softmax(-1)
     assert records[spec, "two"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-5)
     assert records[spec, "two"]["visual_tokens_kept"] < records["none", "two"]["visual_tokens_kept"]
 

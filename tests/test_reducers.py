@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,23 @@ from mllm_efficient.patches import adapter_for
 from mllm_efficient.plan import describe
 
 from . import families
-from .test_decoder import DECODERS, IMAGE, NEW, ROWS, drop, new_tokens, rows_of, run, start, tables_of, tiny, top, without
+from .test_decoder import (
+    DECODERS,
+    IMAGE,
+    NEW,
+    ROWS,
+    drop,
+    kernel_of,
+    new_tokens,
+    rows_of,
+    run,
+    start,
+    tables_of,
+    tiny,
+    top,
+    windows,
+    without,
+)
 
 METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer)]
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
@@ -305,15 +322,14 @@ def test_what_is_said_of_a_method():
 # ------------------------------------------------------------------------------------------------ families
 
 
-@pytest.mark.parametrize("newline", [None, "keep"])
 @both_positions
-@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("name, newline", [
+    *((name, newline) for name in ("llava_next", "llava_next_video", "llava_onevision") for newline in (None, "keep")), ("internvl", None),
+])  # fmt: skip
 @pytest.mark.parametrize("spec", ["fastv:layer=1,ratio=0.3", "dart:layer=1,ratio=0.3"])
 def test_every_row_of_a_batch_equals_the_slow_formulas(name, spec, positions, newline):
     """Anyres images with newline columns, several images, videos, text alone."""
     family = families.FAMILIES[name]
-    if newline and not family.newlines:
-        pytest.skip("no newline columns")
     method = me.build(f"{spec},positions={positions},newline={newline or 'null'}")
     model, batch = families.tiny(name), families.make(name, *family.mixed)
     with me.compressed(model, method):
@@ -359,6 +375,67 @@ def slow_rows(model, method, positions, newline, layer=1):
         return without(s, gone, [[slots[j] for j in stay] for slots, stay in zip(s.images, kept)])
 
     return {layer: reduce}, recorded.seen
+
+
+@both_positions
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video", "internvl"])
+def test_pooling_knows_the_planes_rows_and_columns_of_every_view(registered, name, positions):
+    """A base view, a map of tiles with newline columns, frames: each is pooled by itself, by a kernel that the question picks."""
+
+    @registered("planes")
+    @dataclass(frozen=True, kw_only=True)
+    class Planes(me.Reducer):
+        merges: ClassVar[bool] = True
+
+        def layers(self, depth):
+            return (1,)
+
+        def reduce(self, v, k):
+            found = plane_windows(v.places, kernel_of(v.question))
+            features = torch.stack([v.hidden[members].mean(0) for members in found])
+            return me.ReducedTokens(torch.tensor([members[0] for members in found]), features, v.places[[m[0] for m in found]])
+
+    def pool(s):
+        kernel, hidden, gone, kept = kernel_of(s.hidden[s.last]), s.hidden.clone(), set(), []
+        for slots, places in zip(s.images, s.places):
+            found = plane_windows(places, kernel)
+            for members in found:
+                hidden[slots[members[0]]] = s.hidden[[slots[j] for j in members]].mean(0)
+            first = [members[0] for members in found]
+            gone |= {slot for j, slot in enumerate(slots) if j not in first}
+            kept.append([slots[j] for j in first])
+            if len(first) < len(slots):
+                gone |= {i for i, c in enumerate(s.columns) if c in s.separators and s.columns[slots[0]] < c <= s.columns[slots[-1]] + 1}
+        s.hidden = hidden
+        return without(s, gone, kept)
+
+    family = families.FAMILIES[name]
+    model, batch = families.tiny(name), families.make(name, *family.mixed)
+    with me.compressed(model, f"planes:ratio=1,positions={positions}"):
+        out = new_tokens(model.generate(**batch, max_new_tokens=3), batch)
+    for row, kind in enumerate(family.mixed):
+        inputs = families.make(name, kind)
+        found, said = families.visuals(name, model, inputs), []
+        for _ in range(3):
+            s = spliced(model, inputs["input_ids"][0], found, said)
+            s.places = [
+                torch.tensor([[i, p, r, c] for p, (rows, columns) in enumerate(v.planes) for r in range(rows) for c in range(columns)])
+                for i, v in enumerate(found)
+            ]
+            with torch.no_grad():
+                logits, _, _ = run(model, s, {1: pool}, positions)
+            said.append(int(logits[-1].argmax()))
+        assert out[row] == said
+
+
+def plane_windows(places, kernel):
+    """Windows of each plane; a plane that is smaller than the kernel stays."""
+    out = []
+    for plane in places[:, 1].unique().tolist():
+        at = (places[:, 1] == plane).nonzero()[:, 0]
+        found = windows(places[at], kernel).values()
+        out += [at[members].tolist() for members in found] if found else [[i] for i in at.tolist()]
+    return out
 
 
 @pytest.mark.parametrize("name, layer", [("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 2)])
@@ -492,6 +569,15 @@ def test_newline_columns_are_counted_where_they_are(name, newline):
             for p in ("vision", "compress", "prefill", "decode")
         )
     )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_m_rope_families_cost_what_torch_counts(name):
+    model, spec = families.tiny(name), "dart:layer=2,ratio=0.3"
+    shape = shape_of(model.config, name)
+    found = counter.count(model, shape, me.build(spec), text_tokens=9, image_size=(96, 60), new_tokens=2)
+    closed = cost(shape, text_tokens=9, image_size=(96, 60), method=spec, new_tokens=2)
+    assert found == counter.Counted(closed.vision, closed.compress, closed.prefill, closed.decode)
 
 
 @pytest.mark.parametrize("spec", ["fastv:tokens=64", "pyramiddrop:ratio=0.5", "sparsevlm:tokens=128", "dart:tokens=64"])
