@@ -18,7 +18,7 @@ from .squeeze import Squeezed
 from .tokens import Plane
 
 if TYPE_CHECKING:
-    from .patches.passes import Staging
+    from .patches.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def staging_of(
     mask: (B, P) bool on the CPU. labels: (B, P), of which the first behind the last image is where the answer begins; without
     them the whole prompt is the instruction.
     """
-    from .patches.passes import StagedImage, Staging
+    from .patches.staging import StagedImage, Staging
 
     depth, staged, numbers = adapter.decoder_layers, [], [0] * len(mask)
     visual = torch.zeros_like(mask)

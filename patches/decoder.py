@@ -20,7 +20,8 @@ from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 
 from .base import hooking
-from .passes import Pass, Prefill, Shortened, Staging
+from .passes import Pass, Prefill
+from .staging import Shortened, Staging
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
 LAYERS = frozenset({

@@ -4,89 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 from mllm_efficient.tokens import LayerTokens
 
 from .rating import Heads, causal_mask, window_of
-
-
-@dataclass(frozen=True)
-class StagedImage:
-    """The visual tokens of one image in a prompt. row: of the batch. columns: (N,), separators: (S,) where they stand.
-
-    places: (N, 4) image within its row, plane, row and column. counts: tokens left after each stage. keep_separators:
-    whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, None where
-    those were merged before they came here.
-    """
-
-    row: int
-    columns: Tensor
-    separators: Tensor
-    places: Tensor
-    counts: tuple[int, ...]
-    keep_separators: bool = False
-    origin: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Staging:
-    """What is done to the prompts of one call. The same object serves every forward of a ``generate``.
-
-    stages: the layers at whose input tokens go. positions: "renumber" or "keep". mask: (B, P) bool, the prompts without
-    padding. last: (B,) the column of each instruction's last token. text: of each row the columns of its text tokens up to
-    there. All on the CPU. outcome: filled in by the forward that shortens: ``indices`` (k,) of each image at the end,
-    ``left`` after each stage of each image, ``seconds``.
-    meter: what is entered while the method and the host on its behalf compute.
-    """
-
-    method: Reducer
-    stages: tuple[int, ...]
-    positions: str
-    mask: Tensor
-    last: Tensor
-    text: tuple[Tensor, ...]
-    images: tuple[StagedImage, ...]
-    meter: Callable[[], AbstractContextManager[Any]] = nullcontext
-    outcome: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        return self.mask.shape[1]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The prompts as the layers from ``first`` on see them. mask: (S, n) bool on the CPU, padding on the left.
-
-    columns: (S, n) the column of the full prompt that each slot holds, or held the first of; anything where it is padding.
-    """
-
-    first: int
-    mask: Tensor
-    columns: Tensor
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(1)
-
-
-@dataclass
-class Shortened:
-    """What a cache remembers of the prompts in it. length: columns of the full prompts; segments: in layer order."""
-
-    length: int
-    positions: str
-    segments: list[Segment] = field(default_factory=list)
+from .staging import Segment, Shortened, Staging
 
 
 class Pass:

@@ -245,6 +245,20 @@ def test_a_wrong_choice_is_one_line(registered, make_batch, wrong, message):
         model.generate(**make_batch("one image"), max_new_tokens=2)
 
 
+def test_a_rater_that_has_not_run_or_is_long_past_is_refused(registered):
+    @registered("late")
+    @dataclass(frozen=True)
+    class Late(me.Reducer):
+        def layers(self, depth):
+            return (2,)
+
+        def rater(self, layer):
+            return layer + 1
+
+    with pytest.raises(me.BadBudgetError, match="layer 3 cannot rate for a stage at 2: use 1 or 2"):
+        me.wrap(tiny(), "late:ratio=0.5")
+
+
 # ------------------------------------------------------------------------------------------------ budgets
 
 

@@ -103,6 +103,11 @@ class Reducer(Compressor):
         if not layers or any(not 1 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
             said = ", ".join(map(str, layers)) or "none"
             raise BadBudgetError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
+        for layer in layers:
+            if self.rater(layer) not in (layer - 1, layer):
+                raise BadBudgetError(
+                    f"{self.name}: layer {self.rater(layer)} cannot rate for a stage at {layer}: use {layer - 1} or {layer}"
+                )
         return layers
 
     def counts(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
