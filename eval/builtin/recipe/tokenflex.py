@@ -42,6 +42,7 @@ ARMS = {
 }
 UNTRAINED = "untrained"
 RESULTS = Path("benchmarks/results/tokenflex")
+LONGER = "longer"  # subfolder with answers of single runs that were trained longer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         one_run(args.run[0], int(args.run[1]), args)
     elif args.table:
         print(table(*read_answers(args.results)))
+        if (args.results / LONGER).is_dir():
+            print("\n" + longer_table(*read_answers(args.results / LONGER)))
     else:
         return run_all(args)
     return 0
@@ -197,21 +200,34 @@ def table(runs: Answers, asked: Sequence[Sample]) -> str:
     return "\n".join(lines)
 
 
+def longer_table(runs: Answers, asked: Sequence[Sample]) -> str:
+    """Single runs of more steps, and what is between them."""
+    found = scores(runs, asked)
+    arms = [arm for arm in ("fixed-9", "mlp-dynamic", "dynamic") if (arm, COUNTS[0]) in found]
+    lines = [f"| trained | {' | '.join(f'tested at {c}' for c in TESTED)} |", "|---" * (len(TESTED) + 1) + "|"]
+    lines += [f"| {arm} | {' | '.join(f'{mean(found[arm, c])[0]:.1f}' for c in TESTED)} |" for arm in arms]
+    own, other = mean(found["dynamic", 9]), mean(found["fixed-9", 9])
+    return "\n".join([*lines, "", difference("dynamic - fixed-9, at 9 tokens", own - other)])
+
+
+def difference(what: str, values: np.ndarray) -> str:
+    """A line with an estimate and its 95% interval."""
+    low, high = interval(values[1:])
+    return f"- {what}: {values[0]:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def claims(found: dict[tuple[str, int], dict[int, np.ndarray]]) -> list[str]:
     """Differences in points with 95% intervals, each a paired bootstrap over images of the mean over seeds."""
     out = []
-
-    def line(what: str, values: np.ndarray) -> None:
-        low, high = interval(values[1:])
-        out.append(f"- {what}: {values[0]:+.1f} [{low:+.1f}, {high:+.1f}]")
-
     for count in COUNTS:
-        line(f"dynamic - fixed-{count}, at {count} tokens", mean(found["dynamic", count]) - mean(found[f"fixed-{count}", count]))
+        own, other = mean(found["dynamic", count]), mean(found[f"fixed-{count}", count])
+        out.append(difference(f"dynamic - fixed-{count}, at {count} tokens", own - other))
     for count in COUNTS[1:]:
         for arm in ("fixed-144", "dynamic"):
-            line(f"{arm} at {count} tokens - at 144", mean(found[arm, count]) - mean(found[arm, 144]))
+            out.append(difference(f"{arm} at {count} tokens - at 144", mean(found[arm, count]) - mean(found[arm, 144])))
     for count in TESTED:
-        line(f"dynamic - mlp-dynamic, at {count} tokens", mean(found["dynamic", count]) - mean(found["mlp-dynamic", count]))
+        own, other = mean(found["dynamic", count]), mean(found["mlp-dynamic", count])
+        out.append(difference(f"dynamic - mlp-dynamic, at {count} tokens", own - other))
     return out
 
 
