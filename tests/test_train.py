@@ -370,6 +370,13 @@ def test_a_lora_is_trained_and_published(tmp_path):
     assert all(model.get_parameter(k) is v for k, v in own.items())
 
 
+def test_under_bf16_the_projector_is_trained_in_float32(tmp_path):
+    final = run(recipe(tmp_path, "bf16=true", "dtype=bfloat16"))
+    assert {v.dtype for v in load_file(final / "compressor.safetensors").values()} == {torch.float32}
+    assert {v.dtype for v in load_file(final / "base_delta" / "model.safetensors").values()} == {torch.bfloat16}
+    me.wrap(load(ModelOptions()).model, me.load(final))
+
+
 def test_gradient_checkpointing_changes_no_loss(tmp_path):
     plain = run(recipe(tmp_path / "a")).parent
     checkpointed = run(recipe(tmp_path / "b", "stages.1.gradient_checkpointing=true")).parent
