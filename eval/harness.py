@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from mllm_efficient.compressors.base import Compressor, Projector
+from mllm_efficient.installing import installed
 from mllm_efficient.models import Loaded, require_supported
 from mllm_efficient.shrink import Encoded, encode_items, encoding_key, pre_llm
-from mllm_efficient.trained import Parts, installed
+from mllm_efficient.trained import Parts
 
 from .records import Records
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .errors import CountMismatchError, MllmEfficientError
+from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .registry import build
 from .report import CompressionReport, remember
 from .shrink import Prepared, check_all, halves, has_pixels, keeps_all, prepare
-from .trained import inside
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 

@@ -280,7 +280,7 @@ def stages_of(method: Compressor, inside: Reducer | None) -> tuple[dict[str, Any
 
 def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
     """What a method does to the images of a call, without an answer. In-decoder methods take a prefill for that."""
-    from .trained import installed
+    from .installing import installed
 
     method = pre_llm(compressor)
     with torch.no_grad(), installed(model, method):

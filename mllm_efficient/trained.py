@@ -1,12 +1,10 @@
-"""Trained methods in models: saved, loaded, put in the place of the model's own parts and taken out again."""
+"""Trained methods: saved, loaded, and their parts built for a model."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,52 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .base_model import differs
 from .compressors.base import Compressor, Projector
-from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError
 from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, open_folder, shipped
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 MARK = "_installed_as"  # attribute of a projector that stands in a model's own one's place
 _kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
-
-
-# ------------------------------------------------------------------------------------------------ the base model
-
-
-def base_of(model: Any) -> dict[str, Any]:
-    """What a base model is known by: its sizes and two values of every weight but the projector's, bare or under PEFT.
-
-    Weights that are quantized or offloaded are left out.
-    """
-    from .patches import inner_model
-
-    inner = inner_model(model)
-    text, vision = inner.config.get_text_config(), inner.config.vision_config
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size")
-    sizes = {"model_type": inner.config.model_type}
-    for part, config in (("text", text), ("vision", vision)):
-        sizes |= {f"{part}.{name}": getattr(config, name, None) for name in names}
-    sample = {}
-    for name, weight in inner.named_parameters():
-        plain = type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta and weight.numel()
-        if plain and "lora_" not in name and "multi_modal_projector" not in name:
-            flat, n = weight.detach().flatten(), weight.numel()
-            sample[name.replace(".base_layer.", ".")] = [float(f"{v:.6g}") for v in flat[[n // 3, 2 * n // 3]].float().tolist()]
-    return {"sizes": sizes, "sample": sample}
-
-
-def differs(base: dict[str, Any], model: Any) -> str | None:
-    """Why a model is not the base that ``base_of`` described, in whatever dtype it is loaded; None if it is."""
-    now = base_of(model)
-    if now["sizes"] != base["sizes"]:
-        odd = [k for k in now["sizes"] if now["sizes"][k] != base["sizes"].get(k)]
-        return f"{', '.join(odd)} is another" if odd else "its sizes are others"
-    for name, values in base["sample"].items():
-        for was, found in zip(values, now["sample"].get(name, values)):
-            if abs(was - found) > 0.01 * abs(was) + 1e-4:  # bfloat16 is off by 0.4%
-                return f"{name} is another"
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -285,108 +245,6 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         odd = f"{sorted(left)[0]} belongs to no weight of this model" if left else "there is nothing in it"
         raise MllmEfficientError(f"{folder / LORA_DELTA}: {odd}")
     return out
-
-
-# ------------------------------------------------------------------------------------------------ in and out
-
-
-class Undo:
-    """What ``install`` changed; calling it puts everything back, on the device and in the dtype the model has by then."""
-
-    def __init__(self) -> None:
-        self.parts = list[tuple[dict[str, Any], str, Any]]()
-
-    def put(self, store: dict[str, Any], name: str, value: Any) -> None:
-        self.parts.append((store, name, store[name]))
-        store[name] = value
-
-    def __call__(self) -> None:
-        for store, name, old in reversed(self.parts):
-            now = next(store[name].parameters()) if isinstance(old, nn.Module) else store[name]
-            if not now.is_meta:  # offloaded since: the old part stays where it is
-                _follow(old, now)
-            store[name] = old
-        self.parts.clear()
-
-
-def _follow(old: Any, now: Tensor) -> None:
-    """Takes a part to where a tensor is."""
-    if isinstance(old, nn.Module):
-        old.to(now.device, now.dtype if next(old.parameters()).is_floating_point() else None)
-    elif (old.device, old.dtype) != (now.device, now.dtype):
-        old.data = old.data.to(now.device, now.dtype)
-
-
-def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Undo:
-    """Puts a trained method's parts into a model: its projector, and the language-model weights trained with it.
-
-    Weights are swapped by reference. parts: what to put in, if it is there already. A method without trained parts changes
-    nothing.
-    """
-    undo, part = Undo(), method.installs
-    if part is None:
-        return undo
-    if held(adapter) is not None:
-        raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")
-    owner, name = adapter.projector_at
-    parts = parts or parts_of(adapter, part)
-    try:
-        undo.put(owner._modules, name, parts.module)
-        for full_name, value in parts.delta.items():
-            path, _, leaf = full_name.rpartition(".")
-            store = adapter.model.get_submodule(path)._parameters
-            undo.put(store, leaf, nn.Parameter(value, requires_grad=store[leaf].requires_grad))
-        _tie(adapter.model, undo)
-    except BaseException:
-        undo()
-        raise
-    parts.module.__dict__[MARK] = mark(part)
-    return undo
-
-
-@contextlib.contextmanager
-def inside(adapter: Any) -> Iterator[None]:
-    """The hooks of in-decoder methods on the model."""
-    adapter.reach_inside()
-    try:
-        yield
-    finally:
-        adapter.let_go_inside()
-
-
-@contextlib.contextmanager
-def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | None = None) -> Iterator[None]:
-    """What a method puts into a model, inside the block: the parts of a trained one, the hooks of one in the decoder.
-
-    Nothing for a method that has none or a model that holds them. kept: parts that were read before, by ``mark``; those
-    that are read now are added.
-    """
-    from .patches import adapter_for
-
-    adapter, part = adapter_for(model), None if method is None else method.installs
-    if isinstance(method, Reducer):
-        with inside(adapter):
-            yield
-        return
-    if method is None or part is None or held(adapter) is not None:
-        yield
-        return
-    kept = {} if kept is None else kept
-    if mark(part) not in kept:
-        kept[mark(part)] = parts_of(adapter, part)
-    undo = install(adapter, method, kept[mark(part)])
-    try:
-        yield
-    finally:
-        undo()
-
-
-def _tie(model: Any, undo: Undo) -> None:
-    """A head that is tied to the embedding follows it."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and any(store is embedding._parameters and old is head._parameters["weight"] for store, _, old in undo.parts)
-    if tied:
-        undo.put(head._parameters, "weight", embedding._parameters["weight"])
 
 
 def or_random(method: Compressor) -> Compressor:

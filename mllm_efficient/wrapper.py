@@ -19,12 +19,12 @@ from .compressors.base import Compressor
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
+from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .registry import build
 from .report import CompressionReport, remember
 from .shrink import check_all, halves, has_pixels, keeps_all, prepare
 from .staged import report_of
-from .trained import install
 
 Model = TypeVar("Model")
 _UNSET: Any = object()

@@ -17,6 +17,7 @@ from torch import nn
 
 import mllm_efficient as me
 from mllm_efficient import trained
+from mllm_efficient.base_model import base_of, differs
 from mllm_efficient.measure.counter import count
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
@@ -170,7 +171,7 @@ def random_folder(tmp_path, model, delta=None, **sizes):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    trained.save(tmp_path, me.TokenFlex(tokens=9), module, trained.base_of(model))
+    trained.save(tmp_path, me.TokenFlex(tokens=9), module, base_of(model))
     if delta is not None:
         trained.save_delta(tmp_path, delta)
     return module.eval()
@@ -333,7 +334,7 @@ def test_weights_of_the_language_model_come_with_the_projector(tiny_llava, make_
         me.prepare(tiny_llava, spec, **batch)
     by_hand = copy.deepcopy(tiny_llava)
     by_hand.load_state_dict(delta, strict=False)
-    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_of(by_hand))
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, base_of(by_hand))
     wanted = me.wrap(by_hand, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
     assert torch.equal(me.wrap(tiny_llava, spec)(**batch).logits, wanted)
 
@@ -345,7 +346,7 @@ def test_a_lora_is_merged_as_peft_merges_it(tiny_llava, make_batch, tmp_path):
     model = peft.get_peft_model(copy.deepcopy(tiny_llava), config)
     model.save_pretrained(tmp_path / trained.DELTA)
     merged = model.merge_and_unload()
-    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, trained.base_of(merged))
+    trained.save(tmp_path / "alone", me.TokenFlex(tokens=9), module, base_of(merged))
     batch = make_batch("one image", "two images")
     wanted = me.wrap(merged, f"tokenflex:tokens=9,weights={tmp_path / 'alone'}")(**batch).logits
     torch.testing.assert_close(me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")(**batch).logits, wanted)
@@ -525,17 +526,17 @@ def test_load_takes_the_saved_budget_or_a_given_one(tiny_llava, tmp_path):
 
 
 def test_the_base_is_known_in_any_dtype_and_wrapping_and_told_from_others(tiny_llava, make_llava, tmp_path):
-    base = trained.base_of(tiny_llava)
+    base = base_of(tiny_llava)
     for dtype in (torch.bfloat16, torch.float16):
-        assert trained.differs(base, copy.deepcopy(tiny_llava).to(dtype)) is None
-    assert "is another" in trained.differs(base, make_llava(seed=1))
-    assert "num_hidden_layers is another" in trained.differs(base, make_llava(layers=2))
+        assert differs(base, copy.deepcopy(tiny_llava).to(dtype)) is None
+    assert "is another" in differs(base, make_llava(seed=1))
+    assert "num_hidden_layers is another" in differs(base, make_llava(layers=2))
     tuned = copy.deepcopy(tiny_llava)
     with torch.no_grad():
         tuned.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.05)
-    assert "layers.1.mlp.up_proj.weight is another" in trained.differs(base, tuned)
+    assert "layers.1.mlp.up_proj.weight is another" in differs(base, tuned)
     random_folder(tmp_path, tiny_llava)
-    assert trained.differs(base, me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")) is None
+    assert differs(base, me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")) is None
 
 
 # ------------------------------------------------------------------------------------------------ cost

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import mllm_efficient as me
 from mllm_efficient import trained
 from mllm_efficient.cli import main
+from mllm_efficient.installing import install
 from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.train.config import read
@@ -258,7 +259,7 @@ def test_what_was_trained_is_what_runs(tmp_path):
     fresh = load(ModelOptions())
     own = fresh.model.model.multi_modal_projector
     method = me.load(final)
-    undo = trained.install(adapter_for(fresh.model), method)
+    undo = install(adapter_for(fresh.model), method)
     published = TrainingModel(fresh.model, adapter_for(fresh.model), method, own)
     kept = build_model(recipe(tmp_path), loaded)
     kept.freeze_but(("projector", "language_model"))

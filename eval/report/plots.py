@@ -48,12 +48,6 @@ def series_of(spec: str) -> str:
     return f"{name}:{rest}" if rest else name
 
 
-def budget_of(spec: str) -> str:
-    """``keep 0.25`` of ``divprune:keep=0.25,metric=l2``."""
-    found = re.search(r"[:,](keep|tokens|prune)=([^,]+)", spec)
-    return f"{found[1]} {float(found[2]):g}" if found and found[1] != "tokens" else f"{found[2]} tokens" if found else spec
-
-
 def colours_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each series, in the order of the rows."""
     names = list(dict.fromkeys(series_of(r["method"]) for r in rows if r["role"] != "baseline"))

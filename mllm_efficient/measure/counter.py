@@ -61,9 +61,10 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known picture.
     """
+    from ..installing import inside
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
-    from ..trained import inside, or_random
+    from ..trained import or_random
 
     method = or_random(method)
     rules = pictures_of(shape)

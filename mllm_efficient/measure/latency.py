@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..compressors.none import NoCompression
+from ..installing import installed
 from ..shrink import encode, prepare
-from ..trained import installed
 from ..wrapper import compressed, method_of
 from .arms import TEXT_ONLY, Arm
 from .memory import cache_mb, peak_memory

@@ -227,9 +227,8 @@ def _check(recipe: Recipe) -> None:
     names = [s.name for s in recipe.stages]
     if len(set(names)) < len(names) or not all(n.replace("_", "").replace("-", "").isalnum() for n in names):
         raise MllmEfficientError(f"stages need names of their own, of letters, digits, - and _: {', '.join(names)}")
-    reserved = [n for n in names if n in ("final", "data")]
-    if reserved:
-        raise MllmEfficientError(f"a stage cannot be named {reserved[0]}, which is a folder of the run")
+    if "final" in names:
+        raise MllmEfficientError("a stage cannot be named final, which is the folder of what was trained")
     for name, least in (("seed", 0), ("workers", 0), ("logging_steps", 1), ("max_length", 1)):
         value = getattr(recipe, name)
         if value is not None and value < least:

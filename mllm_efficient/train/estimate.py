@@ -55,10 +55,11 @@ def _processor(recipe: Recipe) -> tuple[Any, str | None]:
 
     try:
         return AutoProcessor.from_pretrained(builtin_folder() if recipe.model == BUILTIN else recipe.model), None
-    except Exception:  # whatever the libraries below raise without the files
+    except Exception as error:  # whatever the libraries below raise without the files
         return (
             None,
-            f"no processor of {recipe.model} at hand: {CHARACTERS} characters counted as a token, and the usual picture",
+            f"no processor of {recipe.model} at hand ({type(error).__name__}): {CHARACTERS} characters counted as a token, "
+            "and the usual picture",
         )
 
 

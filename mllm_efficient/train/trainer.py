@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .. import trained
+from ..base_model import base_of
 from ..compressors.base import Projector
 from ..errors import MllmEfficientError
+from ..installing import install
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..plan import check
 from ..registry import get_method
+from .callbacks import Bar, LogFile
 from .config import Recipe, StageConfig
 from .data import builtin_records
 from .data import read as read_data
@@ -108,56 +109,6 @@ def _read(model: TrainingModel, path: Path) -> None:
             own[name].copy_(value)
 
 
-class Bar(TrainerCallback):
-    """A progress bar on stderr with the newest loss. Off a terminal it is drawn twice a minute."""
-
-    def __init__(self, stage: str):
-        self.stage, self.bar = stage, None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            pause = 0.5 if sys.stderr.isatty() else 30
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step", mininterval=pause)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(loss=logs["loss"], refresh=False)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class LogFile(TrainerCallback):
-    """Appends what the Trainer logs to a file, one line of JSON each; after a resume the lines beyond it are taken back."""
-
-    def __init__(self, path: Path, stage: str):
-        self.path, self.stage = path, stage
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry["stage"] != self.stage or entry["step"] <= state.global_step:
-                kept.append(line + "\n")
-        self.path.write_text("".join(kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")
-
-
 def loaded_for(recipe: Recipe) -> Loaded:
     """The base model of a recipe, on this process's own device."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and recipe.device != "cpu" and torch.cuda.is_available()
@@ -201,7 +152,7 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
             raise MllmEfficientError(f"start={recipe.start} has a language model of its own, which would be lost: train language_model too")
     if recipe.bf16:
         parts.module.float()  # small updates are lost in bfloat16 weights
-    trained.install(adapter, method, parts)
+    install(adapter, method, parts)
     host = loaded.model
     if any("lora" in s.train for s in recipe.stages):
         host = _with_lora(recipe, host)
@@ -230,7 +181,7 @@ def run(recipe: Recipe) -> Path:
     folder = Path(recipe.output_dir)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
     loaded = loaded_for(recipe)
-    base = trained.base_of(loaded.model)
+    base = base_of(loaded.model)
     model = build_model(recipe, loaded)
     _own(folder, recipe)
     for stage in recipe.stages:

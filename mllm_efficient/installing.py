@@ -1,0 +1,113 @@
+"""Puts a method's parts into a model and takes them out again: a trained projector, language-model weights, decoder hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .compressors.base import Compressor
+from .compressors.reducer import Reducer
+from .errors import UnsupportedModelError
+from .trained import MARK, Parts, held, mark, parts_of
+
+
+class Undo:
+    """What ``install`` changed; calling it puts everything back, on the device and in the dtype the model has by then."""
+
+    def __init__(self) -> None:
+        self.parts = list[tuple[dict[str, Any], str, Any]]()
+
+    def put(self, store: dict[str, Any], name: str, value: Any) -> None:
+        self.parts.append((store, name, store[name]))
+        store[name] = value
+
+    def __call__(self) -> None:
+        for store, name, old in reversed(self.parts):
+            now = next(store[name].parameters()) if isinstance(old, nn.Module) else store[name]
+            if not now.is_meta:  # offloaded since: the old part stays where it is
+                _follow(old, now)
+            store[name] = old
+        self.parts.clear()
+
+
+def _follow(old: Any, now: Tensor) -> None:
+    """Takes a part to where a tensor is."""
+    if isinstance(old, nn.Module):
+        old.to(now.device, now.dtype if next(old.parameters()).is_floating_point() else None)
+    elif (old.device, old.dtype) != (now.device, now.dtype):
+        old.data = old.data.to(now.device, now.dtype)
+
+
+def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Undo:
+    """Puts a trained method's parts into a model: its projector, and the language-model weights trained with it.
+
+    Weights are swapped by reference. parts: what to put in, if it is there already. A method without trained parts changes
+    nothing.
+    """
+    undo, part = Undo(), method.installs
+    if part is None:
+        return undo
+    if held(adapter) is not None:
+        raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")
+    owner, name = adapter.projector_at
+    parts = parts or parts_of(adapter, part)
+    try:
+        undo.put(owner._modules, name, parts.module)
+        for full_name, value in parts.delta.items():
+            path, _, leaf = full_name.rpartition(".")
+            store = adapter.model.get_submodule(path)._parameters
+            undo.put(store, leaf, nn.Parameter(value, requires_grad=store[leaf].requires_grad))
+        _tie(adapter.model, undo)
+    except BaseException:
+        undo()
+        raise
+    parts.module.__dict__[MARK] = mark(part)
+    return undo
+
+
+@contextlib.contextmanager
+def inside(adapter: Any) -> Iterator[None]:
+    """The hooks of in-decoder methods on the model."""
+    adapter.reach_inside()
+    try:
+        yield
+    finally:
+        adapter.let_go_inside()
+
+
+@contextlib.contextmanager
+def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | None = None) -> Iterator[None]:
+    """What a method puts into a model, inside the block: the parts of a trained one, the hooks of one in the decoder.
+
+    Nothing for a method that has none or a model that holds them. kept: parts that were read before, by ``mark``; those
+    that are read now are added.
+    """
+    from .patches import adapter_for
+
+    adapter, part = adapter_for(model), None if method is None else method.installs
+    if isinstance(method, Reducer):
+        with inside(adapter):
+            yield
+        return
+    if method is None or part is None or held(adapter) is not None:
+        yield
+        return
+    kept = {} if kept is None else kept
+    if mark(part) not in kept:
+        kept[mark(part)] = parts_of(adapter, part)
+    undo = install(adapter, method, kept[mark(part)])
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _tie(model: Any, undo: Undo) -> None:
+    """A head that is tied to the embedding follows it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and any(store is embedding._parameters and old is head._parameters["weight"] for store, _, old in undo.parts)
+    if tied:
+        undo.put(head._parameters, "weight", embedding._parameters["weight"])
