@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mllm_efficient.compressors.base import Compressor, Projector
+from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.installing import installed
 from mllm_efficient.models import Loaded, require_supported
 from mllm_efficient.shrink import Encoded, encode_items, encoding_key, pre_llm
@@ -134,7 +134,7 @@ def with_baselines(methods: Sequence[Compressor]) -> list[Compressor]:
     """The methods, each once, and before the first on the weights of a trained one the baseline on those: ``none@tokenflex``."""
     out: dict[str, Compressor] = {}
     for method in methods:
-        if isinstance(method, Projector):
+        if method.same_weights is not None:
             baseline = pre_llm(method.same_weights)
             out.setdefault(baseline.spec(), baseline)
         out.setdefault(method.spec(), method)

@@ -91,6 +91,10 @@ class Run(Harness):
                 row |= {"visual_tokens_full": image.full, "visual_tokens_kept": image.kept, "positions": where} | self._region(
                     sample, image
                 )
+                if image.per_layer:
+                    row["tokens_per_layer"] = list(image.per_layer)
+                if image.kernels:
+                    row["kernels"] = list(image.kernels)
             rows.append(row)
         return rows
 

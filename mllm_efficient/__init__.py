@@ -20,7 +20,7 @@ _HOME = {
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "projector", "Projector": "compressors.base", "load": "trained",
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
-    "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart", "LayerTokens": "tokens", "ReducedTokens": "tokens",
+    "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart", "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .compressors.base import Selector as Selector
     from .compressors.dart import Dart as Dart
     from .compressors.divprune import DivPrune as DivPrune
+    from .compressors.dpn import DPN as DPN
     from .compressors.fastv import FastV as FastV
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool

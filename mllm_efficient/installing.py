@@ -21,11 +21,14 @@ class Undo:
         self.parts = list[tuple[dict[str, Any], str, Any]]()
 
     def put(self, store: dict[str, Any], name: str, value: Any) -> None:
-        self.parts.append((store, name, store[name]))
+        self.parts.append((store, name, store.get(name)))
         store[name] = value
 
     def __call__(self) -> None:
         for store, name, old in reversed(self.parts):
+            if old is None:
+                del store[name]
+                continue
             now = next(store[name].parameters()) if isinstance(old, nn.Module) else store[name]
             if not now.is_meta:  # offloaded since: the old part stays where it is
                 _follow(old, now)
@@ -42,7 +45,7 @@ def _follow(old: Any, now: Tensor) -> None:
 
 
 def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Undo:
-    """Puts a trained method's parts into a model: its projector, and the language-model weights trained with it.
+    """Puts a trained method's parts into a model: its projector or router, and the language-model weights trained with it.
 
     Weights are swapped by reference. parts: what to put in, if it is there already. A method without trained parts changes
     nothing.
@@ -52,7 +55,7 @@ def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Und
         return undo
     if held(adapter) is not None:
         raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")
-    owner, name = adapter.projector_at
+    owner, name = adapter.slot(part)
     parts = parts or parts_of(adapter, part)
     try:
         undo.put(owner._modules, name, parts.module)
@@ -88,21 +91,18 @@ def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | No
     from .patches import adapter_for
 
     adapter, part = adapter_for(model), None if method is None else method.installs
-    if isinstance(method, Reducer):
-        with inside(adapter):
+    with inside(adapter) if isinstance(method, Reducer) else contextlib.nullcontext():
+        if method is None or part is None or held(adapter) is not None:
             yield
-        return
-    if method is None or part is None or held(adapter) is not None:
-        yield
-        return
-    kept = {} if kept is None else kept
-    if mark(part) not in kept:
-        kept[mark(part)] = parts_of(adapter, part)
-    undo = install(adapter, method, kept[mark(part)])
-    try:
-        yield
-    finally:
-        undo()
+            return
+        kept = {} if kept is None else kept
+        if mark(part) not in kept:
+            kept[mark(part)] = parts_of(adapter, part)
+        undo = install(adapter, method, kept[mark(part)])
+        try:
+            yield
+        finally:
+            undo()
 
 
 def _tie(model: Any, undo: Undo) -> None:

@@ -11,7 +11,7 @@ from .compressors.base import Compressor, Projector, Resizer
 from .compressors.reducer import Reducer, spread_out
 from .errors import BadBudgetError, UnsupportedModelError
 from .lazy import torch
-from .tokens import Plane, VisualShape
+from .tokens import Plane, VisualShape, grids_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,7 @@ def _projected(adapter: Any, method: Projector, item: Any) -> Plan:
 
 def _reduced(adapter: Any, method: Reducer, shape: VisualShape) -> Plan:
     depth = adapter.decoder_layers
-    layers, counts = method.stages(depth), method.counts(shape.n, depth, fixed=adapter.fixed_count)
+    layers, counts = method.stages(depth), method.counts(shape.n, depth, fixed=adapter.fixed_count, grids=grids_of(shape.planes))
     per_layer = spread_out(shape.n, layers, counts, depth)
     untouched = min(counts) == shape.n and not method.merges
     separators = shape.separators if untouched or method.newline == "keep" else 0
@@ -175,7 +175,7 @@ def position_rule(adapter: Any, method: Compressor) -> str:
 def check(adapter: Any, method: Compressor) -> None:
     """Raises where a model cannot run a method at all, before any call is made."""
     family, name = adapter.name, method.name
-    if method.installs is not None and not adapter.projects:
+    if method.installs is not None and method.installs.family == "J" and not adapter.projects:
         raise UnsupportedModelError(f"{method.installs.name} takes the place of LLaVA's projector, which {family} has not")
     inside = isinstance(method, Reducer)
     if inside:
@@ -211,6 +211,8 @@ def check(adapter: Any, method: Compressor) -> None:
 
 def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
+    if isinstance(method, Reducer) and method.routes:
+        return f"{method.name} pools the tokens of each image before layers {', '.join(map(str, method.stages(adapter.decoder_layers)))}"
     if shape is None and isinstance(method, Reducer):
         layers = ", ".join(map(str, method.stages(adapter.decoder_layers)))
         return f"{method.name} drops tokens of each image at layer {layers}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .compressors.base import Compressor
 
 GROUP = "mllm_efficient.compressors"
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart")
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE)
 }

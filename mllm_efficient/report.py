@@ -24,7 +24,7 @@ class ImageReport:
     tokens form, one after the other, with what each covers of the picture; kept_planes: those of the merged tokens,
     None where tokens were selected. separators_full, separators_kept: newline columns and separators. per_layer: of an
     in-decoder method the tokens at each decoder layer, of which ``kept`` is the mean, rounded, and ``indices`` are those at
-    the end; empty where all layers see the same.
+    the end; empty where all layers see the same. kernels: of a method that routes, the one chosen at each stage.
     """
 
     row: int
@@ -41,6 +41,7 @@ class ImageReport:
     separators_full: int = 0
     separators_kept: int = 0
     per_layer: tuple[int, ...] = ()
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

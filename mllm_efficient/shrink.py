@@ -112,6 +112,8 @@ def check_all(adapter: Any, compressor: Any) -> None:
         check(adapter, inside)
     elif inside is not None:
         adapter.check_inside(inside)
+        if inside.routes and not before.merges:
+            raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
 
 
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
@@ -208,6 +210,7 @@ def prepare(
     items = encoded.items if encoded else adapter.items({**vision, "input_ids": new_ids, "attention_mask": new_mask})
     found = locate(new_ids, adapter.placeholders, items)
     plans = [plan(adapter, method, f.item) for f in found]
+    require(image_keys is None or len(image_keys) == len(found), f"{len(image_keys or ())} image_keys for {len(found)} images")
     alone = inside is not None and method.name == NoCompression.name
     settings = {"stages": stages_of(method, inside), "positions": rule, "decoder_layers": adapter.decoder_layers}
     if encoded is not None:
@@ -233,7 +236,7 @@ def prepare(
     staging: Any = None
     if inside is not None and alone and not adapter.mrope:  # every column stays
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors)
+        staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors, image_keys)
         whole = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
         report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
         return Prepared(_given(tensors), whole, adapter.pack, report, None, staging)
@@ -258,14 +261,16 @@ def prepare(
     if inside is None or not found:
         return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
     left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
-    staging = _stage(adapter, inside, rule, layout.mask.bool(), left, tensors)
+    staging = _stage(adapter, inside, rule, layout.mask.bool(), left, tensors, image_keys)
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
 
 
-def _stage(adapter: Any, inside: Reducer, rule: str, mask: Tensor, images: list[Standing], tensors: dict[str, Any]) -> Any:
+def _stage(
+    adapter: Any, inside: Reducer, rule: str, mask: Tensor, images: list[Standing], tensors: dict[str, Any], keys: Sequence[int | str] | None
+) -> Any:
     """The ``Staging`` of a call. Its labels, if it has any, lose those that are no targets."""
     labels = tensors.get("labels")
-    staging = staging_of(inside, rule, mask, images, adapter, labels)
+    staging = staging_of(inside, rule, mask, images, adapter, tensors["input_ids"], labels, keys)
     if labels is not None:
         tensors["labels"] = targets(labels, mask, staging)
     return staging
@@ -337,8 +342,6 @@ def _contexts(adapter, method, found: list[Located], ids: Tensor, mask: Tensor, 
 
     ``before``: images that each row had in earlier turns.
     """
-    if image_keys is not None:
-        require(len(image_keys) == len(found), f"{len(image_keys)} image_keys for {len(found)} images")
     out: list[Context] = []
     seen = list(before)
     for i, f in enumerate(found):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .compressors.reducer import Reducer, spread_out
+from .errors import CountMismatchError
 from .layout import IGNORE, Layout
 from .locate import Located
 from .plan import Plan
 from .report import CompressionReport
 from .squeeze import Squeezed
-from .tokens import Plane
+from .tokens import Grid, Plane, grids_of
 
 if TYPE_CHECKING:
     from .patches.staging import Staging
@@ -26,6 +27,7 @@ class Standing:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, None where merged.
+    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none.
     """
 
     row: int
@@ -33,6 +35,7 @@ class Standing:
     separators: Tensor
     places: Tensor
     origin: Tensor | None
+    grids: tuple[Grid, ...] | None = None
 
 
 def standing(f: Located, p: Plan) -> Standing:
@@ -40,7 +43,7 @@ def standing(f: Located, p: Plan) -> Standing:
     columns = f.columns.cpu()
     between = torch.ones(len(columns), dtype=torch.bool)
     between[p.shape.token_slots] = False
-    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(p.shape.planes), torch.arange(p.shape.n))
+    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(p.shape.planes), torch.arange(p.shape.n), grids_of(p.shape.planes))
 
 
 def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
@@ -60,16 +63,19 @@ def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
         places = places_of(planes)
     columns = short[f.columns.cpu()[kept]]
     origin = None if s.indices is None else s.indices.sort().values
-    return Standing(f.row, columns[is_token], columns[~is_token], places, origin)
+    grids = None if s.indices is not None and len(s.indices) < p.shape.n else grids_of(p.shape.planes if s.indices is not None else planes)
+    return Standing(f.row, columns[is_token], columns[~is_token], places, origin, grids)
 
 
 def staging_of(
-    method: Reducer, positions: str, mask: Tensor, images: Sequence[Standing], adapter: Any, labels: Tensor | None = None
+    method: Reducer, positions: str, mask: Tensor, images: Sequence[Standing], adapter: Any, ids: Tensor, labels: Tensor | None = None,
+    keys: Sequence[int | str] | None = None,
 ) -> Staging:
     """What the decoder is to do with a batch of prompts.
 
-    mask: (B, P) bool on the CPU. labels: (B, P), of which the first behind the last image is where the answer begins; without
-    them the whole prompt is the instruction.
+    mask: (B, P) bool on the CPU; ids: (B, P). labels: (B, P), of which the first behind the last image is where the answer
+    begins; without them the whole prompt is the instruction. keys: one per image, for methods that draw; default its number in
+    its row.
     """
     from .patches.staging import StagedImage, Staging
 
@@ -78,16 +84,25 @@ def staging_of(
     for image in images:
         n = len(image.columns)
         places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
-        counts = method.counts(n, depth, fixed=False)
-        keeps = method.newline == "keep"
-        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, keeps, image.origin))
+        counts = method.counts(n, depth, fixed=False, grids=image.grids)
+        keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged)]
+        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, keeps, image.origin, image.grids, key))
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
         numbers[image.row] += 1
     last = instruction_end(mask, visual, labels)
     upto = torch.arange(mask.shape[1])[None] <= last[:, None]
     text = tuple(row.nonzero()[:, 0] for row in mask & ~visual & upto)
-    return Staging(method, method.stages(depth), positions, mask, last, text, tuple(staged))
+    read = tuple(last[:, None]) if method.read_token is None else _marked(method, ids.cpu(), mask & upto, {i.row for i in images})
+    return Staging(method, method.stages(depth), positions, mask, last, text, read, tuple(staged))
+
+
+def _marked(method: Reducer, ids: Tensor, instruction: Tensor, rows: set[int]) -> tuple[Tensor, ...]:
+    """Of each row the columns of the token that a method reads. Raises for one with images that has none."""
+    found = tuple(row.nonzero()[:, 0] for row in (ids == method.read_token) & instruction)
+    if not all(len(found[row]) for row in rows):
+        raise CountMismatchError(f"{method.name} reads the state of token {method.read_token}, and a prompt has none: append it to the question")
+    return found
 
 
 def places_of(planes: Sequence[Plane]) -> Tensor:
@@ -126,11 +141,12 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
     """The report with the tokens that a forward left. Before one has run, as it was."""
     if not staging.outcome:
         return before
-    left, depth = staging.outcome["left"], before.decoder_layers
+    left, decided, depth = staging.outcome["left"], staging.outcome["decided"], before.decoder_layers
     images = []
     for i, (image, staged) in enumerate(zip(before.images, staging.images)):
         per_layer = spread_out(len(staged.columns), staging.stages, [stage[i] for stage in left], depth)
         selects = staged.origin is not None and not staging.method.merges
         indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
-        images.append(replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer))
+        kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
+        images.append(replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer, kernels=kernels))
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

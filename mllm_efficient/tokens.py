@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 Box = tuple[float, float, float, float]
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Plane:
         if not self.row_tiles:
             return torch.full((len(self),), self.tile)
         return (self.tile + torch.tensor(self.row_tiles)[:, None] + torch.tensor(self.column_tiles)).flatten()
+
+
+def grids_of(planes: tuple[Plane, ...]) -> tuple[Grid, ...]:
+    """(rows, columns) of all planes that have tokens."""
+    return tuple((p.rows, p.columns) for p in planes if len(p))
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,8 @@ class LayerTokens:
         heads, in the rater layer; only for methods that list them in ``needs``.
     keys: (n, w), text_keys: (T, w): keys of the rater layer as the cache has them, heads side by side; only if needed.
     entry: (N, d), text_entry: (T, d): what entered the decoder; only if needed.
+    grids: (rows, columns) of the rectangles that the tokens fill, one after the other; None where they fill none.
+    kernel, factor: of a method that routes, what was decided for the image (see ``Decision``).
     """
 
     hidden: Tensor
@@ -163,6 +171,9 @@ class LayerTokens:
     text_keys: Tensor | None = None
     entry: Tensor | None = None
     text_entry: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
+    kernel: Grid | None = None
+    factor: Tensor | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -173,12 +184,28 @@ class ReducedTokens:
     """What a stage leaves of n tokens.
 
     indices: (k,) ascending, of the tokens that stay; of a merged token the one whose place in the prompt it takes.
-    features: (k, d) of merged tokens, None where tokens stay as they are. places: (k, 4) of merged tokens.
+    features: (k, d) of merged tokens, None where tokens stay as they are. places: (k, 4), grids: of merged tokens.
     """
 
     indices: Tensor
     features: Tensor | None = None
     places: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
 
     def __len__(self) -> int:
         return self.indices.shape[0]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method that routes decided at a stage, for each of its images.
+
+    kernels: (rows, columns) to pool by, None where nothing may be done. experts: its number among those there are.
+    chances: (images, experts) probabilities, with their gradient. factors: (images,) what the pooled tokens are multiplied
+    with, None for nothing.
+    """
+
+    kernels: tuple[Grid | None, ...]
+    experts: tuple[int | None, ...]
+    chances: Tensor
+    factors: Tensor | None = None

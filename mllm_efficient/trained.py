@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from . import __version__
 from .base_model import differs
 from .compressors.base import Compressor, Projector
+from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError
 from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, open_folder, shipped
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
-MARK = "_installed_as"  # attribute of a projector that stands in a model's own one's place
+MARK = "_installed_as"  # attribute of a projector or router that was put into a model
 _kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
 
 
@@ -77,7 +78,8 @@ def load(where: str | Path, **settings: Any) -> Compressor:
 
     config = open_folder(str(where)).config
     cls = get_method(config["method"])
-    own = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+    # what a router was trained under its method reads from the folder
+    own = {} if issubclass(cls, Reducer) else {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
     if {"keep", "tokens", "prune"} & set(settings):
         own = {k: v for k, v in own.items() if k not in ("keep", "tokens", "prune")}
     built = build({"method": config["method"], **own, **settings, "weights": str(where)})
@@ -85,23 +87,25 @@ def load(where: str | Path, **settings: Any) -> Compressor:
     return built
 
 
-def located(adapter: Any, method: Projector) -> Folder | None:
+def located(adapter: Any, method: Compressor) -> Folder | None:
     """Where a method's weights are; None for random ones. Raises ``MllmEfficientError`` where there are none, or none that fit."""
-    if method.weights == RANDOM:
+    weights = weights_of(method)
+    if weights == RANDOM:
         return None
-    folder = shipped(method.name) if method.weights is None else open_folder(method.weights)
+    folder = shipped(method.name) if weights is None else open_folder(weights)
     odd = "" if folder is None else differs(folder.config["base"], adapter.model)
-    if folder is None or (method.weights is None and odd):
+    if folder is None or (weights is None and odd):
         raise MllmEfficientError(
             f"{method.name} is trained, and no weights of it ship for this model: give {method.name}:weights=FOLDER, "
             "which mllm-efficient train writes (weights=random is for timing alone)"
         )
     name, sizes = folder.config["method"], folder.config["sizes"]
     if name != method.name:
-        raise MllmEfficientError(f"weights={method.weights} is a {name}, not a {method.name}")
-    have, want = (sizes["inputs"], sizes["outputs"]), adapter.projector_widths
+        raise MllmEfficientError(f"weights={weights} is a {name}, not a {method.name}")
+    have, want = (sizes["inputs"], sizes["outputs"]), adapter.widths(method)
     if have != want:
-        raise MllmEfficientError(f"{folder.path} is a projector {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
+        part = "projector" if method.family == "J" else "router"
+        raise MllmEfficientError(f"{folder.path} is a {part} {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
     if odd:
         raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
     return folder
@@ -112,7 +116,7 @@ def located(adapter: Any, method: Projector) -> Folder | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trained method puts into a model. module: its projector. delta: language-model weights by name.
+    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name.
 
     made_of: names the folder's state, so that a folder written anew is read anew.
     """
@@ -122,21 +126,25 @@ class Parts:
     made_of: tuple[str, float] = ("", 0.0)
 
 
-def parts_of(adapter: Any, method: Projector) -> Parts:
+def parts_of(adapter: Any, method: Compressor) -> Parts:
     """A method's parts on the model's device and in its dtype. Raises ``MllmEfficientError`` for weights that do not fit."""
-    owner, name = adapter.projector_at
-    own = owner._modules[name]
-    if type(own).__name__ == "ModulesToSaveWrapper" or any("lora_" in n for n, _ in own.named_parameters()):
-        raise UnsupportedModelError(f"the projector belongs to a PEFT adapter, so {method.name} cannot take its place: unload it first")
-    like = next(own.parameters())
-    if like.is_meta and any(hasattr(m, "_hf_hook") for m in own.modules()):
-        raise UnsupportedModelError(f"the projector is offloaded, so {method.name} cannot take its place: keep it on a device")
+    if isinstance(method, Projector):
+        like = _replaced(adapter, method)
+    else:
+        like = next(adapter.slot(method)[0].layers[-1].parameters())
+        if like.is_meta and any(hasattr(m, "_hf_hook") for m in adapter.slot(method)[0].layers[-1].modules()):
+            like = torch.empty(0, dtype=adapter.model.dtype)  # offloaded layers: the router is small, and stays on the CPU
     folder = located(adapter, method)
     config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
+    if isinstance(method, Reducer):
+        sizes = method.sizes(adapter.decoder_layers)
+        if folder is not None and method.routing == "learned" and config != sizes:
+            raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
+        config = config or sizes
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
         if not like.is_meta:
             torch.manual_seed(0)
-        module = method.module(*adapter.projector_widths, **config)
+        module = method.module(*adapter.widths(method), **config)
     if folder is not None:
         _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
@@ -144,31 +152,51 @@ def parts_of(adapter: Any, method: Projector) -> Parts:
     return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, _state_of(method))
 
 
-def _state_of(method: Projector) -> tuple[str, float]:
+def _replaced(adapter: Any, method: Projector) -> Tensor:
+    """A weight of the model's own projector, whose place another can take."""
+    owner, name = adapter.projector_at
+    own = owner._modules[name]
+    if type(own).__name__ == "ModulesToSaveWrapper" or any("lora_" in n for n, _ in own.named_parameters()):
+        raise UnsupportedModelError(f"the projector belongs to a PEFT adapter, so {method.name} cannot take its place: unload it first")
+    like = next(own.parameters())
+    if like.is_meta and any(hasattr(m, "_hf_hook") for m in own.modules()):
+        raise UnsupportedModelError(f"the projector is offloaded, so {method.name} cannot take its place: keep it on a device")
+    return like
+
+
+def _state_of(method: Compressor) -> tuple[str, float]:
     """The weights' name and when they were written."""
-    if method.weights in (None, RANDOM):
+    weights = weights_of(method)
+    if weights in (None, RANDOM):
         return mark(method), 0.0
-    path = Path(str(method.weights)).expanduser() / CONFIG
+    path = Path(str(weights)).expanduser() / CONFIG
     return mark(method), path.stat().st_mtime if path.is_file() else 0.0
 
 
-def mark(method: Projector) -> str:
+def weights_of(method: Compressor) -> str | None:
+    """The folder, hub id or "random" that a trained method names."""
+    weights: str | None = getattr(method, "weights", None)
+    return weights
+
+
+def mark(method: Compressor) -> str:
     """The method without its budget."""
-    return f"{method.name}:weights={method.weights}" if method.weights else method.name
+    return f"{method.name}:weights={weights_of(method)}" if weights_of(method) else method.name
 
 
 def held(adapter: Any) -> str | None:
-    """``mark`` of the trained method whose projector a model holds."""
-    if not adapter.projects:
-        return None
-    owner, name = adapter.projector_at
-    return next((m.__dict__[MARK] for m in owner._modules[name].modules() if MARK in m.__dict__), None)
+    """``mark`` of the trained method whose projector or router a model holds."""
+    parts = [adapter.router] if adapter.router is not None else []
+    if adapter.projects:
+        owner, name = adapter.projector_at
+        parts += owner._modules[name].modules()
+    return next((m.__dict__[MARK] for m in parts if MARK in m.__dict__), None)
 
 
 def require_held(adapter: Any, method: Compressor) -> None:
     """Raises where a model holds the weights of another trained method than this one is of."""
     part, there = method.installs, held(adapter)
-    if part is not None and there is not None and part.weights is not None and there != mark(part):
+    if part is not None and there is not None and weights_of(part) is not None and there != mark(part):
         raise MllmEfficientError(f"the model holds {there}, so {method.spec()} cannot run on it: unwrap it first")
 
 
@@ -249,4 +277,4 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 def or_random(method: Compressor) -> Compressor:
     """The method with random weights where it has none: for shapes without weights, whose cost does not depend on them."""
-    return replace(method, weights=RANDOM) if isinstance(method, Projector) and method.weights is None else method
+    return replace(method, weights=RANDOM) if method.trained and weights_of(method) is None else method  # type: ignore[call-arg]

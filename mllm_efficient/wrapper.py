@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from .compressors.base import Compressor
-from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
+from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError, UnsupportedModelError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .installing import install
@@ -51,7 +51,10 @@ def wrap(model: Model, compressor: Any) -> Model:
     if _hook_of(inner) is not None:
         raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
     check_all(adapter, method)
-    undo = install(adapter, before)
+    trained = [half for half in (before, inside) if half is not None and half.installs is not None]
+    if len(trained) > 1:
+        raise UnsupportedModelError(f"{trained[0].name} and {trained[1].name} each bring trained weights: one of them can run")
+    undo = install(adapter, trained[0] if trained else before)
     inner.__class__ = _class_for(type(inner))
     inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)

@@ -16,6 +16,7 @@ from mllm_efficient.tokens import Box, Plane, VisualShape
 
 Grid = tuple[int, int]
 PIXELS = ("pixel_values", "pixel_values_videos")
+ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,26 @@ class Adapter:
         """Widths of what the projector takes and of what it gives."""
         layers, vision = self.config.vision_feature_layer, self.config.vision_config
         return vision.hidden_size * (1 if isinstance(layers, int) else len(layers)), self.config.get_text_config().hidden_size
+
+    def slot(self, method: Any) -> tuple[Any, str]:
+        """The module that holds the part of a trained method, and its name there."""
+        if method.family == "J":
+            return self.projector_at
+        from .decoder import decoder_of
+
+        return decoder_of(self.model), ROUTER
+
+    @property
+    def router(self) -> Any:
+        """The router that was put into the decoder, or None."""
+        from .decoder import decoder_of
+
+        return getattr(decoder_of(self.model), ROUTER, None)
+
+    def widths(self, method: Any) -> tuple[int, int]:
+        """Widths of what the part of a trained method takes and of what it gives."""
+        width = self.config.get_text_config().hidden_size
+        return self.projector_widths if method.family == "J" else (width, width)
 
     def projected(self, item: Item, side: int) -> VisualShape:
         """The shape of a picture, each of whose tiles has side x side tokens."""

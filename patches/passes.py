@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
-from mllm_efficient.tokens import LayerTokens
+from mllm_efficient.tokens import Decision, LayerTokens
 
+from .base import ROUTER
 from .rating import Heads, causal_mask, window_of
 from .staging import Segment, Shortened, Staging
 
@@ -110,11 +111,13 @@ class Prefill(Pass):
         super().__init__(Shortened(staging.length, staging.positions), new, decoder)
         self.staging, self.layer_mask = staging, staging.mask
         self.columns = torch.arange(staging.length).expand(len(staging.mask), -1)
-        self.last, self.text = staging.last, list(staging.text)
+        self.last, self.text, self.read = staging.last, list(staging.text), list(staging.read)
         self.at = [image.columns for image in staging.images]
         self.separators = [image.separators for image in staging.images]
         self.index: list[Tensor] = [torch.arange(len(image.columns)) for image in staging.images]
         self.places = [image.places for image in staging.images]
+        self.grids = [image.grids for image in staging.images]
+        self.decided: list[Decision] = []
         self.observed: dict[str, Tensor] = {}
         self.left: list[list[int]] = []
         self.entry: Tensor | None = None
@@ -161,14 +164,14 @@ class Prefill(Pass):
     def move(self, device: torch.device) -> None:
         """Everything that is indexed with, to where the states are."""
         self.columns, self.last = self.columns.to(device), self.last.to(device)
-        for parts in (self.text, self.at, self.separators, self.index, self.places):
+        for parts in (self.text, self.read, self.at, self.separators, self.index, self.places):
             parts[:] = [part.to(device) for part in parts]
         self.observed = {name: value.to(device) for name, value in self.observed.items()}
 
     def _remember(self, cache: Any) -> None:
         if cache is not None:
             setattr(cache, SEGMENTS_ATTRIBUTE, self.state)
-        self.staging.outcome.update(indices=list(self.index), left=self.left, seconds=self.seconds)
+        self.staging.outcome.update(indices=list(self.index), left=self.left, decided=self.decided, seconds=self.seconds)
 
     def _prompts(self, states: Tensor) -> Tensor:
         """(S, n, ..): the prompt of each sample, of the first of its rows. Its other rows have the same one."""
@@ -198,11 +201,35 @@ class Prefill(Pass):
         part = part.to(hidden.device)[..., : self.layer_mask.shape[1], :]
         return self._prompts(part) if part.shape[0] == len(hidden) else part
 
-    def shown(self, i: int, prompts: Tensor) -> LayerTokens:
-        """What the method gets of image i."""
+    def decide(self, number: int, prompts: Tensor) -> None:
+        """Lets a method that routes decide what stage ``number`` does to each image."""
+        method, images = self.staging.method, self.staging.images
+        router, logits = getattr(self.decoder, ROUTER, None), None
+        if method.has_router and images:
+            read = [self.read[image.row] for image in images]
+            states = self._states(prompts, [image.row for image in images], read)
+            asked = torch.stack([state.mean(0) for state in states])
+            weight = next(router.parameters())
+            logits = router(number, asked.to(weight.device, weight.dtype)).to(asked.device)
+        drawn = self.staging.estimator if router is not None and router.training else None
+        self.decided.append(method.decide(number, logits, [g or () for g in self.grids], [image.key for image in images], drawn))
+
+    def _states(self, prompts: Tensor, rows: Sequence[int], columns: Sequence[Tensor]) -> Sequence[Tensor]:
+        """States (n, d) at some columns of some rows, all gathered at once: each by itself would cost a gradient of the whole batch."""
+        if not rows:
+            return []
+        counts = [len(part) for part in columns]
+        of = torch.tensor(rows, device=prompts.device).repeat_interleave(torch.tensor(counts, device=prompts.device), output_size=sum(counts))
+        return prompts[of, torch.cat(list(columns))].split(counts)
+
+    def shown(self, i: int, hidden: Tensor, prompts: Tensor) -> LayerTokens:
+        """What the method gets of image i, whose states are ``hidden``; only these have a gradient."""
         image, at = self.staging.images[i], self.at[i]
         row, text = image.row, self.text[image.row]
-        extra: dict[str, Tensor] = {}
+        extra: dict[str, Any] = {"grids": self.grids[i]}
+        if self.decided:
+            now = self.decided[-1]
+            extra |= {"kernel": now.kernels[i], "factor": None if now.factors is None else now.factors[i]}
         if "attention" in self.observed:
             extra["attention"] = self.observed["attention"][row, at]
         if "text_attention" in self.observed:
@@ -212,44 +239,55 @@ class Prefill(Pass):
         if self.entry is not None:
             entered = self.entry[:: len(self.entry) // len(prompts)][row]
             extra["entry"], extra["text_entry"] = (entered[where.to(entered.device)] for where in (image.columns, self.staging.text[row]))
-        prompt = prompts[row]
+        prompt = prompts[row].detach()
         question = prompt.index_select(0, self.last[row : row + 1])[0]  # a single number as index would make the host wait
-        return LayerTokens(prompt[at], prompt[text], question, self.index[i], self.places[i], **extra)
+        return LayerTokens(hidden, prompt[text], question, self.index[i], self.places[i], **extra)
 
     # ------------------------------------------------------------------------------ a stage
 
     def shorten(self, number: int, hidden: Tensor) -> Tensor:
         """States (B, n' + E, d) of what stage ``number`` leaves of (B, n + E, d)."""
         prompts, lengths = self._prompts(hidden), self.layer_mask.sum(1).tolist()
+        before = list(lengths)
+        if self.staging.method.routes:
+            self.decide(number, prompts)
         stay = self.layer_mask.to(hidden.device).clone()
         merged: list[tuple[int, int, Tensor]] = []
-        takes = self._takes(number)
-        for i, image in enumerate(self.staging.images):
-            if image.counts[number] < len(self.at[i]) or self.staging.method.merges:
-                lengths[image.row] -= self._reduce(i, image.counts[number], prompts, stay, merged)
+        images = self.staging.images
+        goes = [i for i, image in enumerate(images) if image.counts[number] < len(self.at[i]) or self.staging.method.merges]
+        for i, states in zip(goes, self._states(prompts, [images[i].row for i in goes], [self.at[i] for i in goes])):
+            lengths[images[i].row] -= self._reduce(i, images[i].counts[number], states, prompts, stay, merged)
         self.left.append([len(at) for at in self.at])
-        if not takes:
-            return hidden
         n = self.layer_mask.shape[1]
-        source = self._renumber(stay, lengths)
-        valid = self.layer_mask.to(hidden.device)
-        rows = self._rows(source, hidden)
-        short = hidden[:, :n].gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-        short = torch.where(self._rows(valid, hidden)[..., None], short, 0)
-        times = len(hidden) // len(stay)
-        for i, row, features in merged:
-            where = torch.arange(row * times, (row + 1) * times, device=hidden.device)[:, None]
-            short = short.index_put((where, self.at[i][None]), features.to(short.dtype).expand(times, -1, -1))
-        self.columns = self.columns.gather(1, source)
-        self.segment = Segment(self.staging.stages[number], self.layer_mask, self.columns)
-        self.state.segments.append(self.segment)
+        short = hidden[:, :n]
+        if lengths != before:
+            source = self._renumber(stay, lengths)
+            valid, rows = self.layer_mask.to(hidden.device), self._rows(source, hidden)
+            short = short.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
+            short = torch.where(self._rows(valid, hidden)[..., None], short, 0)
+            self.columns = self.columns.gather(1, source)
+            self.segment = Segment(self.staging.stages[number], self.layer_mask, self.columns)
+            self.state.segments.append(self.segment)
+        elif not merged:
+            return hidden
+        if merged:
+            short = self._put(short, merged, len(hidden) // len(stay))
         return torch.cat([short, hidden[:, n:]], 1)
 
-    def _reduce(self, i: int, k: int, prompts: Tensor, stay: Tensor, merged: list[tuple[int, int, Tensor]]) -> int:
+    def _put(self, states: Tensor, merged: list[tuple[int, int, Tensor]], times: int) -> Tensor:
+        """Merged tokens in their places, alike in all rows of a sample."""
+        features = torch.cat([features for _, _, features in merged]).to(states.dtype)
+        columns = torch.cat([self.at[i] for i, _, _ in merged])
+        counts = torch.tensor([len(features) for _, _, features in merged], device=states.device)
+        rows = torch.tensor([row for _, row, _ in merged], device=states.device).repeat_interleave(counts, output_size=len(columns))
+        every = rows * times + torch.arange(times, device=states.device)[:, None]
+        return states.index_put((every, columns.expand(times, -1)), features.expand(times, -1, -1))
+
+    def _reduce(self, i: int, k: int, states: Tensor, prompts: Tensor, stay: Tensor, merged: list[tuple[int, int, Tensor]]) -> int:
         """Runs the method on image i, marks what stays, and returns how many columns go."""
         method, image, at = self.staging.method, self.staging.images[i], self.at[i]
         with torch.set_grad_enabled(torch.is_grad_enabled() and method.merges):
-            done = method.reduce(self.shown(i, prompts), k)
+            done = method.reduce(self.shown(i, states, prompts), k)
         gone = len(at) - len(done)
         stay[image.row, at] = False
         self.at[i] = at[done.indices]
@@ -260,6 +298,7 @@ class Prefill(Pass):
             self.separators[i] = self.separators[i][:0]
         self.index[i] = self.index[i][done.indices]
         self.places[i] = self.places[i][done.indices] if done.places is None else done.places
+        self.grids[i] = done.grids
         if done.features is not None:
             merged.append((i, image.row, done.features))
         return gone
@@ -274,7 +313,7 @@ class Prefill(Pass):
         rank = (stay.long().cumsum(1) - 1 + pads).clamp(min=0)
         for i, image in enumerate(self.staging.images):
             self.at[i], self.separators[i] = rank[image.row, self.at[i]], rank[image.row, self.separators[i]]
-        self.text = [rank[row, at] for row, at in enumerate(self.text)]
+        self.text, self.read = ([rank[row, at] for row, at in enumerate(part)] for part in (self.text, self.read))
         self.last = rank.gather(1, self.last[:, None])[:, 0]
         return source
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mllm_efficient.compressors.reducer import Reducer
+from mllm_efficient.tokens import Grid
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class StagedImage:
 
     places: (N, 4) image within its row, plane, row and column. counts: tokens left after each stage. keep_separators:
     whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, None where
-    those were merged before they came here.
+    those were merged before they came here. grids: (rows, columns) of the rectangles they fill, None where they fill none.
+    key: for methods that draw.
     """
 
     row: int
@@ -29,6 +31,8 @@ class StagedImage:
     counts: tuple[int, ...]
     keep_separators: bool = False
     origin: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
+    key: int | str = 0
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class Staging:
 
     stages: the layers at whose input tokens go. positions: "renumber" or "keep". mask: (B, P) bool, the prompts without
     padding. last: (B,) the column of each instruction's last token. text: of each row the columns of its text tokens up to
-    there. All on the CPU. outcome: filled in by the forward that shortens: ``indices`` (k,) of each image at the end,
-    ``left`` after each stage of each image, ``seconds``.
+    there; read: of each row the columns that a router reads. All on the CPU. outcome: filled in by the forward that
+    shortens: ``indices`` (k,) of each image at the end, ``left`` after each stage of each image, ``decided`` at each stage,
+    ``seconds``.
+    estimator: how a method that routes draws in training, and what gives its router a gradient.
     meter: what is entered while the method and the host on its behalf compute.
     """
 
@@ -48,7 +54,9 @@ class Staging:
     mask: Tensor
     last: Tensor
     text: tuple[Tensor, ...]
+    read: tuple[Tensor, ...]
     images: tuple[StagedImage, ...]
+    estimator: str = "scaling"
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext
     outcome: dict[str, Any] = field(default_factory=dict)
 

@@ -38,7 +38,8 @@ def train(
     folder = run(recipe)
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    method = f"{recipe.method}:tokens={max(recipe.counts)},weights={folder}"
+    budget = f"tokens={max(recipe.counts)}," if recipe.counts else ""
+    method = f"{recipe.method}:{budget}weights={folder}"
     options.say(f"trained: {folder}; use it as --method {method}")
     if json:
         options.print_json([], {"weights": str(folder), "method": method, "log": str(Path(recipe.output_dir) / "log.jsonl")})

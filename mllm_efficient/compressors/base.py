@@ -69,9 +69,15 @@ class Compressor:
         return True
 
     @property
-    def installs(self) -> Projector | None:
+    def installs(self) -> Compressor | None:
         """The trained method whose weights a model holds under this one."""
         return None
+
+    @property
+    def same_weights(self) -> str | None:
+        """Specification of the baseline with all tokens on a trained method's weights: ``none@tokenflex``."""
+        weights = getattr(self, "weights", None)
+        return None if self.installs is not self else f"none@{self.name}" + (f":weights={weights}" if weights else "")
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
@@ -110,7 +116,7 @@ class Compressor:
 
 def query_aware(cls: type[Compressor]) -> bool:
     """Whether a method looks at the question. All that in-decoder methods can be shown depends on it."""
-    return bool(cls.needs) if cls.family == "L" else bool({"text", "clip_text"} & set(cls.needs))
+    return bool(cls.needs) or getattr(cls, "routes", False) if cls.family == "L" else bool({"text", "clip_text"} & set(cls.needs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +242,6 @@ class Projector(Compressor):
     @property
     def installs(self) -> Projector | None:
         return self
-
-    @property
-    def same_weights(self) -> str:
-        """Specification of the baseline with all tokens on the same weights: ``none@tokenflex``."""
-        return f"none@{self.name}" + (f":weights={self.weights}" if self.weights else "")
 
     def yields(self, k: int, grid: tuple[int, int] | None) -> int:
         return math.isqrt(k) ** 2

@@ -11,7 +11,7 @@ from ..errors import BadBudgetError
 from ..lazy import torch
 from ..registry import build, register
 from ..tokens import VisualTokens
-from .base import Projector, Selector
+from .base import Compressor, Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,11 +42,11 @@ class NoCompression(Selector):
             raise BadBudgetError(f"none@{self.on}: {self.on} has no weights of its own")
 
     @functools.cached_property
-    def installs(self) -> Projector | None:
+    def installs(self) -> Compressor | None:
         if self.on is None:
             return None
         built = build(f"{self.on}{',' if ':' in self.on else ':'}keep=1")
-        return built if isinstance(built, Projector) else None
+        return built.installs if isinstance(built, Compressor) else None
 
     def spec(self) -> str:
         return super().spec() if self.on is None else f"{self.name}@{self.on}"

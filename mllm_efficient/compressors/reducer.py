@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadBudgetError, CountMismatchError
-from ..tokens import LayerTokens, ReducedTokens
+from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
 from .base import Compressor
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ class Reducer(Compressor):
     tokens that is left after each stage.
 
     needs: of attention, text_attention, keys, entry (see ``LayerTokens``). A method that merges sets ``merges`` and
-    overrides ``reduce``.
+    overrides ``reduce``; one that decides image by image what is done sets ``routes`` and overrides ``decide``.
     """
 
     family: ClassVar[str] = "L"
+    routes: ClassVar[bool] = False
 
     ratio: float | None = None
     ratios: str | None = None
@@ -59,6 +60,16 @@ class Reducer(Compressor):
     def layers(self, depth: int) -> tuple[int, ...]:
         """The decoder layers (from 0, ascending) at whose input tokens go, in a decoder of ``depth`` layers."""
         raise TypeError(f"{type(self).__name__} must define layers(depth)")
+
+    @property
+    def has_router(self) -> bool:
+        """Whether a trained router says what is decided."""
+        return False
+
+    @property
+    def read_token(self) -> int | None:
+        """The token whose states a router reads, None for the instruction's last one."""
+        return None
 
     def rater(self, layer: int) -> int:
         """The layer whose attention and keys a stage at ``layer`` is shown: ``layer`` itself or the one before it."""
@@ -90,11 +101,24 @@ class Reducer(Compressor):
             raise CountMismatchError(f"{self.name}: select gave an index twice, or one outside 0..{len(v) - 1}")
         return ReducedTokens(ordered)
 
+    def decide(
+        self, stage: int, logits: Tensor | None, grids: Sequence[Sequence[Grid]], keys: Sequence[int | str], drawn: str | None = None
+    ) -> Decision:
+        """What stage ``stage`` does to each image. logits: what the method's router says, (images, experts).
+
+        grids: rectangles that each image's tokens fill. keys: of the images. drawn: in training, the estimator's name.
+        """
+        raise TypeError(f"{type(self).__name__} must define decide(stage, logits, grids, keys)")
+
     def choice_flops(self, n: int, k: int, text: int, d: int, full: int) -> int:
         """FLOPs of the method's own products: k of an image's n tokens, of ``full`` at first, beside ``text`` text tokens of width d.
 
         What the host does for it (attention, keys) is not among them.
         """
+        return 0
+
+    def router_flops(self, d: int) -> int:
+        """FLOPs of a trained router, for one image at one stage."""
         return 0
 
     def stages(self, depth: int) -> tuple[int, ...]:
@@ -110,8 +134,8 @@ class Reducer(Compressor):
                 )
         return layers
 
-    def counts(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
-        """Tokens left after each stage, of an image with n, known before any layer has run.
+    def counts(self, n: int, depth: int, *, fixed: bool = True, grids: Sequence[Grid] | None = None) -> tuple[int, ...]:
+        """Tokens left after each stage, of an image with n, known before any layer has run. grids: the rectangles they fill.
 
         Raises ``BadBudgetError`` for a layer average that cannot be reached, naming the smallest that can.
         """

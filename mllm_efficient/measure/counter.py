@@ -61,7 +61,7 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known picture.
     """
-    from ..installing import inside
+    from ..installing import installed
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
     from ..trained import or_random
@@ -75,7 +75,9 @@ def count(
     inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
-    hooks = inside(adapter) if isinstance(method, Reducer) else contextlib.nullcontext()
+    if meta and isinstance(method, Reducer) and method.has_router:
+        raise MllmEfficientError(f"{method.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
+    hooks = installed(model, method) if isinstance(method, Reducer) else contextlib.nullcontext()
     with torch.no_grad(), hooks, OneDevice() if meta else contextlib.nullcontext():
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)

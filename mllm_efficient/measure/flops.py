@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compressors.base import Compressor
+from ..compressors.base import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..plan import check
@@ -153,6 +154,7 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
         queries = text * ("text_attention" in method.needs) + ("attention" in method.needs)
         if shrinks and (queries or "keys" in method.needs):
             total += 2 * n * decoder.width * narrow + 2 * queries * wide * (decoder.width + n)
+        total += len(kept) * method.router_flops(decoder.width)
         total += sum(method.choice_flops(before, after, text, decoder.width, k.per_layer[0]) for k, before, after in shrinks)
     return total
 
@@ -187,7 +189,7 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
 def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None = None, kept: Kept | None = None) -> int:
     """Tower and projector of one picture or video; the method's own projector, if it brings one."""
     other = None if method is None else method.installs
-    if other is not None and kept is not None:
+    if other is not None and kept is not None and isinstance(other, MethodProjector):
         n = kept.tokens // picture.views if method is other else picture.projected
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
     else:

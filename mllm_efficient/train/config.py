@@ -12,8 +12,10 @@ from typing import Any
 
 from ..errors import MllmEfficientError, did_you_mean
 
-PARTS = ("projector", "language_model", "lora", "vision_tower")
+PARTS = ("projector", "router", "language_model", "lora", "vision_tower")
 OBJECTIVES = ("answers", "distil")
+LOSSES = ("hinge", "expected", "released")
+ESTIMATORS = ("scaling", "straight_through", "gumbel", "reinforce")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
@@ -40,13 +42,35 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class RoutingConfig:
+    """How a router learns (DPN, arXiv 2503.20322).
+
+    The routing loss is weight x max(0, target - level), the mean over the layers that pool, where a kernel's level is its
+    number in ``kernels`` and loss says what is averaged over the images: "hinge" the level of the kernel that the forward
+    pass used times its probability; "expected" the mean level under the probabilities; "released" as the paper's released
+    code has it, the level of the likeliest kernel times its probability, one mean over all layers.
+
+    estimator: what tells the router which kernel answers well. "scaling": its probability in front of the tokens, as
+    published; "straight_through", "gumbel": that gradient without the factor; "reinforce": the score function, where every
+    question is asked ``samples`` times and held against its other answers.
+    """
+
+    weight: float = 0.001
+    target: float = 1.5
+    loss: str = "hinge"
+    estimator: str = "scaling"
+    samples: int = 1
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage. train: the parts whose weights move, of ``PARTS``. objective: "answers" is the cross-entropy of the
     answers; "distil" fits a projector to the model's own one, whose tokens are pooled to the same count, without the
     language model.
 
     steps or epochs; batch_size: of one process, before gradient_accumulation. learning_rates: of single parts, in place
-    of learning_rate. save_steps: a checkpoint to resume from; only the newest stays. data: in place of the recipe's.
+    of learning_rate. save_steps: a checkpoint to resume from; only the newest stays. routing: "random" draws a router's
+    kernels evenly. data: in place of the recipe's.
     """
 
     name: str
@@ -64,6 +88,7 @@ class StageConfig:
     clip: float = 1.0
     save_steps: int = 500
     gradient_checkpointing: bool = False
+    routing: str = "learned"
     data: DataConfig | None = None
 
 
@@ -72,7 +97,8 @@ class Recipe:
     """A whole training.
 
     model: as every command takes it. method: what is trained. settings: of the projector or router, as its class takes
-    them. counts: the visual tokens of a batch and how likely each is drawn; one entry trains at one count. start: a
+    them. counts: of a projector, the visual tokens of a batch and how likely each is drawn; one entry trains at one count.
+    routing: how a router learns. start: a
     trained folder whose weights to go on from. shape: a shipped shape that --dry-run takes the model's sizes from, where the
     model is not at hand. bf16: autocast. max_length: tokens of a conversation before compression;
     turns that go beyond are left out. independent_turns: every turn sees the images and itself alone, so that one
@@ -86,6 +112,7 @@ class Recipe:
     stages: tuple[StageConfig, ...]
     counts: dict[int, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     start: str | None = None
     shape: str | None = None
     seed: int = 0
@@ -214,7 +241,7 @@ def _check(recipe: Recipe) -> None:
 
     cls = get_method(recipe.method)
     if not cls.trained:
-        raise MllmEfficientError(f"method {recipe.method} is not trained: tokenflex is")
+        raise MllmEfficientError(f"method {recipe.method} is not trained: tokenflex and dpn are")
     if issubclass(cls, Projector):
         if not recipe.counts:
             raise MllmEfficientError(f"{recipe.method}: counts says which token counts are drawn, as in {{64: 0.2, 144: 0.3, 256: 0.5}}")
@@ -222,6 +249,8 @@ def _check(recipe: Recipe) -> None:
             cls(tokens=count)  # raises for what is no square
             if share <= 0:
                 raise MllmEfficientError(f"counts.{count}={share}: a positive weight is wanted")
+    else:
+        _check_routed(recipe)
     if not recipe.stages:
         raise MllmEfficientError("the recipe has no stages")
     names = [s.name for s in recipe.stages]
@@ -249,8 +278,35 @@ def _check(recipe: Recipe) -> None:
     kinds = {part for s in recipe.stages for part in s.train}
     if {"lora", "language_model"} <= kinds:
         raise MllmEfficientError("a recipe trains the language model whole or by LoRA, not both")
-    if "vision_tower" in kinds:
-        raise MllmEfficientError("the vision tower stays as it is: a trained method has no place for its weights")
+    if issubclass(cls, Projector):
+        if "vision_tower" in kinds:
+            raise MllmEfficientError("the vision tower stays as it is: a trained projector has no place for its weights")
+        if "router" in kinds or recipe.routing != RoutingConfig() or any(s.routing != "learned" for s in recipe.stages):
+            raise MllmEfficientError(f"{recipe.method} has no router: leave router and routing out")
+
+
+def _check_routed(recipe: Recipe) -> None:
+    """What a recipe says of a method that routes."""
+    routing = recipe.routing
+    if recipe.counts:
+        raise MllmEfficientError(f"counts have no effect: the router of {recipe.method} says how many tokens stay")
+    if routing.loss not in LOSSES or routing.estimator not in ESTIMATORS:
+        raise MllmEfficientError(f"routing: loss is one of {', '.join(LOSSES)} and estimator one of {', '.join(ESTIMATORS)}")
+    if routing.weight < 0 or routing.target < 0 or routing.samples < 1:
+        raise MllmEfficientError("routing: weight and target are at least 0 and samples at least 1")
+    if (routing.estimator == "reinforce") != (routing.samples > 1):
+        raise MllmEfficientError("routing: estimator=reinforce and samples of at least 2 go together")
+    if routing.estimator in ("straight_through", "gumbel") and recipe.settings.get("scaling", True):
+        raise MllmEfficientError(f"routing: estimator={routing.estimator} stands in for the factor: settings.scaling=false")
+    for stage in recipe.stages:
+        if stage.objective != "answers":
+            raise MllmEfficientError(f"stage {stage.name}: objective={stage.objective} is for projectors: a router learns from answers")
+        if stage.routing not in ("learned", "random"):
+            raise MllmEfficientError(f"stage {stage.name}: routing={stage.routing} is not learned or random")
+        if stage.routing == "random" and "router" in stage.train:
+            raise MllmEfficientError(f"stage {stage.name}: a router does not learn while routing is random: leave router out of train")
+    if not any("router" in stage.train for stage in recipe.stages):
+        raise MllmEfficientError("no stage trains the router")
 
 
 def _check_data(data: DataConfig, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape
 from ..plan import check
-from ..registry import get_method
+from ..compressors.reducer import Reducer
 from .config import Recipe, StageConfig
 from .encoding import token_statistics
+from .model import FRESH
+from .trainer import method_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CHARACTERS = 4  # of a token of English text, where no tokenizer is at hand
@@ -29,8 +32,9 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
     Raises ``MllmEfficientError`` where neither the model nor a shape of it is at hand.
     """
     shape = load_shape(recipe.shape or recipe.model)
-    for count in recipe.counts:
-        check(pictures_of(shape), get_method(recipe.method)(tokens=count))
+    method = method_of(recipe)
+    for each in [replace(method, tokens=count) for count in recipe.counts] or [method]:
+        check(pictures_of(shape), each)
     processor, why = _processor(recipe)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parameters = count_parameters(recipe, shape)
@@ -68,14 +72,18 @@ def count_parameters(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
     from ..measure.counter import build_on_meta
 
     model = build_on_meta(shape)
-    out = {"projector": 0, "language_model": 0, "vision_tower": 0}
+    out = {"projector": 0, "router": 0, "language_model": 0, "vision_tower": 0}
     for name, parameter in model.named_parameters():
         part = "projector" if "multi_modal_projector" in name else "vision_tower" if "vision_tower" in name else "language_model"
         out[part] += parameter.numel()
-    method: Any = get_method(recipe.method)(tokens=next(iter(recipe.counts)))
+    method = method_of(recipe)
     with torch.device("meta"):
-        module = method.module(shape.projector.inputs, shape.projector.outputs, **recipe.settings)
-    out["projector"] = sum(p.numel() for p in module.parameters())
+        if isinstance(method, Reducer):
+            router = method.module(shape.decoder.width, shape.decoder.width, **method.sizes(shape.decoder.layers))  # type: ignore[attr-defined]
+            out["router"] = sum(p.numel() for p in router.parameters())
+        else:
+            projector = method.module(shape.projector.inputs, shape.projector.outputs, **recipe.settings)
+            out["projector"] = sum(p.numel() for p in projector.parameters())
     out["lora"] = _lora_parameters(recipe, model) if any("lora" in s.train for s in recipe.stages) else 0
     return out
 
@@ -94,16 +102,20 @@ def _row(
     recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
 ) -> dict[str, Any]:
     tokens = _counted(records, processor) if processor is not None else _rough(records, shape)
-    share = {count: weight / sum(recipe.counts.values()) for count, weight in recipe.counts.items()}
-    drawn = sum(count * weight for count, weight in share.items())
+    usual = _usual(shape)
+    if recipe.counts:
+        most, drawn = max(recipe.counts), sum(count * weight for count, weight in recipe.counts.items()) / sum(recipe.counts.values())
+    else:  # every layer up to the first pooling sees all of them
+        layers = method_of(recipe).per_layer(usual, shape.decoder.layers)
+        most, drawn = usual, sum(layers) / len(layers)
     each = stage.batch_size * stage.gradient_accumulation * world
     per_epoch = math.ceil(len(records) // (stage.batch_size * world) / stage.gradient_accumulation)
     steps = stage.steps if stage.steps is not None else math.ceil(per_epoch * (stage.epochs or 1))
     text = tokens["text_mean"]
-    visual = max(recipe.counts) * (tokens["visual_mean"] / _usual(shape))
+    visual = most * (tokens["visual_mean"] / usual)
     trained = sum(parameters[part] for part in stage.train)
     size, half = BYTES[recipe.dtype], 2 if recipe.bf16 else BYTES[recipe.dtype]
-    moving = sum(parameters[part] * (4 if recipe.bf16 and part in ("projector", "lora") else size) for part in stage.train)
+    moving = sum(parameters[part] * (4 if recipe.bf16 and part in FRESH else size) for part in stage.train)
     everything = sum(v for k, v in parameters.items() if k != "lora") + parameters["lora"]
     language = stage.objective == "answers"
     width, layers = shape.decoder.width, shape.decoder.layers
@@ -114,7 +126,7 @@ def _row(
         "stage": stage.name, "objective": stage.objective, "train": list(stage.train), "records": len(records), "steps": steps,
         "batch": each, "text_tokens": round(text, 1), "answer_tokens": round(tokens["answer_mean"], 1),
         "visual_tokens_full": round(tokens["visual_mean"], 1),
-        "visual_tokens_drawn": round(drawn * tokens["visual_mean"] / _usual(shape), 1),
+        "visual_tokens_drawn": round(drawn * tokens["visual_mean"] / usual, 1),
         "trained_parameters": trained, "weights_gb": round(everything * size / GB, 2), "optimizer_gb": round(3 * moving / GB, 2),
         "activations_gb": round((activations + logits) / GB, 2),
         "memory_gb": round((everything * size + 3 * moving + activations + logits) / GB, 1),

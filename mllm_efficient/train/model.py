@@ -9,37 +9,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compressors.base import Projector
+from ..compressors.base import Compressor, Projector
+from ..compressors.reducer import Reducer
+from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..layout import IGNORE
-from ..shrink import Prepared, has_pixels, prepare
+from ..locate import locate
+from ..patches.base import ROUTER
+from ..shrink import Encoded, Prepared, encode_items, has_pixels, prepare
+from .config import RoutingConfig
+from .routing import log_odds, mean_levels, reinforced, routing_loss, routing_sums
 
 PROJECTOR = "multi_modal_projector"
+NONE = NoCompression()
+FRESH = ("projector", "router", "lora")  # parts that are new, and stay in float32 under bf16
 
 
 class TrainingModel(nn.Module):
-    """A host with a method's projector in the place of its own, called with a batch of the collator and a token count.
+    """A host with a method's part in it, called with a batch of the collator and, for a projector, a token count.
 
     All of the work is inside ``forward``, so that DDP and autocast wrap it as they wrap any model. own: the projector
-    the host came with, which "distil" fits the new one to.
+    the host came with, which "distil" fits a new one to. routing: how a router learns.
     """
 
-    def __init__(self, host: Any, adapter: Any, method: Projector, own: nn.Module):
+    def __init__(self, host: Any, adapter: Any, method: Compressor, own: nn.Module, routing: RoutingConfig | None = None):
         super().__init__()
         self.host = host  # the model, or the PEFT model around it
-        self.outside = (adapter, method, (own,))  # no submodules of this one
+        self.outside = (adapter, (own,))  # no submodules of this one
+        self.method, self.routing = method, routing or RoutingConfig()
+
+        self.kept: list[float] | None = None  # of a method that routes, the share of an image's tokens left after each stage
 
     @property
-    def projector(self) -> nn.Module:
+    def depth(self) -> int:
+        layers: int = self.outside[0].decoder_layers
+        return layers
+
+    @property
+    def routing_names(self) -> tuple[tuple[int, ...], list[str]]:
+        """The layers of a method that routes, and its kernels."""
+        method: Any = self.method
+        return method.stages(self.depth), method.as_trained(self.depth)["kernels"].split("/")
+
+    @property
+    def routing_size(self) -> int:
+        """Numbers of ``routing_sums``."""
+        layers, kernels = self.routing_names
+        return 1 + len(layers) * (1 + 2 * len(kernels))
+
+    @property
+    def trained_module(self) -> nn.Module:
+        """The method's own part."""
         adapter = self.outside[0]
-        return getattr(*adapter.projector_at)
+        return getattr(*adapter.slot(self.method))
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """The named parameters of each part; a tied head is the embedding."""
-        out: dict[str, list[tuple[str, nn.Parameter]]] = {"projector": [], "language_model": [], "lora": [], "vision_tower": []}
+        out: dict[str, list[tuple[str, nn.Parameter]]] = {n: [] for n in ("projector", "router", "language_model", "lora", "vision_tower")}
         for name, parameter in self.named_parameters():
             if f".{PROJECTOR}." in name:
                 part = "projector"
+            elif f".{ROUTER}." in name:
+                part = "router"
             elif ".lora_" in name:
                 part = "lora"
             elif ".vision_tower." in name:
@@ -64,47 +95,125 @@ class TrainingModel(nn.Module):
         """The weights that move, by name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, objective: str, count: int, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``loss`` of a batch at ``count`` visual tokens per tile, and ``right`` and ``asked``: answer tokens guessed and in all."""
-        return self.distil(count, batch) if objective == "distil" else self.answers(count, batch)
+    def forward(self, objective: str, count: int | None, batch: dict[str, Any], routing: str = "learned") -> dict[str, Tensor]:
+        """``loss`` of a batch, and ``right`` and ``asked``: answer tokens guessed and in all.
 
-    def distil(self, count: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+        count: visual tokens per tile, of a projector. routing: of a method that routes, whose choices are ``routed``.
+        """
+        if isinstance(self.method, Projector):
+            method = replace(self.method, tokens=count)
+            return self.distil(method, batch) if objective == "distil" else self.answers(method, batch)
+        return self.routed(self.method.routed(routing), batch)  # type: ignore[attr-defined]
+
+    def distil(self, method: Projector, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Mean squared distance to the host's own tokens, pooled to the same count, over their variance."""
-        adapter, method, (own,) = self.outside
+        adapter, (own,) = self.outside
         vision = {k: v for k, v in batch.items() if k in adapter.encode_keys}
         items = adapter.items({**vision, "input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
         if not items:
             raise MllmEfficientError("distil needs pictures, and a batch has none")
-        grid, side = adapter.unit(items[0]), replace(method, tokens=count).side(adapter.unit(items[0]))
+        grid, side = adapter.unit(items[0]), method.side(adapter.unit(items[0]))
         features = adapter.before_projector(items)
         with torch.no_grad():
             wanted = own.to(features.device)(features)
             plane = wanted.transpose(1, 2).unflatten(2, grid)
             wanted = F.adaptive_avg_pool2d(plane, side).flatten(2).transpose(1, 2)
-        made = self.projector(features, side=side, grid=grid)
+        made = self.trained_module(features, side=side, grid=grid)
         loss = F.mse_loss(made.float(), wanted.float()) / wanted.float().var()
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "right": zero, "asked": zero}
 
-    def answers(self, count: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def answers(self, method: Projector, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Cross-entropy of the answers, the mean over their tokens."""
-        adapter, method, _ = self.outside
         batch = dict(batch)
         turns = batch.pop("turns", None)
-        prepared = prepare(self.host, replace(method, tokens=count), **batch)
+        prepared = prepare(self.host, method, **batch)
         call = prepared.model_kwargs
         labels = call.pop("labels")
         if turns is not None:
-            call |= independent(_reduced(turns, prepared), call["attention_mask"], adapter)
+            call |= independent(_reduced(turns, prepared), call["attention_mask"], self.outside[0])
+        chosen, wanted, _ = self._asked(call, labels)
+        loss = F.cross_entropy(chosen, wanted) if len(wanted) else chosen.float().sum() * 0
+        if not has_pixels(batch):  # every process must have a gradient for the projector
+            loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
+        return {"loss": loss, "right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
+
+    def routed(self, method: Reducer, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Cross-entropy of the answers and the routing loss; every turn is a prompt of its own where the batch has ``turns``."""
+        adapter, how = self.outside[0], self.routing
+        batch = dict(batch)
+        samples = how.samples if method.has_router and self.training else 1
+        rows, records = separated(batch, samples)
+        vision = {k: v for k, v in batch.items() if k in adapter.encode_keys}
+        tensors = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        items = adapter.items({**vision, **tensors}) if has_pixels(batch) else []
+        encoded = _for_rows(encode_items(adapter, NONE, items), tensors["input_ids"], adapter, records) if items else None
+        prepared = prepare(self.host, method, encoded=encoded, **rows)
+        if prepared.staging is not None:
+            prepared = replace(prepared, staging=replace(prepared.staging, estimator=how.estimator))
+        call = prepared.model_kwargs
+        labels = call.pop("labels")
+        chosen, wanted, row_of = self._asked(call, labels)
+        each = F.cross_entropy(chosen, wanted, reduction="none") if len(wanted) else chosen.float().sum(-1) * 0
+        loss = each.mean() if len(wanted) else each.sum()
+        out = {"right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
+        if prepared.staging is not None:
+            staging = prepared.staging
+            if method.has_router and self.training:
+                loss = loss + how.weight * routing_loss(mean_levels(staging, how.loss), how.target)
+                if how.estimator == "reinforce":
+                    loss = loss + reinforced(_by_row(each, row_of, len(labels)), log_odds(staging, len(labels)), samples)
+            out["routed"] = routing_sums(staging)
+        # every process must have a gradient for the router
+        loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
+        return {"loss": loss, **out}
+
+    def _asked(self, call: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (A, V) in float32 and tokens (A,) of the answers, and the row of each."""
         logits = self.host(**call, use_cache=False).logits[:, :-1]
         wanted = labels[:, 1:].to(logits.device)
         asked = wanted != IGNORE
-        chosen, wanted = logits[asked].float(), wanted[asked]
-        loss = F.cross_entropy(chosen, wanted) if len(wanted) else logits.float().sum() * 0
-        if not has_pixels(batch):  # every process must have a gradient for the projector
-            loss = loss + 0 * sum(p.float().sum() for p in self.projector.parameters() if p.requires_grad)
-        right = (chosen.detach().argmax(-1) == wanted).sum()
-        return {"loss": loss, "right": right, "asked": asked.sum()}
+        return logits[asked].float(), wanted[asked], asked.nonzero()[:, 0]
+
+
+def _by_row(values: Tensor, row_of: Tensor, rows: int) -> Tensor:
+    """(rows,) the mean of the values of each row, 0 where there are none."""
+    total = values.new_zeros(rows).index_add(0, row_of, values)
+    return total / torch.bincount(row_of, minlength=rows).clamp(min=1).to(values)
+
+
+def separated(batch: dict[str, Any], samples: int) -> tuple[dict[str, Tensor], list[int]]:
+    """The batch's prompts, ``samples`` of each one after the other, and the record of each.
+
+    With ``turns`` every turn becomes a prompt: what all share (turn 0), then its own tokens.
+    """
+    ids, mask, labels, turns = (batch.get(k) for k in ("input_ids", "attention_mask", "labels", "turns"))
+    assert ids is not None and mask is not None and labels is not None
+    if turns is None:
+        records = [r for r in range(len(ids)) for _ in range(samples)]
+        return {"input_ids": ids[records], "attention_mask": mask[records], "labels": labels[records]}, records
+    where, records = list[Tensor](), list[int]()
+    for record, row in enumerate(turns):
+        for turn in range(1, int(row.max()) + 1):
+            where += [((row == 0) | (row == turn)).nonzero()[:, 0]] * samples
+            records += [record] * samples
+    columns = nn.utils.rnn.pad_sequence(where, batch_first=True, padding_value=-1)
+    at, real = columns.clamp(min=0), columns >= 0
+    pick = torch.tensor(records, device=ids.device)
+    rows = {
+        "input_ids": ids[pick].gather(1, at), "attention_mask": (mask[pick].gather(1, at) * real),
+        "labels": labels[pick].gather(1, at).masked_fill(~real, IGNORE),
+    }  # fmt: skip
+    return rows, records
+
+
+def _for_rows(encoded: Encoded, ids: Tensor, adapter: Any, records: list[int]) -> Encoded:
+    """The images of a batch's records as the prompts made of them have them."""
+    of = list[list[int]]([] for _ in range(len(ids)))
+    for found in locate(ids.cpu(), adapter.placeholders, encoded.items):
+        of[found.row].append(found.index)
+    every = [i for record in records for i in of[record]]
+    return Encoded(*([part[i] for i in every] for part in (encoded.items, encoded.encodings, encoded.made_for)))
 
 
 def _reduced(turns: Tensor, prepared: Prepared) -> Tensor:

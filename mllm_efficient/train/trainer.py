@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .. import trained
 from ..base_model import base_of
-from ..compressors.base import Projector
+from ..compressors.base import Compressor, Projector
+from ..compressors.reducer import Reducer
+from ..folders import RANDOM
 from ..errors import MllmEfficientError
 from ..installing import install
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
@@ -30,22 +32,30 @@ from .data import builtin_records
 from .data import read as read_data
 from .encoding import Collator
 from .model import TrainingModel
+from .routing import routing_log
 
+SETTLED = 256  # records
 WEIGHTS, LOG, FINAL, RECIPE = "model.safetensors", "log.jsonl", "final", "recipe.json"
 
 
 class CountTrainer(Trainer):
-    """A Trainer that draws a token count for every batch, the same on every rank, and logs loss and accuracy by count."""
+    """A Trainer that draws a token count for every batch, the same on every rank, and logs loss and accuracy by count.
 
-    def __init__(self, *args: Any, counts: dict[int, float], objective: str, rates: dict[str, float], seed: int, **kwargs: Any):
+    Without counts it logs what a router did instead.
+    """
+
+    def __init__(self, *args: Any, counts: dict[int, float], stage: StageConfig, seed: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.counts, self.objective, self.rates, self.draw_seed = counts, objective, rates, seed
+        self.counts, self.stage, self.draw_seed = counts, stage, seed
         self.model_accepts_loss_kwargs = False
         self.seen: dict[int, torch.Tensor] = {}  # by count: sum of losses, batches, answer tokens guessed, answer tokens
+        self.routed: torch.Tensor | None = None  # the sum of ``routing_sums``
         self.micro = (-1, -1)
 
-    def draw(self) -> int:
+    def draw(self) -> int | None:
         """The count of the batch at hand, from (seed, step, number of the batch within the step)."""
+        if not self.counts:
+            return None
         step = self.state.global_step
         self.micro = (step, self.micro[1] + 1 if self.micro[0] == step else 0)
         weights = np.array(list(self.counts.values()), dtype=float)
@@ -54,10 +64,13 @@ class CountTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         count = self.draw()
-        out = model(self.objective, count, dict(inputs))
+        out = model(self.stage.objective, count, dict(inputs), self.stage.routing)
         loss = out["loss"].detach().double()
         now = torch.stack([loss, torch.ones_like(loss), out["right"].to(loss), out["asked"].to(loss)])
-        self.seen[count] = self.seen[count] + now if count in self.seen else now
+        key = count or 0
+        self.seen[key] = self.seen[key] + now if key in self.seen else now
+        if "routed" in out:
+            self.routed = out["routed"] if self.routed is None else self.routed + out["routed"]
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -65,10 +78,17 @@ class CountTrainer(Trainer):
         if counts:
             totals = self.accelerator.reduce(torch.stack([self.seen[c] for c in counts]), "sum").tolist()
             for count, (loss, batches, right, asked) in zip(counts, totals):
-                logs[f"loss_{count}"] = round(loss / batches, 4)
+                if count:
+                    logs[f"loss_{count}"] = round(loss / batches, 4)
                 if asked:
-                    logs[f"accuracy_{count}"] = round(100 * right / asked, 2)
+                    logs[f"accuracy_{count}" if count else "accuracy"] = round(100 * right / asked, 2)
             self.seen.clear()
+        if not self.counts:
+            model = self.accelerator.unwrap_model(self.model)
+            sums = torch.zeros(model.routing_size) if self.routed is None else self.routed
+            total = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum").tolist()
+            logs.update(routing_log(total, *model.routing_names) if total[0] else {})
+            self.routed = None
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -81,7 +101,7 @@ class CountTrainer(Trainer):
                 for decays in (True, False):
                     params = [p for p in moving if (p.ndim > 1) == decays]
                     decay = self.args.weight_decay if decays else 0.0
-                    groups.append({"params": params, "lr": self.rates.get(part, self.args.learning_rate), "weight_decay": decay})
+                    groups.append({"params": params, "lr": self.stage.learning_rates.get(part, self.args.learning_rate), "weight_decay": decay})
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = cls([g for g in groups if g["params"]], **settings)
         return self.optimizer
@@ -137,15 +157,14 @@ def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True) -> Sequenc
 def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     """The base model with the method's projector in it, and a LoRA around it if a stage trains one."""
     adapter = require_supported(loaded)
-    cls = get_method(recipe.method)
-    assert issubclass(cls, Projector)
-    method = cls(tokens=next(iter(recipe.counts)), weights=recipe.start or "new")
-    for count in recipe.counts:
-        check(adapter, cls(tokens=count))
-    own = getattr(*adapter.projector_at)
+    method = method_of(recipe)
+    for each in [replace(method, tokens=count) for count in recipe.counts] or [method]:
+        check(adapter, each)
+    own = getattr(*adapter.projector_at) if adapter.projects else torch.nn.Identity()
     if recipe.start is None:
         torch.manual_seed(recipe.seed)
-        parts = trained.Parts(method.module(*adapter.projector_widths, **recipe.settings).to(loaded.model.device, loaded.model.dtype))
+        sizes = method.sizes(adapter.decoder_layers) if isinstance(method, Reducer) else recipe.settings
+        parts = trained.Parts(method.module(*adapter.widths(method), **sizes).to(loaded.model.device, loaded.model.dtype))
     else:
         parts = trained.parts_of(adapter, method)
         if parts.delta and not any("language_model" in s.train for s in recipe.stages):
@@ -153,10 +172,25 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     if recipe.bf16:
         parts.module.float()  # small updates are lost in bfloat16 weights
     install(adapter, method, parts)
+    if isinstance(method, Reducer):
+        adapter.reach_inside()
+    else:
+        own.requires_grad_(False)
     host = loaded.model
     if any("lora" in s.train for s in recipe.stages):
         host = _with_lora(recipe, host)
-    return TrainingModel(host, adapter, method, own.requires_grad_(False))
+    return TrainingModel(host, adapter, method, own, recipe.routing)
+
+
+def method_of(recipe: Recipe) -> Any:
+    """The method that a recipe trains, a projector at the first of its counts."""
+    cls: Any = get_method(recipe.method)
+    weights = recipe.start or RANDOM
+    if issubclass(cls, Projector):
+        return cls(tokens=next(iter(recipe.counts)), weights=weights)
+    from ..registry import build
+
+    return build({"method": recipe.method, "weights": weights, **recipe.settings})
 
 
 def _with_lora(recipe: Recipe, model: Any) -> Any:
@@ -193,10 +227,28 @@ def run(recipe: Recipe) -> Path:
             _run_stage(recipe, stage, loaded, model, records[stage.name], folder)
     final = folder / FINAL
     if not final.exists():
+        if isinstance(model.method, Reducer):
+            _settle(recipe, loaded, model, records[recipe.stages[-1].name], folder)
         if int(os.environ.get("RANK", 0)) == 0:
             publish(recipe, model, base, final)
         PartialState().wait_for_everyone()
     return final
+
+
+@torch.no_grad()
+def _settle(recipe: Recipe, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> None:
+    """Finds what the router does after training, with the likeliest kernels, on up to ``SETTLED`` records; it goes into log and folder."""
+    collate, total = Collator(loaded.processor, recipe.max_length, recipe.independent_turns), torch.zeros(model.routing_size)
+    model.eval()
+    for low in range(0, min(len(records), SETTLED), 8):
+        batch = collate([records[i] for i in range(low, min(len(records), SETTLED, low + 8))])
+        out = model("answers", None, {k: v.to(loaded.model.device) for k, v in batch.items()})
+        total += out.get("routed", 0)
+    found = routing_log(total.tolist(), *model.routing_names) if total[0] else {}
+    model.kept = [found[f"kept_{layer}"] / 100 for layer in model.routing_names[0]] if found else None
+    if int(os.environ.get("RANK", 0)) == 0:
+        with (folder / LOG).open("a") as file:
+            file.write(json.dumps({"stage": "settled", "step": 0, "images": int(total[0]), **found}) + "\n")
 
 
 def _own(folder: Path, recipe: Recipe) -> None:
@@ -247,7 +299,7 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     trainer = CountTrainer(
         model=model, args=arguments(recipe, stage, folder), train_dataset=records,
         data_collator=Collator(loaded.processor, recipe.max_length, recipe.independent_turns and stage.objective == "answers"),
-        counts=recipe.counts, objective=stage.objective, rates=stage.learning_rates, seed=recipe.seed,
+        counts=recipe.counts, stage=stage, seed=recipe.seed,
         callbacks=[LogFile(folder / LOG, stage.name), bar],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -297,11 +349,15 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     about = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
-    shown = get_method(recipe.method)(tokens=max(recipe.counts))
-    trained.save(partial, shown, model.projector, base, about)
+    shown = replace(model.method, tokens=max(recipe.counts)) if recipe.counts else model.method
+    if isinstance(shown, Reducer):
+        about |= {**shown.as_trained(model.depth), "kept": model.kept}
+    trained.save(partial, shown, model.trained_module, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
+    own = ("projector", "vision_tower") if isinstance(shown, Reducer) else ()
     if "lora" in kinds:
         model.host.save_pretrained(partial / trained.DELTA)
     elif "language_model" in kinds:
-        trained.save_delta(partial, {name.removeprefix("host."): p for name, p in model.parts()["language_model"]})
+        moved = [p for part in ("language_model", *own) if part in kinds for p in model.parts()[part]]
+        trained.save_delta(partial, {name.removeprefix("host."): p for name, p in moved})
     trained.move(partial, folder)
