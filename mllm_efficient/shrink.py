@@ -266,7 +266,13 @@ def prepare(
 
 
 def _stage(
-    adapter: Any, inside: Reducer, rule: str, mask: Tensor, images: list[Standing], tensors: dict[str, Any], keys: Sequence[int | str] | None
+    adapter: Any,
+    inside: Reducer,
+    rule: str,
+    mask: Tensor,
+    images: list[Standing],
+    tensors: dict[str, Any],
+    keys: Sequence[int | str] | None,
 ) -> Any:
     """The ``Staging`` of a call. Its labels, if it has any, lose those that are no targets."""
     labels = tensors.get("labels")

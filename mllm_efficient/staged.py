@@ -43,7 +43,8 @@ def standing(f: Located, p: Plan) -> Standing:
     columns = f.columns.cpu()
     between = torch.ones(len(columns), dtype=torch.bool)
     between[p.shape.token_slots] = False
-    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(p.shape.planes), torch.arange(p.shape.n), grids_of(p.shape.planes))
+    planes = p.shape.planes
+    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(planes), torch.arange(p.shape.n), grids_of(planes))
 
 
 def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
@@ -68,7 +69,13 @@ def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
 
 
 def staging_of(
-    method: Reducer, positions: str, mask: Tensor, images: Sequence[Standing], adapter: Any, ids: Tensor, labels: Tensor | None = None,
+    method: Reducer,
+    positions: str,
+    mask: Tensor,
+    images: Sequence[Standing],
+    adapter: Any,
+    ids: Tensor,
+    labels: Tensor | None = None,
     keys: Sequence[int | str] | None = None,
 ) -> Staging:
     """What the decoder is to do with a batch of prompts.
@@ -101,7 +108,7 @@ def _marked(method: Reducer, ids: Tensor, instruction: Tensor, rows: set[int]) -
     """Of each row the columns of the token that a method reads. Raises for one with images that has none."""
     found = tuple(row.nonzero()[:, 0] for row in (ids == method.read_token) & instruction)
     if not all(len(found[row]) for row in rows):
-        raise CountMismatchError(f"{method.name} reads the state of token {method.read_token}, and a prompt has none: append it to the question")
+        raise CountMismatchError(f"{method.name} reads token {method.read_token}, and a prompt has none: append it to the question")
     return found
 
 

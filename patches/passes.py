@@ -219,7 +219,7 @@ class Prefill(Pass):
         if not rows:
             return []
         counts = [len(part) for part in columns]
-        of = torch.tensor(rows, device=prompts.device).repeat_interleave(torch.tensor(counts, device=prompts.device), output_size=sum(counts))
+        of = torch.tensor([row for row, count in zip(rows, counts) for _ in range(count)], device=prompts.device)
         return prompts[of, torch.cat(list(columns))].split(counts)
 
     def shown(self, i: int, hidden: Tensor, prompts: Tensor) -> LayerTokens:

@@ -119,13 +119,24 @@ def test_beams_equal_the_reference(make_batch, positions):
     assert new_tokens(out, batch) == [slow_beams(model, ids, f, stages, positions, new=3) for ids, f in rows_of(model, batch)]
 
 
-def test_without_a_cache_and_on_the_second_turn_it_is_the_same(make_batch):
-    batch, model, (settings, how) = make_batch(*ROWS), tiny(), CASES["as published"]
-    me.wrap(model, f"dpn:weights=random,{settings}")
+def test_without_a_cache_by_lookup_and_on_the_second_turn_it_is_the_same(make_batch, processor, picture):
+    one = processor(images=picture(3), text="user : <image> is the ring red ? is the ring", return_tensors="pt")
+    batch, model = make_batch(*ROWS), tiny()
+    me.wrap(model, f"dpn:weights=random,{CASES['as published'][0]}")
     stir(model)
-    out = model.generate(**batch, max_new_tokens=4)
-    assert torch.equal(out, model.generate(**batch, max_new_tokens=4, use_cache=False))
-    assert torch.equal(out, model.generate(**batch, max_new_tokens=4, prompt_lookup_num_tokens=3) if len(out) == 1 else out)
+    assert torch.equal(model.generate(**batch, max_new_tokens=4), model.generate(**batch, max_new_tokens=4, use_cache=False))
+    done = model.generate(**one, max_new_tokens=4, return_dict_in_generate=True)
+    assert torch.equal(done.sequences, model.generate(**one, max_new_tokens=4, prompt_lookup_num_tokens=3))
+    more = torch.cat([done.sequences, torch.tensor([[7, 9, 11]])], 1)
+    went_on = model.generate(input_ids=more, past_key_values=done.past_key_values, max_new_tokens=3)
+    # the kernels that the first question chose stay: said at once, where the instruction's end is marked
+    ids, features = rows_of(model, one)[0]
+    expected, stages = [], slow_stages(model, **CASES["as published"][1])
+    for _ in range(3):
+        with torch.no_grad():
+            logits, _, _ = run(model, start(model, ids, features, [*more[0, len(ids) :].tolist(), *expected]), stages, "renumber")
+        expected.append(int(logits[-1].argmax()))
+    assert went_on[0, more.shape[1] :].tolist() == expected
 
 
 @every_decoder
@@ -162,13 +173,13 @@ def test_gradients_are_those_of_the_reference(make_batch):
     grad = up.grad.clone()
     assert grad.abs().max() > 0
     model.zero_grad()
-    for sign in (1, -1):
+    losses = []
+    for shift in (1e-2, -1e-2):
         with torch.no_grad():
-            up[1, 0] += sign * 1e-2
-            loss = model(**one, labels=one["input_ids"]).loss.double()
-            up[1, 0] -= sign * 1e-2
-        difference = loss if sign == 1 else difference - loss
-    assert difference.item() / 2e-2 == pytest.approx(grad[1, 0].item(), rel=0.05, abs=1e-5)
+            up[1, 0] += shift
+            losses.append(float(model(**one, labels=one["input_ids"]).loss))
+            up[1, 0] -= shift
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(grad[1, 0].item(), rel=0.05, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ decisions
@@ -367,7 +378,10 @@ def test_a_router_of_another_width_or_number_is_refused(tmp_path):
     model = tiny()
     saved(tmp_path, model, min_tokens=4)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (({"inputs": 64, "outputs": 64}, "is a router 64 -> 64, and .* needs 32 -> 32"), ({"stages": 2}, "has routers for")):
+    for change, message in (
+        ({"inputs": 64, "outputs": 64}, "is a router 64 -> 64, and .* needs 32 -> 32"),
+        ({"stages": 2}, "has routers for"),
+    ):
         wrong = {**config, "sizes": {**config["sizes"], **change}}
         (tmp_path / "config.json").write_text(json.dumps(wrong))
         with pytest.raises(me.MllmEfficientError, match=message):
@@ -401,19 +415,22 @@ def test_a_learned_routing_costs_what_torch_counts():
     found = counter.count(model, shape, me.build(spec), text_tokens=11, visual_tokens=36)
     router = 3 * 2 * (32 * 8 + 8 * 3)
     assert found.compress == router == cost(shape, method=spec, text_tokens=11, visual_tokens=36).compress
-    seen = [cost(shape, method=spec, text_tokens=11, visual_per_layer=layers).prefill for layers in _paths(36)]
+    seen = [cost(shape, method=spec, text_tokens=11, visual_per_layer=layers).prefill for layers in paths()]
     assert found.prefill in seen
 
 
-def _paths(n):
-    found = {(n,)}
+def paths():
+    """Tokens per layer of every way through the three stages from a grid of 6 x 6."""
+    found = {((6, 6),)}
     for layer in range(1, 6):
-        found = {(*path, left) for path in found for left in ({path[-1] // by for by in (1, 2, 4)} if layer in (1, 3, 4) else {path[-1]})}
-    return sorted(found)
+        kernels = [(1, 1), (1, 2), (2, 2)] if layer in (1, 3, 4) else [(1, 1)]
+        found = {(*p, (p[-1][0] // high, p[-1][1] // wide)) for p in found for high, wide in kernels}
+    return [[r * c for r, c in path] for path in sorted(found)]
 
 
 @pytest.mark.parametrize("path, percent", [
-    ("1x2/1x2/1x2", 51.4), ("1x2/2x2/2x2", 46.5), ("2x2/1x2/1x1", 43.0), ("2x2/2x2/1x1", 40.2), ("2x2/2x2/1x2", 39.5), ("2x2/2x2/2x2", 39.1),
+    ("1x2/1x2/1x2", 51.4), ("1x2/2x2/2x2", 46.5), ("2x2/1x2/1x1", 43.0), ("2x2/2x2/1x1", 40.2), ("2x2/2x2/1x2", 39.5),
+    ("2x2/2x2/2x2", 39.1),
 ])  # fmt: skip
 def test_the_bounds_of_the_published_placement_on_a_7b_model(path, percent):
     """The paper's 56% saved lies near the coarsest path; 61% is the most that its placement can."""

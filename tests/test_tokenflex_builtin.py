@@ -38,7 +38,7 @@ def test_they_give_the_committed_answers():
     """Those of the longer run ``dynamic-0``, at every count, on the first questions."""
     answers, asked = study.read_answers(RESULTS / study.LONGER)
     some = 70
-    now = study.ask(asked[:some], {count: f"tokenflex:tokens={count}" for count in study.TESTED})
+    now = study.ask(asked[:some], {count: f"tokenflex:tokens={count}" for count in study.TESTED})["answers"]
     for count in study.TESTED:
         before = answers["dynamic", 0]["answers"][str(count)].split()[:some]
         same = sum(a == b for a, b in zip(now[str(count)].split(), before))

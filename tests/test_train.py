@@ -57,7 +57,7 @@ def log_of(folder, stage="full"):
     ("stages.0.steps=0", "steps=0 must be positive"),
     ("stages.0.steps=-3", "steps=-3 must be positive"),
     ("stages.0.learning_rate=.nan", "a finite number is wanted"),
-    ("stages.0.train=[tower]", "projector, language_model, lora"),
+    ("stages.0.train=[tower]", "projector, router, language_model, lora"),
     ("stages.0.train=[projector, language_model]", "distil fits the projector alone"),
     ("stages.0.learning_rates={lora: 1e-3}", "a learning rate of lora has no effect"),
     ("stages.1.train=[vision_tower];stages.1.learning_rates={}", "the vision tower stays as it is"),
@@ -150,7 +150,7 @@ def test_the_loss_of_a_batch_is_that_of_its_conversations_one_by_one(tmp_path):
                 keep = ~image | (image.cumsum(0) <= 9)
                 features = loaded.model.model.vision_tower(one["pixel_values"], output_hidden_states=True).hidden_states[-1][:, 1:]
                 embeds = loaded.model.get_input_embeddings()(one["input_ids"][0][keep])
-                embeds[image[keep]] = model.projector(features, side=3)[0]
+                embeds[image[keep]] = model.trained_module(features, side=3)[0]
                 logits = loaded.model.lm_head(loaded.model.model.language_model(inputs_embeds=embeds[None]).last_hidden_state)[0, :-1]
                 labels = one["labels"][0][keep][1:]
                 asked = labels != -100
@@ -165,7 +165,7 @@ def test_conversations_of_several_turns_are_read_in_order(tmp_path):
     loaded, _, batch = builtin_batch(3, independent_turns=False)
     stock = loaded.model(**batch).loss.detach()
     model = build_model(recipe(tmp_path, "settings={layers: mlp}"), loaded)
-    model.projector.load_state_dict(model.outside[2][0].state_dict())
+    model.trained_module.load_state_dict(model.outside[1][0].state_dict())
     with torch.no_grad():
         out = model("answers", 144, batch)
     torch.testing.assert_close(out["loss"], stock, atol=1e-5, rtol=1e-5)
@@ -188,7 +188,7 @@ def test_distil_is_zero_where_the_new_projector_is_the_old_one_pooled(tmp_path):
     loaded, _, batch = builtin_batch(4)
     model = build_model(recipe(tmp_path, "settings={layers: mlp}"), loaded)
     assert float(model("distil", 36, batch)["loss"]) > 0.1
-    model.projector.load_state_dict(model.outside[2][0].state_dict())
+    model.trained_module.load_state_dict(model.outside[1][0].state_dict())
     assert float(model("distil", 144, batch)["loss"]) < 1e-10
 
 
@@ -200,7 +200,7 @@ def test_a_batch_without_images_has_a_gradient_for_the_projector(tmp_path):
     model.freeze_but(("projector", "language_model"))
     batch = Collator(loaded.processor)([Record((), (("is there a red circle ?", "no"),))])
     model("answers", 9, batch)["loss"].backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in model.trained_module.parameters())
 
 
 def test_only_what_a_stage_trains_moves(tmp_path):
@@ -281,7 +281,7 @@ def test_a_second_training_can_start_from_the_first(tmp_path):
     first = run(recipe(tmp_path, *PROJECTOR_ALONE))
     start = load_file(first / "compressor.safetensors")
     model = build_model(recipe(tmp_path, f"start={first}", "settings={}"), load(ModelOptions()))
-    assert all(torch.equal(v, start[k]) for k, v in model.projector.state_dict().items())
+    assert all(torch.equal(v, start[k]) for k, v in model.trained_module.state_dict().items())
 
 
 def test_a_language_model_of_the_start_is_not_lost(tmp_path):

@@ -105,7 +105,9 @@ class DPN(Reducer):
         stored = {} if folder is None else folder.config
         out = {n: stored.get(n, default) if getattr(self, n) is None else getattr(self, n) for n, default in DEFAULTS.items()}
         if self.routing == "learned" and stored.get("sizes", {}).get("experts") not in (None, len(out["kernels"].split("/"))):
-            raise BadBudgetError(f"dpn: kernels={out['kernels']} for a router of {stored['sizes']['experts']} kernels ({stored['kernels']})")
+            raise BadBudgetError(
+                f"dpn: kernels={out['kernels']} for a router of {stored['sizes']['experts']} kernels ({stored['kernels']})"
+            )
         return out | {"kept": stored.get("kept")}
 
     @property

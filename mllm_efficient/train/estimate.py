@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape
 from ..plan import check
-from ..compressors.reducer import Reducer
 from .config import Recipe, StageConfig
 from .encoding import token_statistics
 from .model import FRESH

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compressors.base import Compressor, Projector
-from ..compressors.reducer import Reducer
 from ..compressors.none import NoCompression
+from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..layout import IGNORE
 from ..locate import locate

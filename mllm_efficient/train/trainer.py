@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .. import trained
 from ..base_model import base_of
-from ..compressors.base import Compressor, Projector
+from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
-from ..folders import RANDOM
 from ..errors import MllmEfficientError
+from ..folders import RANDOM
 from ..installing import install
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..plan import check
@@ -101,7 +101,9 @@ class CountTrainer(Trainer):
                 for decays in (True, False):
                     params = [p for p in moving if (p.ndim > 1) == decays]
                     decay = self.args.weight_decay if decays else 0.0
-                    groups.append({"params": params, "lr": self.stage.learning_rates.get(part, self.args.learning_rate), "weight_decay": decay})
+                    groups.append(
+                        {"params": params, "lr": self.stage.learning_rates.get(part, self.args.learning_rate), "weight_decay": decay}
+                    )
             cls, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = cls([g for g in groups if g["params"]], **settings)
         return self.optimizer
