@@ -86,7 +86,7 @@ def staging_of(
     """
     from .patches.staging import StagedImage, Staging
 
-    depth, staged, numbers = adapter.decoder_layers, [], [0] * len(mask)
+    depth, staged, numbers = adapter.decoder_layers, list[StagedImage](), [0] * len(mask)
     visual = torch.zeros_like(mask)
     for image in images:
         n = len(image.columns)

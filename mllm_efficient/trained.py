@@ -126,8 +126,8 @@ class Parts:
     made_of: tuple[str, float] = ("", 0.0)
 
 
-def parts_of(adapter: Any, method: Compressor) -> Parts:
-    """A method's parts on the model's device and in its dtype. Raises ``MllmEfficientError`` for weights that do not fit."""
+def parts_of(adapter: Any, method: Any) -> Parts:
+    """A trained method's parts on the model's device and in its dtype. Raises ``MllmEfficientError`` for weights that do not fit."""
     if isinstance(method, Projector):
         like = _replaced(adapter, method)
     else:
@@ -136,9 +136,9 @@ def parts_of(adapter: Any, method: Compressor) -> Parts:
             like = torch.empty(0, dtype=adapter.model.dtype)  # offloaded layers: the router is small, and stays on the CPU
     folder = located(adapter, method)
     config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
-    if isinstance(method, Reducer):
+    if method.family == "L":
         sizes = method.sizes(adapter.decoder_layers)
-        if folder is not None and method.routing == "learned" and config != sizes:
+        if folder is not None and method.has_router and config != sizes:
             raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
         config = config or sizes
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):

@@ -204,7 +204,8 @@ class Prefill(Pass):
     def decide(self, number: int, prompts: Tensor) -> None:
         """Lets a method that routes decide what stage ``number`` does to each image."""
         method, images = self.staging.method, self.staging.images
-        router, logits = getattr(self.decoder, ROUTER, None), None
+        router: Any = getattr(self.decoder, ROUTER, None)
+        logits = None
         if method.has_router and images:
             read = [self.read[image.row] for image in images]
             states = self._states(prompts, [image.row for image in images], read)

@@ -237,8 +237,9 @@ class DPN(Reducer):
 
     def routed(self, routing: str) -> DPN:
         """The same method with another routing."""
-        idle = {} if routing == "learned" else {"temperature": None, "router_token": None}
-        return replace(self, routing=routing, **idle)
+        if routing == "learned":
+            return replace(self, routing=routing)
+        return replace(self, routing=routing, temperature=None, router_token=None)
 
     def as_trained(self, depth: int) -> dict[str, Any]:
         """Every setting that a router is trained under, in a decoder of ``depth`` layers."""

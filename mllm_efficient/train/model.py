@@ -182,7 +182,7 @@ def _by_row(values: Tensor, row_of: Tensor, rows: int) -> Tensor:
     return total / torch.bincount(row_of, minlength=rows).clamp(min=1).to(values)
 
 
-def separated(batch: dict[str, Any], samples: int) -> tuple[dict[str, Tensor], list[int]]:
+def separated(batch: dict[str, Any], samples: int) -> tuple[dict[str, Any], list[int]]:
     """The batch's prompts, ``samples`` of each one after the other, and the record of each.
 
     With ``turns`` every turn becomes a prompt: what all share (turn 0), then its own tokens.

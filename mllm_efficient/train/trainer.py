@@ -159,13 +159,13 @@ def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True) -> Sequenc
 def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     """The base model with the method's projector in it, and a LoRA around it if a stage trains one."""
     adapter = require_supported(loaded)
-    method = method_of(recipe)
+    method: Any = method_of(recipe)
     for each in [replace(method, tokens=count) for count in recipe.counts] or [method]:
         check(adapter, each)
     own = getattr(*adapter.projector_at) if adapter.projects else torch.nn.Identity()
     if recipe.start is None:
         torch.manual_seed(recipe.seed)
-        sizes = method.sizes(adapter.decoder_layers) if isinstance(method, Reducer) else recipe.settings
+        sizes = method.sizes(adapter.decoder_layers) if method.family == "L" else recipe.settings
         parts = trained.Parts(method.module(*adapter.widths(method), **sizes).to(loaded.model.device, loaded.model.dtype))
     else:
         parts = trained.parts_of(adapter, method)
@@ -350,9 +350,9 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    about = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
-    shown = replace(model.method, tokens=max(recipe.counts)) if recipe.counts else model.method
-    if isinstance(shown, Reducer):
+    about: dict[str, Any] = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
+    shown: Any = replace(model.method, tokens=max(recipe.counts)) if recipe.counts else model.method
+    if shown.family == "L":
         about |= {**shown.as_trained(model.depth), "kept": model.kept}
     trained.save(partial, shown, model.trained_module, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
