@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_efficient.compressors.base import Compressor, Projector
+from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
 from mllm_efficient.compressors.reducer import Reducer
@@ -27,6 +27,7 @@ from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.plan import check, describe
+from mllm_efficient.registry import get_method
 from mllm_efficient.shrink import pre_llm
 
 from .records import SAMPLES_FILE, fingerprint_of
@@ -62,7 +63,7 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
             raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {spec}:keep=0.25")
         for budget in [None] if own is not None else budgets:
             method = pre_llm(spec) if budget is None else _with_budget(spec, budget)
-            if isinstance(method, Projector):
+            if method.same_weights is not None:
                 cells.append(Cell(pre_llm(method.same_weights), METHOD))
             cells.append(Cell(method, METHOD, own or budget or ""))
     for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
@@ -91,7 +92,8 @@ def _own_budget(spec: str) -> str | None:
             raise
         settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens", "per")}
         return ",".join(f"{k}={v}" for k, v in settings.items())
-    if re.split("[:@]", spec)[0].strip() == NoCompression.name:
+    name = re.split("[:@]", spec)[0].strip()
+    if name == NoCompression.name or getattr(get_method(name), "routes", False):
         return ""
     found = re.findall(r"[:,]\s*(\w+)\s*=\s*([^,]+?)\s*(?=,|$)", spec)
     if any(k in ("ratio", "ratios") for k, _ in found):  # an in-decoder method that says what its stages leave
@@ -147,14 +149,15 @@ class Flops(PromptFlops):
 
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""
-        if isinstance(budget, Reducer) and all(getattr(budget, name) is None for name in BUDGETS):  # its stages say what is left
+        # its stages or its router say what is left
+        if isinstance(budget, Reducer) and (budget.routes or all(getattr(budget, name) is None for name in BUDGETS)):
             return self.of(Random(tokens=self.of(budget).visual_tokens_kept))
         return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens", "per")}))
 
     def match(self, cell: Cell) -> Cell:
         """The cell at the budget whose prefill FLOPs are nearest those of a pure token drop at the budget asked for."""
         target, method = self.pure_drop(cell.method).prefill, cell.method
-        if self.of(method).prefill == target:
+        if self.of(method).prefill == target or getattr(method, "routes", False):
             return cell
         wanted, fraction = method.budget.count(self.full, fixed=False), method.budget.fraction is not None
         best: tuple[int, int, Compressor] | None = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MllmEfficientError
+from .report import by_layer
 from .viz import Pixels, Result, Subject, View, fit, render, views
 
 if TYPE_CHECKING:
@@ -119,7 +120,11 @@ def _blocks(subject: Subject, long_edge: int | None, dim: str) -> list[_Block]:
             else:
                 panels += [_panel(frame, view, shown, result is None, dim) for view in found]
         across = per_line if video else len(panels) if height > width else 1
-        text = [(result.title, TITLE), (result.counts, NOTE)] if result else [("Original", TITLE), (subject.note, NOTE)]
+        text = (
+            [(result.title, TITLE), (result.counts, NOTE), (by_layer(result.per_layer), NOTE)]
+            if result
+            else [("Original", TITLE), (subject.note, NOTE)]
+        )
         rows = [panels[i : i + across] for i in range(0, len(panels), across)]
         blocks.append(_Block([t for t in text if t[0]], rows))
     return blocks

@@ -212,7 +212,9 @@ def check(adapter: Any, method: Compressor) -> None:
 def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
     if isinstance(method, Reducer) and method.routes:
-        return f"{method.name} pools the tokens of each image before layers {', '.join(map(str, method.stages(adapter.decoder_layers)))}"
+        return (
+            f"{method.name} pools the tokens of each image in front of layer {', '.join(map(str, method.stages(adapter.decoder_layers)))}"
+        )
     if shape is None and isinstance(method, Reducer):
         layers = ", ".join(map(str, method.stages(adapter.decoder_layers)))
         return f"{method.name} drops tokens of each image at layer {layers}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,12 @@ class ImageReport:
     separators_kept: int = 0
     per_layer: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ()
+
+
+def by_layer(per_layer: Sequence[float]) -> str:
+    """``144, from layer 1 36``: tokens at each decoder layer in words."""
+    changes = [f"{n:,.6g}" if i == 0 else f"from layer {i} {n:,.6g}" for i, n in enumerate(per_layer) if i == 0 or n != per_layer[i - 1]]
+    return ", ".join(changes)
 
 
 @dataclass(frozen=True)

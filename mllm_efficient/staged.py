@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,19 @@ def targets(labels: Tensor, mask: Tensor, staging: Staging) -> Tensor:
     return out
 
 
+def _pooled_planes(planes: Sequence[Plane], grids: Sequence[Grid], kernels: Sequence[Grid | None]) -> tuple[Plane, ...]:
+    """The planes with the grids that pooling left, over what is in them: what is left over at an edge was dropped."""
+    high, wide = (math.prod(kernel[side] for kernel in kernels if kernel) for side in (0, 1))
+    left, out = iter(grids), []
+    for plane in planes:
+        rows, columns = next(left) if len(plane) else (0, 0)
+        top, start, bottom, end = plane.box
+        if len(plane):
+            bottom, end = top + (bottom - top) * rows * high / plane.rows, start + (end - start) * columns * wide / plane.columns
+        out.append(replace(plane, rows=rows, columns=columns, row_tiles=(), column_tiles=(), box=(top, start, bottom, end), newline=False))
+    return tuple(out)
+
+
 def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
     """The report with the tokens that a forward left. Before one has run, as it was."""
     if not staging.outcome:
@@ -155,5 +169,7 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         selects = staged.origin is not None and not staging.method.merges
         indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
-        images.append(replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer, kernels=kernels))
+        planes = _pooled_planes(image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided]) if decided else None
+        done = replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer, kernels=kernels)
+        images.append(done if planes is None or image.kept_planes is not None else replace(done, kept_planes=planes))
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

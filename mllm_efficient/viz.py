@@ -55,7 +55,8 @@ class Result:
     """What one method kept of one picture or video; the fields of an ``ImageReport``.
 
     planes: of the full picture, boxes in fractions of it. indices: kept ones of the N tokens, None where tokens were
-    merged; then kept_planes: the merged planes, one for each of ``planes``.
+    merged; then kept_planes: the merged planes, one for each of ``planes``. per_layer: tokens at each decoder layer, of a
+    method inside it; what is drawn are those at the end.
     """
 
     title: str
@@ -64,6 +65,7 @@ class Result:
     planes: Sequence[Plane]
     indices: Sequence[int] | None = None
     kept_planes: Sequence[Plane] | None = None
+    per_layer: Sequence[int] = ()
 
     @property
     def counts(self) -> str:

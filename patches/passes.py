@@ -171,7 +171,9 @@ class Prefill(Pass):
     def _remember(self, cache: Any) -> None:
         if cache is not None:
             setattr(cache, SEGMENTS_ATTRIBUTE, self.state)
-        self.staging.outcome.update(indices=list(self.index), left=self.left, decided=self.decided, seconds=self.seconds)
+        self.staging.outcome.update(
+            indices=list(self.index), left=self.left, decided=self.decided, grids=list(self.grids), seconds=self.seconds
+        )
 
     def _prompts(self, states: Tensor) -> Tensor:
         """(S, n, ..): the prompt of each sample, of the first of its rows. Its other rows have the same one."""

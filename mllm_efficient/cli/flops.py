@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..report import by_layer
 from . import options
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ def flops(
         options.print_json(rows, meta)
         return
     _print(rows, measured)
+    for m, row in zip(methods, rows):
+        if row["visual_tokens_per_layer"]:
+            said = " (an estimate from the routing that training ended with)" if getattr(m, "has_router", False) else ""
+            print(f"{row['method']}: {by_layer(row['visual_tokens_per_layer'])} visual tokens{said}")
     print(f"TFLOPs (10^12) and MB (10^6 bytes, {shape.decoder.dtype}) for a batch of {batch_size}. {convention}: {MEANING[convention]}.")
 
 
@@ -120,6 +125,8 @@ def _row(costs: list[Cost], baseline: list[Cost]) -> dict[str, Any]:
     for phase in PHASES:
         row[f"{phase}_tflops"] = sum(getattr(c, phase) for c in costs) / len(costs) / TFLOP
     row["ratio"] = sum(c.ratio(b) for c, b in zip(costs, baseline)) / len(costs)
+    layers = list(zip(*(c.visual_per_layer for c in costs)))
+    row["visual_tokens_per_layer"] = [_mean(list(each)) for each in layers] or None
     row["kv_cache_mb"] = sum(c.kv_cache_bytes for c in costs) / len(costs) / MB
     return row
 

@@ -58,6 +58,7 @@ def show(
     clip = load_frames(video, frames) if video is not None else ([], [])
 
     from ..models import BUILTIN, ModelOptions, environment, load
+    from ..report import by_layer
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
@@ -82,7 +83,10 @@ def show(
         options.print_json(rows, meta)
         return
     for row in rows:
-        options.say(f"{row['image']}: {row['method']} keeps {row['kept']} of {row['full']} tokens ({row['share']:.1%})")
+        options.say(
+            f"{row['image']}: {row['method']} keeps {row['kept']} of {row['full']} tokens ({row['share']:.1%})"
+            + (f": {by_layer(row['tokens_per_layer'])}" if row["tokens_per_layer"] else "")
+        )
     print(output)
 
 
@@ -134,7 +138,8 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
             into += [replace(p, frame=i) if video and p.frame is None else p for p in placed]
         indices += [start + j for j in report.indices.tolist()] if report.indices is not None else []
     full, kept, merged = sum(r.full for r in reports), sum(r.kept for r in reports), any(r.indices is None for r in reports)
-    return Result(title(method), full, kept, planes, None if merged else indices, kept_planes if merged else None)
+    layers = [sum(each) for each in zip(*(r.per_layer for r in reports))] if all(r.per_layer for r in reports) else []
+    return Result(title(method), full, kept, planes, None if merged else indices, kept_planes if merged else None, layers)
 
 
 def _film(frames: list[Picture], numbers: list[int], results: list[Result]) -> Subject:
@@ -154,6 +159,7 @@ def _row(method: Compressor, path: Path, modality: str, result: Result, output: 
 
     return {
         "method": method.spec(), "image": str(path), "modality": modality, "full": result.full, "kept": result.kept,
-        "share": result.kept / result.full, "planes": plain(result.planes), "kept_planes": plain(result.kept_planes),
+        "share": result.kept / result.full, "tokens_per_layer": list(result.per_layer) or None,
+        "planes": plain(result.planes), "kept_planes": plain(result.kept_planes),
         "indices": None if result.indices is None else list(result.indices), "output": str(output),
     }  # fmt: skip

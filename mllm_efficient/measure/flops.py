@@ -40,7 +40,7 @@ class Cost:
     vision: tower and projector, and what the tower does for the method alone. compress: the method's own products.
     prefill: with the head for one position. decode: every forward after it, so ``new_tokens - 1``, because the prefill
     gives the first token. Under a paper's convention all but ``prefill`` are 0. kv_cache_bytes: after the last forward.
-    pictures: what was compressed, in words.
+    pictures: what was compressed, in words. visual_per_layer: of a method inside the decoder, visual tokens at each layer.
     """
 
     method: str
@@ -55,6 +55,7 @@ class Cost:
     decode: int
     kv_cache_bytes: int
     pictures: str = ""
+    visual_per_layer: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -124,11 +125,13 @@ def cost(
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
+    inside = isinstance(compressor, Reducer) and visual_per_layer is None
+    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if inside else tuple(visual_per_layer or ())
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
     b = batch_size
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures),
+        b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
     )  # fmt: skip
 
 
