@@ -38,7 +38,8 @@ from .test_decoder import (
     without,
 )
 
-METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer)]
+# dpn, which routes, has tests of its own
+METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer) and not me.get_method(name).routes]
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
 
 
@@ -609,3 +610,82 @@ def test_a_prefill_at_the_layer_average_costs_about_the_same_wherever_tokens_go(
     """Layers cost nearly in proportion to their tokens, which is why the layer average is the budget."""
     costs = [cost("llava-1.5-7b", method=f"{name}:tokens=192").prefill for name in ("divprune", *METHODS)]
     assert max(costs) / min(costs) < 1.01
+
+
+# ------------------------------------------------------------------------------------------------ recycling
+
+
+def slow_peaks(states, groups):
+    """Density peaks, token by token."""
+    n, width = states.shape
+    distance = [[float((a - b).pow(2).sum() / width) ** 0.5 for b in states] for a in states]
+    density = []
+    for i in range(n):
+        others = sorted(distance[i][j] ** 2 for j in range(n) if j != i)[:5]
+        density.append(math.exp(-sum(others) / len(others)))
+    rank = sorted(range(n), key=lambda i: (-density[i], i))
+    apart = [max(map(max, distance)) if r == 0 else 0.0 for r in range(n)]
+    for r, i in enumerate(rank):
+        apart[i] = min((distance[i][j] for j in rank[:r]), default=max(map(max, distance)))
+    peaks = sorted(range(n), key=lambda i: (-density[i] * apart[i], i))[:groups]
+    sums = [torch.zeros(width) for _ in peaks]
+    for i in range(n):
+        nearest = peaks.index(i) if i in peaks else min(range(groups), key=lambda g: (distance[i][peaks[g]], g))
+        sums[nearest] += states[i]
+    return peaks, torch.stack(sums)
+
+
+@pytest.mark.parametrize("n, groups", [(2, 1), (9, 3), (30, 4), (40, 40)])
+def test_density_peaks_equal_the_slow_ones(n, groups):
+    from mllm_efficient.compressors.sparsevlm import aggregate
+
+    states = torch.randn(n, 12, generator=torch.Generator().manual_seed(n))
+    peaks, sums = aggregate(states, groups)
+    expected, totals = slow_peaks(states, groups)
+    assert peaks.tolist() == expected
+    torch.testing.assert_close(sums, totals)
+
+
+@given(st.integers(2, 700), st.data(), st.floats(0.01, 1), st.floats(0.01, 1))
+@settings(max_examples=200, deadline=None)
+def test_recycling_stays_within_the_budget(n, data, recycle, clusters):
+    k = data.draw(st.integers(1, n - 1))
+    stay, recycled, groups = me.SparseVLM(ratio=0.5, recycle=recycle, clusters=clusters).split(n, k)
+    assert stay + groups == k and stay >= 1 and groups <= recycled <= n - stay
+
+
+@both_positions
+def test_recycled_tokens_go_on_in_the_decoder(make_batch, positions):
+    """A padded batch is its rows one by one, the count is that of the budget, and dropping them answers otherwise."""
+    batch, model = make_batch(*ROWS), tiny("llama")
+    spec = f"sparsevlm:ratio=0.5,recycle=0.5,clusters=0.3,positions={positions}"
+    with me.compressed(model, spec):
+        out = new_tokens(model.generate(**batch, max_new_tokens=NEW), batch)
+        layers = me.last_report(model).images[0].per_layer
+        for row, name in enumerate(ROWS):
+            one = make_batch(name) if name != "long text" else None
+            if one is not None and name != "text only":
+                assert new_tokens(model.generate(**one, max_new_tokens=NEW), one)[0] == out[row]
+    with me.compressed(model, f"sparsevlm:ratio=0.5,positions={positions}"):
+        dropped = new_tokens(model.generate(**batch, max_new_tokens=NEW), batch)
+        assert me.last_report(model).images[0].per_layer == layers
+    assert dropped != out
+
+
+@pytest.mark.parametrize("settings, message", [
+    ("recycle=2", r"is not a share in \[0, 1\]"), ("recycle=0.3,clusters=0", r"is not a share in \(0, 1\]"),
+    ("clusters=0.3", "no effect without recycle="),
+])  # fmt: skip
+def test_bad_recycling_is_one_line(settings, message):
+    with pytest.raises(me.BadBudgetError, match=message):
+        me.build(f"sparsevlm:ratio=0.5,{settings}")
+
+
+def test_recycling_merges_so_m_rope_refuses_it_and_the_cost_is_counted():
+    with pytest.raises(me.UnsupportedModelError, match="sparsevlm merges tokens"):
+        me.wrap(families.tiny("qwen2_5_vl"), "sparsevlm:ratio=0.5,recycle=0.3")
+    model, spec = tiny("llama"), "sparsevlm:ratio=0.5,recycle=0.5,clusters=0.3"
+    shape = shape_of(model.config, "tiny")
+    found = counter.count(model, shape, me.build(spec), text_tokens=11, visual_tokens=36)
+    closed = cost(shape, text_tokens=11, visual_tokens=36, method=spec)
+    assert (found.compress, found.prefill) == (closed.compress, closed.prefill)
