@@ -21,6 +21,7 @@ from mllm_efficient.tokens import LayerTokens
 
 from . import families
 from .test_decoder import DECODERS, NEW, ROWS, new_tokens, rows_of, run, slow_beams, slow_greedy, start, tiny, windows, without
+from .test_reducers import plane_windows
 
 every_decoder = pytest.mark.parametrize("kind", list(DECODERS))
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
@@ -266,6 +267,36 @@ def test_pooling_equals_windows_on_every_plane(pool, kernel):
     assert torch.allclose(left.features, torch.stack(features)) and left.indices.tolist() == indices
     assert (left.places if left.places is not None else places).tolist() == at
     assert left.grids == tuple((r // kernel[0], c // kernel[1]) for r, c in grids)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_next_video", "internvl"])
+def test_every_view_of_a_picture_is_pooled_by_itself(registered, name):
+    """Against the toy of test_reducers, which reads the places of the tokens and equals a slow reference there."""
+
+    @registered("by_places")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ByPlaces(me.Reducer):
+        merges = True
+
+        def layers(self, depth):
+            return (1,)
+
+        def reduce(self, v, k):
+            found = plane_windows(v.places, (1, 2))
+            features = torch.stack([v.hidden[members].mean(0) for members in found])
+            places = v.places[[m[0] for m in found]] // torch.tensor([1, 1, 1, 2])
+            return me.ReducedTokens(torch.tensor([members[0] for members in found]), features, places)
+
+    model, batch = families.tiny(name), families.make(name, *families.FAMILIES[name].mixed)
+    forced = "dpn:weights=random,at=1,routing=fixed,kernel=1x2,min_tokens=1,pool=avg,scaling=false"
+    outs, reports = [], []
+    for spec in ("by_places:ratio=1", forced):
+        with me.compressed(model, spec):
+            outs.append(model.generate(**batch, max_new_tokens=4))
+            reports.append(me.last_report(model))
+    assert torch.equal(*outs) and reports[0].tokens_per_layer == reports[1].tokens_per_layer
+    for image in reports[1].images:
+        assert sum(len(p) for p in image.kept_planes) == image.per_layer[-1] < image.full
 
 
 # ------------------------------------------------------------------------------------------------ the router's token
