@@ -273,6 +273,25 @@ def test_a_router_alone_leaves_the_language_model_as_it_was(tmp_path):
         assert all(torch.equal(now[k], v) for k, v in base.items()) and any("visual_router" in k for k in now)
 
 
+def test_a_routers_token_stands_behind_every_question_of_the_training(tmp_path):
+    loaded = load(ModelOptions())
+    records = list(builtin_records("train", 3, 3))
+    plain, _ = separated(Collator(loaded.processor, None, True)(records), 1)
+    token = next(i for i in range(10, 74) if i not in plain["input_ids"])
+    rows, _ = separated(Collator(loaded.processor, None, True, token)(records), 1)
+    for row, before in zip(rows["input_ids"], plain["input_ids"]):
+        ids, old = row[row != 0].tolist(), before[before != 0].tolist()
+        at = next(i for i, (a, b) in enumerate(zip(ids, old)) if a != b)
+        assert ids == [*old[:at], token, *old[at:]]
+    final = run(recipe(tmp_path, f"settings.router_token={token}"))
+    assert me.load(final).read_token == token
+    model = load(ModelOptions()).model
+    with me.compressed(model, me.load(final)), pytest.raises(me.CountMismatchError, match="append it to the question"):
+        model(input_ids=plain["input_ids"][:1], pixel_values=Collator(loaded.processor)(records[:1])["pixel_values"])
+    with pytest.raises(me.MllmEfficientError, match="no token that can be written behind a question"):
+        Collator(loaded.processor, ending=9999)
+
+
 def test_everything_that_moved_is_published(tmp_path):
     """The published recipe moves tower and projector too."""
     stage = "stages=[{name: all, train: [router, projector, vision_tower, language_model], steps: 2, batch_size: 2, learning_rate: 1e-2}]"

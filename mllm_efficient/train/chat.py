@@ -41,9 +41,9 @@ class Row:
 
 
 class Chat:
-    """A processor's template and tokenizer."""
+    """A processor's template and tokenizer. ending: a token that is put behind every question, which a router reads."""
 
-    def __init__(self, processor: Any):
+    def __init__(self, processor: Any, ending: int | None = None):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.name = type(processor).__name__
         if not getattr(self.tokenizer, "is_fast", False):
@@ -53,11 +53,19 @@ class Chat:
                 raise MllmEfficientError(f"training needs a {kind} token: set tokenizer.{kind}_token of the {self.name}")
         self.image, self.video = processor.image_token, getattr(processor, "video_token", None)
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
+        self.ending = "" if ending is None else self._word(ending)
         self.special = sorted((str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+
+    def _word(self, token: int) -> str:
+        """A token as text behind a question."""
+        word: str = self.tokenizer.decode([token]).strip()
+        if not 0 <= token < len(self.tokenizer) or self.tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][-1] != token:
+            raise MllmEfficientError(f"router_token={token} is no token that can be written behind a question: add a special one")
+        return f" {word}"
 
     def render(self, record: Record) -> Rendered:
         """Raises ``MllmEfficientError`` naming the record where its answers cannot be found in the template's text."""
-        messages = [message for question, answer in record.turns for message in (_asked(question), _said(answer))]
+        messages = [message for question, answer in record.turns for message in (_asked(question.rstrip() + self.ending), _said(answer))]
         text = self._template(messages, False, record)
         if text.count(self.image) != len(record.images):
             raise MllmEfficientError(

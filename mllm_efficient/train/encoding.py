@@ -44,10 +44,12 @@ class Collator:
     independent_turns: every turn is encoded as the single-turn conversation about the record's images that it would be
     alone, without the beginning that it shares with the others. ``turns`` (batch, L) tells which is which: 0 for the
     shared beginning, then the number of the turn, -1 on padding. All images must stand at the beginning.
+
+    ending: a token that is put behind every question.
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, independent_turns: bool = False):
-        self.chat, self.max_length, self.independent_turns = Chat(processor), max_length, independent_turns
+    def __init__(self, processor: Any, max_length: int | None = None, independent_turns: bool = False, ending: int | None = None):
+        self.chat, self.max_length, self.independent_turns = Chat(processor, ending), max_length, independent_turns
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Tensor]:
         rows, vision = _encode(records, self.chat, self.max_length, self.independent_turns)

@@ -240,7 +240,7 @@ def run(recipe: Recipe) -> Path:
 @torch.no_grad()
 def _settle(recipe: Recipe, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> None:
     """Finds what the router does after training, with the likeliest kernels, on up to ``SETTLED`` records; it goes into log and folder."""
-    collate, total = Collator(loaded.processor, recipe.max_length, recipe.independent_turns), torch.zeros(model.routing_size)
+    collate, total = _collator(recipe, loaded, model, recipe.independent_turns), torch.zeros(model.routing_size)
     model.eval()
     for low in range(0, min(len(records), SETTLED), 8):
         batch = collate([records[i] for i in range(low, min(len(records), SETTLED, low + 8))])
@@ -300,7 +300,7 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     bar = Bar(stage.name)
     trainer = CountTrainer(
         model=model, args=arguments(recipe, stage, folder), train_dataset=records,
-        data_collator=Collator(loaded.processor, recipe.max_length, recipe.independent_turns and stage.objective == "answers"),
+        data_collator=_collator(recipe, loaded, model, recipe.independent_turns and stage.objective == "answers"),
         counts=recipe.counts, stage=stage, seed=recipe.seed,
         callbacks=[LogFile(folder / LOG, stage.name), bar],
     )  # fmt: skip
@@ -324,6 +324,10 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
         partial.replace(folder / stage.name / WEIGHTS)
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _collator(recipe: Recipe, loaded: Loaded, model: TrainingModel, independent_turns: bool) -> Collator:
+    return Collator(loaded.processor, recipe.max_length, independent_turns, getattr(model.method, "read_token", None))
 
 
 def _newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any]]:
