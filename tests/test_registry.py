@@ -17,7 +17,7 @@ import mllm_efficient as me
 from mllm_efficient import registry
 
 ROOT = Path(me.__file__).parent.parent
-BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart"]
+BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 

@@ -126,7 +126,7 @@ def cost(
     else:
         prefill = prefill_macs(decoder, lengths, convention)
     inside = isinstance(compressor, Reducer) and visual_per_layer is None
-    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if inside else tuple(visual_per_layer or ())
+    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if inside else ()
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
     b = batch_size
     return Cost(
