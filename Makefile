@@ -3,7 +3,7 @@
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
 # make test-oldest   the same on the oldest supported transformers (.venv-oldest)
-# make bench   latency, the wrapper's overhead and selection on this CPU, into benchmarks/results/ (THREADS=2)
+# make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make lint    ruff, and mypy on the tree that a wheel would install
 # make clean   removes both environments and everything built; runs/ stays
@@ -51,6 +51,9 @@ bench: .venv/.installed
 	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --overhead --repeats 15 \
 	  --output benchmarks/results/cpu-overhead.json
 	$(BENCH) --selection --device cpu --threads $(THREADS) --repeats 15 --output benchmarks/results/cpu-selection.json
+	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --method fastv:ratio=0.5 --method fastv:ratio=0.1 \
+	  --method pyramiddrop:ratio=0.5 --method sparsevlm:keep=0.5 --method dart:ratio=0.1 --text-tokens 64 --output-tokens 8 --repeats 11 \
+	  --output benchmarks/results/cpu-decoder.json
 
 # random and resize stand beside every budget without being named. One model that fails does not keep the others from running.
 bench-gpu: .venv/.installed
