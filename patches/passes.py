@@ -213,7 +213,8 @@ class Prefill(Pass):
             states = self._states(prompts, [image.row for image in images], read)
             asked = torch.stack([state.mean(0) for state in states])
             weight = next(router.parameters())
-            logits = router(number, asked.to(weight.device, weight.dtype)).to(asked.device)
+            inside = asked.to(weight.dtype) if weight.is_meta else asked.to(weight.device, weight.dtype)  # offloaded: its hook moves it
+            logits = router(number, inside).to(asked.device)
         drawn = self.staging.estimator if router is not None and router.training else None
         self.decided.append(method.decide(number, logits, [g or () for g in self.grids], [image.key for image in images], drawn))
 

@@ -484,3 +484,66 @@ def test_the_adapter_names_what_it_holds():
         with pytest.raises(me.MllmEfficientError, match="wrapped already"):
             me.wrap(model, "dpn:weights=random")
     assert trained.held(adapter) is None
+
+
+# ------------------------------------------------------------------------------------------------ hosts
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["offloaded first", "wrapped first"])
+def test_weights_offloaded_to_the_cpu(make_batch, before):
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    batch, spec = make_batch(*ROWS), "dpn:weights=random,min_tokens=4"
+    expected = me.wrap(tiny(), spec).generate(**batch, max_new_tokens=NEW)
+    model = tiny()
+    steps = [lambda: cpu_offload(model, torch.device("cpu")), lambda: me.wrap(model, spec)]
+    for step in steps if before else reversed(steps):
+        step()
+    assert torch.equal(model.generate(**batch, max_new_tokens=NEW), expected)
+    me.unwrap(model)
+    remove_hook_from_submodules(model)
+
+
+def test_under_peft(make_batch):
+    peft = pytest.importorskip("peft")
+    batch, spec, model = make_batch(*ROWS), "dpn:weights=random,min_tokens=4", tiny()
+    expected = me.wrap(model, spec).generate(**batch, max_new_tokens=NEW)
+    me.unwrap(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj"], r=2))
+    me.wrap(adapted, spec)
+    assert torch.equal(adapted.generate(**batch, max_new_tokens=NEW), expected)
+    adapted(**batch, labels=batch["input_ids"]).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_B" in n)
+
+
+def test_half_precision_and_an_eager_decoder(make_batch):
+    batch, spec = make_batch(*ROWS), "dpn:weights=random,min_tokens=4"
+    half = me.wrap(tiny().to(torch.bfloat16), spec)
+    out = half.generate(**{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}, max_new_tokens=2)
+    assert out.shape[1] == batch["input_ids"].shape[1] + 2
+    eager = tiny()
+    eager.set_attn_implementation("eager")
+    assert torch.equal(
+        me.wrap(eager, spec).generate(**batch, max_new_tokens=NEW), me.wrap(tiny(), spec).generate(**batch, max_new_tokens=NEW)
+    )
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_batch):
+    from mllm_efficient.patches import transformers_version
+
+    if transformers_version() < (5, 23):
+        pytest.skip("in-decoder methods with gradient checkpointing need transformers 5.23")
+    batch, grads = make_batch(*ROWS), []
+    for checkpointing in (False, True):
+        model = me.wrap(tiny(), "dpn:weights=random,min_tokens=4,temperature=1")
+        stir(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        router_of(model).eval()  # the likeliest kernels, the same both times
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        grads.append([p.grad.clone() for p in router_of(model).parameters() if p.grad is not None])
+    assert any(g.any() for g in grads[0])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
