@@ -58,7 +58,7 @@ def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Und
     owner, name = adapter.slot(part)
     parts = parts or parts_of(adapter, part)
     try:
-        undo.put(owner._modules, name, parts.module)
+        undo.put(owner._modules, name, parts.module.train(owner.training))
         for full_name, value in parts.delta.items():
             path, _, leaf = full_name.rpartition(".")
             store = adapter.model.get_submodule(path)._parameters

@@ -169,7 +169,11 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         selects = staged.origin is not None and not staging.method.merges
         indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
-        planes = _pooled_planes(image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided]) if decided else None
+        planes = (
+            _pooled_planes(image.kept_planes or image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided])
+            if decided
+            else None
+        )
         done = replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer, kernels=kernels)
-        images.append(done if planes is None or image.kept_planes is not None else replace(done, kept_planes=planes))
+        images.append(done if planes is None else replace(done, kept_planes=planes))
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,10 @@ def weights_of(method: Compressor) -> str | None:
 
 
 def mark(method: Compressor) -> str:
-    """The method without its budget."""
+    """The method without its budget. A router's random weights depend on its settings."""
+    if isinstance(method, Reducer) and weights_of(method) == RANDOM:
+        settled: dict[str, Any] = method.settled  # type: ignore[attr-defined]
+        return f"{method.name}:weights={RANDOM},at={settled['at']},kernels={settled['kernels']}"
     return f"{method.name}:weights={weights_of(method)}" if weights_of(method) else method.name
 
 
@@ -196,7 +199,8 @@ def held(adapter: Any) -> str | None:
 def require_held(adapter: Any, method: Compressor) -> None:
     """Raises where a model holds the weights of another trained method than this one is of."""
     part, there = method.installs, held(adapter)
-    if part is not None and there is not None and weights_of(part) is not None and there != mark(part):
+    named = part is not None and (weights_of(part) is not None or part.family == "L")  # a projector without weights is the one held
+    if part is not None and there is not None and named and there != mark(part):
         raise MllmEfficientError(f"the model holds {there}, so {method.spec()} cannot run on it: unwrap it first")
 
 
@@ -273,8 +277,3 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         odd = f"{sorted(left)[0]} belongs to no weight of this model" if left else "there is nothing in it"
         raise MllmEfficientError(f"{folder / LORA_DELTA}: {odd}")
     return out
-
-
-def or_random(method: Compressor) -> Compressor:
-    """The method with random weights where it has none: for shapes without weights, whose cost does not depend on them."""
-    return replace(method, weights=RANDOM) if method.trained and weights_of(method) is None else method  # type: ignore[call-arg]

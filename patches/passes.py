@@ -216,7 +216,8 @@ class Prefill(Pass):
             inside = asked.to(weight.dtype) if weight.is_meta else asked.to(weight.device, weight.dtype)  # offloaded: its hook moves it
             logits = router(number, inside).to(asked.device)
         drawn = self.staging.estimator if router is not None and router.training else None
-        self.decided.append(method.decide(number, logits, [g or () for g in self.grids], [image.key for image in images], drawn))
+        grids, keys = [g or () for g in self.grids], [image.key for image in images]
+        self.decided.append(method.decide(number, logits, grids, keys, drawn, self.staging.generator))
 
     def _states(self, prompts: Tensor, rows: Sequence[int], columns: Sequence[Tensor]) -> Sequence[Tensor]:
         """States (n, d) at some columns of some rows, all gathered at once: each by itself would cost a gradient of the whole batch."""

@@ -44,7 +44,7 @@ class Staging:
     there; read: of each row the columns that a router reads. All on the CPU. outcome: filled in by the forward that
     shortens: ``indices`` (k,) of each image at the end, ``left`` after each stage of each image, ``decided`` at each stage,
     ``seconds``.
-    estimator: how a method that routes draws in training, and what gives its router a gradient.
+    estimator: how a method that routes draws in training, and what gives its router a gradient; generator: what it draws from.
     meter: what is entered while the method and the host on its behalf compute.
     """
 
@@ -57,6 +57,7 @@ class Staging:
     read: tuple[Tensor, ...]
     images: tuple[StagedImage, ...]
     estimator: str = "scaling"
+    generator: Any = None
     meter: Callable[[], AbstractContextManager[Any]] = nullcontext
     outcome: dict[str, Any] = field(default_factory=dict)
 

@@ -336,7 +336,11 @@ def test_a_routers_token_is_read_in_place_of_the_last_one(make_batch, processor,
     ("routing=none", "is not one of learned, random, fixed"),
     ("routing=fixed", "kernel= and routing=fixed go together"),
     ("kernel=2x2", "kernel= and routing=fixed go together"),
-    ("temperature=0", "must be positive"),
+    ("temperature=0", "is no positive number"),
+    ("temperature=hot", "is no positive number"),
+    ("router_token=abc", "is no token id"),
+    ("router_token=-3", "is no token id"),
+    ("seed=4", "seed= has no effect with routing=learned"),
     ("scaling=2", "is not true or false"),
     ("routing=random,temperature=1", "temperature= has no effect with routing=random"),
     ("routing=fixed,kernel=2,router_token=3", "router_token= has no effect with routing=fixed"),
@@ -418,7 +422,7 @@ def test_a_router_of_another_width_or_number_is_refused(tmp_path):
         with pytest.raises(me.MllmEfficientError, match=message):
             me.wrap(model, f"dpn:weights={tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(me.BadBudgetError, match="for a router of 3 kernels"):
+    with pytest.raises(me.BadBudgetError, match="for a router that was trained with 1x1/1x2/2x2: leave it out"):
         me.wrap(model, f"dpn:weights={tmp_path},kernels=1/2")
     state = load_file(tmp_path / "compressor.safetensors")
     del state["stages.0.1.weight"]
@@ -470,17 +474,38 @@ def test_the_bounds_of_the_published_placement_on_a_7b_model(path, percent):
     assert 100 * cost(shape, method=spec, **call).prefill / cost(shape, method="none", **call).prefill == pytest.approx(percent, abs=0.05)
 
 
+def test_what_ships_is_of_the_embedded_model_alone():
+    """Another model's cost is that of the published placement, whatever the embedded model's router was trained under."""
+    found = cost("llava-1.5-7b", method="dpn")
+    assert found.visual_per_layer == DPN(weights="random").per_layer(576, 32, grids=[(24, 24)])
+    assert found.visual_per_layer[7] == 576 > found.visual_per_layer[8] > found.visual_per_layer[16] > found.visual_per_layer[24]
+
+
+@pytest.mark.parametrize("n, grids, expected", [
+    (576, None, (288, 144, 72)), (1000, None, (500, 250, 125)), (40, [(5, 8)], (20, 20, 20)), (40, [(5, 8), (5, 4)], (30, 30, 30)),
+])  # fmt: skip
+def test_counts_of_a_fixed_kernel(n, grids, expected):
+    n = n if grids is None else sum(r * c for r, c in grids)
+    assert method(routing="fixed", kernel="1x2").counts(n, 32, grids=grids) == expected
+
+
+def test_too_small_images_are_estimated_as_they_are():
+    assert method(kernels="1x1/4x4").counts(16, 32) == (16, 16, 16)
+
+
 def test_default_layers_are_the_published_ones():
     assert DPN(weights="random").layers(32) == (8, 16, 24) and DPN(weights="random").layers(4) == (1, 2, 3)
     assert DPN(weights="random").layers(3) == (1, 2)
 
 
-def test_the_adapter_names_what_it_holds():
+def test_the_adapter_names_what_it_holds(make_batch):
     model = tiny()
     adapter = adapter_for(model)
     assert trained.held(adapter) is None
     with me.compressed(model, "dpn:weights=random"):
-        assert trained.held(adapter) == "dpn:weights=random"
+        assert trained.held(adapter) == "dpn:weights=random,at=None,kernels=1x1/1x2/2x2"
+        with pytest.raises(me.MllmEfficientError, match="the model holds dpn:weights=random,at=None"):
+            model.generate(**make_batch("one image"), max_new_tokens=1, compression="dpn:weights=random,at=2")
         with pytest.raises(me.MllmEfficientError, match="wrapped already"):
             me.wrap(model, "dpn:weights=random")
     assert trained.held(adapter) is None

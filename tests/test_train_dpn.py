@@ -15,7 +15,7 @@ from mllm_efficient.cli import main
 from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches.staging import StagedImage
 from mllm_efficient.tokens import Decision
-from mllm_efficient.train.config import RoutingConfig, read
+from mllm_efficient.train.config import read
 from mllm_efficient.train.data import Record, builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import separated
@@ -51,13 +51,17 @@ def a_batch(count=3, questions=3, independent=True):
     ("routing.weight=-1", "weight and target are at least 0"),
     ("routing.samples=1", "estimator=reinforce and samples of at least 2 go together"),
     ("routing={estimator: gumbel};settings={}", "stands in for the factor"),
+    ("routing={}", "estimator=scaling needs the factor"),
     ("routing.smaples=2", "no setting routing.smaples"),
     ("stages.0.routing=fixed", "routing=fixed is not learned or random"),
     ("stages.0.train=[router]", "a router does not learn while routing is random"),
     ("stages.1.train=[language_model];stages.1.learning_rates={}", "no stage trains the router"),
     ("stages.1.objective=distil", "objective=distil is for projectors"),
-    ("settings={kernel: 2}", "kernel= and routing=fixed go together"),
-    ("settings={poll: max}", "dpn has no parameter 'poll' - did you mean 'pool'?"),
+    ("settings={kernel: 2}", "settings.kernel: a router is trained under at, kernels, pool"),
+    ("settings.routing=random", "settings.routing: a router is trained under"),
+    ("settings.positions=keep", "settings.positions: a router is trained under"),
+    ("stages.1.train=[router, lora, projector]", "a LoRA is published alone"),
+    ("settings={poll: max}", "settings.poll: a router is trained under at, kernels, pool"),
     ("settings={at: 7}", "tokens cannot go at layer 7"),
     ("start=/nowhere;settings={}", "no config.json there"),
 ])  # fmt: skip
@@ -176,33 +180,32 @@ def test_what_is_logged_of_a_routing():
     }
 
 
-@pytest.mark.parametrize("how, settings", [
-    (RoutingConfig(), "{}"),
-    (RoutingConfig(loss="released"), "{}"),
-    (RoutingConfig(estimator="straight_through"), "{scaling: false}"),
-    (RoutingConfig(estimator="gumbel"), "{scaling: false}"),
-    (RoutingConfig(estimator="reinforce", samples=2), "{scaling: false}"),
-], ids=["scaling", "released", "straight_through", "gumbel", "reinforce"])  # fmt: skip
-def test_every_estimator_moves_the_router_by_the_answers_alone(tmp_path, how, settings):
+@pytest.mark.parametrize("routing, settings", [
+    ("{weight: 0}", "{}"),
+    ("{weight: 0, estimator: straight_through}", "{scaling: false}"),
+    ("{weight: 0, estimator: gumbel}", "{scaling: false}"),
+    ("{weight: 0, estimator: reinforce, samples: 2}", "{scaling: false}"),
+], ids=["scaling", "straight_through", "gumbel", "reinforce"])  # fmt: skip
+def test_every_estimator_moves_the_router_by_the_answers_alone(tmp_path, routing, settings):
     """With a routing loss of weight 0 only the answers can say anything."""
     loaded, _, batch = a_batch()
     torch.manual_seed(0)
-    model = build_model(recipe(tmp_path, "routing={}", f"settings={settings}"), loaded)
-    model.routing = replace(how, weight=0.0)
+    model = build_model(recipe(tmp_path, f"routing={routing}", f"settings={settings}"), loaded)
     model.train()
     model.freeze_but(("router", "language_model"))
-    model("answers", None, batch)["loss"].backward()
+    model("answers", None, batch, seed=(0, 1))["loss"].backward()
     for part in ("router", "language_model"):
         assert any(p.grad is not None and p.grad.any() for _, p in model.parts()[part]), part
 
 
-def test_without_scaling_or_an_estimator_the_answers_say_nothing(tmp_path):
+def test_kernels_are_drawn_anew_for_every_step_and_process_and_again_for_the_same(tmp_path):
     loaded, _, batch = a_batch()
-    model = build_model(recipe(tmp_path, "routing={weight: 0}", "settings={scaling: false}"), loaded)
-    model.train()
-    model.freeze_but(("router",))
-    model("answers", None, batch)["loss"].backward()
-    assert all(not p.grad.any() for p in model.trained_module.parameters())
+    model = build_model(recipe(tmp_path), loaded).train()
+    sums = [
+        model("answers", None, batch, "random", seed)["routed"].tolist()
+        for seed in ((0, 1, 0, 0), (0, 1, 0, 1), (0, 2, 0, 0), (0, 1, 0, 0))
+    ]
+    assert sums[0] == sums[3] and sums[0] != sums[1] and sums[0] != sums[2]
 
 
 def test_a_batch_without_images_has_a_gradient_for_the_router(tmp_path):
@@ -290,6 +293,22 @@ def test_a_routers_token_stands_behind_every_question_of_the_training(tmp_path):
         model(input_ids=plain["input_ids"][:1], pixel_values=Collator(loaded.processor)(records[:1])["pixel_values"])
     with pytest.raises(me.MllmEfficientError, match="no token that can be written behind a question"):
         Collator(loaded.processor, ending=9999)
+
+
+def test_a_projector_that_moved_with_the_router_is_published(tmp_path):
+    stage = "stages=[{name: some, train: [router, projector], steps: 2, batch_size: 2, learning_rate: 1e-2}]"
+    first = run(recipe(tmp_path, stage))
+    model = load(ModelOptions()).model
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    with me.compressed(model, me.load(first)):
+        moved = {k for k, v in model.state_dict().items() if k in base and not torch.equal(v, base[k])}
+        projector = {k: v.clone() for k, v in model.state_dict().items() if "projector" in k}
+    assert moved and all("projector" in k for k in moved)
+    # a training that starts from it and leaves the projector alone carries it on
+    start = ["settings={}", f"start={first}", "stages=[{name: more, train: [router], steps: 1, batch_size: 2}]"]
+    second = run(recipe(tmp_path / "second", *start))
+    with me.compressed(model, me.load(second)):
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in projector.items())
 
 
 def test_everything_that_moved_is_published(tmp_path):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadBudgetError, CountMismatchError
+from ..folders import RANDOM
 from ..lazy import torch
 from ..tokens import CompressedTokens, VisualTokens
 
@@ -257,6 +258,12 @@ class Projector(Compressor):
     def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
         """FLOPs of making n tokens, matrix products alone."""
         raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
+
+
+def or_random(method: Compressor) -> Compressor:
+    """The method with random weights where it has none: for shapes without weights, whose cost does not depend on them."""
+    fresh = method.trained and getattr(method, "weights", None) is None
+    return dataclasses.replace(method, weights=RANDOM) if fresh else method  # type: ignore[call-arg]
 
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:

@@ -35,8 +35,8 @@ class DPN(Reducer):
     At the input of the layers ``at`` (``8/16/24``; default floor(L/4), floor(L/2), floor(3L/4) of L) a router reads the
     instruction's last token and chooses one of ``kernels`` (rows x columns, stride the same, what is left over at an edge
     dropped). Its softmax is divided by ``temperature``. ``scaling``: what is pooled is multiplied by the probability of
-    the kernel chosen. Kernels that would leave an image fewer than ``min_tokens`` are not to be chosen; if none is left, the
-    image stays as it is. In training the kernel is drawn, else it is the likeliest.
+    the kernel chosen (1 for a fixed one). Kernels that would leave an image fewer than ``min_tokens`` are not to be
+    chosen; if none is left, the image stays as it is. In training the kernel is drawn, else it is the likeliest.
 
     pool: max or avg. router_token: a token id, the mean of whose states up to the instruction's end is read instead.
     routing: "learned"; "random" draws kernels evenly; "fixed" takes ``kernel``, one for all layers or ``1x1/2x2/2x2``.
@@ -82,11 +82,18 @@ class DPN(Reducer):
             raise BadBudgetError(f"dpn: routing={self.routing!r} is not one of {', '.join(ROUTINGS)}")
         if (self.kernel is not None) != (self.routing == "fixed"):
             raise BadBudgetError("dpn: kernel= and routing=fixed go together, as in routing=fixed,kernel=2x2")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise BadBudgetError(f"dpn: temperature={self.temperature!r} must be positive")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if self.temperature is not None and not (number and 0 < self.temperature < math.inf):
+            raise BadBudgetError(f"dpn: temperature={self.temperature!r} is no positive number")
         if self.scaling is not None and not isinstance(self.scaling, bool):
             raise BadBudgetError(f"dpn: scaling={self.scaling!r} is not true or false")
+        if self.weights is not None and not isinstance(self.weights, str):
+            raise BadBudgetError(f"dpn: weights={self.weights!r} is no folder or hub id")
+        token = self.router_token
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
+            raise BadBudgetError(f"dpn: router_token={token!r} is no token id")
         idle = [n for n in ("router_token", "temperature") if getattr(self, n) is not None and self.routing != "learned"]
+        idle += ["seed"] if self.seed != 0 and self.routing != "random" else []
         if idle:
             raise BadBudgetError(f"dpn: {idle[0]}= has no effect with routing={self.routing}")
 
@@ -100,15 +107,17 @@ class DPN(Reducer):
 
     @cached_property
     def settled(self) -> dict[str, Any]:
-        """Every setting of ``DEFAULTS`` as it will be: the one given, else the one of training, else the default."""
+        """Every setting of ``DEFAULTS`` as it will be: the one given, else the one of training, else the default.
+
+        And ``kept``: the shares of an image's tokens that training ended with, where every setting is that of training.
+        """
         folder = None if self.weights == RANDOM else shipped(self.name) if self.weights is None else open_folder(self.weights)
         stored = {} if folder is None else folder.config
         out = {n: stored.get(n, default) if getattr(self, n) is None else getattr(self, n) for n, default in DEFAULTS.items()}
-        if self.routing == "learned" and stored.get("sizes", {}).get("experts") not in (None, len(out["kernels"].split("/"))):
-            raise BadBudgetError(
-                f"dpn: kernels={out['kernels']} for a router of {stored['sizes']['experts']} kernels ({stored['kernels']})"
-            )
-        return out | {"kept": stored.get("kept")}
+        if self.has_router and stored and out["kernels"] != stored.get("kernels"):
+            raise BadBudgetError(f"dpn: kernels={out['kernels']} for a router that was trained with {stored.get('kernels')}: leave it out")
+        same = all(out[n] == stored.get(n) for n in DEFAULTS)
+        return out | {"kept": stored.get("kept") if self.has_router and same else None}
 
     @property
     def has_router(self) -> bool:
@@ -143,17 +152,18 @@ class DPN(Reducer):
         Without a record of that, kernels are taken to be equally likely.
         """
         side = math.isqrt(n)
-        now = list(grids) if grids else [(side, n // side)]
-        known, out, left = self.settled["kept"] if self.has_router else None, [], float(n)
+        now = list(grids) if grids else [(side, side)] if side * side == n else None
+        known, out, left = self.settled["kept"], [], float(n)
         for stage in range(len(self.stages(depth))):
             experts = self.experts(stage)
-            if len(experts) == 1:
+            if known is not None:
+                left = n * known[stage]
+            elif len(experts) == 1 and now is not None:
                 now = _pooled(now, experts[0]) if self.allows(experts[0], now) else now
                 left = sum(r * c for r, c in now)
-            elif known is not None:
-                left = n * known[stage]
             else:
-                left *= sum(1 / (r * c) for r, c in experts) / len(experts)
+                after = [left / (r * c) for r, c in experts if r * c == 1 or left / (r * c) >= self.settled["min_tokens"]]
+                left = sum(after) / len(after) if after else left
             out.append(max(1, round(left)))
         return tuple(out)
 
@@ -165,35 +175,35 @@ class DPN(Reducer):
         return fits and sum(r * c for r, c in _pooled(grids, kernel)) >= self.settled["min_tokens"]
 
     def decide(
-        self, stage: int, logits: Tensor | None, grids: Sequence[Sequence[Grid]], keys: Sequence[int | str], drawn: str | None = None
+        self,
+        stage: int,
+        logits: Tensor | None,
+        grids: Sequence[Sequence[Grid]],
+        keys: Sequence[int | str],
+        drawn: str | None = None,
+        generator: torch.Generator | None = None,
     ) -> Decision:
-        """The kernel of every image: the likeliest, or one that is drawn.
+        """The kernel of every image: the likeliest, or one that is drawn, by the largest sum of log probability and Gumbel noise.
 
-        drawn: "scaling" and "reinforce" draw from the probabilities; so does "straight_through", whose factor is 1 with
-        the gradient of the probability; "gumbel" has that of the softmax with Gumbel noise.
+        drawn: "scaling" and "reinforce" just draw; "straight_through" has a factor that is 1 with the gradient of the
+        probability; "gumbel" one with that of the softmax with the noise. generator: a CPU one, for the noise.
         """
         kernels = self.experts(stage)
-        allowed = torch.tensor([[self.allows(kernel, g) for kernel in kernels] for g in grids]).view(len(grids), len(kernels))
-        stays = ~allowed.any(1)
-        allowed |= stays[:, None]
-        if logits is None:
-            logits = torch.zeros(allowed.shape)
-            noise = [torch.rand(len(kernels), generator=None if drawn else generator_for(self, f"{key}/{stage}")) for key in keys]
-            picked = torch.where(allowed, torch.stack(noise), -1).argmax(1) if noise else torch.zeros(0, dtype=torch.long)
-            drawn = None
-        else:
-            logits, picked = logits.float() / self.settled["temperature"], None
-        odds = logits.masked_fill(~allowed.to(logits.device), -math.inf).log_softmax(-1)
-        soft = odds.exp()
-        if drawn == "gumbel":
-            noisy = odds - torch.empty_like(odds).exponential_().log()
-            soft, picked = noisy.softmax(-1), noisy.argmax(-1)
-        elif drawn is not None:
-            picked = torch.multinomial(soft.detach(), 1)[:, 0] if len(soft) else soft.argmax(-1)
-        elif picked is None:
-            picked = soft.argmax(-1)
-        factors = None
-        if self.settled["scaling"] or drawn in ("straight_through", "gumbel"):
+        allowed = [[self.allows(kernel, g) for kernel in kernels] for g in grids]
+        fits = torch.tensor(allowed, dtype=torch.bool).view(len(grids), len(kernels))
+        stays = ~fits.any(1)
+        fits |= stays[:, None]
+        logits = torch.zeros(fits.shape) if logits is None else logits.float() / self.settled["temperature"]
+        odds = logits.masked_fill(~fits.to(logits.device), -math.inf).log_softmax(-1)
+        noisy = odds
+        if drawn is not None:
+            noisy = odds + _gumbel(torch.rand(odds.shape, generator=generator)).to(odds.device)
+        elif not self.has_router:
+            rows = [torch.rand(len(kernels), generator=generator_for(self, f"{key}/{stage}")) for key in keys]
+            noisy = odds + _gumbel(torch.stack(rows)) if rows else odds
+        picked, factors = noisy.argmax(-1), None
+        if self.settled["scaling"] or (drawn in ("straight_through", "gumbel") and self.has_router):
+            soft = noisy.softmax(-1) if drawn == "gumbel" else odds.exp()
             factors = soft.gather(1, picked[:, None])[:, 0]
             factors = factors if self.settled["scaling"] else factors - factors.detach() + 1
         experts = [None if stay else index for index, stay in zip(picked.tolist(), stays.tolist())]
@@ -248,6 +258,10 @@ class DPN(Reducer):
     def sizes(self, depth: int) -> dict[str, int]:
         """What ``module`` takes, in a decoder of ``depth`` layers."""
         return {"stages": len(self.stages(depth)), "experts": len(_kernels("kernels", self.settled["kernels"]))}
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
 
 
 def _joined(value: Any) -> str:

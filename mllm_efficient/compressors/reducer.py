@@ -102,11 +102,18 @@ class Reducer(Compressor):
         return ReducedTokens(ordered)
 
     def decide(
-        self, stage: int, logits: Tensor | None, grids: Sequence[Sequence[Grid]], keys: Sequence[int | str], drawn: str | None = None
+        self,
+        stage: int,
+        logits: Tensor | None,
+        grids: Sequence[Sequence[Grid]],
+        keys: Sequence[int | str],
+        drawn: str | None = None,
+        generator: Any = None,
     ) -> Decision:
         """What stage ``stage`` does to each image. logits: what the method's router says, (images, experts).
 
-        grids: rectangles that each image's tokens fill. keys: of the images. drawn: in training, the estimator's name.
+        grids: rectangles that each image's tokens fill. keys: of the images. drawn: in training, the estimator's name, and
+        generator what to draw from.
         """
         raise TypeError(f"{type(self).__name__} must define decide(stage, logits, grids, keys)")
 
@@ -149,9 +156,9 @@ class Reducer(Compressor):
             return tuple(max(1, round(n * self.ratio**i)) for i in range(1, len(stages) + 1))
         return solve(self.name, self.budget.count(n, fixed=fixed), n, stages, depth)
 
-    def per_layer(self, n: int, depth: int, *, fixed: bool = True) -> tuple[int, ...]:
+    def per_layer(self, n: int, depth: int, *, fixed: bool = True, grids: Sequence[Grid] | None = None) -> tuple[int, ...]:
         """Visual tokens of an image with n at each decoder layer."""
-        return spread_out(n, self.stages(depth), self.counts(n, depth, fixed=fixed), depth)
+        return spread_out(n, self.stages(depth), self.counts(n, depth, fixed=fixed, grids=grids), depth)
 
 
 @dataclass(frozen=True, kw_only=True)

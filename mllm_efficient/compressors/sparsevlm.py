@@ -27,8 +27,9 @@ class SparseVLM(Reducer):
     entered the decoder, is at least the mean relevance. The attention is that of the layer the tokens are about to
     enter, mean over heads and raters. Where the paper picks counts by hand, every stage leaves the same share.
 
-    recycle: the share of the dropped tokens, the best rated of them, that are not lost: density peaks make ``clusters``
-    of that number of groups of them, and each group is summed to one token in the place of its peak, within the budget.
+    recycle: the share of the dropped tokens, the best rated of them, that are not lost: density peaks make groups of them,
+    ``clusters`` of their number but one token less than the budget at most, and each group is summed to one token in the
+    place of its peak, within the budget.
     0 drops them; the paper's first version merges, its second need not. Source: SparseVLM (arXiv 2410.04417).
     """
 
@@ -61,13 +62,13 @@ class SparseVLM(Reducer):
         return (v.text_attention * raters[:, None]).sum(0)
 
     def split(self, n: int, k: int) -> tuple[int, int, int]:
-        """Of n tokens, how many stay as they are, how many are recycled, and how many groups these make: k tokens in all."""
-        for stay in range(k, 0, -1):
-            recycled = round(self.recycle * (n - stay))
-            groups = min(recycled, max(1, round(self.clusters * recycled))) if recycled else 0
-            if stay + groups <= k:
-                return k - groups, recycled, groups
-        return k, 0, 0
+        """Of n tokens, how many stay as they are, how many are recycled, and how many groups these make: k tokens in all.
+
+        recycle is a share of the n - k that the budget has no room for.
+        """
+        recycled = round(self.recycle * (n - k))
+        groups = min(k - 1, recycled, max(1, round(self.clusters * recycled)))
+        return k - groups, recycled if groups else 0, groups
 
     def reduce(self, v: LayerTokens, k: int) -> ReducedTokens:
         stay, recycled, groups = self.split(len(v), k) if self.recycle and k < len(v) else (k, 0, 0)

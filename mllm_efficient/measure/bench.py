@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from ..compressors.base import Compressor
+from ..compressors.base import Compressor, or_random
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
 from ..models import Loaded, require_supported
-from ..trained import or_random
 from .arms import METHOD, TEXT_ONLY, Arm, arms_for
 from .ideal import PromptFlops
 from .latency import PHASES, Laps, measure

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..compressors.base import Compressor
+from ..compressors.base import Compressor, or_random
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from .pictures import Picture, Size, chosen, pictures_of
@@ -64,9 +64,8 @@ def count(
     from ..installing import installed
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
-    from ..trained import or_random
 
-    method = or_random(method)
+    method = method if isinstance(method, Reducer) and model.device.type != "meta" else or_random(method)
     rules = pictures_of(shape)
     pictures = chosen(rules, visual_tokens, image_size, exact=True, images=images)
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compressors.base import Compressor
+from ..compressors.base import Compressor, or_random
 from ..compressors.base import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
@@ -105,6 +105,8 @@ def cost(
     _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
     _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
     compressor, rules, decoder = pre_llm(method), pictures_of(model), model.decoder
+    if isinstance(compressor, Reducer) and model.name != "builtin":  # what ships is of the embedded model
+        compressor = or_random(compressor)
     check(rules, compressor)
     pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]

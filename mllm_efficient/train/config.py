@@ -285,6 +285,20 @@ def _check(recipe: Recipe) -> None:
             raise MllmEfficientError(f"{recipe.method} has no router: leave router and routing out")
 
 
+def _settled(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a router is trained under. Raises for those that it has not."""
+    from ..compressors.dpn import DEFAULTS
+    from ..folders import RANDOM
+    from ..registry import build
+
+    odd = [key for key in recipe.settings if key not in DEFAULTS]
+    if odd:
+        raise MllmEfficientError(f"settings.{odd[0]}: a router is trained under {', '.join(DEFAULTS)}{did_you_mean(odd[0], DEFAULTS)}")
+    method: Any = build({"method": recipe.method, "weights": recipe.start or RANDOM, **recipe.settings})
+    settled: dict[str, Any] = method.settled
+    return settled
+
+
 def _check_routed(recipe: Recipe) -> None:
     """What a recipe says of a method that routes."""
     routing = recipe.routing
@@ -296,8 +310,11 @@ def _check_routed(recipe: Recipe) -> None:
         raise MllmEfficientError("routing: weight and target are at least 0 and samples at least 1")
     if (routing.estimator == "reinforce") != (routing.samples > 1):
         raise MllmEfficientError("routing: estimator=reinforce and samples of at least 2 go together")
-    if routing.estimator in ("straight_through", "gumbel") and recipe.settings.get("scaling", True):
-        raise MllmEfficientError(f"routing: estimator={routing.estimator} stands in for the factor: settings.scaling=false")
+    scales = _settled(recipe)["scaling"]
+    if routing.estimator in ("straight_through", "gumbel") and scales:
+        raise MllmEfficientError(f"routing: estimator={routing.estimator} stands in for the factor, which scaling=false takes away")
+    if routing.estimator == "scaling" and not scales:
+        raise MllmEfficientError("routing: estimator=scaling needs the factor, and scaling=false takes it away: use another estimator")
     for stage in recipe.stages:
         if stage.objective != "answers":
             raise MllmEfficientError(f"stage {stage.name}: objective={stage.objective} is for projectors: a router learns from answers")
@@ -305,8 +322,11 @@ def _check_routed(recipe: Recipe) -> None:
             raise MllmEfficientError(f"stage {stage.name}: routing={stage.routing} is not learned or random")
         if stage.routing == "random" and "router" in stage.train:
             raise MllmEfficientError(f"stage {stage.name}: a router does not learn while routing is random: leave router out of train")
-    if not any("router" in stage.train for stage in recipe.stages):
+    parts = {part for stage in recipe.stages for part in stage.train}
+    if "router" not in parts:
         raise MllmEfficientError("no stage trains the router")
+    if "lora" in parts and parts & {"projector", "vision_tower"}:
+        raise MllmEfficientError("a LoRA is published alone: leave projector and vision_tower out of train, or train language_model whole")
 
 
 def _check_data(data: DataConfig, where: str) -> None:

@@ -18,7 +18,6 @@ from ..measure.shapes import ModelShape
 from ..plan import check
 from .config import Recipe, StageConfig
 from .encoding import token_statistics
-from .model import FRESH
 from .trainer import method_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -114,8 +113,9 @@ def _row(
     text = tokens["text_mean"]
     visual = most * (tokens["visual_mean"] / usual)
     trained = sum(parameters[part] for part in stage.train)
+    fresh = ("projector", "lora") if recipe.counts else ("router", "lora")  # what is new stays in float32 under bf16
     size, half = BYTES[recipe.dtype], 2 if recipe.bf16 else BYTES[recipe.dtype]
-    moving = sum(parameters[part] * (4 if recipe.bf16 and part in FRESH else size) for part in stage.train)
+    moving = sum(parameters[part] * (4 if recipe.bf16 and part in fresh else size) for part in stage.train)
     everything = sum(v for k, v in parameters.items() if k != "lora") + parameters["lora"]
     language = stage.objective == "answers"
     width, layers = shape.decoder.width, shape.decoder.layers

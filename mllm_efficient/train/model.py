@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,6 @@ from .routing import log_odds, mean_levels, reinforced, routing_loss, routing_su
 
 PROJECTOR = "multi_modal_projector"
 NONE = NoCompression()
-FRESH = ("projector", "router", "lora")  # parts that are new, and stay in float32 under bf16
 
 
 class TrainingModel(nn.Module):
@@ -37,6 +38,8 @@ class TrainingModel(nn.Module):
         self.host = host  # the model, or the PEFT model around it
         self.outside = (adapter, (own,))  # no submodules of this one
         self.method, self.routing = method, routing or RoutingConfig()
+        self.routed_as = {r: method.routed(r) for r in ("learned", "random")} if method.family == "L" else {}  # type: ignore[attr-defined]
+        self.carried: set[str] = set()  # weights of the host that came with the method's start
 
         self.kept: list[float] | None = None  # of a method that routes, the share of an image's tokens left after each stage
 
@@ -95,15 +98,18 @@ class TrainingModel(nn.Module):
         """The weights that move, by name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, objective: str, count: int | None, batch: dict[str, Any], routing: str = "learned") -> dict[str, Tensor]:
+    def forward(
+        self, objective: str, count: int | None, batch: dict[str, Any], routing: str = "learned", seed: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """``loss`` of a batch, and ``right`` and ``asked``: answer tokens guessed and in all.
 
-        count: visual tokens per tile, of a projector. routing: of a method that routes, whose choices are ``routed``.
+        count: visual tokens per tile, of a projector. routing: of a method that routes, whose sums are ``routed``; seed: of the
+        kernels that it draws, another for every step and process.
         """
         if isinstance(self.method, Projector):
             method = replace(self.method, tokens=count)
             return self.distil(method, batch) if objective == "distil" else self.answers(method, batch)
-        return self.routed(self.method.routed(routing), batch)  # type: ignore[attr-defined]
+        return self.answers_routed(self.routed_as[routing], batch, seed)
 
     def distil(self, method: Projector, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Mean squared distance to the host's own tokens, pooled to the same count, over their variance."""
@@ -138,7 +144,7 @@ class TrainingModel(nn.Module):
             loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
         return {"loss": loss, "right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
 
-    def routed(self, method: Reducer, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def answers_routed(self, method: Reducer, batch: dict[str, Any], seed: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Cross-entropy of the answers and the routing loss; every turn is a prompt of its own where the batch has ``turns``."""
         adapter, how = self.outside[0], self.routing
         batch = dict(batch)
@@ -150,7 +156,8 @@ class TrainingModel(nn.Module):
         encoded = _for_rows(encode_items(adapter, NONE, items), tensors["input_ids"], adapter, records) if items else None
         prepared = prepare(self.host, method, encoded=encoded, **rows)
         if prepared.staging is not None:
-            prepared = replace(prepared, staging=replace(prepared.staging, estimator=how.estimator))
+            generator = None if seed is None else torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            prepared = replace(prepared, staging=replace(prepared.staging, estimator=how.estimator, generator=generator))
         call = prepared.model_kwargs
         labels = call.pop("labels")
         chosen, wanted, row_of = self._asked(call, labels)
@@ -164,8 +171,8 @@ class TrainingModel(nn.Module):
                 if how.estimator == "reinforce":
                     loss = loss + reinforced(_by_row(each, row_of, len(labels)), log_odds(staging, len(labels)), samples)
             out["routed"] = routing_sums(staging)
-        # every process must have a gradient for the router
-        loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
+        # every process must have a gradient for all that moves, whether or not its batch has pictures
+        loss = loss + 0 * sum(p.float().sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **out}
 
     def _asked(self, call: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

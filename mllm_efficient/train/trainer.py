@@ -54,17 +54,18 @@ class CountTrainer(Trainer):
 
     def draw(self) -> int | None:
         """The count of the batch at hand, from (seed, step, number of the batch within the step)."""
-        if not self.counts:
-            return None
         step = self.state.global_step
         self.micro = (step, self.micro[1] + 1 if self.micro[0] == step else 0)
+        if not self.counts:
+            return None
         weights = np.array(list(self.counts.values()), dtype=float)
         chosen = np.random.default_rng([self.draw_seed, *self.micro]).choice(len(weights), p=weights / weights.sum())
         return list(self.counts)[chosen]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         count = self.draw()
-        out = model(self.stage.objective, count, dict(inputs), self.stage.routing)
+        seed = [self.draw_seed, *self.micro, self.args.process_index]
+        out = model(self.stage.objective, count, dict(inputs), self.stage.routing, seed)
         loss = out["loss"].detach().double()
         now = torch.stack([loss, torch.ones_like(loss), out["right"].to(loss), out["asked"].to(loss)])
         key = count or 0
@@ -169,7 +170,8 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
         parts = trained.Parts(method.module(*adapter.widths(method), **sizes).to(loaded.model.device, loaded.model.dtype))
     else:
         parts = trained.parts_of(adapter, method)
-        if parts.delta and not any("language_model" in s.train for s in recipe.stages):
+        lost = isinstance(method, Projector) or any("lora" in s.train for s in recipe.stages)
+        if parts.delta and lost and not any("language_model" in s.train for s in recipe.stages):
             raise MllmEfficientError(f"start={recipe.start} has a language model of its own, which would be lost: train language_model too")
     if recipe.bf16:
         parts.module.float()  # small updates are lost in bfloat16 weights
@@ -181,7 +183,9 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     host = loaded.model
     if any("lora" in s.train for s in recipe.stages):
         host = _with_lora(recipe, host)
-    return TrainingModel(host, adapter, method, own, recipe.routing)
+    model = TrainingModel(host, adapter, method, own, recipe.routing)
+    model.carried = set(parts.delta)
+    return model
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -360,10 +364,12 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
         about |= {**shown.as_trained(model.depth), "kept": model.kept}
     trained.save(partial, shown, model.trained_module, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
-    own = ("projector", "vision_tower") if isinstance(shown, Reducer) else ()
     if "lora" in kinds:
         model.host.save_pretrained(partial / trained.DELTA)
-    elif "language_model" in kinds:
-        moved = [p for part in ("language_model", *own) if part in kinds for p in model.parts()[part]]
-        trained.save_delta(partial, {name.removeprefix("host."): p for name, p in moved})
+    else:
+        hosts = ("language_model", *(("projector", "vision_tower") if isinstance(shown, Reducer) else ()))
+        named = {name.removeprefix("host."): (part, p) for part in hosts for name, p in model.parts()[part]}
+        moved = {name: p for name, (part, p) in named.items() if part in kinds or name in model.carried}
+        if moved:
+            trained.save_delta(partial, moved)
     trained.move(partial, folder)

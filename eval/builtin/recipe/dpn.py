@@ -4,7 +4,7 @@
     python -m mllm_efficient.eval.builtin.recipe.dpn --table [--plot FILE.png]     the tables from the answers that ship
 
 Arms: ``reinforce`` is ``configs/train/dpn_builtin.yaml``, ``published`` the paper's placement, kernels, temperature, factor and
-routing loss. ``straight_through``, ``gumbel`` and ``scaling`` are ``reinforce`` with another estimator. Each is asked the test
+routing loss. ``straight_through`` and ``gumbel`` are ``reinforce`` with another estimator. Each is asked the test
 questions with its router, with kernels drawn evenly, with every kernel forced, and with all tokens (``none@dpn``). An
 interrupted study goes on.
 """
@@ -34,7 +34,7 @@ JOINT = (
     "stages=[{name: joint, train: [router, language_model], steps: 1000, batch_size: 8, learning_rate: 5e-4, "
     "learning_rates: {router: 1e-3}, weight_decay: 0.02, warmup: 0.05, save_steps: 100}]"
 )
-SAME_COST = "stages.1.batch_size=8"  # as many prompts a step as two samples of half as many
+SAME_COST = "stages.1.batch_size=16"  # as many prompts a step as two samples of half as many
 
 
 def _estimator(name: str) -> tuple[str, ...]:
@@ -46,7 +46,6 @@ ARMS = {
     "published": ("settings={}", "routing={}", JOINT),
     "straight_through": _estimator("straight_through"),
     "gumbel": _estimator("gumbel"),
-    "scaling": ("settings.scaling=true", *_estimator("scaling")),
 }
 
 
