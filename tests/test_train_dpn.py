@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +18,15 @@ from mllm_efficient.cli import main
 from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches.staging import StagedImage
 from mllm_efficient.tokens import Decision
-from mllm_efficient.train.config import read
+from mllm_efficient.train.config import RoutingConfig, read
 from mllm_efficient.train.data import Record, builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import separated
 from mllm_efficient.train.routing import log_odds, mean_levels, reinforced, routing_log, routing_loss, routing_sums
 from mllm_efficient.train.trainer import build_model, run
+from mllm_efficient.train.trainer import method_of as build_method
 
-from .test_train import log_of
+from .test_train import llava_data, log_of
 
 RECIPES = Path(me.__file__).resolve().parent.parent / "configs" / "train"
 SMALL = [
@@ -361,3 +365,31 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
     ours, theirs = (log_of(folder / "run", "routing") for folder in (tmp_path / "cut", tmp_path / "whole"))
     assert [e["loss"] for e in ours if "loss" in e] == pytest.approx([e["loss"] for e in theirs if "loss" in e], abs=1e-3)
     assert whole.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_all_parts(tmp_path):
+    """As the 7B recipe does: what never gets a gradient, and a process whose batch has no pictures, stop nobody."""
+    stage = "stages=[{name: all, train: [router, projector, vision_tower, language_model], steps: 3, batch_size: 2, learning_rate: 1e-4}]"
+    settings = [f"output_dir={tmp_path / 'run'}", *SMALL[:3], "settings={}", "routing={}", stage]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", "-m", "mllm_efficient"]
+    command = [*torchrun, "train", "--config", str(RECIPES / "dpn_builtin.yaml"), *settings]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [e["step"] for e in log_of(tmp_path / "run", "all") if "loss" in e] == [1, 2, 3]
+    me.wrap(load(ModelOptions()).model, me.load(tmp_path / "run" / "final"))
+
+
+def test_the_recipe_for_the_7b_model_is_dry_run_on_the_real_layout(tmp_path, capsys):
+    data = llava_data(tmp_path)
+    config = str(RECIPES / "dpn_llava_1.5_7b.yaml")
+    assert main(["train", "--config", config, "--dry-run", "--json", data[0], data[2]]) == 0
+    out = json.loads(capsys.readouterr().out)
+    (row,) = out["rows"]
+    parameters = out["meta"]["parameters"]
+    assert parameters["router"] == 3 * (2 * 4096 + 4096 * 1024 + 1024 * 3) and (row["records"], row["steps"]) == (320, 20)
+    assert row["trained_parameters"] == sum(v for k, v in parameters.items() if k != "lora")
+    mean = sum(me.DPN(weights="random").per_layer(576, 32, grids=[(24, 24)])) / 32
+    assert row["visual_tokens_drawn"] == pytest.approx(mean * 256 / 320, abs=0.1) and not (tmp_path / "run").exists()
+    read_as = read(RECIPES / "dpn_llava_1.5_7b.yaml")
+    assert build_method(read_as).layers(32) == (8, 16, 24) and read_as.routing == RoutingConfig()
