@@ -120,11 +120,8 @@ def test_the_loss_is_that_of_the_wrapped_model_on_every_prompt_alone(tmp_path, i
             for i in range(len(rows["input_ids"])):
                 real = rows["attention_mask"][i].bool()
                 labels = rows["labels"][i][real]
-                prompt = int((labels == -100).nonzero().max()) + 1 if independent else None
-                # the instruction ends where the first answer begins, as labels say
                 logits = stock(input_ids=rows["input_ids"][i][real][None], pixel_values=pixels[i][None], labels=labels[None]).logits[0, :-1]
                 asked = labels[1:] != -100
-                assert prompt is None or asked[prompt - 1 :].all()
                 losses.append(torch.nn.functional.cross_entropy(logits[asked], labels[1:][asked], reduction="none"))
                 right += int((logits[asked].argmax(-1) == labels[1:][asked]).sum())
     torch.testing.assert_close(out["loss"], torch.cat(losses).mean(), atol=1e-5, rtol=1e-5)
@@ -338,7 +335,7 @@ def test_gradient_checkpointing_and_bf16_change_nothing_but_rounding(tmp_path):
 
     plain = log_of(run(recipe(tmp_path / "a")).parent, "routing")
     bf16 = log_of(run(recipe(tmp_path / "b", "bf16=true")).parent, "routing")
-    assert bf16[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.5)
+    assert bf16[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.1)
     if transformers_version() < (5, 23):
         pytest.skip("in-decoder methods with gradient checkpointing need transformers 5.23")
     again = log_of(run(recipe(tmp_path / "c", "stages.1.gradient_checkpointing=true")).parent, "routing")

@@ -369,7 +369,7 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
     else:
         hosts = ("language_model", *(("projector", "vision_tower") if isinstance(shown, Reducer) else ()))
         named = {name.removeprefix("host."): (part, p) for part in hosts for name, p in model.parts()[part]}
-        moved = {name: p for name, (part, p) in named.items() if part in kinds or name in model.carried}
+        moved: dict[str, torch.Tensor] = {name: p for name, (part, p) in named.items() if part in kinds or name in model.carried}
         if moved:
             trained.save_delta(partial, moved)
     trained.move(partial, folder)
