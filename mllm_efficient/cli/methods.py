@@ -38,6 +38,6 @@ def methods(json: options.Json = False, imports: options.Import = None) -> None:
         lines.append([r["name"], r["family"], *answers, ", ".join(r["needs"]) or "-", r["paper"] or "-", own or "-"])
     options.print_table(["method", "family", "trained", "query-aware", "needs", "paper", "own parameters"], lines, left=7)
     print("Every method takes keep= (fraction kept), tokens= (count) or prune= (fraction removed), min_tokens=, max_tokens=, positions=,")
-    print("per= (image, tile, frame) and newline= (keep).")
+    print("per= (image, tile, frame) and newline= (keep); none keeps everything, and dpn's router takes the place of a budget.")
     print("Families: P before the language model, J projector, L inside the decoder, whose budget is the average over its layers.")
     print("Examples: --method divprune:keep=0.1, --method fastv:layer=2,keep=0.5")
