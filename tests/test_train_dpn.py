@@ -50,7 +50,7 @@ def a_batch(count=3, questions=3, independent=True):
 
 @pytest.mark.parametrize("override, message", [
     ("counts={36: 1}", "counts have no effect: the router of dpn says"),
-    ("routing.loss=hing", "loss is one of hinge, expected, released"),
+    ("routing.loss=hing", "loss is one of hinge, expected, removed, released"),
     ("routing.estimator=sampling", "estimator one of scaling"),
     ("routing.weight=-1", "weight and target are at least 0"),
     ("routing.samples=1", "estimator=reinforce and samples of at least 2 go together"),
@@ -130,10 +130,11 @@ def test_the_loss_is_that_of_the_wrapped_model_on_every_prompt_alone(tmp_path, i
 
 def decided(*stages):
     """A forward's outcome with images 0, 1 of row 0 and 2 of row 1. Every stage: (experts, chances)."""
+    method = type("Method", (), {"experts": lambda self, stage: [(1, 1), (1, 2), (2, 2)]})()
     images = tuple(StagedImage(row, torch.arange(16), torch.arange(0), torch.zeros(16, 4), (16,) * len(stages)) for row in (0, 0, 1))
     made = [Decision(((1, 1),) * 3, tuple(experts), chances) for experts, chances in stages]
     left = [[16 // (1 + (e or 0)) for e in experts] for experts, _ in stages]
-    return type("Staging", (), {"images": images, "outcome": {"decided": made, "left": left}})()
+    return type("Staging", (), {"images": images, "method": method, "outcome": {"decided": made, "left": left}})()
 
 
 CHANCES = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
@@ -147,6 +148,8 @@ def test_the_routing_losses_by_hand():
     assert len(released) == 1 and float(released[0]) == pytest.approx((0.8 + 1.2) / 3)
     expected = mean_levels(staging, "expected")
     assert float(expected[0]) == pytest.approx((0.7 + 1.0 + 1.4) / 3)
+    removed = mean_levels(staging, "removed")
+    assert float(removed[0]) == pytest.approx(((0.3 + 0.8 + 0.2) / 2 + (0.2 + 0.1 + 0.6) * 3 / 4) / 3)
     assert float(routing_loss(hinge, 0.5)) == pytest.approx(((0.5 - 1 / 3) + 0) / 2)
 
 

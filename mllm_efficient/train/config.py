@@ -14,7 +14,7 @@ from ..errors import MllmEfficientError, did_you_mean
 
 PARTS = ("projector", "router", "language_model", "lora", "vision_tower")
 OBJECTIVES = ("answers", "distil")
-LOSSES = ("hinge", "expected", "released")
+LOSSES = ("hinge", "expected", "removed", "released")
 ESTIMATORS = ("scaling", "straight_through", "gumbel", "reinforce")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -47,7 +47,8 @@ class RoutingConfig:
 
     The routing loss is weight x max(0, target - level), the mean over the layers that pool, where a kernel's level is its
     number in ``kernels`` and loss says what is averaged over the images: "hinge" the level of the kernel that the forward
-    pass used times its probability; "expected" the mean level under the probabilities; "released" as the paper's released
+    pass used times its probability; "expected" the mean level under the probabilities; "removed" the same where a level is
+    the share of the tokens that a kernel takes away, so that with target 1 the weight is the price of all of them; "released" as the paper's released
     code has it, the level of the likeliest kernel times its probability, one mean over all layers.
 
     estimator: what tells the router which kernel answers well. "scaling": its probability in front of the tokens, as

@@ -12,12 +12,15 @@ from torch import Tensor
 def mean_levels(staging: Any, loss: str) -> list[Tensor]:
     """Mean level of what was decided, over the images: at every layer that pools, for "released" over all of them at once.
 
-    A kernel's level is its number among those there are. See ``RoutingConfig`` for what is averaged.
+    A kernel's level is its number among those there are, for "removed" the share of the tokens that it takes away. See
+    ``RoutingConfig`` for what is averaged.
     """
     each = []
-    for stage in staging.outcome["decided"]:
+    for number, stage in enumerate(staging.outcome["decided"]):
         levels = torch.arange(stage.chances.shape[1], device=stage.chances.device).to(stage.chances)
-        if loss == "expected":
+        if loss == "removed":
+            levels = levels.new_tensor([1 - 1 / (rows * columns) for rows, columns in staging.method.experts(number)])
+        if loss in ("expected", "removed"):
             each.append(stage.chances @ levels)
             continue
         used = torch.tensor([e or 0 for e in stage.experts], device=levels.device)
