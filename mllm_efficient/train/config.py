@@ -48,8 +48,9 @@ class RoutingConfig:
     The routing loss is weight x max(0, target - level), the mean over the layers that pool, where a kernel's level is its
     number in ``kernels`` and loss says what is averaged over the images: "hinge" the level of the kernel that the forward
     pass used times its probability; "expected" the mean level under the probabilities; "removed" the same where a level is
-    the share of the tokens that a kernel takes away, so that with target 1 the weight is the price of all of them; "released" as the paper's released
-    code has it, the level of the likeliest kernel times its probability, one mean over all layers.
+    the share of the tokens that a kernel takes away, so that with target 1 the weight is the price of all tokens;
+    "released" as the paper's released code has it, the level of the likeliest kernel times its probability, one mean over
+    all layers.
 
     estimator: what tells the router which kernel answers well. "scaling": its probability in front of the tokens, as
     published; "straight_through", "gumbel": that gradient without the factor; "reinforce": the score function, where every
