@@ -36,7 +36,7 @@ SMALL = [
 
 
 def recipe(tmp_path, *more):
-    return read(RECIPES / "dpn_builtin.yaml", [f"output_dir={tmp_path / 'run'}", *SMALL, *more])
+    return read(RECIPES / "dpn_builtin_reinforce.yaml", [f"output_dir={tmp_path / 'run'}", *SMALL, *more])
 
 
 def a_batch(count=3, questions=3, independent=True):
@@ -70,7 +70,9 @@ def a_batch(count=3, questions=3, independent=True):
     ("start=/nowhere;settings={}", "no config.json there"),
 ])  # fmt: skip
 def test_a_recipe_that_is_wrong_is_one_line_and_exit_code_2(tmp_path, capsys, override, message):
-    code = main(["train", "--config", str(RECIPES / "dpn_builtin.yaml"), f"output_dir={tmp_path / 'run'}", *SMALL, *override.split(";")])
+    code = main(
+        ["train", "--config", str(RECIPES / "dpn_builtin_reinforce.yaml"), f"output_dir={tmp_path / 'run'}", *SMALL, *override.split(";")]
+    )
     said = capsys.readouterr().err.strip().splitlines()
     assert code == 2 and message in said[-1] and said[-1].startswith("mllm-efficient: ")
 
@@ -373,7 +375,7 @@ def test_two_processes_train_all_parts(tmp_path):
     stage = "stages=[{name: all, train: [router, projector, vision_tower, language_model], steps: 3, batch_size: 2, learning_rate: 1e-4}]"
     settings = [f"output_dir={tmp_path / 'run'}", *SMALL[:3], "settings={}", "routing={}", stage]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", "-m", "mllm_efficient"]
-    command = [*torchrun, "train", "--config", str(RECIPES / "dpn_builtin.yaml"), *settings]
+    command = [*torchrun, "train", "--config", str(RECIPES / "dpn_builtin_reinforce.yaml"), *settings]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [e["step"] for e in log_of(tmp_path / "run", "all") if "loss" in e] == [1, 2, 3]

@@ -89,6 +89,9 @@ class DPN(Reducer):
             raise BadBudgetError(f"dpn: scaling={self.scaling!r} is not true or false")
         if self.weights is not None and not isinstance(self.weights, str):
             raise BadBudgetError(f"dpn: weights={self.weights!r} is no folder or hub id")
+        least = self.min_tokens
+        if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
+            raise BadBudgetError(f"dpn: min_tokens={least!r} is no number of tokens from 1")
         token = self.router_token
         if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
             raise BadBudgetError(f"dpn: router_token={token!r} is no token id")

@@ -3,10 +3,10 @@
     python -m mllm_efficient.eval.builtin.recipe.dpn --output-dir OUT [--jobs 2]   trains, asks, writes the answers
     python -m mllm_efficient.eval.builtin.recipe.dpn --table [--plot FILE.png]     the tables from the answers that ship
 
-Arms: ``reinforce`` is ``configs/train/dpn_builtin.yaml``, ``published`` the paper's placement, kernels, temperature, factor and
-routing loss. ``straight_through`` and ``gumbel`` are ``reinforce`` with another estimator. Each is asked the test
-questions with its router, with kernels drawn evenly, with every kernel forced, and with all tokens (``none@dpn``). An
-interrupted study goes on.
+Arms: ``published`` is ``configs/train/dpn_builtin.yaml``, the paper's placement, kernels, temperature, factor and routing loss.
+``reinforce`` is ``dpn_builtin_reinforce.yaml``; ``straight_through`` and ``gumbel`` are that with another estimator. Each is
+asked the test questions with its router, with kernels drawn evenly, with every kernel forced, and with all tokens
+(``none@dpn``). An interrupted study goes on.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import Hits, accuracy, draws
+from mllm_efficient.eval.stats import Hits, accuracy, draws, interval
 from mllm_efficient.measure.flops import load_shape, prefill_flops
 
 from ..questions import CATEGORIES
-from ..suite import Sample
+from ..suite import Sample, samples
 from .study import Answers, Study, answered, difference, read_answers, words_of
 
 SEEDS = (0, 1, 2)
@@ -30,10 +30,7 @@ QUESTIONS = 5000
 TOKENS, TEXT = 144, 16  # of a picture, and text tokens of a prompt for its FLOPs
 FULL, ALL, ROUTED, EVENLY = "none", "none@dpn", "routed", "random"
 RESULTS = Path("benchmarks/results/dpn")
-JOINT = (
-    "stages=[{name: joint, train: [router, language_model], steps: 1000, batch_size: 8, learning_rate: 5e-4, "
-    "learning_rates: {router: 1e-3}, weight_decay: 0.02, warmup: 0.05, save_steps: 100}]"
-)
+TRIED = "tried"  # subfolder with answers of single runs under other settings
 SAME_COST = "stages.1.batch_size=16"  # as many prompts a step as two samples of half as many
 
 
@@ -41,12 +38,8 @@ def _estimator(name: str) -> tuple[str, ...]:
     return (f"routing.estimator={name}", "routing.samples=1", SAME_COST)
 
 
-ARMS = {
-    "reinforce": (),
-    "published": ("settings={}", "routing={}", JOINT),
-    "straight_through": _estimator("straight_through"),
-    "gumbel": _estimator("gumbel"),
-}
+ARMS = {"published": (), "reinforce": (), "straight_through": _estimator("straight_through"), "gumbel": _estimator("gumbel")}
+REINFORCE = "dpn_builtin_reinforce"
 
 
 def specs(final: Path | None) -> dict[str, str]:
@@ -163,7 +156,22 @@ def runs_of(answers: Answers, asked: Sequence[Sample]) -> Runs:
 def table(folder: Path) -> str:
     """All tables as Markdown: means over seeds, 95% intervals over images, the seeds' range in brackets."""
     runs = runs_of(*read_answers(folder))
-    return "\n\n".join("\n".join(part) for arm, by_seed in runs.items() for part in (arm_table(arm, by_seed), claims(arm, by_seed)))
+    parts = [part for arm, by_seed in runs.items() for part in (arm_table(arm, by_seed), claims(arm, by_seed))]
+    parts += [tried(folder / TRIED)] if (folder / TRIED).is_dir() else []
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def tried(folder: Path) -> list[str]:
+    """One line for each of the single runs in a folder: what they changed in the recipe, and what came of it."""
+    lines = ["| reinforce with | routed, macro | prefill FLOPs | - none@dpn | above the line | - random routing |", "|---" * 6 + "|"]
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        (run,) = next(iter(runs_of({("reinforce", content["seed"]): content}, samples("test", content["questions"])).values())).values()
+        found = [run.score(ROUTED) - run.score(ALL), run.above_the_line(), run.score(ROUTED) - run.score(EVENLY)]
+        cells = [f"{v[0]:+.2f} [{interval(v[1:])[0]:+.2f}, {interval(v[1:])[1]:+.2f}]" for v in found]
+        changed = ", ".join(f"`{o}`" for o in content["override"])
+        lines.append(f"| {changed} | {run.score(ROUTED)[0]:.1f} | {run.left(ROUTED)[0]:.1f}% | {' | '.join(cells)} |")
+    return lines
 
 
 def arm_table(arm: str, by_seed: dict[int, Run]) -> list[str]:
@@ -233,7 +241,7 @@ def plot(folder: Path, path: Path) -> None:
 
 STUDY = Study(
     "mllm_efficient.eval.builtin.recipe.dpn", __doc__, "dpn_builtin", RESULTS, ARMS, SEEDS, QUESTIONS, specs, ask, table, untrained=False,
-    shared=("reinforce", "straight_through", "gumbel"), plot=plot,
+    recipes={arm: REINFORCE for arm in ARMS if arm != "published"}, shared=("reinforce", "straight_through", "gumbel"), plot=plot,
 )  # fmt: skip
 main = STUDY.main
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ MEMORY = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLO
 
 @dataclass(frozen=True)
 class Study:
-    """module: to run with ``python -m``. recipe: of ``configs/train``. arms: their overrides. specs: the methods that a trained
+    """What is trained and asked.
+
+    module: to run with ``python -m``. recipe: of ``configs/train``. arms: their overrides. specs: the methods that a trained
     folder (None: the model as it came) is asked as, by name. ask: what is kept of the answers. table: of all of them.
-    untrained: whether the model as it came is asked too. shared: arms whose first stage is the same, which is trained once for
-    each seed. plot: draws the answers of a folder into a file."""
+    untrained: whether the model as it came is asked too. recipes: of arms that have another one. shared: arms whose first
+    stage is the same, which is trained once for each seed. plot: draws the answers of a folder into a file.
+    """
 
     module: str
     doc: str
@@ -50,6 +53,7 @@ class Study:
     ask: Callable[[Sequence[Sample], dict[Any, str]], dict[str, Any]]
     table: Callable[[Path], str]
     untrained: bool = True
+    recipes: dict[str, str] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     plot: Callable[[Path, Path], None] | None = None
 
@@ -108,7 +112,7 @@ class Study:
         return 0
 
     def recipe_of(self, arm: str, seed: int, args: argparse.Namespace) -> Recipe:
-        config = Path(str(files("mllm_efficient.configs"))) / "train" / f"{self.recipe}.yaml"
+        config = Path(str(files("mllm_efficient.configs"))) / "train" / f"{self.recipes.get(arm, self.recipe)}.yaml"
         return read(config, [f"output_dir={args.output_dir / f'{arm}-{seed}'}", f"seed={seed}", *self.arms[arm], *args.override])
 
     def one_run(self, arm: str, seed: int, args: argparse.Namespace) -> None:
