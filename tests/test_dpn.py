@@ -387,7 +387,7 @@ def saved(folder, model, **settings):
     with torch.no_grad():
         for parameter in router.parameters():
             parameter += torch.randn(parameter.shape, generator=generator)
-    trained.save(folder, m, router, base_of(model), {**m.as_trained(depth), "kept": [0.5] * len(m.stages(depth))})
+    trained.save(folder, m, router, base_of(model), {**m.as_trained, "kept": [0.5] * len(m.stages(depth))})
     return router
 
 

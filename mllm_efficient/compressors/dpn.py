@@ -254,9 +254,10 @@ class DPN(Reducer):
             return replace(self, routing=routing)
         return replace(self, routing=routing, temperature=None, router_token=None)
 
-    def as_trained(self, depth: int) -> dict[str, Any]:
-        """Every setting that a router is trained under, in a decoder of ``depth`` layers."""
-        return {n: self.settled[n] for n in DEFAULTS} | {"at": "/".join(map(str, self.stages(depth)))}
+    @property
+    def as_trained(self) -> dict[str, Any]:
+        """Every setting that a router is trained under."""
+        return {n: self.settled[n] for n in DEFAULTS}
 
     def sizes(self, depth: int) -> dict[str, int]:
         """What ``module`` takes, in a decoder of ``depth`` layers."""

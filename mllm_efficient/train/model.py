@@ -52,7 +52,7 @@ class TrainingModel(nn.Module):
     def routing_names(self) -> tuple[tuple[int, ...], list[str]]:
         """The layers of a method that routes, and its kernels."""
         method: Any = self.method
-        return method.stages(self.depth), method.as_trained(self.depth)["kernels"].split("/")
+        return method.stages(self.depth), method.as_trained["kernels"].split("/")
 
     @property
     def routing_size(self) -> int:

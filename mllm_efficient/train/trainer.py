@@ -361,7 +361,7 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
     about: dict[str, Any] = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
     shown: Any = replace(model.method, tokens=max(recipe.counts)) if recipe.counts else model.method
     if shown.family == "L":
-        about |= {**shown.as_trained(model.depth), "kept": model.kept}
+        about |= {**shown.as_trained, "kept": model.kept}
     trained.save(partial, shown, model.trained_module, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
     if "lora" in kinds:
