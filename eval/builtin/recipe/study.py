@@ -140,8 +140,8 @@ class Study:
         partial.replace(path)
 
     def _share(self, arm: str, seed: int, recipe: Recipe, args: argparse.Namespace) -> None:
-        """Takes over the first stage of another arm that has trained the same."""
-        from mllm_efficient.train.trainer import WEIGHTS
+        """Takes over the first stage of another arm that has trained the same, with its log."""
+        from mllm_efficient.train.trainer import LOG, WEIGHTS
 
         stage = recipe.stages[0].name
         own = Path(recipe.output_dir) / stage / WEIGHTS
@@ -149,6 +149,8 @@ class Study:
             there = args.output_dir / f"{other}-{seed}" / stage / WEIGHTS
             if other != arm and there.exists():
                 own.parent.mkdir(parents=True, exist_ok=True)
+                lines = (args.output_dir / f"{other}-{seed}" / LOG).read_text().splitlines(keepends=True)
+                (Path(recipe.output_dir) / LOG).write_text("".join(line for line in lines if json.loads(line)["stage"] == stage))
                 shutil.copy(there, partial := own.with_suffix(".partial"))
                 partial.replace(own)
                 return
