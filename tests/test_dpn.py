@@ -16,7 +16,7 @@ from mllm_efficient.base_model import base_of
 from mllm_efficient.compressors.dpn import DPN
 from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
-from mllm_efficient.patches import adapter_for
+from mllm_efficient.patches import adapter_for, transformers_version
 from mllm_efficient.tokens import LayerTokens
 
 from . import families
@@ -556,11 +556,8 @@ def test_half_precision_and_an_eager_decoder(make_batch):
     )
 
 
+@pytest.mark.skipif(transformers_version() < (5, 23), reason="in-decoder methods refuse gradient checkpointing before transformers 5.23")
 def test_gradient_checkpointing_gives_the_same_gradients(make_batch):
-    from mllm_efficient.patches import transformers_version
-
-    if transformers_version() < (5, 23):
-        pytest.skip("in-decoder methods with gradient checkpointing need transformers 5.23")
     batch, grads = make_batch(*ROWS), []
     for checkpointing in (False, True):
         model = me.wrap(tiny(), "dpn:weights=random,min_tokens=4,temperature=1")

@@ -85,7 +85,11 @@ def flops(
     _print(rows, measured)
     for m, row in zip(methods, rows):
         if row["visual_tokens_per_layer"]:
-            said = " (an estimate from the routing that training ended with)" if getattr(m, "has_router", False) else ""
+            said = (
+                " (an estimate: the routing that training ended with; without one, every kernel equally likely)"
+                if getattr(m, "has_router", False)
+                else ""
+            )
             print(f"{row['method']}: {by_layer(row['visual_tokens_per_layer'])} visual tokens{said}")
     print(f"TFLOPs (10^12) and MB (10^6 bytes, {shape.decoder.dtype}) for a batch of {batch_size}. {convention}: {MEANING[convention]}.")
 
