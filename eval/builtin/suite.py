@@ -72,7 +72,12 @@ def _picture(split: str, index: int, size: int) -> Picture:
 
 
 def samples(split: str = "test", limit: int | None = None, scenes: int = SCENES) -> list[Sample]:
-    """The questions of a split, image after image; ``limit`` takes them round-robin over the categories first."""
+    """The questions of a split, image after image, of which ``limit`` takes the first by ``round_robin``."""
+    return sorted(round_robin(split, limit, scenes), key=lambda s: (s.image, CATEGORIES.index(s.task)))
+
+
+def round_robin(split: str = "test", limit: int | None = None, scenes: int = SCENES) -> list[Sample]:
+    """The first question of each category, then the second of each, and so on."""
     by_category: dict[str, list[Sample]] = {c: [] for c in CATEGORIES}
     for index in range(scenes):
         for question in benchmark_questions(make_scene(split, index)):
@@ -80,5 +85,4 @@ def samples(split: str = "test", limit: int | None = None, scenes: int = SCENES)
         if limit is not None and all(len(v) * len(CATEGORIES) >= limit for v in by_category.values()):
             break
     longest = max(len(v) for v in by_category.values())
-    chosen = [v[i] for i in range(longest) for v in by_category.values() if i < len(v)][:limit]
-    return sorted(chosen, key=lambda s: (s.image, CATEGORIES.index(s.task)))
+    return [v[i] for i in range(longest) for v in by_category.values() if i < len(v)][:limit]

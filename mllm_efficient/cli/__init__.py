@@ -32,7 +32,10 @@ app.command("train")(train.train)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Every foreseen error is one line on stderr."""
+    from ..patches.torchvision_cpu import at_import
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    at_import()
     for noisy in ("torchao", "torch.utils._pytree"):  # what they log while being imported is not about the user's run
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

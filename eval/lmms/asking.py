@@ -1,0 +1,350 @@
+"""Requests of a benchmark in batches to a model under one method: prompts, pictures, stop strings, counts, failures, cache.
+
+Nothing here knows lmms-eval; ``adapter.py`` and ``run.py`` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from mllm_efficient.errors import MllmEfficientError
+
+from .cache import AnswerCache
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+MAX_NEW_TOKENS = 64  # where a task names none; lmms-eval's own adapters take up to 1024
+NOT_OURS = ("image_aspect_ratio",)  # generation settings that tasks hold for other adapters
+OF_SAMPLING = ("temperature", "top_p", "top_k")
+PADDINGS = ("pad", "crop")
+TEMPLATE, PLAIN, LLAVA_V1 = "chat template", "USER: ... ASSISTANT:", "llava_v1"
+FORMATS = ("template", LLAVA_V1)
+SYSTEM_V1 = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+RAISE, RECORD = "raise", "record"
+
+
+class SampleError(MllmEfficientError):
+    """A request that could not be answered, named."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is asked. messages: roles and parts, ``{"type": "image"}`` where a picture stands. pictures: RGB, in prompt order.
+
+    keys: of each picture, for methods that draw.
+    """
+
+    messages: list[dict[str, Any]]
+    pictures: list[Picture]
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample of a task. id: ``"pope/12"``. settings: of generation, as the task has them. content: reads the sample."""
+
+    id: str
+    settings: dict[str, Any]
+    content: Callable[[], Content]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request's answer. error: why there is none (text is then empty).
+
+    visual_tokens_full, visual_tokens_kept, tokens_per_layer: summed over its images; prompt_tokens: of the language model's
+    prompt after compression, prompt_tokens_full: before. latency_s: wall time of its batch, of ``batch`` requests, with the
+    processor and the tower. Counts are None where they are not known.
+    """
+
+    text: str
+    error: str | None = None
+    visual_tokens_full: int | None = None
+    visual_tokens_kept: int | None = None
+    tokens_per_layer: list[int] | None = None
+    prompt_tokens: int | None = None
+    prompt_tokens_full: int | None = None
+    output_tokens: int | None = None
+    latency_s: float | None = None
+    batch: int = 1
+    cached: bool = False
+
+    def counts(self) -> dict[str, Any]:
+        """What a sample's log holds of it."""
+        return {k: v for k, v in asdict(self).items() if k != "text" and v is not None and v is not False}
+
+
+@dataclass
+class Asker:
+    """Answers requests in batches of alike ones, out of the cache where it holds them; a subclass says how a batch is answered.
+
+    on_error: "raise" stops at the first request that fails; "record" answers it with nothing and says why. A batch that
+    fails as a whole is asked again one by one, which ``say`` is told. progress: called with the number answered.
+    """
+
+    batch_size: int = 1
+    max_new_tokens: int = MAX_NEW_TOKENS
+    on_error: str = RAISE
+    cache: AnswerCache | None = None
+    progress: Callable[[int], Any] = lambda n: None
+    say: Callable[[str], Any] = lambda text: None
+    asked: int = field(default=0, init=False)  # requests that the model itself was asked
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that an answer depends on besides its request; part of the cache's key."""
+        raise TypeError(f"{type(self).__name__} must define settings")
+
+    def prompt(self, content: Content) -> Any:
+        """The prompt as it is sent; part of the cache's key. Raises ``MllmEfficientError`` for what cannot be asked."""
+        raise TypeError(f"{type(self).__name__} must define prompt")
+
+    def answers(self, batch: Sequence[tuple[Content, Any]], settings: dict[str, Any]) -> list[Answer]:
+        """Answers to contents and their prompts, all with pictures or all without."""
+        raise TypeError(f"{type(self).__name__} must define answers")
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answer to each request, in their order."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.settings, sort_keys=True, default=str), []).append(i)
+        out: list[Answer | None] = [None] * len(requests)
+        for members in groups.values():
+            for low in range(0, len(members), self.batch_size):
+                chunk = members[low : low + self.batch_size]
+                for i, answer in self._chunk([(i, requests[i]) for i in chunk]):
+                    out[i] = answer
+                self.progress(len(chunk))
+        return [a for a in out if a is not None]
+
+    def _chunk(self, chunk: Sequence[tuple[int, Request]]) -> Iterator[tuple[int, Answer]]:
+        """Answers to requests of the same settings, with their places."""
+        settings = self.sensible(chunk[0][1].settings)
+        alike: dict[bool, list[tuple[int, Request, Content, Any, str]]] = {}
+        for i, request in chunk:
+            try:
+                content = request.content()
+                prompt = self.prompt(content)
+            except Exception as error:
+                yield i, self._failed(request, error)
+                continue
+            key = self._key(content, prompt, settings) if self.cache is not None else ""
+            known = self.cache.get(key) if self.cache is not None else None
+            if known is not None:
+                yield i, replace(Answer(**known), cached=True)
+            else:
+                alike.setdefault(bool(content.pictures), []).append((i, request, content, prompt, key))
+        for group in alike.values():
+            found = self._asked([(r, c, p) for _, r, c, p, _ in group], settings)
+            if self.cache is not None:
+                self.cache.put({key: asdict(a) for (*_, key), a in zip(group, found) if a.error is None})
+            yield from ((i, answer) for (i, *_), answer in zip(group, found))
+
+    def _asked(self, group: Sequence[tuple[Request, Content, Any]], settings: dict[str, Any]) -> list[Answer]:
+        self.asked += len(group)
+        try:
+            return self.answers([(content, prompt) for _, content, prompt in group], settings)
+        except Exception as error:
+            if len(group) == 1:
+                return [self._failed(group[0][0], error)]
+            reason = f"{type(error).__name__}: {error}"
+        # outside the handler, so that the failed batch's tensors are free when its requests are tried
+        self.say(f"a batch of {len(group)} from {group[0][0].id} failed ({_line(reason)}): asking one by one")
+        return [answer for one in group for answer in self._asked([one], settings)]
+
+    def _failed(self, request: Request, error: Exception) -> Answer:
+        reason = str(error) if isinstance(error, MllmEfficientError) else f"{type(error).__name__}: {error}"
+        if self.on_error == RAISE:
+            raise SampleError(f"{request.id}: {_line(reason)}") from error
+        return Answer("", _line(reason))
+
+    def _key(self, content: Content, prompt: Any, settings: dict[str, Any]) -> str:
+        pictures = [hashlib.sha256(f"{p.mode}{p.size}".encode() + p.tobytes()).hexdigest() for p in content.pictures]
+        whole = [self.settings, self.batch_size, settings, prompt, pictures, content.keys]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+    def sensible(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A task's generation settings as ``generate`` takes them: greedy unless a temperature says otherwise."""
+        out = {k: v for k, v in given.items() if k not in NOT_OURS and v is not None}
+        until = out.pop("until", None) or []
+        out["until"] = [until] if isinstance(until, str) else list(until)
+        out["max_new_tokens"] = int(out.get("max_new_tokens") or self.max_new_tokens)
+        out["do_sample"] = bool(out.get("do_sample", (out.get("temperature") or 0) > 0))
+        if not out["do_sample"]:
+            out = {k: v for k, v in out.items() if k not in OF_SAMPLING}
+        return out
+
+
+@dataclass
+class ModelAsker(Asker):
+    """A loaded model under one method, or several composed ones; ``installed`` must be entered around ``ask``.
+
+    image_padding: "pad" fills a picture up to a square with the processor's mean colour, as the original LLaVA does; "crop"
+    leaves it to the processor, which cuts the sides off. None: "pad" where the processor would cut, else nothing. A family
+    whose processor keeps the whole picture takes neither.
+    prompt_format: "template", the processor's chat template (without one the plain ``USER: ... ASSISTANT:``), or "llava_v1",
+    the original LLaVA-1.5's conversation with its system prompt.
+    """
+
+    loaded: Any = None
+    method: Any = None
+    image_padding: str | None = None
+    prompt_format: str = "template"
+
+    def __post_init__(self) -> None:
+        from mllm_efficient.models import environment, require_supported
+        from mllm_efficient.shrink import check_all, halves
+
+        self.adapter = require_supported(self.loaded)
+        check_all(self.adapter, self.method)
+        self.parts = [h for h in halves(self.method) if h is not None]
+        processor = self.loaded.processor
+        cuts = type(processor).__name__ == "LlavaProcessor" and bool(getattr(processor.image_processor, "do_center_crop", False))
+        if self.image_padding is not None and not cuts:
+            raise MllmEfficientError(
+                f"image padding {self.image_padding!r} has no effect on {self.adapter.name}, whose processor keeps the whole picture: leave it out"
+            )
+        if self.image_padding not in (None, *PADDINGS):
+            raise MllmEfficientError(f"image padding {self.image_padding!r} is not one of {', '.join(PADDINGS)}")
+        if self.prompt_format not in FORMATS:
+            raise MllmEfficientError(f"prompt format {self.prompt_format!r} is not one of {', '.join(FORMATS)}")
+        if self.prompt_format == LLAVA_V1 and type(processor).__name__ != "LlavaProcessor":
+            raise MllmEfficientError(f"the prompt format llava_v1 is LLaVA-1.5's, not {self.adapter.name}'s: leave it out")
+        self.padding = self.image_padding or ("pad" if cuts else "whole")
+        self.format = LLAVA_V1 if self.prompt_format == LLAVA_V1 else TEMPLATE if getattr(processor, "chat_template", None) else PLAIN
+        self._environment = environment(self.loaded)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What answers depend on besides the method and the request, for reports."""
+        return {**self._environment, "image_padding": self.padding, "prompt": self.format, "default_max_new_tokens": self.max_new_tokens}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        known = {k: v for k, v in self.how.items() if k not in ("model", "default_max_new_tokens")}
+        return {**known, "method": [m.to_dict() for m in self.parts]}
+
+    def installed(self) -> Any:
+        """A context in which the model holds what the method needs."""
+        from mllm_efficient.wrapper import compressed
+
+        return compressed(self.loaded.model, self.method)
+
+    def prompt(self, content: Content) -> str:
+        token, video = self.loaded.processor.image_token, getattr(self.loaded.processor, "video_token", None)
+        if self.format == TEMPLATE:
+            text = self.loaded.processor.apply_chat_template(content.messages, add_generation_prompt=True)
+        else:
+            text = _vicuna(content.messages, token, SYSTEM_V1 if self.format == LLAVA_V1 else "")
+        if text.count(token) != len(content.pictures) or (video and video in text):
+            raise MllmEfficientError(f"the prompt has {text.count(token)} {token} and {len(content.pictures)} image(s) are given")
+        return text
+
+    def pictured(self, content: Content) -> list[Picture]:
+        """The pictures as the processor gets them."""
+        return [self._square(p) for p in content.pictures] if self.padding == "pad" else content.pictures
+
+    def _square(self, picture: Picture) -> Picture:
+        from PIL import ImageOps
+
+        mean = self.loaded.processor.image_processor.image_mean
+        side = max(picture.size)
+        return picture if picture.width == picture.height else ImageOps.pad(picture, (side, side), color=tuple(int(255 * m) for m in mean))
+
+    def answers(self, batch: Sequence[tuple[Content, Any]], settings: dict[str, Any]) -> list[Answer]:
+        import torch
+
+        from mllm_efficient.shrink import prepare
+
+        start = self._now()
+        rows: list[Any] = [self.pictured(content) for content, _ in batch]
+        # OneVision tiles an image that is alone in its prompt, and is told so by the nesting
+        nested = "batch_num_images" in self.adapter.encode_keys
+        inputs = self.loaded.inputs([prompt for _, prompt in batch], rows if nested and rows[0] else [p for row in rows for p in row])
+        keys = [key for content, _ in batch for key in content.keys]
+        with torch.no_grad():
+            prepared = prepare(self.loaded.model, self.method, image_keys=keys or None, **inputs)
+            call, until = prepared.model_kwargs, settings["until"]
+            how = {k: v for k, v in settings.items() if k != "until"}
+            if until:
+                how["stopping_criteria"] = [Stops(until, call["input_ids"].shape[1], self.loaded.processor)]
+            out = self.loaded.model.generate(**call, **how)
+        short, long = (t["attention_mask"].sum(1).tolist() for t in (call, inputs))
+        new = out[:, call["input_ids"].shape[1] :].cpu()
+        seconds, report = round(self._now() - start, 4), prepared.report
+        found = []
+        for i, ids in enumerate(self._ended(new)):
+            images = [image for image in report.images if image.row == i]
+            layers = [sum(column) for column in zip(*(image.per_layer for image in images if image.per_layer))]
+            found.append(
+                Answer(
+                    before(self.loaded.processor.decode(ids, skip_special_tokens=True), until), None,
+                    sum(image.full for image in images), sum(image.kept for image in images), layers or None,
+                    int(short[i]), int(long[i]), len(ids), seconds, len(batch),
+                )
+            )  # fmt: skip
+        return found
+
+    def _ended(self, new: Any) -> list[Any]:
+        """Each row up to its end; what ``generate`` puts behind is padding."""
+        from ..agreement import cut
+        from ..harness import endings
+
+        ends = endings(self.loaded.model)
+        pad = self.loaded.model.generation_config.pad_token_id
+        return [cut(row, ends) if ends else row[row != pad] if pad is not None else row for row in new]
+
+    def _now(self) -> float:
+        import torch
+
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)
+        return time.perf_counter()
+
+
+class Stops:
+    """Ends a row of ``generate`` once its answer holds a stop string.
+
+    transformers' own criterion also looks into the prompt, and not every tokenizer's vocabulary is one it can take apart.
+    """
+
+    def __init__(self, stops: Sequence[str], prompt_length: int, processor: Any):
+        self.stops, self.start, self.processor = stops, prompt_length, processor
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        import torch
+
+        texts = self.processor.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+
+
+def before(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of some stop strings, without space around it."""
+    for stop in stops:
+        text = text.split(stop, 1)[0] if stop else text
+    return text.strip()
+
+
+def _vicuna(messages: Sequence[dict[str, Any]], token: str, system: str) -> str:
+    """Messages in the form that Vicuna was trained on. A system message takes the place of ``system``."""
+    out = ""
+    for message in messages:
+        parts = [f"{token}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
+        if message["role"] == "system":
+            system = "".join(parts)
+        else:
+            out += f"USER: {''.join(parts)} " if message["role"] == "user" else f"ASSISTANT: {''.join(parts)}</s>"
+    return f"{system + ' ' if system else ''}{out}ASSISTANT:"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:500]
