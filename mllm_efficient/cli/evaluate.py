@@ -26,7 +26,11 @@ of the next token along the uncompressed model's answer; 'right': percent of the
 def evaluate(
     model: options.Model = "builtin",
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Your own requests, a JSON object a line: images, prompt or messages, answer.")
     ] = None,
@@ -37,8 +41,38 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Number of questions (round-robin over categories), requests.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help=f"Default {BATCH}; with --data {DATA_BATCH}.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data: default 64.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help=f"Default {BATCH}; with --data {DATA_BATCH}; with --tasks 1.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", help="With tasks: a folder with task YAML of your own. Repeatable.")
+    ] = None,
+    on_error: Annotated[
+        str | None, typer.Option("--on-error", help="With tasks: record (the default, a failed sample is wrong) or raise (stop).")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="With tasks: a folder of answers for several runs; default the output folder.")
+    ] = None,
+    image_padding: Annotated[
+        str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")
+    ] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="With tasks: published numbers beside ours: divprune-table1.")
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option("--server", help="With tasks, instead of --model: [NAME=]URL of an OpenAI-compatible server, the baseline first. Repeatable."),
+    ] = None,
+    server_model: Annotated[str | None, typer.Option("--server-model", help="What the servers call the model, if they have several.")] = None,
     against: Annotated[str | None, typer.Option("--against", help="A method of this run to compare each row with.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Keeps answers and results here; resumes.")] = None,
     device: options.Device = "auto",
@@ -52,11 +86,34 @@ def evaluate(
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
-    """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; or, with --data,
-    how far answers to your own requests stay those of the uncompressed model."""
+    """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
+    with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
     from ..eval.harness import with_baselines
 
     options.import_files(imports)
+    public = tasks is not None or suite not in (None, "builtin")
+    check_tasks_options(
+        public,
+        {
+            "--data-root": data_root, "--include-path": include_path, "--on-error": on_error, "--cache": cache,
+            "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference, "--server": server,
+            "--server-model": server_model,
+        },
+        {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
+    )  # fmt: skip
+    if public:
+        from ..models import ModelOptions
+        from .tasks import TaskOptions, evaluate_tasks, task_names
+
+        names, usual = task_names(tasks, suite)
+        asked = TaskOptions(
+            names, limit or usual, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
+            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model,
+        )  # fmt: skip
+        settings = ModelOptions(
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        )  # fmt: skip
+        return evaluate_tasks(settings, method or (), asked, output_dir, json)
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
     other = options.one_method(against).spec() if against else None
     if other is not None and other not in [m.spec() for m in chosen]:
@@ -71,6 +128,17 @@ def evaluate(
     if data is not None:
         return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json)
     return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
+
+
+def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[str, Any]) -> None:
+    """Raises for options of public benchmarks without one, and for options of the others beside one."""
+    for name, value in (of_others if public else of_tasks).items():
+        if value is not None:
+            raise MllmEfficientError(f"{name} has no effect {'with --tasks or a public suite' if public else 'without --tasks or a public suite'}: leave it out")
+    if of_tasks["--on-error"] not in (None, "record", "raise"):
+        raise MllmEfficientError(f"--on-error {of_tasks['--on-error']!r} is not one of record, raise")
+    if of_tasks["--server-model"] is not None and not of_tasks["--server"]:
+        raise MllmEfficientError("--server-model has no effect without --server: leave it out")
 
 
 def check_source(data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1) -> None:

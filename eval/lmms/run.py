@@ -1,0 +1,153 @@
+"""Tasks x arms, the baseline first, one lmms-eval evaluation each; what is finished is kept and not run again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.errors import MllmEfficientError
+
+from ..records import Records, fingerprint_of
+from ..sweep import Cell
+from .asking import Asker, SampleError
+from .host import Host, Task
+from .scores import sample_score
+
+ANSWERS = ("visual_tokens_full", "visual_tokens_kept", "tokens_per_layer", "input_tokens", "prompt_tokens_full", "output_tokens", "latency_s", "batch")
+
+
+@dataclass
+class TaskRun:
+    """One evaluation of tasks. asker: makes what answers for an arm. how: everything answers depend on besides arm and sample.
+
+    A failed sample counts as wrong; its arm's row says how many there were. A task that raises is recorded and the others go
+    on, unless several processes run, which would wait for each other: there it ends the run.
+    """
+
+    host: Host
+    tasks: Sequence[Task]
+    cells: Sequence[Cell]
+    asker: Callable[[Cell], Asker]
+    how: dict[str, Any]
+    limit: int | None = None
+    output_dir: Path | None = None
+    device: Any = "cpu"
+    say: Callable[[str], Any] = lambda text: None
+    progress: Callable[[int], Any] = lambda n: None
+    finished: Callable[[TaskRun], Any] = lambda run: None
+    records: Records = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.ranks > 1:
+            from accelerate import Accelerator
+
+            Accelerator()  # the group of processes, before the first thing is shared
+        self.records = Records(self.output_dir if self.rank == 0 else None, self.config)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        harness = {"lmms_eval": version("lmms_eval"), "datasets": version("datasets")}
+        return {"suite": "tasks", "limit": self.limit, **self.how, "harness": harness}
+
+    @property
+    def arms(self) -> list[str]:
+        return [c.spec for c in self.cells]
+
+    @property
+    def methods(self) -> list[Compressor]:
+        return [c.method for c in self.cells]
+
+    def asked_of(self, task: Task) -> int:
+        """Samples that are asked of a task."""
+        return task.size if self.limit is None else min(self.limit, task.size)
+
+    @property
+    def total(self) -> int:
+        return len(self.cells) * sum(self.asked_of(t) for t in self.tasks)
+
+    def answer_all(self) -> list[dict[str, Any]]:
+        """Runs what is not finished yet; the records of this run's samples. ``summary`` has the scores."""
+        from .adapter import ChatModel
+
+        try:
+            for task in self.tasks:
+                for cell in self.cells:
+                    if self._shared((cell.spec, task.name) in self.records):
+                        self.progress(self.asked_of(task))
+                        continue
+                    asker = self.asker(cell)
+                    asker.progress, asker.say = self.progress, self.say
+                    self._add(cell, task, asker, ChatModel)
+                    if self.rank == 0:
+                        self.finished(self)
+        finally:
+            self.records.close()
+        names = {t.name for t in self.tasks}
+        return [r for r in self.records.rows.values() if r["method"] in self.arms and r["task"] in names and "metrics" not in r]
+
+    def _shared(self, value: Any) -> Any:
+        """The first process's value, in all."""
+        if self.ranks == 1:
+            return value
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _add(self, cell: Cell, task: Task, asker: Asker, model: Any) -> None:
+        """Evaluates a task under an arm and records its samples, then its metrics."""
+        head = {"method": cell.spec, "task": task.name}
+        files = None if self.output_dir is None else self.output_dir / "files" / task.name / fingerprint_of({"arm": cell.spec})
+        try:
+            result = self.host.evaluate(model(asker, self.device), task.name, self.limit, asker.batch_size, files)
+        except SampleError:
+            raise
+        except MllmEfficientError as error:
+            if self.ranks > 1:
+                raise
+            self.records.add([{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "error": str(error)}])
+            self.say(f"failed: {cell.spec} on {error}")
+            return
+        if result is None:
+            return
+        samples = [_sample(head, task, s) for s in result["samples"][task.name]]
+        failed = [s for s in samples if s["error"] is not None]
+        metrics = {k.split(",")[0]: float(v) for k, v in result["results"][task.name].items() if _is_metric(k, v, task)}
+        summary = {
+            **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "model_calls": asker.asked,
+            "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s["expected"]) for s in samples)}),
+            "error": f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None,
+        }  # fmt: skip
+        self.records.add([*samples, summary])
+
+    def summary(self, arm: str, task: str) -> dict[str, Any]:
+        """The metrics of an arm on a task, ``{}`` where it raised, with ``n``, ``failures`` and ``error``."""
+        return self.records.rows[arm, task]
+
+
+def _is_metric(key: str, value: Any, task: Task) -> bool:
+    return key.split(",")[0] in task.higher and isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[str, Any]:
+    """A sample of lmms-eval's log as a record of this package."""
+    counts = (logged["token_counts"] or [None])[0] or {}
+    scores = {m: sample_score(logged[m]) for m in task.metrics if m in logged}
+    texts = [a for a in logged.get("arguments", []) if isinstance(a, str)]
+    return {
+        **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _plain(logged["target"]),
+        "answer": _plain(logged["filtered_resps"][0]) if logged["filtered_resps"] else "",
+        "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"),
+        **{k: counts[k] for k in ANSWERS if k in counts},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, type(None))) else [str(v) for v in value] if isinstance(value, list) else str(value)

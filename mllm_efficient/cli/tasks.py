@@ -1,0 +1,215 @@
+"""``mllm-efficient eval --tasks``: public benchmarks through lmms-eval, on a model here or on running servers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MllmEfficientError
+from . import options
+
+if TYPE_CHECKING:
+    from ..eval.lmms.host import Host, Task
+    from ..eval.lmms.run import TaskRun
+    from ..eval.sweep import Cell
+    from ..models import Loaded, ModelOptions
+
+LEGEND = """\
+'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
+kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and resize at the same budget gets
+wrong, and how many those are. A failed sample counts as wrong."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is asked and how. names: of tasks. servers: instead of a model; methods are then theirs."""
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    batch_size: int = 1
+    data_root: Path | None = None
+    include: tuple[Path, ...] = ()
+    on_error: str = "record"
+    cache: Path | None = None
+    image_padding: str | None = None
+    prompt_format: str = "template"
+    max_new_tokens: int | None = None
+    reference: str | None = None
+    servers: tuple[str, ...] = ()
+    server_model: str | None = None
+
+
+def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], int | None]:
+    """The tasks of ``--tasks a,b`` or of a suite, and the suite's limit. Raises where both or neither say any."""
+    from ..eval.lmms import suites
+
+    if tasks is not None and suite is not None:
+        raise MllmEfficientError("--tasks and --suite are two ways to say one thing: give one of them")
+    if suite is not None:
+        content = suites.read(suites.SUITES, suite)
+        return tuple(content["tasks"]), content.get("limit")
+    found = tuple(dict.fromkeys(t.strip() for t in (tasks or "").split(",") if t.strip()))
+    if not found:
+        raise MllmEfficientError("--tasks names no task: gqa,pope are two")
+    return found, None
+
+
+def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOptions, output_dir: Path | None, json: bool) -> int:
+    """Runs, prints and keeps everything; the exit code."""
+    from ..eval.lmms import suites
+    from ..eval.lmms.asking import SampleError
+    from ..eval.lmms.rows import MEANING, beside, missing, reference_table, rows_of, task_table
+
+    reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
+    host, tasks = checked(asked)
+    if reference is not None and not any(t.name in reference["tasks"] for t in tasks):
+        raise MllmEfficientError(f"--reference {asked.reference} has none of these tasks (it has {', '.join(reference['tasks'])})")
+    if asked.servers:
+        run = on_servers(asked, host, tasks, specs, output_dir)
+    else:
+        run = on_model(settings, specs, asked, host, tasks, output_dir)
+    try:
+        records = answered(run)
+    except SampleError as error:
+        options.say(f"failed: {error}")
+        return 1
+    if run.rank > 0:
+        return 0
+    rows = rows_of(run, records, settings.seed)
+    published = [] if reference is None else beside(rows, reference)
+    meta = {
+        **run.config, "tasks": [t.name for t in tasks], "batch_size": asked.batch_size, "on_error": asked.on_error, "meaning": MEANING,
+        "methods": [m.to_dict() for m in run.methods], "processes": run.ranks,
+        "model_calls": sum(run.summary(a, t.name).get("model_calls", 0) for a in run.arms for t in tasks),
+        "questions_fingerprint": {t.name: run.summary(run.arms[0], t.name).get("questions_fingerprint") for t in tasks},
+        "reference": None if reference is None else {"name": asked.reference, "source": reference["source"], "rows": published},
+    }  # fmt: skip
+    if output_dir is not None:
+        from ..eval.sweep import write_json
+
+        write_json(output_dir / "results.json", {"rows": rows, "meta": meta})
+    if json:
+        options.print_json(rows, meta)
+    else:
+        options.print_table(*task_table(rows), left=3)
+        print(LEGEND)
+        if reference is not None:
+            print(f"\nBeside {reference['title']} ({reference['source']}):")
+            options.print_table(*reference_table(published), left=2)
+            for line in dict.fromkeys(_unlike(p) for p in published if p["published_tokens"] not in (None, p["tokens"])):
+                print(line)
+    return verdict(records, rows, missing(rows))
+
+
+def _unlike(published: dict[str, Any]) -> str:
+    kept = "an unknown number of" if published["tokens"] is None else f"{published['tokens']:g}"
+    return f"{published['method']} kept {kept} visual tokens here and {published['published_tokens']} in the paper: not the same setting."
+
+
+def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
+    """lmms-eval and the tasks, all of which can be read and scored here."""
+    from ..eval.lmms.host import Host
+    from ..eval.lmms.scores import known
+
+    host = Host(asked.data_root, asked.include)
+    for name in asked.names:
+        if asked.limit is not None and asked.limit % 2 and name in known() and known()[name].pairs:
+            raise MllmEfficientError(f"task {name} asks in pairs: give an even --limit")
+    return host, [host.check(name) for name in asked.names]
+
+
+def on_model(
+    settings: ModelOptions, specs: Sequence[str], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None
+) -> TaskRun:
+    """The run of methods on a model; beside every budget ``resize`` at the same."""
+    from ..compressors.random import Random
+    from ..eval.lmms.adapter import rank_device
+    from ..eval.sweep import cross, possible
+    from ..measure.arms import REFERENCE
+    from ..models import load
+
+    settings = replace(settings, device=rank_device(settings.device) if settings.device_map is None else settings.device)
+    cells = [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]
+    loaded = load(settings)
+    cells, left_out = possible(cells, loaded, say)
+    for spec, reason in left_out.items():
+        say(f"without {spec}, and so without the hard samples: {reason}")
+    broken = [c for c in cells if c.failed is not None]
+    if broken:
+        raise MllmEfficientError(f"{broken[0].spec}: {broken[0].failed}")
+    return model_run(loaded, cells, asked, host, tasks, output_dir)
+
+
+def model_run(
+    loaded: Loaded, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None
+) -> TaskRun:
+    """The run of arms on a loaded model."""
+    from ..eval.lmms.asking import MAX_NEW_TOKENS, ModelAsker
+    from ..eval.lmms.cache import AnswerCache
+    from ..eval.lmms.run import TaskRun
+
+    folder = asked.cache or output_dir
+    cache = None if folder is None else AnswerCache(folder)
+
+    def asker(cell: Cell) -> ModelAsker:
+        return ModelAsker(
+            asked.batch_size, asked.max_new_tokens or MAX_NEW_TOKENS, asked.on_error, cache,
+            loaded=loaded, method=cell.method, image_padding=asked.image_padding, prompt_format=asked.prompt_format,
+        )  # fmt: skip
+
+    return TaskRun(host, tasks, cells, asker, asker(cells[0]).how, asked.limit, output_dir, loaded.device, say)
+
+
+def on_servers(asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Sequence[str], output_dir: Path | None) -> TaskRun:
+    """The run of servers, the first of which is the baseline."""
+    from ..eval.lmms.asking import MAX_NEW_TOKENS
+    from ..eval.lmms.run import TaskRun
+    from ..eval.lmms.server import ServerAsker, server_cells
+
+    for name, given, why in (
+        ("--method", bool(specs), "the server decides what it compresses: start one for each method and give --server NAME=URL for each"),
+        ("--cache", asked.cache is not None, "a server does not say what it compresses, so its answers cannot be told apart later"),
+        ("--image-padding", asked.image_padding is not None, "the server processes the images"),
+        ("--prompt-format", asked.prompt_format != "template", "the server writes the prompt"),
+    ):
+        if given:
+            raise MllmEfficientError(f"{name} has no effect with --server: {why}")
+    cells = server_cells(asked.servers, asked.server_model)
+    tokens = asked.max_new_tokens or MAX_NEW_TOKENS
+    how = {"servers": {c.name: {"url": c.url, "model": c.model} for c in cells}, "default_max_new_tokens": tokens}
+
+    def asker(cell: Any) -> ServerAsker:
+        return ServerAsker(asked.batch_size, tokens, asked.on_error, url=cell.url, model=cell.model)
+
+    return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, say=say)
+
+
+def answered(run: TaskRun) -> list[dict[str, Any]]:
+    """Every sample's record, with a progress bar and a line for each finished task."""
+    from tqdm import tqdm
+
+    say(f"{len(run.tasks)} tasks x {len(run.arms)} arms, {run.total} answers")
+    with tqdm(total=run.total, unit="answer", mininterval=1, disable=run.rank > 0 or None) as bar:
+        run.progress = bar.update
+        return run.answer_all()
+
+
+def say(text: str) -> None:
+    """A line for the reader from the first of several processes."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        options.say(text)
+
+
+def verdict(records: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> int:
+    """Says what failed or is missing; the exit code."""
+    failed = [r for r in records if r["error"] is not None]
+    for record in failed[:5]:
+        options.say(f"failed: {record['method']} on {record['id']}: {record['error']}")
+    if failed:
+        options.say(f"{len(failed)} of {len(records)} answers failed")
+    for line in missing:
+        options.say(line)
+    return 1 if failed or missing else 0
