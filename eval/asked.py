@@ -13,7 +13,6 @@ from .agreement import MAX_NEW_TOKENS, Agreement
 from .agreement_rows import about, agreement_rows, cell_of
 from .builtin.questions import CATEGORIES
 from .builtin.suite import samples
-from .harness import Harness
 from .records import fingerprint_of
 from .report.pictures import kept_pictures
 from .report.rows import DATA_MEANING, MEANING
@@ -28,7 +27,7 @@ Scores = dict[str, dict[str, dict[str, Any]]]
 class Asked:
     """run: the evaluation. line: what will be asked, in words. meaning: of the report's columns."""
 
-    run: Harness
+    run: Any  # a Harness, or what has its arms, records and progress
     line: str
     meaning: dict[str, str]
 

@@ -26,7 +26,7 @@ def declare() -> None:
         return
     import torch
 
-    if torch.version.cuda is not None or hasattr(torch.version, "hip") and torch.version.hip is not None:
+    if torch.version.cuda is not None or (hasattr(torch.version, "hip") and torch.version.hip is not None):
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in OPERATORS:

@@ -135,7 +135,8 @@ def content_of(messages: Sequence[dict[str, Any]], name: str) -> Content:
     """
     from mllm_efficient.images import to_rgb
 
-    pictures, keys, out = [], [], []
+    pictures, keys = list[Any](), list[str]()
+    out = list[dict[str, Any]]()
     for message in messages:
         content = [{"type": "text", "text": message["content"]}] if isinstance(message["content"], str) else message["content"]
         parts: list[dict[str, Any]] = []

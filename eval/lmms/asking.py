@@ -210,9 +210,8 @@ class ModelAsker(Asker):
         processor = self.loaded.processor
         cuts = type(processor).__name__ == "LlavaProcessor" and bool(getattr(processor.image_processor, "do_center_crop", False))
         if self.image_padding is not None and not cuts:
-            raise MllmEfficientError(
-                f"image padding {self.image_padding!r} has no effect on {self.adapter.name}, whose processor keeps the whole picture: leave it out"
-            )
+            whole = f"{self.adapter.name}, whose processor keeps the whole picture"
+            raise MllmEfficientError(f"image padding {self.image_padding!r} has no effect on {whole}: leave it out")
         if self.image_padding not in (None, *PADDINGS):
             raise MllmEfficientError(f"image padding {self.image_padding!r} is not one of {', '.join(PADDINGS)}")
         if self.prompt_format not in FORMATS:

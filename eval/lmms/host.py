@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,13 +25,14 @@ SUBMISSION = "submission"  # a metric that only writes a file for a challenge's 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its name, its number of samples, its metrics in order and which of them are better when higher."""
+    """One task: its name, its number of samples, its metrics in order, which of them are better when higher, and how
+    samples become a metric."""
 
     name: str
     size: int
     metrics: tuple[str, ...]
     higher: dict[str, bool]
-    data: str
+    aggregate: dict[str, Callable[..., Any]]
 
 
 def lmms_eval_module() -> Any:
@@ -90,16 +91,20 @@ class Host:
         higher = {k: bool(v) for k, v in task.higher_is_better().items() if k != SUBMISSION}
         for metric in higher:
             if any(c.lower() in metric.lower() for c in CAPTIONS) and shutil.which("java") is None:
-                raise MllmEfficientError(f"task {name}: {metric} needs Java, which is not on the PATH: install it (apt install default-jre)")
+                raise MllmEfficientError(
+                    f"task {name}: {metric} needs Java, which is not on the PATH: install it (apt install default-jre)"
+                )
             judged = any(j in metric.lower() for j in JUDGES) and "static" not in name
             if judged and not os.environ.get("OPENAI_API_KEY"):
-                raise MllmEfficientError(f"task {name}: {metric} is judged by a model over the network: set OPENAI_API_KEY, or take another")
+                raise MllmEfficientError(
+                    f"task {name}: {metric} is judged by a model over the network: set OPENAI_API_KEY, or take another"
+                )
         if not higher:
             raise MllmEfficientError(f"task {name} only writes a file for a challenge's server: it has no score")
         docs = task.eval_docs_no_media
         if len(docs) == 0:
             raise MllmEfficientError(f"task {name}: its data set is empty")
-        return Task(name, len(docs), tuple(higher), higher, str(task.config.dataset_path))
+        return Task(name, len(docs), tuple(higher), higher, task.aggregation())
 
     def _load(self, name: str) -> Any:
         manager = self.manager(name)

@@ -9,117 +9,116 @@ import numpy as np
 
 from mllm_efficient.compressors.resize import Resize
 
+from ..stats import interval
 from ..sweep import Cell
 from ..table import OVERALL
 from .run import TaskRun
-from .server import ServerCell
 from .scores import RIGHT, known, primary, top_of
+from .server import ServerCell
 
-RESAMPLES, BLOCK = 2000, 50
 MEANING = {
     "score": "percent of the metric's best value; value: the metric as lmms-eval gives it. overall: the unweighted mean over tasks",
-    "difference": "score minus the baseline's, in points; difference_interval: the central 95% of 2,000 paired resamples of samples, "
-    "where the metric is the mean of its samples' scores",
+    "difference": "score minus the baseline's, in points; difference_interval: the central 95% of 1,000 paired resamples of the "
+    "questions, of the metric that counts; none for captions, which have no score of a single answer",
     "retention": "percent of the baseline's score; overall: the mean over tasks",
     "hard": "score on the samples that the baseline gets right and resize at the same budget gets wrong, of which there are hard_n",
 }
+Samples = dict[str, dict[str, Any]]
 
 
-def rows_of(run: TaskRun, records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each task, arm and metric that has a value, the metric that counts first; behind them one per arm for all tasks."""
-    by: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    by: dict[tuple[str, str], Samples] = {}
     for record in records:
         by.setdefault((record["method"], record["task"]), {})[record["id"]] = record
     rows: list[dict[str, Any]] = []
+    resized = {c.asked: c.spec for c in run.cells if c.method.name == Resize.name and c.asked}
     for task in run.tasks:
-        resized = {c.asked: c.spec for c in run.cells if c.method.name == Resize.name and c.asked}
-        base = run.summary(run.arms[0], task.name)
+        first = primary(task.name, task.metrics)
+        base, of_base = run.summary(run.arms[0], task.name), by.get((run.arms[0], task.name), {})
         for cell in run.cells:
             mine, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
-            others = by.get((run.arms[0], task.name), {}), by.get((resized.get(cell.asked, ""), task.name), {})
-            first = primary(task.name, task.metrics)
             for metric in [first, *(m for m in task.metrics if m != first and m in mine["metrics"])]:
-                row = _row(cell, task.name, metric, task.higher[metric], mine, base, samples, others[0], seed)
-                row |= {"primary": metric == first, "hard": None, "hard_n": None}
+                row = _row(cell, task.name, metric, mine, base, samples) | {"higher_is_better": task.higher.get(metric, True)}
                 if metric == first:
-                    row |= _hard(cell, metric, samples, *others)
+                    row |= {"primary": True, **_hard(cell, metric, samples, of_base, by.get((resized.get(cell.asked, ""), task.name), {}))}
+                    row |= _intervals(row, mine, base)
+                if not row["higher_is_better"]:
+                    row["retention"] = None
                 rows.append(row)
-    return rows + [_overall(cell, [r for r in rows if r["method"] == cell.spec]) for cell in run.cells]
+    return rows + [_overall(run, cell, [r for r in rows if r["method"] == cell.spec and r["primary"]]) for cell in run.cells]
 
 
-def _row(
-    cell: Cell, task: str, metric: str, higher: bool, mine: dict[str, Any], base: dict[str, Any], samples: dict[str, dict[str, Any]],
-    of_base: dict[str, dict[str, Any]], seed: int,
-) -> dict[str, Any]:  # fmt: skip
+def _row(cell: Cell, task: str, metric: str, mine: dict[str, Any], base: dict[str, Any], samples: Samples) -> dict[str, Any]:
+    """A metric of an arm on a task, with nothing yet of what only the metric that counts has."""
     value, other = mine["metrics"].get(metric), base["metrics"].get(metric)
-    scores, before = _scores(samples, metric), _scores(of_base, metric)
-    top = None if value is None else top_of(task, metric, value, list(scores.values()))
+    top = None if value is None else top_of(task, metric, value, list(_scores(samples, metric).values()))
     score, baseline = (None if v is None or top is None else 100 * v / top for v in (value, other))
-    difference = None if score is None or baseline is None else score - baseline
-    between = None
-    if difference is not None and top is not None and scores.keys() == before.keys() and _is_mean(scores, value, top):
-        between = _interval(np.array([scores[i] - before[i] for i in scores]), seed)
-    return {
-        "method": cell.spec, "role": cell.role, **_budget(cell), "task": task, "metric": metric,
-        "higher_is_better": higher, "value": value, "score": _round(score), "score_interval": None, "baseline": _round(baseline),
-        "difference": _round(difference), "difference_interval": between,
-        "retention": _round(100 * score / baseline) if higher and score is not None and baseline else None, "floor": None,
-        "n": mine["n"], "failures": mine["failures"], "failed": mine["error"],
+    return _head(cell, task, metric) | {
+        "value": value, "score": _round(score), "baseline": _round(baseline),
+        "difference": None if score is None or baseline is None else _round(score - baseline),
+        "retention": _round(100 * score / baseline) if score is not None and baseline else None,
+        "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
         "prompt_tokens": _mean(samples, "input_tokens"),
     }  # fmt: skip
 
 
-def _budget(cell: Cell) -> dict[str, Any]:
-    known_here = not isinstance(cell, ServerCell)  # what a server keeps is its own affair
-    return {"keep": cell.method.budget.fraction if known_here else None, "tokens": cell.method.tokens if known_here else None}
+def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
+    here = not isinstance(cell, ServerCell)  # what a server keeps is its own affair
+    return {
+        "method": cell.spec, "role": cell.role, "keep": cell.method.budget.fraction if here else None,
+        "tokens": cell.method.tokens if here else None, "task": task, "metric": metric, "primary": False, "higher_is_better": True,
+        "score_interval": None, "difference_interval": None, "floor": None, "hard": None, "hard_n": None,
+    }  # fmt: skip
 
 
-def _hard(
-    cell: Cell, metric: str, mine: dict[str, Any], base: dict[str, dict[str, Any]], resized: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
     """The score on the samples that the baseline gets right and ``resize`` gets wrong; nothing for arms without such a partner."""
-    if cell.method.name == Resize.name or not resized:
-        return {}
     scores, right, wrong = (_scores(rows, metric) for rows in (mine, base, resized))
-    chosen = [i for i in scores if right.get(i, 0) > RIGHT and i in wrong and wrong[i] <= RIGHT]
-    return {"hard": _round(100 * sum(scores[i] for i in chosen) / len(chosen)) if chosen else None, "hard_n": len(chosen) if scores else None}
+    if cell.method.name == Resize.name or not wrong or not scores:
+        return {}
+    chosen = [i for i in scores if right.get(i, 0) > RIGHT and wrong.get(i, 1) <= RIGHT]
+    return {"hard": _round(100 * sum(scores[i] for i in chosen) / len(chosen)) if chosen else None, "hard_n": len(chosen)}
 
 
-def _overall(cell: Cell, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _intervals(row: dict[str, Any], mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Of the score and of its difference, where the same questions were drawn for both."""
+    drawn, before = (s.get("resampled") for s in (mine, base))
+    if row["top"] is None or drawn is None or before is None or mine["questions_fingerprint"] != base["questions_fingerprint"]:
+        return {}
+    scores, baseline = (100 * np.array(d) / row["top"] for d in (drawn, before))
+    return {"score_interval": interval(scores), "difference_interval": interval(scores - baseline)}
+
+
+def _overall(run: TaskRun, cell: Cell, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All tasks of an arm: means over tasks, None where one of them has no score."""
-    rows = [r for r in rows if r["primary"]]
 
     def mean(name: str) -> float | None:
         values = [r[name] for r in rows]
         return None if not values or None in values else _round(sum(values) / len(values))
 
     names = ("score", "baseline", "difference", "retention", "visual_tokens_full", "visual_tokens_kept", "prompt_tokens")
-    failed = [r["failed"] for r in rows if r["failed"] is not None]
-    return {
-        "method": cell.spec, "role": cell.role, **_budget(cell), "task": OVERALL, "metric": "mean over tasks", "higher_is_better": True, "value": None, "score_interval": None, "difference_interval": None,
-        **{name: mean(name) for name in names}, "floor": None, "n": sum(r["n"] for r in rows), "failures": sum(r["failures"] for r in rows),
-        "failed": failed[0] if failed else None, "primary": True, "hard": None, "hard_n": None,
-    }  # fmt: skip
+    out = _head(cell, OVERALL, "mean over tasks") | {name: mean(name) for name in names}
+    out |= {"value": None, "top": 100.0, "primary": True, "n": sum(r["n"] for r in rows), "failures": sum(r["failures"] for r in rows)}
+    out["failed"] = next((r["failed"] for r in rows if r["failed"] is not None), None)
+    if all(r["difference_interval"] is not None for r in rows):
+        scores, before = list[Any](), list[Any]()
+        for i, r in enumerate(rows):
+            # shuffled apart: tasks of one size would draw alike, as if they depended on each other
+            order = np.random.default_rng(i).permutation(len(run.summary(cell.spec, r["task"])["resampled"]))
+            for arm, drawn in ((cell.spec, scores), (run.arms[0], before)):
+                drawn.append(100 * np.array(run.summary(arm, r["task"])["resampled"])[order] / r["top"])
+        out["score_interval"] = interval(np.mean(scores, 0))
+        out["difference_interval"] = interval(np.mean(scores, 0) - np.mean(before, 0))
+    return out
 
 
-def _scores(rows: dict[str, dict[str, Any]], metric: str) -> dict[str, float]:
+def _scores(rows: Samples, metric: str) -> dict[str, float]:
     return {i: r["scores"][metric] for i, r in rows.items() if metric in r["scores"]}
 
 
-def _is_mean(scores: dict[str, float], value: float | None, top: float) -> bool:
-    return value is not None and bool(scores) and abs(sum(scores.values()) / len(scores) - value / top) < 1e-6
-
-
-def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """Central 95% of the mean in percent over resamples, in blocks: large tasks would take gigabytes at once."""
-    rng, n = np.random.default_rng(seed), len(differences)
-    means = [100 * differences[rng.integers(0, n, (BLOCK, n))].mean(1) for _ in range(RESAMPLES // BLOCK)]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return round(float(low), 2), round(float(high), 2)
-
-
-def _mean(rows: dict[str, dict[str, Any]], key: str) -> float | None:
+def _mean(rows: Samples, key: str) -> float | None:
     values = [r[key] for r in rows.values() if r.get(key) is not None]
     return _round(sum(values) / len(values)) if values else None
 
@@ -141,8 +140,8 @@ def missing(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines: a line for every metric of every arm, task after task."""
-    has = {name: any(r[name] is not None for r in rows) for name in ("visual_tokens_kept", "prompt_tokens", "hard_n")}
+    """Header and lines: the metric that counts of every arm, task after task. Columns that nothing fills are left out."""
+    rows = [r for r in rows if r["primary"]]
     header = ["task", "metric", "method", "tokens", "prompt", "value", "score", "vs baseline [95%]", "retention", "hard", "n", "failed"]
     lines = []
     for r in rows:
@@ -155,8 +154,18 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
                 hard, str(r["n"]), str(r["failures"] or ""),
             ]
         )  # fmt: skip
-    used = [i for i, h in enumerate(header) if {"tokens": has["visual_tokens_kept"], "prompt": has["prompt_tokens"], "hard": has["hard_n"]}.get(h, True)]
+    used = [i for i in range(len(header)) if any(line[i] for line in lines)]
     return [header[i] for i in used], [[line[i] for i in used] for line in lines]
+
+
+def detail_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the other metrics, a line each with its value under every arm. No lines where there are none."""
+    arms = list(dict.fromkeys(r["method"] for r in rows))
+    values: dict[tuple[str, str], dict[str, str]] = {}
+    for r in rows:
+        if not r["primary"]:
+            values.setdefault((title(r["task"]), r["metric"]), {})[r["method"]] = _one(r["value"], ".4g")
+    return ["task", "metric", *arms], [[*key, *(by_arm.get(arm, "") for arm in arms)] for key, by_arm in values.items()]
 
 
 def title(task: str) -> str:
@@ -185,11 +194,12 @@ def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[di
         published = reference["rows"].get(name, {}).get(column)
         if not r["primary"] or published is None:
             continue
-        points = known()[r["task"]].top.get(r["metric"], 1.0)
+        points = r["top"] or 1.0
         ours = r["value"] if points > 100 or r["value"] is None else r["score"]
         out.append(
             {
-                "task": column, "method": r["method"], "tokens": r["visual_tokens_kept"], "published_tokens": reference.get("budgets", {}).get(name),
+                "task": column, "method": r["method"], "tokens": r["visual_tokens_kept"],
+                "published_tokens": reference.get("budgets", {}).get(name),
                 "ours": _round(ours), "published": published, "difference": _round(None if ours is None else ours - published),
             }
         )  # fmt: skip

@@ -14,11 +14,41 @@ from mllm_efficient.errors import MllmEfficientError
 
 from ..records import Records, fingerprint_of
 from ..sweep import Cell
-from .asking import Asker, SampleError
+from .asking import MAX_NEW_TOKENS, Asker, ModelAsker, SampleError
+from .cache import AnswerCache
 from .host import Host, Task
-from .scores import sample_score
+from .resample import resampled
+from .scores import primary, sample_score, top_of
 
-ANSWERS = ("visual_tokens_full", "visual_tokens_kept", "tokens_per_layer", "input_tokens", "prompt_tokens_full", "output_tokens", "latency_s", "batch")
+ANSWERS = (
+    "visual_tokens_full",
+    "visual_tokens_kept",
+    "tokens_per_layer",
+    "input_tokens",
+    "prompt_tokens_full",
+    "output_tokens",
+    "latency_s",
+    "batch",
+)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is asked and how. names: of tasks. servers: instead of a model; methods are then theirs."""
+
+    names: Sequence[str]
+    limit: int | None = None
+    batch_size: int = 1
+    data_root: Path | None = None
+    include: tuple[Path, ...] = ()
+    on_error: str = "record"
+    cache: Path | None = None
+    image_padding: str | None = None
+    prompt_format: str = "template"
+    max_new_tokens: int | None = None
+    reference: str | None = None
+    servers: tuple[str, ...] = ()
+    server_model: str | None = None
 
 
 @dataclass
@@ -36,11 +66,12 @@ class TaskRun:
     how: dict[str, Any]
     limit: int | None = None
     output_dir: Path | None = None
-    device: Any = "cpu"
+    loaded: Any = None
+    batch_size: int = 1
     say: Callable[[str], Any] = lambda text: None
     progress: Callable[[int], Any] = lambda n: None
-    finished: Callable[[TaskRun], Any] = lambda run: None
     records: Records = field(init=False)
+    calls: int = field(default=0, init=False)  # answers that came from the model, not from the cache
 
     def __post_init__(self) -> None:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -84,8 +115,6 @@ class TaskRun:
                     asker = self.asker(cell)
                     asker.progress, asker.say = self.progress, self.say
                     self._add(cell, task, asker, ChatModel)
-                    if self.rank == 0:
-                        self.finished(self)
         finally:
             self.records.close()
         names = {t.name for t in self.tasks}
@@ -106,7 +135,9 @@ class TaskRun:
         head = {"method": cell.spec, "task": task.name}
         files = None if self.output_dir is None else self.output_dir / "files" / task.name / fingerprint_of({"arm": cell.spec})
         try:
-            result = self.host.evaluate(model(asker, self.device), task.name, self.limit, asker.batch_size, files)
+            result = self.host.evaluate(
+                model(asker, "cpu" if self.loaded is None else self.loaded.device), task.name, self.limit, self.batch_size, files
+            )
         except SampleError:
             raise
         except MllmEfficientError as error:
@@ -120,16 +151,36 @@ class TaskRun:
         samples = [_sample(head, task, s) for s in result["samples"][task.name]]
         failed = [s for s in samples if s["error"] is not None]
         metrics = {k.split(",")[0]: float(v) for k, v in result["results"][task.name].items() if _is_metric(k, v, task)}
+        first = primary(task.name, task.metrics)
         summary = {
-            **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "model_calls": asker.asked,
+            **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed),
+            "resampled": _resampled(task, first, metrics, result["samples"][task.name]),
             "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s["expected"]) for s in samples)}),
             "error": f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None,
         }  # fmt: skip
+        self.calls += sum(not s["cached"] for s in samples)
         self.records.add([*samples, summary])
 
     def summary(self, arm: str, task: str) -> dict[str, Any]:
         """The metrics of an arm on a task, ``{}`` where it raised, with ``n``, ``failures`` and ``error``."""
         return self.records.rows[arm, task]
+
+
+def run_of(
+    loaded: Any, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None,
+    say: Callable[[str], Any] = lambda text: None,
+) -> TaskRun:  # fmt: skip
+    """The run of arms on a loaded model. Answers are kept in ``asked.cache``, or beside the results."""
+    folder = asked.cache or output_dir
+    cache = None if folder is None else AnswerCache(folder)
+
+    def asker(cell: Cell) -> ModelAsker:
+        return ModelAsker(
+            asked.batch_size, asked.max_new_tokens or MAX_NEW_TOKENS, asked.on_error, cache,
+            loaded=loaded, method=cell.method, image_padding=asked.image_padding, prompt_format=asked.prompt_format,
+        )  # fmt: skip
+
+    return TaskRun(host, tasks, cells, asker, asker(cells[0]).how, asked.limit, output_dir, loaded, asked.batch_size, say)
 
 
 def _is_metric(key: str, value: Any, task: Task) -> bool:
@@ -144,9 +195,18 @@ def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[st
     return {
         **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _plain(logged["target"]),
         "answer": _plain(logged["filtered_resps"][0]) if logged["filtered_resps"] else "",
-        "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"),
+        "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"), "cached": bool(counts.get("cached")),
         **{k: counts[k] for k in ANSWERS if k in counts},
     }  # fmt: skip
+
+
+def _resampled(task: Task, metric: str, metrics: dict[str, float], logged: Sequence[dict[str, Any]]) -> list[float] | None:
+    """The metric that counts over resamples of the samples that have it."""
+    items = [s[metric] for s in sorted(logged, key=lambda s: s["doc_id"]) if metric in s]
+    if metric not in metrics:
+        return None
+    scores = [s for s in map(sample_score, items) if s is not None]
+    return resampled(task.aggregate.get(metric), items, metrics[metric], top_of(task.name, metric, metrics[metric], scores))
 
 
 def _plain(value: Any) -> Any:

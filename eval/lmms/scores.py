@@ -34,8 +34,7 @@ def known() -> dict[str, Known]:
 
 def primary(task: str, metrics: Sequence[str]) -> str:
     """The metric of a task that tables show and means take: the known one, or the task's first."""
-    entry = known().get(task)
-    return entry.metric if entry is not None and entry.metric in metrics else metrics[0]
+    return known()[task].metric if task in known() else metrics[0]
 
 
 def top_of(task: str, metric: str, value: float, scores: Sequence[float]) -> float | None:

@@ -53,13 +53,29 @@ def server_cells(given: Sequence[str], model: str | None) -> list[ServerCell]:
         try:
             names = [m.id for m in client(url).models.list().data]
         except Exception as error:
-            raise MllmEfficientError(f"--server {url}: no answer to /models ({type(error).__name__}: {error}); the URL ends in /v1") from None
+            raise MllmEfficientError(
+                f"--server {url}: no answer to /models ({type(error).__name__}: {error}); the URL ends in /v1"
+            ) from None
         if model is None and len(names) != 1:
             raise MllmEfficientError(f"--server {url} has the models {', '.join(names) or '(none)'}: name one with --server-model")
         if model is not None and model not in names:
             raise MllmEfficientError(f"--server {url} has no model {model!r} (it has {', '.join(names)})")
         cells.append(ServerCell(NoCompression(), METHOD if cells else BASELINE, name=name, url=url, model=model or names[0]))
     return cells
+
+
+def served(cells: Sequence[ServerCell]) -> dict[str, Any]:
+    """What is known of how servers answer, by the names that a model here has for it."""
+    from importlib.metadata import version
+
+    from mllm_efficient import __version__
+
+    unknown = dict.fromkeys(("weights", "device", "dtype", "attention", "image_processor", "quantization"), "the server's")
+    return {
+        "model": ", ".join(dict.fromkeys(c.model for c in cells)), **unknown,
+        "servers": {c.name: {"url": c.url, "model": c.model} for c in cells},
+        "versions": {"mllm_efficient": __version__, "openai": version("openai")},
+    }  # fmt: skip
 
 
 def client(url: str) -> Any:

@@ -25,6 +25,8 @@ def conditions(run: Finished) -> str:
     asked = f"suite {m['suite']}, {m.get('split')} split, {m['questions']} questions"
     if m["suite"] == "data":
         asked = f"data {m['data']}, {m['questions']} requests, {m['with_answer']} with an answer, {m['text_only']} without an image"
+    if m["suite"] == "tasks":
+        asked = f"tasks {', '.join(m['tasks'])}, {m['questions']} questions"
     parts = [
         f"model {m['model']} ({m['weights']})", asked,
         m["device"], m["dtype"], f"attention {m['attention']}",

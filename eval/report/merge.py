@@ -24,6 +24,9 @@ SAME_IF_BOTH = (
     "form",
     "normalisation",
     "image_size",
+    "image_padding",
+    "prompt",
+    "default_max_new_tokens",
     "max_new_tokens",
     "flops_of",
     "workload",
@@ -70,7 +73,7 @@ class Finished:
             rows, meta = content["rows"], content["meta"]
             if file.name == "results.json":
                 rows = _of_eval(rows)
-            if rows[0]["method"] != "none":
+            if rows[0]["role"] != "baseline":
                 raise ValueError("the first row is not the baseline")
             pictures = json.loads((folder / "pictures.json").read_text()) if (folder / "pictures.json").is_file() else {}
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -87,15 +90,17 @@ def _of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of ``eval`` (one per category) as rows of a sweep without cost."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("turns", 1) == 1:  # second turns are no categories
+        if row.get("turns", 1) == 1 and row.get("primary", True):  # second turns and further metrics are no categories
             by_method.setdefault(row["method"], []).append(row)
     out = []
     for method, mine in by_method.items():
         by_task = cell_of(mine) if "unit" in mine[0] else {r["task"]: r for r in mine}
         total = by_task["overall"]
-        asked = f"tokens={total['tokens']}" if total["tokens"] is not None else f"keep={total['keep']:g}"
+        asked = (
+            f"tokens={total['tokens']}" if total["tokens"] is not None else f"keep={total['keep']:g}" if total["keep"] is not None else ""
+        )
         failed = f"{total['failures']} of {total['n']} answers failed" if total["failures"] else None
-        role, asked = ("baseline", "") if method == "none" else ("method", asked)
+        role, asked = ("baseline", "") if method == rows[0]["method"] else (total.get("role", "method"), asked)
         out.append(row_of(method, role, asked, by_task, None, None, None, None, failed))
     return out
 

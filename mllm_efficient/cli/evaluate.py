@@ -28,7 +28,9 @@ def evaluate(
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."),
+        typer.Option(
+            "--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."
+        ),
     ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")] = None,
     data: Annotated[
@@ -70,9 +72,13 @@ def evaluate(
     ] = None,
     server: Annotated[
         list[str] | None,
-        typer.Option("--server", help="With tasks, instead of --model: [NAME=]URL of an OpenAI-compatible server, the baseline first. Repeatable."),
+        typer.Option(
+            "--server", help="With tasks, instead of --model: [NAME=]URL of an OpenAI-compatible server, the baseline first. Repeatable."
+        ),
     ] = None,
-    server_model: Annotated[str | None, typer.Option("--server-model", help="What the servers call the model, if they have several.")] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="What the servers call the model, if they have several.")
+    ] = None,
     against: Annotated[str | None, typer.Option("--against", help="A method of this run to compare each row with.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Keeps answers and results here; resumes.")] = None,
     device: options.Device = "auto",
@@ -102,8 +108,9 @@ def evaluate(
         {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
     if public:
+        from ..eval.lmms.run import TaskOptions
         from ..models import ModelOptions
-        from .tasks import TaskOptions, evaluate_tasks, task_names
+        from .tasks import evaluate_tasks, task_names
 
         names, usual = task_names(tasks, suite)
         asked = TaskOptions(
@@ -132,12 +139,17 @@ def evaluate(
 
 def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[str, Any]) -> None:
     """Raises for options of public benchmarks without one, and for options of the others beside one."""
+    from ..eval.lmms.asking import FORMATS, PADDINGS
+
     for name, value in (of_others if public else of_tasks).items():
         if value is not None:
-            raise MllmEfficientError(f"{name} has no effect {'with --tasks or a public suite' if public else 'without --tasks or a public suite'}: leave it out")
-    if of_tasks["--on-error"] not in (None, "record", "raise"):
-        raise MllmEfficientError(f"--on-error {of_tasks['--on-error']!r} is not one of record, raise")
-    if of_tasks["--server-model"] is not None and not of_tasks["--server"]:
+            raise MllmEfficientError(
+                f"{name} has no effect {'with --tasks or a public suite' if public else 'without --tasks or a public suite'}: leave it out"
+            )
+    for name, among in (("--on-error", ("record", "raise")), ("--image-padding", PADDINGS), ("--prompt-format", FORMATS)):
+        if of_tasks.get(name) not in (None, *among):
+            raise MllmEfficientError(f"{name} {of_tasks[name]!r} is not one of {', '.join(among)}")
+    if of_tasks.get("--server-model") is not None and not of_tasks["--server"]:
         raise MllmEfficientError("--server-model has no effect without --server: leave it out")
 
 

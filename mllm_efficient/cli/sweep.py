@@ -11,7 +11,8 @@ import typer
 
 from ..errors import MllmEfficientError
 from . import options
-from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source
+from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
+from .tasks import LEGEND
 
 if TYPE_CHECKING:
     from ..eval.asked import Asked
@@ -22,6 +23,9 @@ OF_BENCHMARK = """\
 Scores are percent right, 'score' and 'macro' the unweighted mean of the categories; FLOPs are percent of none's; times
 are medians (quartiles are in the report), ratios are paired with the 95% interval; 'in region' is the share of kept tokens
 on what the question is about."""
+OF_TASKS = """\
+'score' over tasks is their unweighted mean. FLOPs (percent of none's) and times (medians; quartiles are in the report) are of one
+prompt of --image-size, --text-tokens and --output-tokens; ratios are paired with the 95% interval."""
 OF_PROMPT = """\
 FLOPs (percent of none's) and times (medians; quartiles are in the report) are of one prompt of --image-size, --text-tokens
 and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound is what stands
@@ -35,7 +39,19 @@ def sweep(
     model: options.Model = "builtin",
     keep: Annotated[str | None, typer.Option("--keep", help="Fractions kept, such as 0.5,0.25.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Or counts kept, such as 192,128,64.")] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark.")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones, as eval takes them.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
+    ] = None,
+    image_padding: Annotated[
+        str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")
+    ] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Your own requests, as eval takes them; answers are not needed.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="test (the default), or val for tuning.")] = None,
     limit: Annotated[
@@ -43,9 +59,15 @@ def sweep(
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help=f"Of the questions; default {BATCH}, with --data {DATA_BATCH}. Latency is of one prompt."),
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help=f"Of the questions; default {BATCH}, with --data {DATA_BATCH}, with tasks 1. Latency is of one prompt.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data: default 64.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")
+    ] = None,
     max_drop: Annotated[
         float, typer.Option("--max-drop", min=0, help="Points (of --data without answers: of agreement) that may be lost at most.")
     ] = 1.0,
@@ -73,7 +95,11 @@ def sweep(
 
     options.import_files(imports)
     budgets = budgets_of(keep, tokens)
-    check_source(data, suite, split, max_new_tokens)
+    public = tasks is not None or suite not in (None, "builtin")
+    of_tasks = {"--data-root": data_root, "--image-padding": image_padding, "--prompt-format": prompt_format}
+    check_tasks_options(public, of_tasks, {"--data": data, "--split": split})
+    if not public:
+        check_source(data, suite, split, max_new_tokens)
     if match not in (None, "flops"):
         raise MllmEfficientError(f"--match {match} is not known: flops is")
     if max_drop != max_drop:
@@ -95,6 +121,18 @@ def sweep(
     requests = None if data is None else read_requests(data, limit)
     if requests is not None and not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
+    public_tasks: Any = None
+    if public:
+        from ..eval.lmms.run import TaskOptions
+        from .tasks import checked, task_names
+
+        names, usual = task_names(tasks, suite)
+        limit = limit or usual
+        wanted = TaskOptions(
+            names, limit, batch_size or 1, data_root, image_padding=image_padding, prompt_format=prompt_format or "template",
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+        public_tasks = (wanted, *checked(wanted))
     plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
     start = time.monotonic()
     with owned(output_dir):
@@ -111,7 +149,11 @@ def sweep(
         head = {"command": command_line(context), "limit": limit, "max_drop": max_drop, "match": match, "left_out": left_out}
         methods = [c.method for c in cells if c.failed is None]
         asked: Asked
-        if data is None or requests is None:
+        if public_tasks is not None:
+            from ..eval.lmms.swept import Tasks
+
+            asked = Tasks(loaded, [c for c in cells if c.failed is None], *public_tasks, output_dir)
+        elif data is None or requests is None:
             asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir)
         else:
             asked = OwnRequests(loaded, methods, requests, data, batch_size or DATA_BATCH, max_new_tokens, output_dir)
@@ -257,8 +299,8 @@ def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tup
 
     options.print_table(*main_table(rows, quartiles=False, asked=bool(meta["match"])))
     if eval_table[0]:
-        options.print_table(*eval_table)
-    print(f"{AGREEMENT}\n{OF_PROMPT}" if meta["suite"] == "data" else OF_BENCHMARK)
+        options.print_table(*eval_table, left=3 if meta["suite"] == "tasks" else 1)
+    print({"data": f"{AGREEMENT}\n{OF_PROMPT}", "tasks": f"{LEGEND}\n{OF_TASKS}"}.get(meta["suite"], OF_BENCHMARK))
     if meta["model"] == "builtin":
         print("Offline self-test on a tiny model, not evidence about 7B models.")
     chosen = meta["recommendation"]

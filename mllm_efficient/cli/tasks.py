@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +13,13 @@ from . import options
 
 if TYPE_CHECKING:
     from ..eval.lmms.host import Host, Task
-    from ..eval.lmms.run import TaskRun
-    from ..eval.sweep import Cell
-    from ..models import Loaded, ModelOptions
+    from ..eval.lmms.run import TaskOptions, TaskRun
+    from ..models import ModelOptions
 
 LEGEND = """\
 'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
 kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and resize at the same budget gets
 wrong, and how many those are. A failed sample counts as wrong."""
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """What is asked and how. names: of tasks. servers: instead of a model; methods are then theirs."""
-
-    names: tuple[str, ...]
-    limit: int | None = None
-    batch_size: int = 1
-    data_root: Path | None = None
-    include: tuple[Path, ...] = ()
-    on_error: str = "record"
-    cache: Path | None = None
-    image_padding: str | None = None
-    prompt_format: str = "template"
-    max_new_tokens: int | None = None
-    reference: str | None = None
-    servers: tuple[str, ...] = ()
-    server_model: str | None = None
 
 
 def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], int | None]:
@@ -61,7 +41,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import MEANING, beside, missing, reference_table, rows_of, task_table
+    from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     host, tasks = checked(asked)
@@ -78,12 +58,13 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         return 1
     if run.rank > 0:
         return 0
-    rows = rows_of(run, records, settings.seed)
+    rows = rows_of(run, records)
     published = [] if reference is None else beside(rows, reference)
     meta = {
-        **run.config, "tasks": [t.name for t in tasks], "batch_size": asked.batch_size, "on_error": asked.on_error, "meaning": MEANING,
+        **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
+        "on_error": asked.on_error, "meaning": MEANING,
         "methods": [m.to_dict() for m in run.methods], "processes": run.ranks,
-        "model_calls": sum(run.summary(a, t.name).get("model_calls", 0) for a in run.arms for t in tasks),
+        "model_calls": run.calls,
         "questions_fingerprint": {t.name: run.summary(run.arms[0], t.name).get("questions_fingerprint") for t in tasks},
         "reference": None if reference is None else {"name": asked.reference, "source": reference["source"], "rows": published},
     }  # fmt: skip
@@ -96,6 +77,10 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     else:
         options.print_table(*task_table(rows), left=3)
         print(LEGEND)
+        header, lines = detail_table(rows)
+        if lines:
+            print("\nOther metrics, as lmms-eval gives them:")
+            options.print_table(header, lines, left=2)
         if reference is not None:
             print(f"\nBeside {reference['title']} ({reference['source']}):")
             options.print_table(*reference_table(published), left=2)
@@ -127,6 +112,7 @@ def on_model(
     """The run of methods on a model; beside every budget ``resize`` at the same."""
     from ..compressors.random import Random
     from ..eval.lmms.adapter import rank_device
+    from ..eval.lmms.run import run_of
     from ..eval.sweep import cross, possible
     from ..measure.arms import REFERENCE
     from ..models import load
@@ -140,34 +126,14 @@ def on_model(
     broken = [c for c in cells if c.failed is not None]
     if broken:
         raise MllmEfficientError(f"{broken[0].spec}: {broken[0].failed}")
-    return model_run(loaded, cells, asked, host, tasks, output_dir)
-
-
-def model_run(
-    loaded: Loaded, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None
-) -> TaskRun:
-    """The run of arms on a loaded model."""
-    from ..eval.lmms.asking import MAX_NEW_TOKENS, ModelAsker
-    from ..eval.lmms.cache import AnswerCache
-    from ..eval.lmms.run import TaskRun
-
-    folder = asked.cache or output_dir
-    cache = None if folder is None else AnswerCache(folder)
-
-    def asker(cell: Cell) -> ModelAsker:
-        return ModelAsker(
-            asked.batch_size, asked.max_new_tokens or MAX_NEW_TOKENS, asked.on_error, cache,
-            loaded=loaded, method=cell.method, image_padding=asked.image_padding, prompt_format=asked.prompt_format,
-        )  # fmt: skip
-
-    return TaskRun(host, tasks, cells, asker, asker(cells[0]).how, asked.limit, output_dir, loaded.device, say)
+    return run_of(loaded, cells, asked, host, tasks, output_dir, say)
 
 
 def on_servers(asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Sequence[str], output_dir: Path | None) -> TaskRun:
     """The run of servers, the first of which is the baseline."""
     from ..eval.lmms.asking import MAX_NEW_TOKENS
     from ..eval.lmms.run import TaskRun
-    from ..eval.lmms.server import ServerAsker, server_cells
+    from ..eval.lmms.server import ServerAsker, served, server_cells
 
     for name, given, why in (
         ("--method", bool(specs), "the server decides what it compresses: start one for each method and give --server NAME=URL for each"),
@@ -179,19 +145,19 @@ def on_servers(asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Seq
             raise MllmEfficientError(f"{name} has no effect with --server: {why}")
     cells = server_cells(asked.servers, asked.server_model)
     tokens = asked.max_new_tokens or MAX_NEW_TOKENS
-    how = {"servers": {c.name: {"url": c.url, "model": c.model} for c in cells}, "default_max_new_tokens": tokens}
+    how = served(cells) | {"default_max_new_tokens": tokens}
 
     def asker(cell: Any) -> ServerAsker:
         return ServerAsker(asked.batch_size, tokens, asked.on_error, url=cell.url, model=cell.model)
 
-    return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, say=say)
+    return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, None, asked.batch_size, say)
 
 
 def answered(run: TaskRun) -> list[dict[str, Any]]:
     """Every sample's record, with a progress bar and a line for each finished task."""
     from tqdm import tqdm
 
-    say(f"{len(run.tasks)} tasks x {len(run.arms)} arms, {run.total} answers")
+    say(f"{', '.join(t.name for t in run.tasks)} x {len(run.arms)} arms: {run.total} answers")
     with tqdm(total=run.total, unit="answer", mininterval=1, disable=run.rank > 0 or None) as bar:
         run.progress = bar.update
         return run.answer_all()

@@ -24,7 +24,10 @@ def builtin_docs(splits: Any) -> Any:
     samples = round_robin(split)
     return Dataset.from_list(
         [
-            {"split": split, "image": s.image, "category": s.task, "question": s.question.text, "natural": s.question.natural, "answer": s.question.answer}
+            {
+                "split": split, "image": s.image, "category": s.task, "question": s.question.text, "natural": s.question.natural,
+                "answer": s.question.answer,
+            }
             for s in samples
         ]
     )  # fmt: skip
@@ -82,7 +85,12 @@ def pope_results(doc: Doc, results: Sequence[str]) -> Doc:
     from mllm_efficient.eval.runner import first_word
 
     said, right = first_word(results[0]), doc["answer"].strip().lower()
-    item = {"said": said if said in ("yes", "no") else "neither", "answer": right, "category": doc["category"], "score": float(said == right)}
+    item = {
+        "said": said if said in ("yes", "no") else "neither",
+        "answer": right,
+        "category": doc["category"],
+        "score": float(said == right),
+    }
     return {"f1": item, f"f1_{doc['category']}": item, "accuracy": item["score"], "yes_ratio": item, "neither_ratio": item}  # fmt: skip
 
 
