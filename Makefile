@@ -2,7 +2,7 @@
 #              runs/sweep/report.html, made anew each time (installs into .venv first)
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
-# make test-oldest   the same on the oldest supported transformers (.venv-oldest)
+# make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval (.venv-integration)
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make lint    ruff, and mypy on the tree that a wheel would install
@@ -23,12 +23,11 @@ GPU_SHAPES := llava-1.5-7b llava-1.5-13b llava-1.6-7b
 GPU_KEEP := 0.5 0.25 0.11 0.055
 GPU_METHODS := $(foreach m,divprune uniform pool,$(foreach k,$(GPU_KEEP),--method $(m):keep=$(k))) \
   $(foreach k,$(GPU_KEEP),--method tokenflex:keep=$(k),weights=random)
-OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).0
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-oldest bench bench-gpu lint clean
+.PHONY: run table test test-integration bench bench-gpu lint clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -41,8 +40,8 @@ table: .venv/.installed
 test: .venv/.installed-dev
 	.venv/bin/pytest -n 2
 
-test-oldest: .venv-oldest/.installed
-	.venv-oldest/bin/pytest -n 2
+test-integration: .venv-integration/.installed
+	.venv-integration/bin/pytest -n 2
 
 # On a quiet machine: whatever else runs is in the numbers. benchmarks/README.md says what is in each file.
 bench: .venv/.installed
@@ -73,7 +72,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 clean:
-	rm -rf .venv .venv-oldest build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integration build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
 .venv/.installed: pyproject.toml constraints.txt
@@ -93,13 +92,13 @@ endif
 	@$(PIP) install -e '.[dev]' -c constraints.txt
 	@touch $@
 
-# The oldest transformers that pyproject.toml accepts; everything else as in .venv.
-.venv-oldest/.installed: .venv/.installed
-	@echo "installing the oldest supported transformers into .venv-oldest"
-	@.venv-oldest/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv-oldest
-	@sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > .venv-oldest/constraints.txt
+# lmms-eval beside the oldest transformers that pyproject.toml accepts. Its torchvision is the CUDA build even where torch is not.
+.venv-integration/.installed: pyproject.toml constraints-integration.txt
+	@echo "installing lmms-eval and the oldest supported transformers into .venv-integration (first time: a few minutes)"
+	@.venv-integration/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv-integration
 ifneq ($(strip $(TORCH_INDEX)),)
-	@.venv-oldest/bin/python -m pip -q install "$$(grep '^torch==' constraints.txt)" --index-url "$(TORCH_INDEX)"
+	@.venv-integration/bin/python -m pip -q install "$$(grep '^torch==' constraints-integration.txt)" --index-url "$(TORCH_INDEX)"
 endif
-	@.venv-oldest/bin/python -m pip -q --disable-pip-version-check install -e '.[dev]' -c .venv-oldest/constraints.txt
+	@.venv-integration/bin/python -m pip -q --disable-pip-version-check install -e '.[eval,dev]' -c constraints-integration.txt
+	@.venv-integration/bin/python -m mllm_efficient.patches.torchvision_cpu
 	@touch $@

@@ -3,35 +3,45 @@
 The wheel that package indexes hold for Linux is the CUDA build. Beside a CPU-only torch its library does not load, and
 ``import torchvision`` stops at operators that were then never declared; with it stop transformers, lmms-eval and vLLM. Its
 image operations need none of that. ``declare`` declares the operators, which leaves them without an implementation.
+
+``python -m mllm_efficient.patches.torchvision_cpu`` does it for every program of the environment, such as ``python -m lmms_eval``;
+this package's own commands do it themselves.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+import sysconfig
 from importlib.abc import MetaPathFinder
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 OPERATORS = ("nms", "qnms")
+FILE = "zz_mllm_efficient_torchvision.pth"  # behind the one that an editable install has
 _kept: list[Any] = []  # the declarations, which end with their library
 
 
 def declare() -> None:
-    """Declares what torchvision expects, if it is installed, has not been imported and torch has no CUDA."""
-    if _kept or "torchvision" in sys.modules:
-        return
-    try:
-        version("torchvision")
-    except PackageNotFoundError:
+    """Declares what torchvision expects, if its build is one for CUDA, it has not been imported yet and torch has no CUDA."""
+    if _kept or "torchvision" in sys.modules or not _built_for_cuda():
         return
     import torch
 
-    if torch.version.cuda is not None or (hasattr(torch.version, "hip") and torch.version.hip is not None):
+    if torch.version.cuda is not None:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in OPERATORS:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(library)
+
+
+def _built_for_cuda() -> bool:
+    """Whether an installed torchvision says so in its ``version.py``, which is read, not run."""
+    spec = find_spec("torchvision")
+    file = None if spec is None or spec.origin is None else Path(spec.origin).with_name("version.py")
+    return file is not None and file.is_file() and re.search(r"^__version__ = .*\+cu\d", file.read_text(), re.MULTILINE) is not None
 
 
 class _Before(MetaPathFinder):
@@ -43,7 +53,18 @@ class _Before(MetaPathFinder):
             declare()
 
 
+def install() -> Path:
+    """Makes every Python of this environment do ``at_import`` when it starts, for programs that are not ours; where that is written."""
+    file = Path(sysconfig.get_paths()["purelib"]) / FILE
+    file.write_text(f"import {__spec__.name if __spec__ else __name__} as torchvision_cpu; torchvision_cpu.at_import()\n")
+    return file
+
+
 def at_import() -> None:
     """Declares as soon as somebody imports torchvision; costs nothing until then."""
     if "torchvision" not in sys.modules and not any(isinstance(f, _Before) for f in sys.meta_path):
         sys.meta_path.insert(0, _Before())
+
+
+if __name__ == "__main__":
+    print(f"torchvision can be imported without CUDA from now on ({install()}; delete that file to undo it)")

@@ -121,7 +121,7 @@ def sweep(
     requests = None if data is None else read_requests(data, limit)
     if requests is not None and not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
-    public_tasks: Any = None
+    wanted: Any = None
     if public:
         from ..eval.lmms.run import TaskOptions
         from .tasks import checked, task_names
@@ -132,7 +132,7 @@ def sweep(
             names, limit, batch_size or 1, data_root, image_padding=image_padding, prompt_format=prompt_format or "template",
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
-        public_tasks = (wanted, *checked(wanted))
+        host, named = checked(wanted)
     plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
     start = time.monotonic()
     with owned(output_dir):
@@ -149,10 +149,10 @@ def sweep(
         head = {"command": command_line(context), "limit": limit, "max_drop": max_drop, "match": match, "left_out": left_out}
         methods = [c.method for c in cells if c.failed is None]
         asked: Asked
-        if public_tasks is not None:
+        if public:
             from ..eval.lmms.swept import Tasks
 
-            asked = Tasks(loaded, [c for c in cells if c.failed is None], *public_tasks, output_dir)
+            asked = Tasks(loaded, [c for c in cells if c.failed is None], wanted, host, named, output_dir)
         elif data is None or requests is None:
             asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir)
         else:
