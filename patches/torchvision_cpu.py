@@ -29,7 +29,7 @@ def declare() -> None:
         return
     import torch
 
-    if torch.version.cuda is not None:
+    if _kept or torch.version.cuda is not None:  # looking for torchvision may have declared through ``at_import``
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in OPERATORS:
