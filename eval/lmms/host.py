@@ -114,7 +114,9 @@ class Host:
             try:
                 return get_task_dict([name], manager, "chat")[name]
             except Exception as error:
-                raise MllmEfficientError(f"task {name}: {reason_of(error)}") from error
+                reason = reason_of(error)
+                empty = "corresponds to no data" in reason  # what datasets says of a file without rows
+                raise MllmEfficientError(f"task {name}: {'its data set is empty' if empty else reason}") from error
 
     def evaluate(self, model: Any, name: str, limit: int | None, batch_size: int, files: Path | None) -> dict[str, Any] | None:
         """``simple_evaluate`` of one task; None on all ranks but the first. files: where the task may leave files.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .scores import sample_score
+from .scores import CLOSE, sample_score
 
+CIRCLE = 1_000_000  # what MMBench adds to a question's index for each other order of its choices
 RESAMPLES, BLOCK = 1000, 50
 
 
@@ -28,11 +31,13 @@ def resampled(
         return None
     groups: dict[Hashable, list[int]] = {}
     for i, item in enumerate(items):
-        key = item.get("question_id") if isinstance(item, dict) else None
-        groups.setdefault(i if key is None else str(key), []).append(i)
+        groups.setdefault(_question(item, i), []).append(i)
     rng, members = np.random.default_rng(seed), list(groups.values())
-    if top is not None and abs(sum(known) / len(known) * top - value) < 1e-6 * top:
+    if any(_circular(item) for item in items):  # right if every turn is
+        sums, sizes = np.array([min(known[i] for i in m) for m in members]), np.ones(len(members))
+    else:
         sums, sizes = np.array([sum(known[i] for i in m) for m in members]), np.array([len(m) for m in members])
+    if top is not None and abs(sums.sum() / sizes.sum() * top - value) < CLOSE * top:
         out: list[float] = []
         for _ in range(RESAMPLES // BLOCK):
             drawn = rng.integers(0, len(members), (BLOCK, len(members)))
@@ -41,10 +46,23 @@ def resampled(
     if aggregate is None or "args" in inspect.signature(aggregate).parameters:
         return None
     out = []
-    for _ in range(RESAMPLES):
-        chosen = [_as_drawn(items[i], draw) for draw, g in enumerate(rng.integers(0, len(members), len(members))) for i in members[g]]
-        out.append(float(aggregate(chosen)))
+    with contextlib.redirect_stdout(io.StringIO()):  # some print every time
+        for _ in range(RESAMPLES):
+            chosen = [_as_drawn(items[i], draw) for draw, g in enumerate(rng.integers(0, len(members), len(members))) for i in members[g]]
+            out.append(float(aggregate(chosen)))
     return out
+
+
+def _question(item: Any, place: int) -> Hashable:
+    """What samples of one question have in common."""
+    if _circular(item):
+        return int(item["index"]) % CIRCLE
+    return f"question {item['question_id']}" if isinstance(item, dict) and "question_id" in item else place
+
+
+def _circular(item: Any) -> bool:
+    """Whether the sample is a turn of one of MMBench's questions, which stands in the data with its choices in several orders."""
+    return isinstance(item, dict) and "index" in item and "prediction" in item
 
 
 def _as_drawn(item: Any, draw: int) -> Any:

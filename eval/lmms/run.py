@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +157,7 @@ class TaskRun:
         summary = {
             **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed),
             "resampled": _resampled(task, first, metrics, result["samples"][task.name]),
-            "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s["expected"]) for s in samples)}),
+            "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s.pop("document")) for s in samples)}),
             "error": f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None,
         }  # fmt: skip
         self.calls += sum(not s["cached"] for s in samples)
@@ -184,7 +186,7 @@ def run_of(
 
 
 def _is_metric(key: str, value: Any, task: Task) -> bool:
-    return key.split(",")[0] in task.higher and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return key.split(",")[0] in task.higher and isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +195,10 @@ def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[st
     scores = {m: sample_score(logged[m]) for m in task.metrics if m in logged}
     texts = [a for a in logged.get("arguments", []) if isinstance(a, str)]
     return {
-        **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _plain(logged["target"]),
+        **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _expected(logged),
         "answer": _plain(logged["filtered_resps"][0]) if logged["filtered_resps"] else "",
         "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"), "cached": bool(counts.get("cached")),
+        "document": json.dumps(logged["doc"], sort_keys=True, default=str),
         **{k: counts[k] for k in ANSWERS if k in counts},
     }  # fmt: skip
 
@@ -207,6 +210,14 @@ def _resampled(task: Task, metric: str, metrics: dict[str, float], logged: Seque
         return None
     scores = [s for s in map(sample_score, items) if s is not None]
     return resampled(task.aggregate.get(metric), items, metrics[metric], top_of(task.name, metric, metrics[metric], scores))
+
+
+def _expected(logged: dict[str, Any]) -> Any:
+    """The right answer, or answers; some tasks name a column for it that is not there."""
+    target, document = logged["target"], logged["doc"]
+    if target == "answer" and "answer" not in document:
+        target = next((document[k] for k in ("answers", "caption", "annotations_captions") if k in document), None)
+    return _plain(target)
 
 
 def _plain(value: Any) -> Any:

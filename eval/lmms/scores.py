@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -11,16 +10,20 @@ from typing import Any
 
 RIGHT = 0.5  # a sample's score above which it counts as right
 SAID = ("pred", "prediction", "parsed_pred")
+LETTERS = "ABCDE"
+CLOSE = 1e-5  # some tasks round their metric to so much
 
 
 @dataclass(frozen=True)
 class Known:
-    """A task whose scale is known. metric: the one that counts. top: of each metric the value that is 100 percent."""
+    """A task whose scale is known. metric: the one that counts. top: of each metric the value that is 100 percent. per: what the
+    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together."""
 
     metric: str
     title: str
     top: dict[str, float]
     pairs: bool = False
+    per: int | None = None
 
 
 @functools.cache
@@ -29,7 +32,7 @@ def known() -> dict[str, Known]:
     import yaml
 
     content = yaml.safe_load((files("mllm_efficient.configs") / "benchmarks.yaml").read_text())
-    return {name: Known(e["metric"], e["title"], e.get("top", {}), e.get("pairs", False)) for name, e in content.items()}
+    return {name: Known(e["metric"], e["title"], e.get("top", {}), e.get("pairs", False), e.get("per")) for name, e in content.items()}
 
 
 def primary(task: str, metrics: Sequence[str]) -> str:
@@ -41,30 +44,41 @@ def top_of(task: str, metric: str, value: float, scores: Sequence[float]) -> flo
     """The value of a metric that is 100 percent: known, or seen from a mean of the samples' scores, which lie in [0, 1]. Else None."""
     entry = known().get(task)
     if entry is not None:
-        return entry.top.get(metric, 1.0)
+        return len(scores) / entry.per if entry.per else entry.top.get(metric, 1.0)
     if not scores or not all(0 <= s <= 1 for s in scores):
         return None
     mean = sum(scores) / len(scores)
-    return next((top for top in (1.0, 100.0) if abs(top * mean - value) < 1e-6 * top), None)
+    return next((top for top in (1.0, 100.0) if abs(top * mean - value) < CLOSE * top), None)
 
 
 def sample_score(value: Any) -> float | None:
     """A sample's score as its task computed it, in [0, 1] for all but odd tasks: a number, a ``score`` in what is kept for the
-    aggregation, or whether the answer kept there is the right one. None where there is nothing of that kind, as with captions."""
+    aggregation, or whether the choice kept there is the right one. None where there is nothing of that kind, as with captions."""
     if isinstance(value, (int, float)):
         return float(value)
     if not isinstance(value, dict):
         return None
     if isinstance(value.get("score"), (int, float)):
         return float(value["score"])
-    said = next((value[k] for k in SAID if k in value), None)
-    if said is None or "answer" not in value:
+    said, answer = next((value[k] for k in SAID if k in value), None), value.get("answer")
+    said = said[0] if isinstance(said, list) and said else said  # MMMU keeps one prediction of each repetition
+    if said is None or not isinstance(answer, str):
         return None
-    said, answer = (said[0] if isinstance(said, list) and said else said), value["answer"]
-    if isinstance(said, list):  # candidates for an open answer
-        return float(str(answer).lower() in [str(s).lower() for s in said])
-    if not isinstance(answer, str):
-        return float(said == answer)
-    said, answer = str(said).strip().lower(), answer.strip().lower()
-    letter = len(answer) == 1 and re.match(r"\(?([a-z])\b", said)  # "b", "B. a cat"
-    return float(letter.group(1) == answer if letter else said == answer)
+    if isinstance(said, list):
+        return float(_open(said, answer))
+    if "prediction" in value:
+        from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+
+        choices = [c for c in LETTERS if str(value.get(c, "nan")) not in ("nan", "None", "")]
+        said = extract_mcq_answer(said, choices=choices) or said
+    return float(str(said).strip().lower() == answer.strip().lower())
+
+
+def _open(candidates: Sequence[Any], answer: str) -> bool:
+    """MMMU's rule for open questions: a number among the candidates, or a text inside one of them."""
+    try:
+        return round(float(answer.replace(",", "")), 2) in candidates
+    except ValueError:
+        wanted = answer.strip().lower()
+        texts = [wanted] if len(wanted) > 1 else [f" {wanted}", f"{wanted} "]
+        return any(t in c for c in candidates if isinstance(c, str) for t in texts)

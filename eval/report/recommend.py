@@ -17,7 +17,7 @@ def recommend(rows: Sequence[dict[str, Any]], max_drop: float) -> dict[str, Any]
 
     A cell is admitted if the lower end of the paired 95% interval of its difference to ``none`` is at least
     ``-max_drop`` points and it costs less. The fewest FLOPs win, then the lower TTFT ratio. Failed cells are not
-    admitted. Where FLOPs are not known, the share of visual tokens kept stands for them.
+    admitted. Where FLOPs are not known, the share of visual tokens kept stands for them; where neither is, nothing is cheaper.
 
     The difference is that of accuracy where answers are known (of a user's own requests: on those that have one), and
     otherwise that of the percent answered in the uncompressed model's words, whose lower end must then be at least
@@ -100,6 +100,8 @@ def _measured(row: dict[str, Any]) -> bool:
 def _cost(row: dict[str, Any]) -> float:
     if row["flops_ratio"] is not None:
         return float(row["flops_ratio"])
+    if not row["visual_tokens_full"]:  # a server's, or of requests without an image: nothing says that it costs less
+        return 1.0
     return float(row["visual_tokens_kept"] / row["visual_tokens_full"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,7 @@ def pope_results(doc: Doc, results: Sequence[str]) -> Doc:
         "said": said if said in ("yes", "no") else "neither",
         "answer": right,
         "category": doc["category"],
+        "question_id": doc["question_id"],
         "score": float(said == right),
     }
     return {"f1": item, f"f1_{doc['category']}": item, "accuracy": item["score"], "yes_ratio": item, "neither_ratio": item}  # fmt: skip
@@ -128,8 +130,9 @@ def mme_results(doc: Doc, results: Sequence[str]) -> Doc:
 
 
 def mme_points(items: Sequence[Doc]) -> float:
-    """Sum over categories of accuracy and accuracy of pairs, both in percent. A question whose partner was not asked does not count."""
-    total = 0.0
+    """Sum over categories of accuracy and accuracy of pairs, both in percent. A question whose partner was not asked does not count;
+    without a pair there is no sum (NaN)."""
+    points = []
     for category in {i["category"] for i in items}:
         pairs: dict[str, list[float]] = {}
         for i in items:
@@ -137,8 +140,8 @@ def mme_points(items: Sequence[Doc]) -> float:
                 pairs.setdefault(i["question_id"], []).append(i["score"])
         whole = [p for p in pairs.values() if len(p) == 2]
         if whole:
-            total += 100 * sum(sum(p) / 2 + (sum(p) == 2) for p in whole) / len(whole)
-    return total
+            points.append(100 * sum(sum(p) / 2 + (sum(p) == 2) for p in whole) / len(whole))
+    return sum(points) if points else math.nan
 
 
 # -------------------------------------------------------------------------------------------------------------- GQA
