@@ -248,3 +248,15 @@ def test_mme_leaves_out_a_question_without_its_partner(ask):
     assert len(outcome.samples) == 3 and outcome.values["perception"] == 200
     with pytest.raises(MllmEfficientError, match="task mme: AssertionError: MME only supports pairwise evaluation"):
         ask("mme", right_answer, limit=3)
+
+
+@pytest.mark.parametrize("task, limit, categories", [("me_pope", 6, 3), ("me_mme", 4, 2)])
+def test_a_limit_takes_some_of_each_category(ask, task, limit, categories):
+    """The categories take turns; what belongs to one question stays together, and all samples are still there without a limit."""
+    found = ask(task, right_answer, limit=limit).samples
+    asked = [s["doc"]["category"] for s in sorted(found, key=lambda s: s["doc_id"])]
+    assert len(set(asked)) == categories and len(asked) == limit
+    if task == "me_mme":
+        questions = [s["doc"]["question_id"] for s in sorted(found, key=lambda s: s["doc_id"])]
+        assert questions[0] == questions[1] != questions[2] == questions[3]
+    assert len(ask(task, right_answer).samples) == len(ask(task.removeprefix("me_"), right_answer).samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,16 @@ def macro(items: Sequence[Doc]) -> float:
     by_category = [[i["score"] for i in items if i["category"] == c] for c in CATEGORIES]
     means = [sum(scores) / len(scores) for scores in by_category if scores]
     return sum(means) / len(means)
+
+
+def in_turn(docs: Any) -> Any:
+    """Questions of each category in turn, with all samples of a question together, so that a limit takes some of each."""
+    columns = docs.select_columns(["category", "question_id"])
+    by_category: dict[str, dict[str, list[int]]] = {}
+    for row, (category, question) in enumerate(zip(columns["category"], columns["question_id"])):
+        by_category.setdefault(category, {}).setdefault(str(question), []).append(row)
+    turns = itertools.zip_longest(*(list(questions.values()) for questions in by_category.values()), fillvalue=())
+    return docs.select([row for turn in turns for rows in turn for row in rows])
 
 
 # ------------------------------------------------------------------------------------------------------------- POPE
