@@ -416,7 +416,7 @@ def test_a_task_that_raises_is_one_line_and_the_others_are_scored(capsys, tmp_pa
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "gqa"], "task gqa: "),
         (["--tasks", "gqa", "--data-root", "nowhere"], "--data-root: no folder nowhere"),
-        (["--tasks", "gqa", "--data-root", "."], "hf download lmms-lab-encoder/GQA --repo-type dataset --local-dir"),
+        (["--tasks", "gqa", "--data-root", "."], "has no folder lmms-lab-encoder/GQA: hf download ID --repo-type dataset --local-dir"),
         (["--tasks", "mme", "--limit", "3"], "task mme asks in pairs: give an even --limit"),
         (["--tasks", "gqa", "--suite", "quick"], "two ways to say one thing"),
         (["--suite", "slow"], "unknown suite 'slow' (there are cdpruner-paper, divprune-paper, ocr, quick)"),

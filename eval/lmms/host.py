@@ -83,6 +83,16 @@ class Host:
             raise MllmEfficientError(f"unknown task {name!r}{did_you_mean(name, self._all.all_subtasks)} (lmms-eval tasks lists all)")
         return self._all
 
+    def require_data(self, names: Sequence[str]) -> None:
+        """Raises ``MllmEfficientError`` naming all data sets of tasks that ``data_root`` lacks."""
+        if self.data_root is None:
+            return
+        ids = dict.fromkeys(str(self.manager(name)._get_config(name).get("dataset_path")) for name in names)
+        lacking = [i for i in ids if i not in BUILDERS and not Path(i).is_absolute() and not (self.data_root / i).is_dir()]
+        if lacking:
+            command = f"hf download ID --repo-type dataset --local-dir {self.data_root}/ID"
+            raise MllmEfficientError(f"{self.data_root} has no folder {', '.join(lacking)}: {command} for each, or leave --data-root out")
+
     def check(self, name: str) -> Task:
         """A task whose data can be read and whose metrics can be computed here. Raises ``MllmEfficientError`` in one line."""
         task = self._load(name)
@@ -155,9 +165,7 @@ class Host:
             if path in BUILDERS or Path(path).is_absolute():
                 return stock(path, *args, **kwargs)
             if not (root / path).is_dir():
-                raise MllmEfficientError(
-                    f"no folder {root / path}: hf download {path} --repo-type dataset --local-dir {root / path}, or leave --data-root out"
-                )
+                raise MllmEfficientError(f"no folder {root / path}: hf download {path} --repo-type dataset --local-dir {root / path}")
             kwargs.pop("token", None)
             return stock(str(root / path), *args, **kwargs)
 

@@ -150,13 +150,19 @@ class TaskRun:
             return
         if result is None:
             return
-        samples = [_sample(head, task, s) for s in result["samples"][task.name]]
+        logged = _of_one_filter(result["samples"][task.name])
+        samples = [_sample(head, task, s) for s in logged]
+        if len(samples) != self.asked_of(task):
+            raise MllmEfficientError(f"task {task.name}: {self.asked_of(task)} samples were asked and {len(samples)} came back")
         failed = [s for s in samples if s["error"] is not None]
-        metrics = {k.split(",")[0]: float(v) for k, v in result["results"][task.name].items() if _is_metric(k, v, task)}
+        metrics: dict[str, float] = {}
+        for key, value in result["results"][task.name].items():
+            if _is_metric(key, value, task):
+                metrics.setdefault(key.split(",")[0], float(value))
         first = primary(task.name, task.metrics)
         summary = {
             **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed),
-            "resampled": _resampled(task, first, metrics, result["samples"][task.name]),
+            "resampled": _resampled(task, first, metrics, logged),
             "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s.pop("document")) for s in samples)}),
             "error": f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None,
         }  # fmt: skip
@@ -187,6 +193,14 @@ def run_of(
 
 def _is_metric(key: str, value: Any, task: Task) -> bool:
     return key.split(",")[0] in task.higher and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _of_one_filter(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each sample once: a task with several filters of its answers logs it for each, and its first filter counts."""
+    out: dict[int, dict[str, Any]] = {}
+    for sample in logged:
+        out.setdefault(sample["doc_id"], sample)
+    return list(out.values())
 
 
 def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[str, Any]:

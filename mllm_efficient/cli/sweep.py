@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,8 @@ def sweep(
     if requests is not None and not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
     wanted: Any = None
+    if public and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MllmEfficientError("a sweep runs in one process: eval --tasks takes several")
     if public:
         from ..eval.lmms.run import TaskOptions
         from .tasks import checked, task_names

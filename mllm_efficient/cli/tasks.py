@@ -103,6 +103,7 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
     for name in asked.names:
         if asked.limit is not None and asked.limit % 2 and name in known() and known()[name].pairs:
             raise MllmEfficientError(f"task {name} asks in pairs: give an even --limit")
+    host.require_data(asked.names)
     return host, [host.check(name) for name in asked.names]
 
 
