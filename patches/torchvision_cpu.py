@@ -47,16 +47,20 @@ def _built_for_cuda() -> bool:
 class _Before(MetaPathFinder):
     """Declares when torchvision is about to be imported; finds nothing itself."""
 
+    done = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "torchvision":
-            sys.meta_path.remove(self)
+        if name == "torchvision" and not self.done:
+            self.done = True
             declare()
 
 
 def install() -> Path:
     """Makes every Python of this environment do ``at_import`` when it starts, for programs that are not ours; where that is written."""
     file = Path(sysconfig.get_paths()["purelib"]) / FILE
-    file.write_text(f"import {__spec__.name if __spec__ else __name__} as torchvision_cpu; torchvision_cpu.at_import()\n")
+    name = __spec__.name if __spec__ else __name__
+    there = f"importlib.util.find_spec({name.split('.')[0]!r})"  # it may have been uninstalled since
+    file.write_text(f"import importlib.util; {there} and __import__({name!r}, fromlist=['x']).at_import()\n")
     return file
 
 

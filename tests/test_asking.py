@@ -133,6 +133,24 @@ def test_settings_of_tasks_become_settings_of_generate(builtin):
     }  # fmt: skip
 
 
+def test_sampled_answers_are_not_kept(builtin, tmp_path):
+    cache = AnswerCache(tmp_path)
+    requests = [request("a", "How many objects are there?", noise(0, 144, 144), do_sample=True, temperature=3.0)] * 6
+    answers = ask(builtin, "none", requests, 1, cache=cache)
+    assert len(set(texts(answers))) > 1 and not any(a.cached for a in answers)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "llava_next", "qwen2_5_vl"])
+def test_batches_count_tokens_alike_with_stop_strings(name):
+    loaded = family(name)
+    plain = ask(loaded, "none", six(), 4)
+    stop = plain[0].text.split()[2]
+    requests = [Request(r.id, {**r.settings, "until": [stop, ""]}, r.content) for r in six()]
+    one, four = ask(loaded, "none", requests), ask(loaded, "none", requests, 4)
+    assert [(a.text, a.output_tokens) for a in one] == [(a.text, a.output_tokens) for a in four]
+    assert one[0].output_tokens == 3
+
+
 def test_requests_of_different_settings_never_share_a_batch(builtin):
     pictures = [noise(i, 144, 144) for i in range(4)]
     requests = [request(str(i), "How many objects are there?", p, max_new_tokens=1 + i % 2) for i, p in enumerate(pictures)]

@@ -269,7 +269,7 @@ def test_published_numbers_stand_beside_ours(capsys):
     from mllm_efficient.eval.lmms.rows import beside
 
     table = suites.read("references", "divprune-table1")
-    row = {"primary": True, "top": 1.0, "visual_tokens_kept": 64.0}
+    row = {"primary": True, "top": 1.0, "visual_tokens_kept": 64.0, "visual_tokens_full": 576.0}
     rows = [
         {**row, "method": "none", "task": "me_gqa", "metric": "exact_match", "value": 0.6, "score": 60.0},
         {**row, "method": "divprune:tokens=64", "task": "me_mme", "metric": "perception", "value": 1300.0, "score": 65.0, "top": 2000.0},
@@ -546,3 +546,205 @@ def test_what_a_server_decides_cannot_be_asked_for(capsys, tmp_path):
             code, _, err = evaluate(capsys, "--tasks", "me_builtin", "--server", url, "--limit", 7, *arguments)
             assert code == 2 and says in err
         assert evaluate(capsys, "--tasks", "me_builtin", "--server", url, "--limit", 7, "--server-model", "b")[0] == 0
+
+
+# ------------------------------------------------------------------------------------- what must not be mixed or hidden
+
+
+def test_a_folder_is_refused_when_task_data_or_method_changed_since(capsys, tmp_path):
+    folder, run = own_task(tmp_path / "task", squares(3)), tmp_path / "run"
+    (tmp_path / "m.py").write_text(METHOD.replace("SIGN", ""))
+    asked = ("--tasks", "own", "--include-path", folder, "--output-dir", run)
+    assert evaluate(capsys, *asked, "--import", tmp_path / "m.py", "--method", "mine:keep=0.5")[0] == 0
+    before = (run / "samples.jsonl").read_bytes()
+    (tmp_path / "m.py").write_text(METHOD.replace("SIGN", "-"))
+    code, _, err = evaluate(capsys, *asked, "--import", tmp_path / "m.py", "--method", "mine:keep=0.5")
+    assert code == 2 and "from before the code or the weights of mine:keep=0.5 changed: use another --output-dir" in err
+    text = (folder / "own.yaml").read_text()
+    for changed in (
+        lambda: (folder / "own.yaml").write_text(text.replace("max_new_tokens: 4", "max_new_tokens: 3")),
+        lambda: own_task(folder, squares(4)),
+    ):
+        changed()
+        code, _, err = evaluate(capsys, *asked)
+        assert code == 2 and "from before task own or its data changed: use another --output-dir" in err
+    assert (run / "samples.jsonl").read_bytes() == before
+
+
+METHOD = '''
+from dataclasses import dataclass
+import torch
+import mllm_efficient as me
+
+@me.register("mine")
+@dataclass(frozen=True)
+class Mine(me.Selector):
+    """Keeps the tokens with the largest norms, or the smallest."""
+    def score(self, v):
+        return SIGNv.features.norm(dim=-1)
+'''
+
+
+def test_the_cache_knows_a_methods_code_and_weights(tmp_path):
+    """Read again by another process each time; retrained weights in the same folder are other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from mllm_efficient.trained import shipped
+
+    weights = tmp_path / "flex"
+    shutil.copytree(shipped("tokenflex").path, weights)
+
+    def calls(method, *more):
+        command = [sys.executable, "-m", "mllm_efficient", "eval", "--tasks", "me_builtin", "--limit", "7", "--batch-size", "8", "--json"]
+        command += ["--cache", str(tmp_path / "cache"), "--method", method, *map(str, more)]
+        return json.loads(subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout)["meta"][
+            "model_calls"
+        ]
+
+    trained = f"tokenflex:tokens=36,weights={weights}"
+    assert calls(trained) == 28 and calls(trained) == 0
+    state = load_file(weights / "compressor.safetensors")
+    save_file({k: 0.5 * v for k, v in state.items()}, weights / "compressor.safetensors")
+    assert calls(trained) == 14  # it and the baseline on its weights; none and resize are known
+    (tmp_path / "m.py").write_text(METHOD.replace("SIGN", ""))
+    assert calls("mine:tokens=36", "--import", tmp_path / "m.py") == 7
+    (tmp_path / "m.py").write_text(METHOD.replace("SIGN", "-"))
+    assert calls("mine:tokens=36", "--import", tmp_path / "m.py") == 7
+
+
+def fake_run(values, scores, higher=True, budget="tokens=36"):
+    """Rows of two arms of an unknown task with these values and these scores of their samples."""
+    from types import SimpleNamespace
+
+    from mllm_efficient.eval.lmms.host import Task
+    from mllm_efficient.eval.lmms.rows import rows_of
+    from mllm_efficient.eval.sweep import Cell
+
+    cells = [Cell(me.build("none"), "baseline"), Cell(me.build(f"divprune:{budget}"), "method", budget)]
+    task = Task("unknown", 2, {"m": higher}, {}, True, "f")
+    summaries = {
+        c.spec: {"metrics": {"m": v}, "n": 2, "failures": 0, "error": None, "resampled": None} for c, v in zip(cells, values)
+    }  # fmt: skip
+    records = [
+        {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}} for c, of in zip(cells, scores) for i, s in enumerate(of)
+    ]
+    run = SimpleNamespace(cells=cells, tasks=[task], arms=[c.spec for c in cells], summary=lambda arm, _: summaries[arm])
+    return rows_of(run, records)
+
+
+def test_an_unknown_metric_has_one_scale_for_all_arms(capsys):
+    from mllm_efficient.eval.lmms.rows import missing, unscaled
+
+    rows = fake_run((50.0, 0.0), ((0, 1), (0, 0)))  # of 100; a zero looks like one on any scale
+    assert [(r["score"], r["difference"]) for r in rows[:2]] == [(50.0, 0.0), (0.0, -50.0)]
+    rows = fake_run((3.7, 3.5), ((0.5, 1), (0, 1)))
+    assert [r["score"] for r in rows] == [None] * 4 and rows[1]["retention"] == round(350 / 3.7, 2)
+    assert missing(rows) == [] and unscaled(rows) == ["unknown counts by m, whose best value is not known: no percent, no mean over tasks"]
+    assert fake_run((0.5, 0.25), ((0, 1), (0, 0.5)), higher=False)[1]["retention"] is None
+
+
+def test_which_metric_counts():
+    from mllm_efficient.eval.lmms.scores import primary
+
+    assert primary("mmstar", {"coarse perception": True, "average": True}) == "average"
+    assert primary("x", {"wer": False, "acc": True}) == "acc" and primary("x", {"wer": False}) == "wer"
+    assert primary("seedbench", {"seed_all": True, "seed_image": True}) == "seed_image"
+
+
+def test_a_metric_that_a_draw_leaves_undefined_has_no_interval():
+    from mllm_efficient.eval.lmms.resample import resampled
+
+    items = [{"score": float(i % 2), "kind": "a" if i else "b"} for i in range(5)]
+
+    def aggregate(given):
+        return sum(i["score"] for i in given) / sum(i["kind"] == "b" for i in given)
+
+    assert resampled(aggregate, items, aggregate(items), None) is None
+
+
+def test_a_sample_that_failed_is_wrong_where_the_task_would_guess(capsys, tmp_path):
+    """A task that gives credit for an empty answer, as MMMU's does at random."""
+    folder = own_task(tmp_path / "task", [*squares(3), b"no picture"])
+    text = (folder / "utils.py").read_text().replace("results[0] == doc['answer']", "results[0] in ('', doc['answer'])")
+    (folder / "utils.py").write_text(text)
+    code, found, err = evaluate(capsys, "--tasks", "own", "--include-path", folder, "--output-dir", tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert code == 1 and next(s for s in samples if s["id"] == "own/3")["scores"] == {"acc": 0.0}
+    assert overall(found["rows"], "none", "own")["value"] is None and "no score: none on own" in err  # its scale is not known
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ("repeats: 4\n", "asks every question 4 times: tasks that ask once are run"),
+        ("output_type: loglikelihood\n", "is of type loglikelihood: tasks that generate one answer"),
+    ],
+)
+def test_tasks_that_are_not_run(capsys, tmp_path, more, says):
+    folder = own_task(tmp_path / "task", squares(1))
+    text = (folder / "own.yaml").read_text()
+    (folder / "own.yaml").write_text(text.replace("output_type: generate_until\n", "") + more if "output" in more else text + more)
+    assert main(["eval", "--tasks", "own", "--include-path", str(folder)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_task_that_asks_a_judge_needs_its_key(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    folder = own_task(tmp_path / "task", squares(1))
+    (folder / "utils.py").write_text("API_KEY = None\n" + (folder / "utils.py").read_text())
+    assert main(["eval", "--tasks", "own", "--include-path", str(folder)]) == 2
+    assert "task own: answers are judged by a model over the network: set OPENAI_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert main(["eval", "--tasks", "own", "--include-path", str(folder)]) == 0
+
+
+def test_a_sweep_names_an_arm_that_failed_and_ends_with_1(capsys, tmp_path, monkeypatch):
+    from mllm_efficient.eval.lmms.host import Host
+
+    stock = Host.evaluate
+
+    def evaluate_task(self, model, *arguments):
+        if model.asker.parts[0].name == "divprune":
+            raise me.MllmEfficientError("task me_builtin: out of order")
+        return stock(self, model, *arguments)
+
+    monkeypatch.setattr(Host, "evaluate", evaluate_task)
+    command = ["sweep", "--tasks", "me_builtin", "--method", "divprune:tokens=36", "--limit", "7", "--no-bench"]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert "failed: divprune:tokens=36 on task me_builtin: out of order" in err
+    assert "failed: divprune:tokens=36: no score over all tasks" in err
+    rows = {r["method"]: r for r in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]}
+    assert rows["divprune:tokens=36"]["score"] is None and rows["random:tokens=36"]["score"] is not None
+
+
+def test_a_server_folder_is_not_resumed_and_its_options_are_refused(capsys, tmp_path):
+    with server("yes") as (url, got):
+        asked = ("--tasks", "me_builtin", "--server", url, "--limit", 7)
+        assert evaluate(capsys, *asked, "--output-dir", tmp_path / "run")[0] == 0 and len(got) == 7
+        code, _, err = evaluate(capsys, *asked, "--output-dir", tmp_path / "run")
+        assert code == 2 and "a server may have changed since" in err
+        code, _, err = evaluate(capsys, *asked, "--dtype", "float32")
+        assert code == 2 and "--model and how it is loaded has no effect with --server" in err
+
+
+def test_a_server_that_fails_once_in_a_batch_keeps_the_other_answers(capsys):
+    with server("yes", fails=(3,)) as (url, got):
+        code, found, _ = evaluate(capsys, "--tasks", "me_builtin", "--server", url, "--limit", 14, "--batch-size", 4)
+    assert code == 1 and len(got) == 14
+    assert overall(found["rows"], "server", "me_builtin")["failures"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_cache_ask_nothing_again(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518", "-m", "mllm_efficient"]
+    asked = ["eval", "--tasks", "me_builtin", "--limit", "9", "--device", "cpu", "--cache", str(tmp_path), "--json"]
+    calls = []
+    for _ in range(2):
+        run = subprocess.run(
+            [*launch, *asked], env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=True
+        )
+        calls.append(json.loads(run.stdout)["meta"]["model_calls"])
+    assert calls == [9, 0]

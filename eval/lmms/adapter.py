@@ -109,7 +109,13 @@ class MllmEfficient(ChatModel):
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         with self._bar(len(requests), self.rank):
-            return super().generate_until(requests)
+            out = super().generate_until(requests)
+        failed = [a for a in out if getattr(getattr(a, "token_counts", None), "extra", {}).get("error")]
+        if failed:  # lmms-eval's own exit code will not say so
+            _warn(
+                f"{len(failed)} of {len(requests)} answers failed, and count as wrong; the first: {failed[0].token_counts.extra['error']}"
+            )
+        return out
 
 
 def whole(batch_size: Any) -> int:

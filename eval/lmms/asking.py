@@ -5,11 +5,16 @@ Nothing here knows lmms-eval; ``adapter.py`` and ``run.py`` do.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import MllmEfficientError
@@ -104,6 +109,11 @@ class Asker:
         """Everything that an answer depends on besides its request; part of the cache's key."""
         raise TypeError(f"{type(self).__name__} must define settings")
 
+    @property
+    def identity(self) -> Any:
+        """What makes one arm another one than the next."""
+        raise TypeError(f"{type(self).__name__} must define identity")
+
     def prompt(self, content: Content) -> Any:
         """The prompt as it is sent; part of the cache's key. Raises ``MllmEfficientError`` for what cannot be asked."""
         raise TypeError(f"{type(self).__name__} must define prompt")
@@ -137,8 +147,9 @@ class Asker:
             except Exception as error:
                 yield i, self._failed(request, error)
                 continue
-            key = self._key(content, prompt, settings) if self.cache is not None else ""
-            known = self.cache.get(key) if self.cache is not None else None
+            cache = None if settings["do_sample"] else self.cache  # another draw is another answer
+            key = "" if cache is None else self._key(content, prompt, settings)
+            known = None if cache is None else cache.get(key)
             if known is not None:
                 yield i, replace(Answer(**known), cached=True)
             else:
@@ -146,7 +157,7 @@ class Asker:
         for group in alike.values():
             found = self._asked([(r, c, p) for _, r, c, p, _ in group], settings)
             if self.cache is not None:
-                self.cache.put({key: asdict(a) for (*_, key), a in zip(group, found) if a.error is None})
+                self.cache.put({key: asdict(a) for (*_, key), a in zip(group, found) if key and a.error is None})
             yield from ((i, answer) for (i, *_), answer in zip(group, found))
 
     def _asked(self, group: Sequence[tuple[Request, Content, Any]], settings: dict[str, Any]) -> list[Answer]:
@@ -158,14 +169,14 @@ class Asker:
                 return [self._failed(group[0][0], error)]
             reason = f"{type(error).__name__}: {error}"
         # outside the handler, so that the failed batch's tensors are free when its requests are tried
-        self.say(f"a batch of {len(group)} from {group[0][0].id} failed ({_line(reason)}): asking one by one")
+        self.say(f"a batch of {len(group)} from {group[0][0].id} failed ({line(reason)}): asking one by one")
         return [answer for one in group for answer in self._asked([one], settings)]
 
     def _failed(self, request: Request, error: Exception) -> Answer:
         reason = str(error) if isinstance(error, MllmEfficientError) else f"{type(error).__name__}: {error}"
         if self.on_error == RAISE:
-            raise SampleError(f"{request.id}: {_line(reason)}") from error
-        return Answer("", _line(reason))
+            raise SampleError(f"{request.id}: {line(reason)}") from error
+        return Answer("", line(reason))
 
     def _key(self, content: Content, prompt: Any, settings: dict[str, Any]) -> str:
         pictures = [hashlib.sha256(f"{p.mode}{p.size}".encode() + p.tobytes()).hexdigest() for p in content.pictures]
@@ -176,7 +187,7 @@ class Asker:
         """A task's generation settings as ``generate`` takes them: greedy unless a temperature says otherwise."""
         out = {k: v for k, v in given.items() if k not in NOT_OURS and v is not None}
         until = out.pop("until", None) or []
-        out["until"] = [until] if isinstance(until, str) else list(until)
+        out["until"] = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         out["max_new_tokens"] = int(out.get("max_new_tokens") or self.max_new_tokens)
         out["do_sample"] = bool(out.get("do_sample", (out.get("temperature") or 0) > 0))
         if not out["do_sample"]:
@@ -230,7 +241,12 @@ class ModelAsker(Asker):
     @property
     def settings(self) -> dict[str, Any]:
         known = {k: v for k, v in self.how.items() if k not in ("model", "default_max_new_tokens")}
-        return {**known, "method": [m.to_dict() for m in self.parts]}
+        return {**known, "method": self.identity}
+
+    @functools.cached_property
+    def identity(self) -> list[dict[str, Any]]:
+        """What the method does: its settings, its code and the weights that it brings."""
+        return [{**m.to_dict(), "code": _code(type(m)), "weights_hash": _weights(self.adapter, m)} for m in self.parts]
 
     def installed(self) -> Any:
         """A context in which the model holds what the method needs."""
@@ -274,14 +290,15 @@ class ModelAsker(Asker):
             prepared = prepare(self.loaded.model, self.method, image_keys=keys or None, **inputs)
             call, until = prepared.model_kwargs, settings["until"]
             how = {k: v for k, v in settings.items() if k != "until"}
-            if until:
-                how["stopping_criteria"] = [Stops(until, call["input_ids"].shape[1], self.loaded.processor)]
+            stops = Stops(until, call["input_ids"].shape[1], self.loaded.processor) if until else None
+            if stops is not None:
+                how["stopping_criteria"] = [stops]
             out = self.loaded.model.generate(**call, **how)
         short, long = (t["attention_mask"].sum(1).tolist() for t in (call, inputs))
         new = out[:, call["input_ids"].shape[1] :].cpu()
         seconds, report = round(self._now() - start, 4), prepared.report
         found = []
-        for i, ids in enumerate(self._ended(new)):
+        for i, ids in enumerate(self._ended(new, stops if how.get("num_beams", 1) == 1 else None)):
             images = [image for image in report.images if image.row == i]
             layers = [sum(column) for column in zip(*(image.per_layer for image in images if image.per_layer))]
             found.append(
@@ -293,14 +310,14 @@ class ModelAsker(Asker):
             )  # fmt: skip
         return found
 
-    def _ended(self, new: Any) -> list[Any]:
-        """Each row up to its end; what ``generate`` puts behind is padding."""
+    def _ended(self, new: Any, stops: Stops | None) -> list[Any]:
+        """Each row up to its end; what ``generate`` puts behind an answer while others go on is no part of it."""
         from ..agreement import cut
         from ..harness import endings
 
         ends = endings(self.loaded.model)
-        pad = self.loaded.model.generation_config.pad_token_id
-        return [cut(row, ends) if ends else row[row != pad] if pad is not None else row for row in new]
+        rows = [cut(row, ends) if ends else row for row in new]
+        return rows if stops is None else [row[: stops.ended.get(i, len(row))] for i, row in enumerate(rows)]
 
     def _now(self) -> float:
         import torch
@@ -311,19 +328,23 @@ class ModelAsker(Asker):
 
 
 class Stops:
-    """Ends a row of ``generate`` once its answer holds a stop string.
+    """Ends a row of ``generate`` once its answer holds a stop string. ended: the number of new tokens it then had, by row.
 
     transformers' own criterion also looks into the prompt, and not every tokenizer's vocabulary is one it can take apart.
     """
 
     def __init__(self, stops: Sequence[str], prompt_length: int, processor: Any):
         self.stops, self.start, self.processor = stops, prompt_length, processor
+        self.ended: dict[int, int] = {}
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         import torch
 
         texts = self.processor.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
-        return torch.tensor([any(stop in text for stop in self.stops) for text in texts], device=input_ids.device)
+        done = [any(stop in text for stop in self.stops) for text in texts]
+        for row in (i for i, is_done in enumerate(done) if is_done):
+            self.ended.setdefault(row, input_ids.shape[1] - self.start)
+        return torch.tensor(done, device=input_ids.device)
 
 
 def before(text: str, stops: Sequence[str]) -> str:
@@ -345,5 +366,28 @@ def _vicuna(messages: Sequence[dict[str, Any]], token: str, system: str) -> str:
     return f"{system + ' ' if system else ''}{out}ASSISTANT:"
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())[:500]
+def _code(cls: type) -> str:
+    """A hash of the file that a method is written in, or of nothing where there is none."""
+    try:
+        text = inspect.getsource(sys.modules[cls.__module__])
+    except (KeyError, OSError, TypeError):
+        text = ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _weights(adapter: Any, method: Any) -> str | None:
+    """A hash of the trained weights that a method brings."""
+    from mllm_efficient.trained import located
+
+    folder = None if method.installs is None else located(adapter, method.installs)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(str(folder.path)).rglob("*")):
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def line(text: str) -> str:
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", text).split())[:500]

@@ -20,6 +20,7 @@ class AnswerCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(folder / FILE, timeout=WAIT)
+            self._base.execute("PRAGMA synchronous = NORMAL")
             with self._base:
                 self._base.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
         except (OSError, sqlite3.Error) as error:

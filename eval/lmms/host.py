@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import hashlib
+import inspect
+import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -16,23 +21,33 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError, did_you_mean
 
+from .scores import known
 from .tasks import FOLDER
 
 CAPTIONS = ("CIDEr", "METEOR", "SPICE")  # metrics that run Java
-JUDGES = ("gpt", "judge")
+KEY = "OPENAI_API_KEY"
+JUDGE = ("API_KEY", "API_URL", "OPENAI", "get_server", "get_chat_response")  # names in the module of a task that asks a judge
 SUBMISSION = "submission"  # a metric that only writes a file for a challenge's server
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its name, its number of samples, its metrics in order, which of them are better when higher, and how
-    samples become a metric."""
+    """One task.
+
+    size: samples. higher: its metrics in order, and whether more is better. aggregate: how samples become a metric. length:
+    whether it says how long answers may be. fingerprint: of its questions, answers and code; pictures are not in it.
+    """
 
     name: str
     size: int
-    metrics: tuple[str, ...]
     higher: dict[str, bool]
     aggregate: dict[str, Callable[..., Any]]
+    length: bool
+    fingerprint: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.higher)
 
 
 def lmms_eval_module() -> Any:
@@ -63,6 +78,9 @@ class Host:
 
         if data_root is not None and not data_root.is_dir():
             raise MllmEfficientError(f"--data-root: no folder {data_root}")
+        for path in include:
+            if not Path(path).is_dir():
+                raise MllmEfficientError(f"--include-path: no folder {path}")
         self.data_root = None if data_root is None else data_root.resolve()
         self.include = [str(FOLDER), *(str(p) for p in include)]
         self._ours = TaskManager(include_path=self.include, include_defaults=False)
@@ -104,17 +122,17 @@ class Host:
                 raise MllmEfficientError(
                     f"task {name}: {metric} needs Java, which is not on the PATH: install it (apt install default-jre)"
                 )
-            judged = any(j in metric.lower() for j in JUDGES) and "static" not in name
-            if judged and not os.environ.get("OPENAI_API_KEY"):
-                raise MllmEfficientError(
-                    f"task {name}: {metric} is judged by a model over the network: set OPENAI_API_KEY, or take another"
-                )
+        if name not in known() and _asks_a_judge(task) and not os.environ.get(KEY):
+            raise MllmEfficientError(f"task {name}: answers are judged by a model over the network: set {KEY}, or take another task")
+        if (task.config.repeats or 1) > 1:
+            raise MllmEfficientError(f"task {name} asks every question {task.config.repeats} times: tasks that ask once are run")
         if not higher:
             raise MllmEfficientError(f"task {name} only writes a file for a challenge's server: it has no score")
         docs = task.eval_docs_no_media
         if len(docs) == 0:
             raise MllmEfficientError(f"task {name}: its data set is empty")
-        return Task(name, len(docs), tuple(higher), higher, task.aggregation())
+        length = "max_new_tokens" in (task.config.generation_kwargs or {})
+        return Task(name, len(docs), higher, task.aggregation(), length, _fingerprint(task, docs))
 
     def _load(self, name: str) -> Any:
         manager = self.manager(name)
@@ -128,8 +146,10 @@ class Host:
                 empty = "corresponds to no data" in reason  # what datasets says of a file without rows
                 raise MllmEfficientError(f"task {name}: {'its data set is empty' if empty else reason}") from error
 
-    def evaluate(self, model: Any, name: str, limit: int | None, batch_size: int, files: Path | None) -> dict[str, Any] | None:
-        """``simple_evaluate`` of one task; None on all ranks but the first. files: where the task may leave files.
+    def evaluate(
+        self, model: Any, name: str, limit: int | None, batch_size: int, files: Path | None, seed: int = 0
+    ) -> dict[str, Any] | None:
+        """``simple_evaluate`` of one task; None on all ranks but the first. files: where the task may leave files; emptied before.
 
         What the adapter raises comes out as it is, everything else as ``MllmEfficientError``.
         """
@@ -137,14 +157,16 @@ class Host:
 
         with contextlib.ExitStack() as inside:
             folder = files or Path(inside.enter_context(tempfile.TemporaryDirectory()))
+            if files is not None and int(os.environ.get("RANK", 0)) == 0:
+                shutil.rmtree(files, ignore_errors=True)  # some tasks read what an earlier run left
             arguments = argparse.Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None)
-            for context in (self._local_data(), _once(), contextlib.redirect_stdout(sys.stderr)):
+            for context in (self._local_data(), _once(), _own_draws(), contextlib.redirect_stdout(sys.stderr)):
                 inside.enter_context(context)
             try:
                 return self.evaluator.simple_evaluate(
                     model=model, tasks=[name], task_manager=self.manager(name), limit=limit, batch_size=batch_size, log_samples=True,
                     bootstrap_iters=0, cli_args=arguments, verbosity="WARNING",
-                    process_docs_parallel=1,  # threads would share the random numbers that some tasks draw
+                    process_docs_parallel=1, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                 )  # fmt: skip
             except SampleError:
                 raise
@@ -176,6 +198,7 @@ class Host:
             datasets.load_dataset = stock
 
 
+ROWS = 1000
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "imagefolder")
 
 
@@ -194,6 +217,54 @@ def _once() -> Iterator[None]:
     finally:
         for policy, stop in zip(policies, stops):
             policy.stop = stop
+
+
+@contextlib.contextmanager
+def _own_draws() -> Iterator[None]:
+    """Tasks that guess where an answer cannot be read (MMMU) draw by the sample, whichever process scores it and when."""
+    from lmms_eval.api.task import ConfigurableTask
+
+    stock: Any = ConfigurableTask.process_results
+
+    @functools.wraps(stock)
+    def process_results(self: Any, doc: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        random.seed(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__))
+        return stock(self, doc, *args, **kwargs)
+
+    ConfigurableTask.process_results = process_results
+    try:
+        yield
+    finally:
+        ConfigurableTask.process_results = stock
+
+
+def _asks_a_judge(task: Any) -> bool:
+    """Whether what scores a task's answers comes from a module that asks a model over the network."""
+    functions = [task.config.process_results, *task.aggregation().values()]
+    names = {name for f in functions if callable(f) for name in getattr(f, "__globals__", {})}
+    return any(word in name for name in names for word in JUDGE)
+
+
+def _fingerprint(task: Any, docs: Any) -> str:
+    """Of a task's settings, the code they name, and its samples without their pictures."""
+    digest = hashlib.sha256()
+    for key, value in sorted(vars(task.config).items()):
+        digest.update(f"{key}={_text(value)};".encode())
+    for low in range(0, len(docs), ROWS):
+        digest.update(json.dumps(docs[low : low + ROWS], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _text(value: Any) -> str:
+    """A setting as text, a function as its source."""
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", type(value).__name__)
+    if isinstance(value, dict):
+        return str({k: _text(v) for k, v in value.items()})
+    return str([_text(v) for v in value]) if isinstance(value, list) else str(value)
 
 
 def reason_of(error: BaseException) -> str:

@@ -49,7 +49,10 @@ def resampled(
     with contextlib.redirect_stdout(io.StringIO()):  # some print every time
         for _ in range(RESAMPLES):
             chosen = [_as_drawn(items[i], draw) for draw, g in enumerate(rng.integers(0, len(members), len(members))) for i in members[g]]
-            out.append(float(aggregate(chosen)))
+            try:
+                out.append(float(aggregate(chosen)))
+            except Exception:  # a metric that some draw leaves undefined has no interval
+                return None
     return out
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from mllm_efficient.compressors.resize import Resize
+from mllm_efficient.measure.arms import METHOD
 
 from ..stats import interval
 from ..sweep import Cell
 from ..table import OVERALL
+from .host import Task
 from .run import TaskRun
 from .scores import RIGHT, known, primary, top_of
 from .server import ServerCell
@@ -32,32 +34,54 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
     for record in records:
         by.setdefault((record["method"], record["task"]), {})[record["id"]] = record
     rows: list[dict[str, Any]] = []
-    resized = {c.asked: c.spec for c in run.cells if c.method.name == Resize.name and c.asked}
+    resized = {_budget(c): c.spec for c in run.cells if c.method.name == Resize.name}
     for task in run.tasks:
-        first = primary(task.name, task.metrics)
+        first = primary(task.name, task.higher)
+        tops = _tops(run, task, by)
         base, of_base = run.summary(run.arms[0], task.name), by.get((run.arms[0], task.name), {})
         for cell in run.cells:
             mine, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
             for metric in [first, *(m for m in task.metrics if m != first and m in mine["metrics"])]:
-                row = _row(cell, task.name, metric, mine, base, samples) | {"higher_is_better": task.higher.get(metric, True)}
+                row = _row(cell, task, metric, mine, base, samples, tops.get(metric))
                 if metric == first:
-                    row |= {"primary": True, **_hard(cell, metric, samples, of_base, by.get((resized.get(cell.asked, ""), task.name), {}))}
+                    row |= {"primary": True}
+                if metric == first and row["score"] is not None:
+                    row |= {**_hard(cell, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))}
                     row |= _intervals(row, mine, base)
-                if not row["higher_is_better"]:
-                    row["retention"] = None
                 rows.append(row)
     return rows + [_overall(run, cell, [r for r in rows if r["method"] == cell.spec and r["primary"]]) for cell in run.cells]
 
 
-def _row(cell: Cell, task: str, metric: str, mine: dict[str, Any], base: dict[str, Any], samples: Samples) -> dict[str, Any]:
+def _budget(cell: Cell) -> tuple[Any, ...] | None:
+    """What two arms have alike that keep as many tokens; None for those whose budget is no count or share of all tokens."""
+    method = cell.method
+    if isinstance(cell, ServerCell) or (method.tokens is None and (method.budget.fraction is None or not cell.asked)):
+        return None
+    return method.budget.fraction, method.tokens, method.min_tokens, method.max_tokens
+
+
+def _tops(run: TaskRun, task: Task, by: dict[tuple[str, str], Samples]) -> dict[str, float | None]:
+    """Of every metric the value that is 100 percent, for all arms alike: a value of 0 does not show its scale."""
+    out: dict[str, float | None] = {}
+    for metric in task.metrics:
+        found = [(run.summary(a, task.name)["metrics"].get(metric), by.get((a, task.name), {})) for a in run.arms]
+        value, samples = next(((v, s) for v, s in found if v), next(((v, s) for v, s in found if v is not None), (None, {})))
+        out[metric] = None if value is None else top_of(task.name, metric, value, list(_scores(samples, metric).values()))
+    return out
+
+
+def _row(
+    cell: Cell, task: Task, metric: str, mine: dict[str, Any], base: dict[str, Any], samples: Samples, top: float | None
+) -> dict[str, Any]:  # fmt: skip
     """A metric of an arm on a task, with nothing yet of what only the metric that counts has."""
     value, other = mine["metrics"].get(metric), base["metrics"].get(metric)
-    top = None if value is None else top_of(task, metric, value, list(_scores(samples, metric).values()))
-    score, baseline = (None if v is None or top is None else 100 * v / top for v in (value, other))
-    return _head(cell, task, metric) | {
+    higher = task.higher.get(metric, True)
+    score, baseline = (None if v is None or top is None or not higher else 100 * v / top for v in (value, other))
+    return _head(cell, task.name, metric) | {
+        "higher_is_better": higher,
         "value": value, "score": _round(score), "baseline": _round(baseline),
         "difference": None if score is None or baseline is None else _round(score - baseline),
-        "retention": _round(100 * score / baseline) if score is not None and baseline else None,
+        "retention": _round(100 * value / other) if higher and value is not None and other else None,
         "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
         "prompt_tokens": _mean(samples, "input_tokens"),
@@ -85,7 +109,7 @@ def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Sample
 def _intervals(row: dict[str, Any], mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Of the score and of its difference, where the same questions were drawn for both."""
     drawn, before = (s.get("resampled") for s in (mine, base))
-    if row["top"] is None or drawn is None or before is None or mine["questions_fingerprint"] != base["questions_fingerprint"]:
+    if row["score"] is None or drawn is None or before is None:
         return {}
     scores, baseline = (100 * np.array(d) / row["top"] for d in (drawn, before))
     return {"score_interval": interval(scores), "difference_interval": interval(scores - baseline)}
@@ -134,6 +158,19 @@ def missing(rows: Sequence[dict[str, Any]]) -> list[str]:
         for r in rows
         if r["primary"] and r["task"] != OVERALL and r["value"] is None
     ]
+
+
+def unscaled(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every task whose metric counts but cannot be put in percent, so that there is no mean over tasks."""
+    tasks = {r["task"]: r["metric"] for r in rows if r["primary"] and r["value"] is not None and r["score"] is None}
+    return [f"{task} counts by {metric}, whose best value is not known: no percent, no mean over tasks" for task, metric in tasks.items()]
+
+
+def without_partner(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The arms of a model that have no ``resize`` at the same budget, and so no hard samples."""
+    arms = dict.fromkeys(r["method"] for r in rows if r["role"] == METHOD and r["task"] == OVERALL)
+    with_hard = {r["method"] for r in rows if r["hard_n"] is not None}
+    return [a for a in arms if a not in with_hard and not a.startswith((Resize.name, "none@"))]
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -187,7 +224,10 @@ def _signed(r: dict[str, Any]) -> str:
 
 
 def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our numbers beside a published row: each arm whose method the table has, task after task, in the table's units."""
+    """Our numbers beside a published row: each arm whose method the table has, task after task, in the table's units.
+
+    kept, published_kept: the share of an image's tokens, here and in the paper.
+    """
     out = []
     for r in rows:
         name, column = r["method"].split(":")[0], reference["tasks"].get(r["task"])
@@ -199,7 +239,8 @@ def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[di
         out.append(
             {
                 "task": column, "method": r["method"], "tokens": r["visual_tokens_kept"],
-                "published_tokens": reference.get("budgets", {}).get(name),
+                "kept": _round(100 * r["visual_tokens_kept"] / r["visual_tokens_full"]) if r["visual_tokens_full"] else None,
+                "published_kept": reference["kept"].get(name),
                 "ours": _round(ours), "published": published, "difference": _round(None if ours is None else ours - published),
             }
         )  # fmt: skip
@@ -207,10 +248,11 @@ def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[di
 
 
 def reference_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["task", "method", "tokens", "published with", "ours", "published", "difference"]
+    header = ["task", "method", "tokens", "kept", "kept there", "ours", "published", "difference"]
     return header, [
         [
-            r["task"], r["method"], _one(r["tokens"], "g"), _one(r["published_tokens"], "g"), _one(r["ours"], ".2f"),
+            r["task"], r["method"], _one(r["tokens"], "g"), _one(r["kept"], ".1f", "%"), _one(r["published_kept"], ".1f", "%"),
+            _one(r["ours"], ".2f"),
             _one(r["published"], ".2f"), _one(r["difference"], "+.2f"),
         ]
         for r in rows

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+import numbers
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .asking import MAX_NEW_TOKENS, Asker, ModelAsker, SampleError
 from .cache import AnswerCache
 from .host import Host, Task
 from .resample import resampled
-from .scores import primary, sample_score, top_of
+from .scores import known, primary, sample_score, top_of
 
 ANSWERS = (
     "visual_tokens_full",
@@ -70,6 +72,7 @@ class TaskRun:
     output_dir: Path | None = None
     loaded: Any = None
     batch_size: int = 1
+    seed: int = 0
     say: Callable[[str], Any] = lambda text: None
     progress: Callable[[int], Any] = lambda n: None
     records: Records = field(init=False)
@@ -79,9 +82,27 @@ class TaskRun:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.ranks > 1:
             from accelerate import Accelerator
+            from accelerate.utils import InitProcessGroupKwargs
 
-            Accelerator()  # the group of processes, before the first thing is shared
+            # the group of processes, before the first thing is shared; those that finish early wait for long
+            Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))])
+        self.askers = {c.spec: self.asker(c) for c in self.cells}
+        self.made_by = {c.spec: fingerprint_of({"arm": self.askers[c.spec].identity}) for c in self.cells}
         self.records = Records(self.output_dir if self.rank == 0 else None, self.config)
+        self._require_the_same()
+
+    def _require_the_same(self) -> None:
+        """Raises where the folder has answers to other questions, or of an arm that was something else."""
+        tasks = {t.name: t.fingerprint for t in self.tasks}
+        for row in self.records.rows.values():
+            changed = None
+            if row["task"] in tasks and row["of_task"] != tasks[row["task"]]:
+                changed = f"task {row['task']} or its data"
+            elif row["method"] in self.made_by and row["made_by"] != self.made_by[row["method"]]:
+                changed = f"the code or the weights of {row['method']}"
+            if changed:
+                self.records.close()
+                raise MllmEfficientError(f"{self.output_dir} holds answers from before {changed} changed: use another --output-dir")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -114,8 +135,8 @@ class TaskRun:
                     if self._shared((cell.spec, task.name) in self.records):
                         self.progress(self.asked_of(task))
                         continue
-                    asker = self.asker(cell)
-                    asker.progress, asker.say = self.progress, self.say
+                    asker = self.askers[cell.spec]
+                    asker.progress, asker.say = self.progress, self.say if self.rank == 0 else _say
                     self._add(cell, task, asker, ChatModel)
         finally:
             self.records.close()
@@ -134,40 +155,48 @@ class TaskRun:
 
     def _add(self, cell: Cell, task: Task, asker: Asker, model: Any) -> None:
         """Evaluates a task under an arm and records its samples, then its metrics."""
-        head = {"method": cell.spec, "task": task.name}
-        files = None if self.output_dir is None else self.output_dir / "files" / task.name / fingerprint_of({"arm": cell.spec})
+        head = {"method": cell.spec, "task": task.name, "of_task": task.fingerprint, "made_by": self.made_by[cell.spec]}
+        files = None if self.output_dir is None else self.output_dir / "files" / task.name / self.made_by[cell.spec]
+        device = "cpu" if self.loaded is None else self.loaded.device
         try:
-            result = self.host.evaluate(
-                model(asker, "cpu" if self.loaded is None else self.loaded.device), task.name, self.limit, self.batch_size, files
-            )
+            result = self.host.evaluate(model(asker, device), task.name, self.limit, self.batch_size, files, self.seed)
+            if result is None:
+                return
+            rows = self._rows(head, task, result)
         except SampleError:
             raise
-        except MllmEfficientError as error:
+        except Exception as error:
             if self.ranks > 1:
                 raise
-            self.records.add([{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "error": str(error)}])
-            self.say(f"failed: {cell.spec} on {error}")
-            return
-        if result is None:
-            return
+            reason = str(error) if isinstance(error, MllmEfficientError) else f"task {task.name}: {type(error).__name__}: {error}"
+            rows = [{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "resampled": None, "error": reason}]
+            self.say(f"failed: {cell.spec} on {reason}")
+        self.calls += sum(not r.get("cached", True) for r in rows)
+        self.records.add(rows)
+
+    def _rows(self, head: dict[str, Any], task: Task, result: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every sample of an evaluation, then what they come to."""
         logged = _of_one_filter(result["samples"][task.name])
         samples = [_sample(head, task, s) for s in logged]
         if len(samples) != self.asked_of(task):
             raise MllmEfficientError(f"task {task.name}: {self.asked_of(task)} samples were asked and {len(samples)} came back")
-        failed = [s for s in samples if s["error"] is not None]
         metrics: dict[str, float] = {}
         for key, value in result["results"][task.name].items():
             if _is_metric(key, value, task):
                 metrics.setdefault(key.split(",")[0], float(value))
-        first = primary(task.name, task.metrics)
-        summary = {
-            **head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed),
-            "resampled": _resampled(task, first, metrics, logged),
-            "questions_fingerprint": fingerprint_of({"asked": sorted((s["id"], s["question"], s.pop("document")) for s in samples)}),
-            "error": f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None,
-        }  # fmt: skip
-        self.calls += sum(not s["cached"] for s in samples)
-        self.records.add([*samples, summary])
+        failed = [s for s in samples if s["error"] is not None]
+        credited = {m for s in failed for m, score in s["scores"].items() if score > 0}
+        for sample in failed:
+            sample["scores"] = dict.fromkeys(sample["scores"], 0.0)
+        for metric in credited:  # some tasks guess where there is no answer: what failed is wrong
+            _without_guesses(task, metric, metrics, samples)
+        first = primary(task.name, task.higher)
+        error = f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None
+        if first not in metrics:
+            error = error or f"task {task.name}: no value of {first}"
+        resamples = None if credited else _resampled(task, first, metrics, logged, self.seed)
+        summary = {**head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "resampled": resamples}
+        return [*samples, {**summary, "error": error}]
 
     def summary(self, arm: str, task: str) -> dict[str, Any]:
         """The metrics of an arm on a task, ``{}`` where it raised, with ``n``, ``failures`` and ``error``."""
@@ -188,11 +217,26 @@ def run_of(
             loaded=loaded, method=cell.method, image_padding=asked.image_padding, prompt_format=asked.prompt_format,
         )  # fmt: skip
 
-    return TaskRun(host, tasks, cells, asker, asker(cells[0]).how, asked.limit, output_dir, loaded, asked.batch_size, say)
+    return TaskRun(
+        host, tasks, cells, asker, asker(cells[0]).how, asked.limit, output_dir, loaded, asked.batch_size, loaded.options.seed, say
+    )
+
+
+def _say(text: str) -> None:
+    """What a process that is not the first has to say."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _is_metric(key: str, value: Any, task: Task) -> bool:
-    return key.split(",")[0] in task.higher and isinstance(value, (int, float)) and math.isfinite(value)
+    return key.split(",")[0] in task.higher and isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _without_guesses(task: Task, metric: str, metrics: dict[str, float], samples: Sequence[dict[str, Any]]) -> None:
+    """A metric again, from the samples' scores; without a value where its scale is not known."""
+    scores = [s["scores"][metric] for s in samples if metric in s["scores"]]
+    value = metrics.pop(metric, None)
+    if value is not None and task.name in known():
+        metrics[metric] = known()[task.name].top.get(metric, 1.0) * sum(scores) / len(scores)
 
 
 def _of_one_filter(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,18 +256,19 @@ def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[st
         **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _expected(logged),
         "answer": _plain(logged["filtered_resps"][0]) if logged["filtered_resps"] else "",
         "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"), "cached": bool(counts.get("cached")),
-        "document": json.dumps(logged["doc"], sort_keys=True, default=str),
         **{k: counts[k] for k in ANSWERS if k in counts},
     }  # fmt: skip
 
 
-def _resampled(task: Task, metric: str, metrics: dict[str, float], logged: Sequence[dict[str, Any]]) -> list[float] | None:
+def _resampled(
+    task: Task, metric: str, metrics: dict[str, float], logged: Sequence[dict[str, Any]], seed: int
+) -> list[float] | None:  # fmt: skip
     """The metric that counts over resamples of the samples that have it."""
     items = [s[metric] for s in sorted(logged, key=lambda s: s["doc_id"]) if metric in s]
     if metric not in metrics:
         return None
     scores = [s for s in map(sample_score, items) if s is not None]
-    return resampled(task.aggregate.get(metric), items, metrics[metric], top_of(task.name, metric, metrics[metric], scores))
+    return resampled(task.aggregate.get(metric), items, metrics[metric], top_of(task.name, metric, metrics[metric], scores), seed)
 
 
 def _expected(logged: dict[str, Any]) -> Any:

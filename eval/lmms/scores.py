@@ -11,6 +11,7 @@ from typing import Any
 RIGHT = 0.5  # a sample's score above which it counts as right
 SAID = ("pred", "prediction", "parsed_pred")
 LETTERS = "ABCDE"
+WHOLE = ("average", "overall", "total", "_all")
 CLOSE = 1e-5  # some tasks round their metric to so much
 
 
@@ -35,13 +36,20 @@ def known() -> dict[str, Known]:
     return {name: Known(e["metric"], e["title"], e.get("top", {}), e.get("pairs", False), e.get("per")) for name, e in content.items()}
 
 
-def primary(task: str, metrics: Sequence[str]) -> str:
-    """The metric of a task that tables show and means take: the known one, or the task's first."""
-    return known()[task].metric if task in known() else metrics[0]
+def primary(task: str, higher: dict[str, bool]) -> str:
+    """The metric of a task that tables show and means take: the known one, or of those that are better when higher the one that
+    is called a whole, otherwise the first. higher: of each metric in order."""
+    if task in known():
+        return known()[task].metric
+    better = [m for m, is_better in higher.items() if is_better] or list(higher)
+    return next((m for m in better if any(word in m.lower() for word in WHOLE)), better[0])
 
 
 def top_of(task: str, metric: str, value: float, scores: Sequence[float]) -> float | None:
-    """The value of a metric that is 100 percent: known, or seen from a mean of the samples' scores, which lie in [0, 1]. Else None."""
+    """The value of a metric that is 100 percent: known, or seen from a mean of the samples' scores, which lie in [0, 1]. Else None.
+
+    A value of 0 says nothing of the scale: ask with that of another arm.
+    """
     entry = known().get(task)
     if entry is not None:
         return len(scores) / entry.per if entry.per else entry.top.get(metric, 1.0)

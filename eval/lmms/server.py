@@ -16,7 +16,7 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD
 
 from ..sweep import Cell
-from .asking import Answer, Asker, Content, before
+from .asking import RAISE, Answer, Asker, Content, before, line
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -102,6 +102,10 @@ class ServerAsker(Asker):
     def settings(self) -> dict[str, Any]:
         return {"server": self.url, "model": self.model}
 
+    @property
+    def identity(self) -> Any:
+        return self.settings
+
     def prompt(self, content: Content) -> list[dict[str, Any]]:
         return content.messages
 
@@ -110,6 +114,15 @@ class ServerAsker(Asker):
             return list(pool.map(lambda one: self._answer(one[0], settings), batch))
 
     def _answer(self, content: Content, settings: dict[str, Any]) -> Answer:
+        """One answer. A request that fails is not sent again, and keeps no other from its answer."""
+        try:
+            return self._sent(content, settings)
+        except Exception as error:
+            if self.on_error == RAISE:
+                raise
+            return Answer("", line(f"{type(error).__name__}: {error}"))
+
+    def _sent(self, content: Content, settings: dict[str, Any]) -> Answer:
         pictures = iter(content.pictures)
         messages = [
             {"role": m["role"], "content": [_image(next(pictures)) if p["type"] == "image" else p for p in m["content"]]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ class Tasks(Asked):
 
     meaning = MEANING | OF_TASKS
 
-    def __init__(self, loaded: Loaded, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], folder: Path | None):
+    def __init__(
+        self, loaded: Loaded, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], folder: Path | None,
+        say: Callable[[str], Any],
+    ):  # fmt: skip
         for task in tasks:
-            metric = primary(task.name, task.metrics)
+            metric = primary(task.name, task.higher)
             if any(c in metric for c in CAPTIONS):
                 raise MllmEfficientError(f"task {task.name}: a sweep recommends by intervals, which {metric} has none of: ask it with eval")
-        self.run: TaskRun = run_of(loaded, cells, asked, host, tasks, folder)
+        self.run: TaskRun = run_of(loaded, cells, asked, host, tasks, folder, say)
         self.line = f"{', '.join(t.name for t in tasks)} x {len(self.run.arms)} arms: {self.run.total} answers"
 
     def scores(self, records: Records) -> Scores:
@@ -42,7 +45,7 @@ class Tasks(Asked):
         return {arm: rows if OVERALL in rows else {} for arm, rows in out.items()}
 
     def about(self, records: Records) -> dict[str, Any]:
-        prints = {t.name: self.run.summary(self.run.arms[0], t.name).get("questions_fingerprint") for t in self.run.tasks}
+        prints = {t.name: t.fingerprint for t in self.run.tasks}
         return {
             "tasks": [t.name for t in self.run.tasks], "questions": sum(map(self.run.asked_of, self.run.tasks)),
             "questions_fingerprint": prints, "interval": "95%, 1000 paired resamples of questions",

@@ -41,7 +41,10 @@ def evaluate(
         int, typer.Option("--turns", min=1, max=2, help="2: every question also as the second of a conversation about its image.")
     ] = 1,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Number of questions (round-robin over categories), requests.")
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Number of questions (round-robin over categories), requests, samples of each task (its first)."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help=f"Default {BATCH}; with --data {DATA_BATCH}; with --tasks 1.")

@@ -56,7 +56,10 @@ def sweep(
     data: Annotated[Path | None, typer.Option("--data", help="Your own requests, as eval takes them; answers are not needed.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="test (the default), or val for tuning.")] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Number of questions (round-robin over categories), requests.")
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Number of questions (round-robin over categories), requests, samples of each task (its first)."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -155,7 +158,7 @@ def sweep(
         if public:
             from ..eval.lmms.swept import Tasks
 
-            asked = Tasks(loaded, [c for c in cells if c.failed is None], wanted, host, named, output_dir)
+            asked = Tasks(loaded, [c for c in cells if c.failed is None], wanted, host, named, output_dir, options.say)
         elif data is None or requests is None:
             asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir)
         else:
@@ -258,6 +261,8 @@ def _row(cell: Cell, by_task: Any, records: Sequence[dict[str, Any]], flops: Any
         failed = f"{len(errors)} of {len(mine)} answers failed: {errors[0]}" if errors else None
         if all(r["error"] is not None for r in mine if r["task"] != TEXT_ONLY):
             by_task = None
+        if failed is None and not by_task:
+            failed = "no score over all tasks: one of them has none"
         if timed and (timing is None or timing["failed"] is not None):
             failed = failed or f"not timed: {timing['failed'] if timing else 'the run stopped'}"
         if flops.error is None:

@@ -41,14 +41,14 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table
+    from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table, unscaled, without_partner
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     host, tasks = checked(asked)
     if reference is not None and not any(t.name in reference["tasks"] for t in tasks):
         raise MllmEfficientError(f"--reference {asked.reference} has none of these tasks (it has {', '.join(reference['tasks'])})")
     if asked.servers:
-        run = on_servers(asked, host, tasks, specs, output_dir)
+        run = on_servers(settings, asked, host, tasks, specs, output_dir)
     else:
         run = on_model(settings, specs, asked, host, tasks, output_dir)
     try:
@@ -63,9 +63,9 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     meta = {
         **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
         "on_error": asked.on_error, "meaning": MEANING,
-        "methods": [m.to_dict() for m in run.methods], "processes": run.ranks,
+        "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
         "model_calls": run.calls,
-        "questions_fingerprint": {t.name: run.summary(run.arms[0], t.name).get("questions_fingerprint") for t in tasks},
+        "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
         "reference": None if reference is None else {"name": asked.reference, "source": reference["source"], "rows": published},
     }  # fmt: skip
     if output_dir is not None:
@@ -84,14 +84,22 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         if reference is not None:
             print(f"\nBeside {reference['title']} ({reference['source']}):")
             options.print_table(*reference_table(published), left=2)
-            for line in dict.fromkeys(_unlike(p) for p in published if p["published_tokens"] not in (None, p["tokens"])):
+            for line in dict.fromkeys(filter(None, map(_unlike, published))):
                 print(line)
+    for line in unscaled(rows):
+        options.say(line)
+    alone = [] if asked.servers else without_partner(rows)
+    if alone:
+        options.say(f"no hard samples for {', '.join(alone)}: no resize stands at the same budget")
     return verdict(records, rows, missing(rows))
 
 
-def _unlike(published: dict[str, Any]) -> str:
-    kept = "an unknown number of" if published["tokens"] is None else f"{published['tokens']:g}"
-    return f"{published['method']} kept {kept} visual tokens here and {published['published_tokens']} in the paper: not the same setting."
+def _unlike(published: dict[str, Any]) -> str | None:
+    here, there = published["kept"], published["published_kept"]
+    if there is None or (here is not None and abs(here - there) < 0.2):
+        return None
+    kept = "an unknown share" if here is None else f"{here:.1f}%"
+    return f"{published['method']} kept {kept} of the visual tokens here and {there:.1f}% in the paper: not the same setting."
 
 
 def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
@@ -104,7 +112,10 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
         if asked.limit is not None and asked.limit % 2 and name in known() and known()[name].pairs:
             raise MllmEfficientError(f"task {name} asks in pairs: give an even --limit")
     host.require_data(asked.names)
-    return host, [host.check(name) for name in asked.names]
+    tasks = [host.check(name) for name in asked.names]
+    if asked.max_new_tokens is not None and all(t.length for t in tasks):
+        raise MllmEfficientError("--max-new-tokens has no effect: every one of these tasks says how long its answers may be")
+    return host, tasks
 
 
 def on_model(
@@ -130,13 +141,21 @@ def on_model(
     return run_of(loaded, cells, asked, host, tasks, output_dir, say)
 
 
-def on_servers(asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Sequence[str], output_dir: Path | None) -> TaskRun:
+def on_servers(
+    settings: ModelOptions, asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Sequence[str], output_dir: Path | None
+) -> TaskRun:
     """The run of servers, the first of which is the baseline."""
     from ..eval.lmms.asking import MAX_NEW_TOKENS
     from ..eval.lmms.run import TaskRun
     from ..eval.lmms.server import ServerAsker, served, server_cells
+    from ..eval.records import SAMPLES_FILE
+    from ..models import ModelOptions
 
+    ours = replace(settings, seed=ModelOptions.seed) != ModelOptions()
+    kept = output_dir is not None and (output_dir / SAMPLES_FILE).exists()
     for name, given, why in (
+        ("--model and how it is loaded", ours, "the server has loaded its own"),
+        ("an --output-dir with answers", kept, "a server may have changed since: use another folder"),
         ("--method", bool(specs), "the server decides what it compresses: start one for each method and give --server NAME=URL for each"),
         ("--cache", asked.cache is not None, "a server does not say what it compresses, so its answers cannot be told apart later"),
         ("--image-padding", asked.image_padding is not None, "the server processes the images"),
@@ -151,7 +170,7 @@ def on_servers(asked: TaskOptions, host: Host, tasks: Sequence[Task], specs: Seq
     def asker(cell: Any) -> ServerAsker:
         return ServerAsker(asked.batch_size, tokens, asked.on_error, url=cell.url, model=cell.model)
 
-    return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, None, asked.batch_size, say)
+    return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, None, asked.batch_size, settings.seed, say)
 
 
 def answered(run: TaskRun) -> list[dict[str, Any]]:

@@ -5,4 +5,3 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-PREFIX = "me_"
