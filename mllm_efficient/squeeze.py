@@ -61,6 +61,20 @@ def squeeze_all(
     return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
 
 
+def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
+    """(kept tokens, D) of one item without newline columns, on its device throughout: the host waits for nothing."""
+    if p.untouched:
+        return encoding.features
+    ((*parts,),) = _compress(method, [p], [encoding], [context])
+    rows = torch.cat([done.features for _, done, _ in parts])
+    places = []
+    for group, done, _ in parts:
+        if done.indices is not None:
+            own = group.indices
+            places.append(done.indices if own is None else own.to(done.indices.device)[done.indices])
+    return rows if len(parts) == 1 or not places else rows[torch.cat(places).argsort()]
+
+
 Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
 
 

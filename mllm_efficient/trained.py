@@ -17,7 +17,7 @@ from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError
-from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, open_folder, shipped
+from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 MARK = "_installed_as"  # attribute of a projector or router that was put into a model
@@ -69,13 +69,23 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def load(where: str | Path, **settings: Any) -> Compressor:
-    """The method in a folder that ``mllm-efficient train`` wrote, at the budget it was saved with unless one is given.
+    """The method in a folder that ``mllm-efficient train`` or ``export`` wrote, at the budget it was saved with unless one is given.
 
     Raises:
         MllmEfficientError: no such folder, or settings the method does not take.
     """
     from .registry import build, get_method
 
+    served = exported(Path(where))
+    if served is not None:
+        name = str(served["method"])
+        inside = Path(where) / name
+        if inside.is_dir():
+            return load(inside, **settings)
+        given = {"keep", "tokens", "prune"} & set(settings)
+        method = build({**{k: v for k, v in served.items() if not given or k not in ("keep", "tokens", "prune")}, **settings})
+        assert isinstance(method, Compressor)
+        return method
     config = open_folder(str(where)).config
     cls = get_method(config["method"])
     # what a router was trained under its method reads from the folder

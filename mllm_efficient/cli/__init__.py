@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import bench, evaluate, flops, generate, methods, report, show, sweep, train
+from . import bench, evaluate, export, flops, generate, methods, report, show, sweep, train
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -28,6 +28,7 @@ app.command("flops")(flops.flops)
 app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.command("train")(train.train)
+app.command("export")(export.export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

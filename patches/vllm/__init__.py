@@ -1,0 +1,35 @@
+"""Fewer image tokens in vLLM, as a plugin (entry point ``vllm.general_plugins``). Nothing of vLLM is patched.
+
+``vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"visual_token_compression": "divprune:tokens=64"}'``
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+TESTED = (0, 33)
+SWITCH = "MLLM_EFFICIENT_VLLM"
+SERVED = {
+    "LlavaForConditionalGeneration": "CompressedLlava",
+    "LlavaNextForConditionalGeneration": "CompressedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "CompressedLlavaOnevision",
+}
+PROJECTOR = "visual_projector"  # of a trained method, beside the model's own; in the config what builds it
+PREFIX = "MllmEfficient"  # of the architecture's name in an exported folder, which a vLLM without the plugin refuses
+
+
+def register() -> None:
+    """Registers the served families under vLLM's names and under our own. vLLM calls it in every one of its processes."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return
+    from vllm import ModelRegistry, __version__
+    from vllm.logger import init_logger
+
+    numbers = tuple(int(n) for n in re.findall(r"\d+", __version__)[:2])
+    if numbers > TESTED:
+        newest = ".".join(map(str, TESTED))
+        init_logger("vllm.mllm_efficient").warning("vLLM %s is newer than %s, the newest that mllm-efficient knows", __version__, newest)
+    for name, ours in SERVED.items():
+        for registered in (name, PREFIX + name):
+            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.models:{ours}")

@@ -1,0 +1,91 @@
+"""What is served: a method out of the model's config, the counts that requests may ask for, and what cannot be served and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mllm_efficient import __version__
+from mllm_efficient.compressors.base import Compressor, Projector, Resizer
+from mllm_efficient.compressors.reducer import Reducer
+from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
+from mllm_efficient.folders import SERVED as KEY  # in the model's config and in --hf-overrides
+from mllm_efficient.registry import build
+
+REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
+ALLOWED = "allowed_tokens"
+OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method and the counts of tokens that a request may ask for instead of its budget."""
+
+    method: Compressor
+    allowed: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that the tokens of an image depend on besides the image; goes into vLLM's hash of it."""
+        content = json.dumps([__version__, self.method.to_dict(), self.allowed], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def of_request(self, tokens: Any) -> Compressor:
+        """The method at a request's budget. Raises ``BadBudgetError`` (HTTP 400) for one that is not allowed."""
+        if tokens is None:
+            return self.method
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens not in self.allowed:
+            known = f"{', '.join(map(str, self.allowed))} are allowed" if self.allowed else f"this server allows none ({ALLOWED} of {KEY})"
+            raise BadBudgetError(f"{REQUEST}={tokens!r}: {known}")
+        return replace(self.method, keep=None, prune=None, tokens=tokens)
+
+
+def settings_of(config: Any) -> Settings | None:
+    """The settings in a model's config, None without any. Raises ``MllmEfficientError`` for what cannot be served."""
+    given = getattr(config, KEY, None)
+    if given is None:
+        return None
+    allowed: Any = ()
+    if isinstance(given, dict):
+        given = dict(given)
+        allowed = given.pop(ALLOWED, ())
+    elif not isinstance(given, str):
+        raise MllmEfficientError(f"{KEY} must be a specification such as 'divprune:tokens=64' or an object, not {given!r}")
+    method = build(given)
+    if isinstance(method, tuple):
+        raise UnsupportedModelError(f"{KEY}: {' and '.join(m.name for m in method)} one after the other cannot be served: give one of them")
+    require_served(method)
+    if not isinstance(allowed, (list, tuple)) or not all(isinstance(a, int) and not isinstance(a, bool) and a > 0 for a in allowed):
+        raise MllmEfficientError(f"{KEY}: {ALLOWED} must be a list of counts, such as [64, 144], not {allowed!r}")
+    out = Settings(method, tuple(allowed))
+    for count in out.allowed:
+        out.of_request(count)
+    return out
+
+
+def require_served(method: Compressor) -> None:
+    """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can."""
+    instead = "divprune, uniform, pool and tokenflex can be served"
+    if isinstance(method, Reducer):
+        why = "works inside the decoder, and vLLM gives every layer the same tokens"
+    elif {"text", "clip_text"} & set(method.needs):
+        why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
+    elif isinstance(method, Resizer):
+        why = "makes the picture itself smaller: send a smaller one, or export the model with it"
+    elif getattr(method, "on", None) is not None:
+        why = "is the baseline of trained weights"
+    elif set(method.needs) - OF_IMAGES:
+        why = f"needs {', '.join(sorted(set(method.needs) - OF_IMAGES))}, which vLLM does not give"
+    elif method.positions == "keep":
+        why = "with positions='keep' leaves gaps between positions, which vLLM does not"
+    elif method.newline == "keep":
+        why = "with newline='keep' leaves newline columns, which are not counted as tokens here"
+    else:
+        return
+    raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {instead}")
+
+
+def is_projector(settings: Settings | None) -> bool:
+    return settings is not None and isinstance(settings.method, Projector)

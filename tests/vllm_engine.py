@@ -1,0 +1,43 @@
+"""One engine of vLLM in a process of its own: reads JSON (``model``, ``engine``, ``calls``) from stdin, prints ``ANSWERS`` and JSON.
+
+A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+MARK = "ANSWERS "
+
+
+def main() -> None:
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    fixed = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}}
+    llm = LLM(job["model"], **{**fixed, **job["engine"]})
+    out = []
+    for call in job["calls"]:
+        requests = []
+        for prompt, images in zip(call["prompts"], call["images"]):
+            request = {"prompt": prompt, "multi_modal_data": {"image": [Image.open(p).convert("RGB") for p in images]}}
+            if call.get("tokens") is not None:
+                request["mm_processor_kwargs"] = {"visual_tokens": call["tokens"]}
+            requests.append(request)
+        try:
+            done = llm.generate(requests, SamplingParams(temperature=0, max_tokens=call["new"]), use_tqdm=False)
+        except ValueError as error:
+            out.append({"error": str(error)})
+            continue
+        out.append({"answers": [d.outputs[0].text.strip() for d in done], "prompt_tokens": [len(d.prompt_token_ids) for d in done]})
+    print(MARK + json.dumps(out))
+
+
+if __name__ == "__main__":
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+    if "tensor_parallel_size" not in sys.argv:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    main()
