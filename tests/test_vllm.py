@@ -408,7 +408,7 @@ def test_a_server_says_what_it_kept_and_lives_on_after_a_bad_request(serving, qu
     from openai import BadRequestError
 
     client, log = serving
-    assert "visual tokens: divprune keeps 36 of 144 tokens per image" in log.read_text()
+    assert "visual tokens: divprune, 144 -> 36 per image" in log.read_text()
     chosen = [s for s, *_ in questions[1][:5]]
     expected = of_transformers(questions, "divprune:tokens=36", 5)
     for sample, answer in zip(chosen, expected):

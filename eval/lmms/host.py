@@ -74,8 +74,10 @@ class Host:
 
     def __init__(self, data_root: Path | None = None, include: Sequence[Path] = ()):
         self.evaluator = lmms_eval_module()
+        import datasets
         from lmms_eval.tasks import TaskManager
 
+        datasets.disable_progress_bars()
         if data_root is not None and not data_root.is_dir():
             raise MllmEfficientError(f"--data-root: no folder {data_root}")
         for path in include:
@@ -160,7 +162,7 @@ class Host:
             if files is not None and int(os.environ.get("RANK", 0)) == 0:
                 shutil.rmtree(files, ignore_errors=True)  # some tasks read what an earlier run left
             arguments = argparse.Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None)
-            for context in (self._local_data(), _once(), _own_draws(), contextlib.redirect_stdout(sys.stderr)):
+            for context in (self._local_data(), _once(), _own_draws(), _without_bars(), contextlib.redirect_stdout(sys.stderr)):
                 inside.enter_context(context)
             try:
                 return self.evaluator.simple_evaluate(
@@ -217,6 +219,22 @@ def _once() -> Iterator[None]:
     finally:
         for policy, stop in zip(policies, stops):
             policy.stop = stop
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without lmms-eval's bars inside the one that counts answers."""
+    from lmms_eval import evaluator
+    from lmms_eval.api import task
+
+    stock = [(module, module.tqdm) for module in (evaluator, task)]
+    for module, bar in stock:
+        module.tqdm = lambda *args, bar=bar, **kwargs: bar(*args, **{**kwargs, "disable": True})
+    try:
+        yield
+    finally:
+        for module, bar in stock:
+            module.tqdm = bar
 
 
 @contextlib.contextmanager

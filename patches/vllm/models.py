@@ -156,7 +156,10 @@ class CompressedModel(Planned):
         self.shapes.check(method)
         usual = self.shapes.adapter.usual()
         self.together = max(1, vllm_config.scheduler_config.max_num_batched_tokens // self._largest())
-        logger.info("visual tokens: %s", describe(method, usual, self.shapes.adapter))
+        if usual is None or method.family == "J":
+            logger.info("visual tokens: %s", describe(method, usual, self.shapes.adapter))
+        else:
+            logger.info("visual tokens: %s, %d -> %d per image", method.name, usual.n, self.planned(method, 0, 0).kept)
         if is_projector(self.settings):
             from mllm_efficient.projector import TokenFlexProjector
 
