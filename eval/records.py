@@ -54,6 +54,7 @@ class Records:
                 raise MllmEfficientError(f"{path} line {number} is no record of an evaluation: use another --output-dir") from None
             if made_by != self.fingerprint:
                 raise MllmEfficientError(f"{folder} holds another run ({_difference(folder, config)}): use another --output-dir")
+            self.rows.pop(key, None)  # a later line stands for an earlier one
             if error is None:  # what failed is asked again
                 self.rows[key] = row
             end += len(line)
@@ -64,7 +65,11 @@ class Records:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keeps the rows whose (method, id) are new."""
-        new = [{**r, "fingerprint": self.fingerprint} for r in rows if (r["method"], r["id"]) not in self.rows]
+        self.put([r for r in rows if (r["method"], r["id"]) not in self.rows])
+
+    def put(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps the rows in place of those there are."""
+        new = [{**r, "fingerprint": self.fingerprint} for r in rows]
         for row in new:
             self.rows[row["method"], row["id"]] = row
         if self.file is not None:

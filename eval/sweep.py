@@ -58,7 +58,7 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
     """
     cells = [Cell(NoCompression(), BASELINE)]
     for spec in specs:
-        own = _own_budget(spec)
+        own = own_budget(spec)
         if own is None and not budgets:
             raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {spec}:keep=0.25")
         for budget in [None] if own is not None else budgets:
@@ -81,7 +81,7 @@ def unique(cells: Sequence[Cell]) -> list[Cell]:
     return list(out.values())
 
 
-def _own_budget(spec: str) -> str | None:
+def own_budget(spec: str) -> str | None:
     """The budget in a specification or YAML file, such as "keep=0.1"; "" for ``none``, None where it has none."""
     if spec.endswith((".yaml", ".yml")):
         try:

@@ -204,7 +204,7 @@ def test_the_interval_is_that_of_a_plain_paired_bootstrap():
 
 
 def test_the_folder_resumes_without_a_call_and_keeps_what_it_has(finished, capsys, monkeypatch):
-    from mllm_efficient.eval.lmms.asking import ModelAsker
+    from mllm_efficient.eval.lmms.model import ModelAsker
 
     folder, found = finished
     before = (folder / "samples.jsonl").read_bytes()
@@ -219,7 +219,7 @@ def test_the_folder_resumes_without_a_call_and_keeps_what_it_has(finished, capsy
 
 
 def test_a_second_run_with_the_cache_makes_no_call_and_another_ratio_makes_all(capsys, tmp_path, monkeypatch):
-    from mllm_efficient.eval.lmms.asking import ModelAsker
+    from mllm_efficient.eval.lmms.model import ModelAsker
 
     asked = ("--tasks", "me_builtin", "--limit", 14, "--batch-size", 8, "--cache", tmp_path / "cache")
     code, first, _ = evaluate(capsys, *asked, "--method", "divprune:keep=0.25")
@@ -412,7 +412,10 @@ def test_a_task_that_raises_is_one_line_and_the_others_are_scored(capsys, tmp_pa
     "arguments, says",
     [
         (["--tasks", "me_bultin"], "unknown task 'me_bultin' - did you mean 'me_builtin'"),
-        (["--tasks", "textvqa"], "textvqa is a group of tasks: name those you want"),
+        (["--tasks", "textvqa"], "textvqa is a group of tasks: name those you want: textvqa_val, textvqa_test"),
+        (["--tasks", "mmvet", "--data-root", "."], "has no folder lmms-lab-encoder/MMVet"),
+        (["--tasks", "gqa", "--method", "divprun:keep=0.1"], "unknown method 'divprun'"),
+        (["--tasks", "gqa", "--method", "divprune"], "--method divprune has no budget: divprune:keep=0.25"),
         (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "gqa"], "task gqa: "),
         (["--tasks", "gqa", "--data-root", "nowhere"], "--data-root: no folder nowhere"),
@@ -748,3 +751,79 @@ def test_two_processes_with_a_cache_ask_nothing_again(tmp_path):
         )
         calls.append(json.loads(run.stdout)["meta"]["model_calls"])
     assert calls == [9, 0]
+
+
+def test_data_that_changed_under_data_root_are_read_anew(capsys, tmp_path):
+    """With the configurations in the data set's README that datasets would name its own copy by."""
+    from .public_data import make
+
+    make(tmp_path / "data", ["scienceqa_img"])
+    asked = ("--tasks", "scienceqa_img", "--data-root", tmp_path / "data")
+    before = overall(evaluate(capsys, *asked)[1]["rows"], "none", "scienceqa_img")["n"]
+    import pyarrow.parquet as parquet
+
+    (file,) = (tmp_path / "data").rglob("*.parquet")
+    parquet.write_table(parquet.read_table(file).slice(0, 2), file)
+    assert before > 2 and overall(evaluate(capsys, *asked)[1]["rows"], "none", "scienceqa_img")["n"] == 2
+
+
+def test_a_sample_that_fails_only_the_second_time_is_not_hidden_by_the_first(capsys, tmp_path, monkeypatch):
+    """Two runs in one folder, sample 1 fails in the first and sample 2 in the second: rows, records and exit code agree."""
+    from mllm_efficient.eval.lmms.model import ModelAsker
+
+    folder, stock = own_task(tmp_path / "task", squares(4)), ModelAsker.prompt
+    bad = [1]
+
+    def prompt(self, content):
+        if content.keys == [f"own/{bad[0]}/0"]:
+            raise OSError("flaky")
+        return stock(self, content)
+
+    monkeypatch.setattr(ModelAsker, "prompt", prompt)
+    for bad[0] in (1, 2):
+        asked = ("--tasks", "own", "--include-path", folder, "--output-dir", tmp_path / "run", "--cache", tmp_path / str(bad[0]))
+        code, found, err = evaluate(capsys, *asked)
+        assert code == 1 and f"failed: none on own/{bad[0]}: OSError: flaky" in err and "1 of 4 answers failed" in err
+        assert overall(found["rows"], "none", "own")["failures"] == 1
+    bad[0] = None
+    code, found, _ = evaluate(capsys, *asked)
+    assert code == 0 and overall(found["rows"], "none", "own")["failures"] == 0
+
+
+def test_a_folder_is_not_written_over_by_other_tasks_or_methods(finished, capsys, tmp_path):
+    folder, _ = finished
+    before = (folder / "results.json").read_bytes()
+    named = ("--method", "divprune:keep=0.25", "--method", "uniform:tokens=36")
+    own = own_task(tmp_path / "task", squares(1))
+    for arguments, says in (
+        (("--tasks", "own", "--include-path", own, *named), "holds the tasks me_builtin too: name them as well"),
+        (("--tasks", "me_builtin", *named[:2]), "holds the methods resize:tokens=36, uniform:tokens=36 too: name them as well"),
+    ):
+        code, _, err = evaluate(capsys, *arguments, "--limit", 140, "--batch-size", 32, "--output-dir", folder)
+        assert code == 2 and says in err
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_points_of_a_few_categories_are_percent_of_what_those_can_give():
+    from mllm_efficient.eval.lmms.host import Task
+    from mllm_efficient.eval.lmms.run import _tops
+
+    task = Task("me_mme", 4, {"perception": True, "cognition": True, "count": True}, {}, True, "f")
+    logged = [
+        {"perception": {"category": c}, **({"count": {"category": c}} if c == "count" else {})} for c in ("count", "count", "OCR", "OCR")
+    ]
+    assert _tops(task, logged) == {"perception": 400.0, "count": 200.0}
+
+
+@pytest.mark.parametrize("format", ["md", "latex", "html", "csv"])
+def test_a_run_with_captions_can_be_reported(finished, capsys, tmp_path, format):
+    """A task without intervals, and so an overall row without."""
+    folder, _ = finished
+    content = json.loads((folder / "results.json").read_text())
+    for row in content["rows"]:
+        row |= {"score_interval": None, "difference_interval": None}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    out = tmp_path / f"report.{format}"
+    assert main(["report", str(tmp_path), "--format", format, "--output", str(out)]) == 0
+    if format == "md":
+        assert "a task without intervals (captions) is among these, so nothing is sure" in out.read_text()

@@ -16,8 +16,9 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.models import BUILTIN, ModelOptions, load
 from mllm_efficient.registry import build
 
-from .asking import FORMATS, MAX_NEW_TOKENS, RAISE, RECORD, Answer, Asker, Content, ModelAsker, Request
+from .asking import FORMATS, MAX_NEW_TOKENS, RAISE, RECORD, Answer, Asker, Content, Request
 from .cache import AnswerCache
+from .model import ModelAsker
 
 PADDING_ONLY = "__padding_only__"  # lmms-eval's mark on requests that only make ranks equally long
 

@@ -57,7 +57,7 @@ def lmms_eval_module() -> Any:
     try:
         version("lmms_eval")
     except PackageNotFoundError:
-        raise MllmEfficientError('public benchmarks need lmms-eval: pip install "mllm-efficient[eval]"') from None
+        raise MllmEfficientError('public benchmarks need lmms-eval: pip install "mllm-efficient[eval]" (in a checkout ".[eval]")') from None
     declare()
     try:
         import lmms_eval.evaluator as evaluator
@@ -88,30 +88,42 @@ class Host:
         self._ours = TaskManager(include_path=self.include, include_defaults=False)
         self._all: Any = None
 
-    def manager(self, name: str) -> Any:
-        """The index of tasks that knows a name; lmms-eval's own, which takes seconds to read, only if ours has it not."""
+    def manager_of(self, name: str) -> Any:
+        """The index that knows a name; lmms-eval's own, which takes seconds to read, only if ours has it not."""
         if name in self._ours.all_subtasks:
             return self._ours
         if self._all is None:
             from lmms_eval.tasks import TaskManager
 
             self._all = TaskManager(include_path=self.include)
-        if name not in self._all.all_subtasks:
-            if name in self._all.task_index:
-                among = [t for t in self._all.task_index[name].get("task", []) if isinstance(t, str)] if name in self._all.all_tags else []
-                raise MllmEfficientError(f"{name} is a group of tasks: name those you want{': ' + ', '.join(among) if among else ''}")
-            raise MllmEfficientError(f"unknown task {name!r}{did_you_mean(name, self._all.all_subtasks)} (lmms-eval tasks lists all)")
         return self._all
+
+    def manager(self, name: str) -> Any:
+        """The index of a task. Raises ``MllmEfficientError`` for an unknown name, and for a group naming its tasks."""
+        found = self.manager_of(name)
+        if name in found.all_subtasks:
+            return found
+        if name in found.task_index:
+            among = found.task_index[name].get("task") if name in found.all_tags else self._read(name).get("task")
+            listed = ", ".join(t for t in among or () if isinstance(t, str))
+            raise MllmEfficientError(f"{name} is a group of tasks: name those you want{listed and ': ' + listed}")
+        raise MllmEfficientError(f"unknown task {name!r}{did_you_mean(name, found.all_subtasks)} (lmms-eval tasks lists all)")
 
     def require_data(self, names: Sequence[str]) -> None:
         """Raises ``MllmEfficientError`` naming all data sets of tasks that ``data_root`` lacks."""
         if self.data_root is None:
             return
-        ids = dict.fromkeys(str(self.manager(name)._get_config(name).get("dataset_path")) for name in names)
+        ids = dict.fromkeys(str(self._read(name).get("dataset_path")) for name in names)
         lacking = [i for i in ids if i not in BUILDERS and not Path(i).is_absolute() and not (self.data_root / i).is_dir()]
         if lacking:
             command = f"hf download ID --repo-type dataset --local-dir {self.data_root}/ID"
             raise MllmEfficientError(f"{self.data_root} has no folder {', '.join(lacking)}: {command} for each, or leave --data-root out")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """The YAML of a task or group, without running the code that it names."""
+        from lmms_eval.utils import load_yaml_config
+
+        return load_yaml_config(self.manager_of(name).task_index[name]["yaml_path"], mode="simple")
 
     def check(self, name: str) -> Task:
         """A task whose data can be read and whose metrics can be computed here. Raises ``MllmEfficientError`` in one line."""
@@ -191,6 +203,7 @@ class Host:
             if not (root / path).is_dir():
                 raise MllmEfficientError(f"no folder {root / path}: hf download {path} --repo-type dataset --local-dir {root / path}")
             kwargs.pop("token", None)
+            kwargs["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / "mllm_efficient" / _state(root / path))
             return stock(str(root / path), *args, **kwargs)
 
         datasets.load_dataset = load_dataset
@@ -271,6 +284,12 @@ def _fingerprint(task: Any, docs: Any) -> str:
     for low in range(0, len(docs), ROWS):
         digest.update(json.dumps(docs[low : low + ROWS], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _state(folder: Path) -> str:
+    """What a folder's files are by now: datasets would go on with what it made of earlier ones."""
+    files = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.rglob("*")) if f.is_file()]
+    return hashlib.sha256(json.dumps([str(folder), files]).encode()).hexdigest()[:16]
 
 
 def _text(value: Any) -> str:

@@ -43,10 +43,9 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
             mine, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
             for metric in [first, *(m for m in task.metrics if m != first and m in mine["metrics"])]:
                 row = _row(cell, task, metric, mine, base, samples, tops.get(metric))
-                if metric == first:
-                    row |= {"primary": True}
+                row["primary"] = metric == first
                 if metric == first and row["score"] is not None:
-                    row |= {**_hard(cell, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))}
+                    row |= _hard(cell, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))
                     row |= _intervals(row, mine, base)
                 rows.append(row)
     return rows + [_overall(run, cell, [r for r in rows if r["method"] == cell.spec and r["primary"]]) for cell in run.cells]
@@ -66,7 +65,8 @@ def _tops(run: TaskRun, task: Task, by: dict[tuple[str, str], Samples]) -> dict[
     for metric in task.metrics:
         found = [(run.summary(a, task.name)["metrics"].get(metric), by.get((a, task.name), {})) for a in run.arms]
         value, samples = next(((v, s) for v, s in found if v), next(((v, s) for v, s in found if v is not None), (None, {})))
-        out[metric] = None if value is None else top_of(task.name, metric, value, list(_scores(samples, metric).values()))
+        given = run.summary(run.arms[0], task.name).get("tops", {}).get(metric)
+        out[metric] = given if value is None or given else top_of(task.name, metric, value, list(_scores(samples, metric).values()))
     return out
 
 

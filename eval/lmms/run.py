@@ -18,22 +18,18 @@ from mllm_efficient.errors import MllmEfficientError
 
 from ..records import Records, fingerprint_of
 from ..sweep import Cell
-from .asking import MAX_NEW_TOKENS, Asker, ModelAsker, SampleError
+from .asking import MAX_NEW_TOKENS, Asker, SampleError
 from .cache import AnswerCache
 from .host import Host, Task
+from .model import ModelAsker
 from .resample import resampled
 from .scores import known, primary, sample_score, top_of
 
 ANSWERS = (
-    "visual_tokens_full",
-    "visual_tokens_kept",
-    "tokens_per_layer",
-    "input_tokens",
-    "prompt_tokens_full",
-    "output_tokens",
-    "latency_s",
+    "visual_tokens_full", "visual_tokens_kept", "tokens_per_layer", "input_tokens", "prompt_tokens_full", "output_tokens", "latency_s",
     "batch",
-)
+)  # fmt: skip
+POINTS = 200.0  # of each of MME's categories
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,14 @@ class TaskRun:
             if changed:
                 self.records.close()
                 raise MllmEfficientError(f"{self.output_dir} holds answers from before {changed} changed: use another --output-dir")
+        for kind, held, named in (
+            ("tasks", {r["task"] for r in self.records.rows.values()}, tasks),
+            ("methods", {r["method"] for r in self.records.rows.values()}, self.made_by),
+        ):
+            if held - set(named):  # whose results would be written over
+                self.records.close()
+                others = ", ".join(sorted(held - set(named)))
+                raise MllmEfficientError(f"{self.output_dir} holds the {kind} {others} too: name them as well, or use another --output-dir")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -127,8 +131,6 @@ class TaskRun:
 
     def answer_all(self) -> list[dict[str, Any]]:
         """Runs what is not finished yet; the records of this run's samples. ``summary`` has the scores."""
-        from .adapter import ChatModel
-
         try:
             for task in self.tasks:
                 for cell in self.cells:
@@ -137,7 +139,7 @@ class TaskRun:
                         continue
                     asker = self.askers[cell.spec]
                     asker.progress, asker.say = self.progress, self.say if self.rank == 0 else _say
-                    self._add(cell, task, asker, ChatModel)
+                    self._add(cell, task, asker)
         finally:
             self.records.close()
         names = {t.name for t in self.tasks}
@@ -153,13 +155,15 @@ class TaskRun:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _add(self, cell: Cell, task: Task, asker: Asker, model: Any) -> None:
+    def _add(self, cell: Cell, task: Task, asker: Asker) -> None:
         """Evaluates a task under an arm and records its samples, then its metrics."""
+        from .adapter import ChatModel
+
         head = {"method": cell.spec, "task": task.name, "of_task": task.fingerprint, "made_by": self.made_by[cell.spec]}
         files = None if self.output_dir is None else self.output_dir / "files" / task.name / self.made_by[cell.spec]
         device = "cpu" if self.loaded is None else self.loaded.device
         try:
-            result = self.host.evaluate(model(asker, device), task.name, self.limit, self.batch_size, files, self.seed)
+            result = self.host.evaluate(ChatModel(asker, device), task.name, self.limit, self.batch_size, files, self.seed)
             if result is None:
                 return
             rows = self._rows(head, task, result)
@@ -172,7 +176,7 @@ class TaskRun:
             rows = [{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "resampled": None, "error": reason}]
             self.say(f"failed: {cell.spec} on {reason}")
         self.calls += sum(not r.get("cached", True) for r in rows)
-        self.records.add(rows)
+        self.records.put(rows)
 
     def _rows(self, head: dict[str, Any], task: Task, result: dict[str, Any]) -> list[dict[str, Any]]:
         """Every sample of an evaluation, then what they come to."""
@@ -196,7 +200,9 @@ class TaskRun:
             error = error or f"task {task.name}: no value of {first}"
         resamples = None if credited else _resampled(task, first, metrics, logged, self.seed)
         summary = {**head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "resampled": resamples}
-        return [*samples, {**summary, "error": error}]
+        value = f"{first} {metrics[first]:.4g}" if first in metrics else "no value"
+        self.say(f"{task.name}, {head['method']}: {value}{'; ' + error if error else ''}")
+        return [*samples, {**summary, "tops": _tops(task, logged), "error": error}]
 
     def summary(self, arm: str, task: str) -> dict[str, Any]:
         """The metrics of an arm on a task, ``{}`` where it raised, with ``n``, ``failures`` and ``error``."""
@@ -222,6 +228,14 @@ def run_of(
     )
 
 
+def _tops(task: Task, logged: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The most points that the questions asked can give, where a task counts points of categories (MME): with a limit not all are."""
+    if task.name not in known() or not known()[task.name].pairs:
+        return {}
+    found = {m: {s[m]["category"] for s in logged if m in s} for m in task.metrics}
+    return {m: POINTS * len(categories) for m, categories in found.items() if categories}
+
+
 def _say(text: str) -> None:
     """What a process that is not the first has to say."""
     print(text, file=sys.stderr, flush=True)
@@ -235,8 +249,9 @@ def _without_guesses(task: Task, metric: str, metrics: dict[str, float], samples
     """A metric again, from the samples' scores; without a value where its scale is not known."""
     scores = [s["scores"][metric] for s in samples if metric in s["scores"]]
     value = metrics.pop(metric, None)
-    if value is not None and task.name in known():
-        metrics[metric] = known()[task.name].top.get(metric, 1.0) * sum(scores) / len(scores)
+    top = None if value is None else top_of(task.name, metric, value, scores)
+    if top is not None:
+        metrics[metric] = top * sum(scores) / len(scores)
 
 
 def _of_one_filter(logged: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
             lost = {t: v["difference"] for t, v in mine["tasks"].items()} | {"macro": mine["difference"]}
             _shade(cells["cells"], header, lost)
             for cell, name in zip(cells["cells"], header):
-                if name in mine["tasks"] and mine["role"] != "baseline":
+                if mine["role"] != "baseline" and mine["tasks"].get(name, {}).get("difference_interval"):
                     low, high = mine["tasks"][name]["difference_interval"]
                     cell["title"] = f"{mine['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
     return [main, second]

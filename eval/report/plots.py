@@ -180,7 +180,8 @@ def bars(rows: Sequence[dict[str, Any]], budget: str, theme: Theme = LIGHT) -> F
         for j, (name, task) in enumerate(zip(names, here)):
             if task is None:
                 continue
-            score, (low, high) = task["score"], task["score_interval"]
+            score = task["score"]
+            low, high = task["score_interval"] or (score, score)  # captions have none
             axes.barh(j, score, height=0.68, color=styles[name][0], zorder=2)
             axes.plot([low, high], [j, j], color=theme.ink, lw=1, zorder=3)
             inside = score >= 16

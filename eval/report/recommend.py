@@ -28,6 +28,8 @@ def recommend(rows: Sequence[dict[str, Any]], max_drop: float) -> dict[str, Any]
     cell, where ``none`` is the answer) and line, all this in words.
     """
     base = rows[0]
+    if base["failed"] is None and base["score"] is not None and not _measured(base):
+        return _answer(base, max_drop, f"{KEEP}: a task without intervals (captions) is among these, so nothing is sure")
     if not _measured(base):
         return _answer(base, max_drop, f"{KEEP}: it failed here, so there is nothing to compare with ({base['failed']})")
     if base["floor"] is not None and base["score"] <= base["floor"]:

@@ -32,7 +32,7 @@ def evaluate(
             "--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."
         ),
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")] = None,
+    tasks: options.Tasks = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Your own requests, a JSON object a line: images, prompt or messages, answer.")
     ] = None,
@@ -40,21 +40,12 @@ def evaluate(
     turns: Annotated[
         int, typer.Option("--turns", min=1, max=2, help="2: every question also as the second of a conversation about its image.")
     ] = 1,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", min=1, help="Number of questions (round-robin over categories), requests, samples of each task (its first)."
-        ),
-    ] = None,
+    limit: options.Limit = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help=f"Default {BATCH}; with --data {DATA_BATCH}; with --tasks 1.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")
-    ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    data_root: options.DataRoot = None,
     include_path: Annotated[
         list[Path] | None, typer.Option("--include-path", help="With tasks: a folder with task YAML of your own. Repeatable.")
     ] = None,
@@ -64,12 +55,8 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="With tasks: a folder of answers for several runs; default the output folder.")
     ] = None,
-    image_padding: Annotated[
-        str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")
-    ] = None,
-    prompt_format: Annotated[
-        str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
-    ] = None,
+    image_padding: options.ImagePadding = None,
+    prompt_format: options.PromptFormat = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="With tasks: published numbers beside ours: divprune-table1.")
     ] = None,
@@ -210,7 +197,7 @@ def _builtin(
             print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
             last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
         print(f"{last} Offline self-test on a tiny model, not evidence about 7B models." if settings.model == BUILTIN else last)
-    return _failures(records)
+    return failures(records)
 
 
 def _data(
@@ -239,14 +226,14 @@ def _data(
         if meta["worst"]:
             print("\nFarthest from the uncompressed model (meta.worst in results.json and --json has more):")
             options.print_table(*worst_table(meta["worst"]), left=5)
-    return _failures(records)
+    return failures(records)
 
 
-def answered(run: Any) -> list[dict[str, Any]]:
-    """Every answer, with a progress bar."""
+def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
+    """Every answer, with a progress bar where it is shown and there is a terminal."""
     from tqdm import tqdm
 
-    with tqdm(total=run.total, unit="answer", mininterval=1, disable=None) as bar:
+    with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
         run.progress = bar.update
         return run.answer_all()
 
@@ -258,7 +245,7 @@ def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path |
         options.print_json(rows, meta)
 
 
-def _failures(records: Sequence[dict[str, Any]]) -> int:
+def failures(records: Sequence[dict[str, Any]]) -> int:
     """Says what failed; the exit code."""
     failed = [r for r in records if r["error"] is not None]
     for record in failed[:5]:

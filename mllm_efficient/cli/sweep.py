@@ -43,24 +43,13 @@ def sweep(
     suite: Annotated[
         str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones, as eval takes them.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")] = None,
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
-    ] = None,
-    image_padding: Annotated[
-        str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")
-    ] = None,
-    prompt_format: Annotated[
-        str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
-    ] = None,
+    tasks: options.Tasks = None,
+    data_root: options.DataRoot = None,
+    image_padding: options.ImagePadding = None,
+    prompt_format: options.PromptFormat = None,
     data: Annotated[Path | None, typer.Option("--data", help="Your own requests, as eval takes them; answers are not needed.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="test (the default), or val for tuning.")] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit", min=1, help="Number of questions (round-robin over categories), requests, samples of each task (its first)."
-        ),
-    ] = None,
+    limit: options.Limit = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -69,9 +58,7 @@ def sweep(
             help=f"Of the questions; default {BATCH}, with --data {DATA_BATCH}, with tasks 1. Latency is of one prompt.",
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
     max_drop: Annotated[
         float, typer.Option("--max-drop", min=0, help="Points (of --data without answers: of agreement) that may be lost at most.")
     ] = 1.0,

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
 from . import options
+from .evaluate import answered, failures
 
 if TYPE_CHECKING:
     from ..eval.lmms.host import Host, Task
     from ..eval.lmms.run import TaskOptions, TaskRun
+    from ..eval.sweep import Cell
     from ..models import ModelOptions
 
 LEGEND = """\
@@ -44,15 +46,17 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table, unscaled, without_partner
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
+    cells = [] if asked.servers else cells_of(specs)  # before data are read
     host, tasks = checked(asked)
     if reference is not None and not any(t.name in reference["tasks"] for t in tasks):
         raise MllmEfficientError(f"--reference {asked.reference} has none of these tasks (it has {', '.join(reference['tasks'])})")
     if asked.servers:
         run = on_servers(settings, asked, host, tasks, specs, output_dir)
     else:
-        run = on_model(settings, specs, asked, host, tasks, output_dir)
+        run = on_model(settings, cells, asked, host, tasks, output_dir)
     try:
-        records = answered(run)
+        say(f"{', '.join(t.name for t in tasks)} x {len(run.arms)} arm{'s' * (len(run.arms) > 1)}: {run.total} answers")
+        records = answered(run, run.rank == 0)
     except SampleError as error:
         options.say(f"failed: {error}")
         return 1
@@ -86,12 +90,17 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
             options.print_table(*reference_table(published), left=2)
             for line in dict.fromkeys(filter(None, map(_unlike, published))):
                 print(line)
+            if asked.limit is not None:
+                print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
     for line in unscaled(rows):
         options.say(line)
     alone = [] if asked.servers else without_partner(rows)
     if alone:
         options.say(f"no hard samples for {', '.join(alone)}: no resize stands at the same budget")
-    return verdict(records, rows, missing(rows))
+    lacking = missing(rows)
+    for line in lacking:
+        options.say(line)
+    return max(failures(records), int(bool(lacking)))
 
 
 def _unlike(published: dict[str, Any]) -> str | None:
@@ -118,19 +127,28 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
     return host, tasks
 
 
-def on_model(
-    settings: ModelOptions, specs: Sequence[str], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None
-) -> TaskRun:
-    """The run of methods on a model; beside every budget ``resize`` at the same."""
+def cells_of(specs: Sequence[str]) -> list[Cell]:
+    """The baseline, the methods, and ``resize`` at every budget. Raises for a method without one."""
     from ..compressors.random import Random
+    from ..eval.sweep import cross, own_budget
+    from ..measure.arms import REFERENCE
+
+    for spec in specs:
+        if own_budget(spec) is None:
+            raise MllmEfficientError(f"--method {spec} has no budget: {spec}:keep=0.25 and {spec}:tokens=64 have one")
+    return [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]
+
+
+def on_model(
+    settings: ModelOptions, cells: Sequence[Cell], asked: TaskOptions, host: Host, tasks: Sequence[Task], output_dir: Path | None
+) -> TaskRun:
+    """The run of arms on a model."""
     from ..eval.lmms.adapter import rank_device
     from ..eval.lmms.run import run_of
-    from ..eval.sweep import cross, possible
-    from ..measure.arms import REFERENCE
+    from ..eval.sweep import possible
     from ..models import load
 
     settings = replace(settings, device=rank_device(settings.device) if settings.device_map is None else settings.device)
-    cells = [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]
     loaded = load(settings)
     cells, left_out = possible(cells, loaded, say)
     for spec, reason in left_out.items():
@@ -152,10 +170,10 @@ def on_servers(
     from ..models import ModelOptions
 
     ours = replace(settings, seed=ModelOptions.seed) != ModelOptions()
-    kept = output_dir is not None and (output_dir / SAMPLES_FILE).exists()
+    if output_dir is not None and (output_dir / SAMPLES_FILE).exists():
+        raise MllmEfficientError(f"{output_dir} holds answers, and a server may have changed since they were given: use another folder")
     for name, given, why in (
         ("--model and how it is loaded", ours, "the server has loaded its own"),
-        ("an --output-dir with answers", kept, "a server may have changed since: use another folder"),
         ("--method", bool(specs), "the server decides what it compresses: start one for each method and give --server NAME=URL for each"),
         ("--cache", asked.cache is not None, "a server does not say what it compresses, so its answers cannot be told apart later"),
         ("--image-padding", asked.image_padding is not None, "the server processes the images"),
@@ -173,29 +191,7 @@ def on_servers(
     return TaskRun(host, tasks, cells, asker, how, asked.limit, output_dir, None, asked.batch_size, settings.seed, say)
 
 
-def answered(run: TaskRun) -> list[dict[str, Any]]:
-    """Every sample's record, with a progress bar and a line for each finished task."""
-    from tqdm import tqdm
-
-    say(f"{', '.join(t.name for t in run.tasks)} x {len(run.arms)} arms: {run.total} answers")
-    with tqdm(total=run.total, unit="answer", mininterval=1, disable=run.rank > 0 or None) as bar:
-        run.progress = bar.update
-        return run.answer_all()
-
-
 def say(text: str) -> None:
     """A line for the reader from the first of several processes."""
     if int(os.environ.get("RANK", 0)) == 0:
         options.say(text)
-
-
-def verdict(records: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> int:
-    """Says what failed or is missing; the exit code."""
-    failed = [r for r in records if r["error"] is not None]
-    for record in failed[:5]:
-        options.say(f"failed: {record['method']} on {record['id']}: {record['error']}")
-    if failed:
-        options.say(f"{len(failed)} of {len(records)} answers failed")
-    for line in missing:
-        options.say(line)
-    return 1 if failed or missing else 0

@@ -176,8 +176,10 @@ class CompressedModel(Planned):
     def _largest(self) -> int:
         """Tokens of the tower for the largest image, in which vLLM's own budget would count."""
         usual = self.shapes.adapter.usual()
-        vision = self.hf.vision_config
-        return usual.n if usual is not None else (vision.image_size // vision.patch_size) ** 2 * 5
+        if usual is not None:
+            return usual.n
+        side = self.hf.vision_config.image_size
+        return self.shapes.adapter.side**2 * (1 + max(height * width for height, width in self.hf.image_grid_pinpoints) // side**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         asked = kwargs.pop(FIELD, None)

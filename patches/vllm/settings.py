@@ -73,7 +73,7 @@ def require_served(method: Compressor) -> None:
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
     elif isinstance(method, Resizer):
-        why = "makes the picture itself smaller: send a smaller one, or export the model with it"
+        why = "makes the picture itself smaller: send a smaller one"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
     elif set(method.needs) - OF_IMAGES:
