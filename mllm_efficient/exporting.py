@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .base_model import base_of
-from .compressors.base import Compressor, Projector
+from .compressors.base import Compressor, Projector, Resizer
 from .errors import MllmEfficientError
 from .folders import CONFIG, SERVED
 from .models import Loaded, require_supported
@@ -27,7 +27,8 @@ TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's CLIP and SigLIP have t
 
 def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[int] = ()) -> None:
     """Writes the folder: weights, processor, and the method in ``config.json`` under an architecture of our own, which a vLLM
-    without the plugin refuses. Language-model weights that a trained method brings are merged into ``loaded``'s.
+    without the plugin refuses. Language-model weights that a trained method brings are merged into ``loaded``'s. Of ``resize`` the
+    folder is a plain model with a smaller picture and interpolated position embeddings, which needs no plugin; ``loaded`` becomes it.
 
     allowed: counts that requests may ask for. Raises ``MllmEfficientError`` for a method or family that vLLM does not serve, and for
     a folder that holds something.
@@ -35,30 +36,52 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     adapter = require_supported(loaded)
     if adapter.name not in FAMILIES:
         raise MllmEfficientError(f"{adapter.name} is not served: {', '.join(FAMILIES)} are")
-    require_served(method)
+    plain = isinstance(method, Resizer) and adapter.usual() is not None
+    if not plain:
+        require_served(method)
+    elif allowed:
+        raise MllmEfficientError(f"{method.name}: requests cannot ask for other counts of a smaller model: leave the allowed ones out")
     check(adapter, method)
-    settings = Settings(method, tuple(allowed))
+    settings = None if plain else Settings(method, tuple(allowed))
     for count in allowed:
+        assert settings is not None
         settings.of_request(count)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MllmEfficientError(f"{folder} holds something already: name a folder that is empty or not there")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        own = {k: v for k, v in method.to_dict().items() if k != "weights"}
-        extra: dict[str, Any] = {SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
+        extra: dict[str, Any] = {}
+        if plain:
+            _smaller(loaded, adapter, method)
+        else:
+            own = {k: v for k, v in method.to_dict().items() if k != "weights"}
+            extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
         if isinstance(method, Projector):
             extra[PROJECTOR] = _projector(loaded, adapter, method, partial)
         loaded.model.save_pretrained(partial)
         loaded.processor.save_pretrained(partial)
         _named_for_vllm(partial)
         config = json.loads((partial / CONFIG).read_text())
-        config = {**config, "architectures": [PREFIX + adapter.name], **extra}
+        config = {**config, **extra}
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         partial.chmod(0o755)
         move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _smaller(loaded: Loaded, adapter: Any, method: Resizer) -> None:
+    """Makes the model one of the smaller picture, and the processor with it."""
+    shape = adapter.usual()
+    full = shape.planes[-1].rows  # the picture is square
+    side, _ = grid = method.target((full, full), method.budget.count(shape.n))
+    adapter.become_smaller(grid)
+    images = loaded.processor.image_processor
+    for name in ("size", "crop_size"):
+        given = getattr(images, name, None)
+        if given:
+            setattr(images, name, {k: None if v is None else v * side // full for k, v in dict(given).items()})
 
 
 def _projector(loaded: Loaded, adapter: Any, method: Projector, folder: Path) -> dict[str, Any]:

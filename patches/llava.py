@@ -140,5 +140,20 @@ class LlavaAdapter(Adapter):
             with hooking:
                 handle.remove()
 
+    def become_smaller(self, grid: Grid) -> None:
+        """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""
+        embeddings, vision = self.tower.embeddings, self.config.vision_config
+        height, width = (cells * vision.patch_size for cells in grid)
+        old = embeddings.position_embedding
+        with torch.no_grad():
+            stand_in = torch.zeros(1, 1, old.weight.shape[1], device=old.weight.device, dtype=old.weight.dtype)
+            rows = embeddings.interpolate_pos_encoding(stand_in, height, width)[0]
+        embeddings.position_embedding = torch.nn.Embedding.from_pretrained(rows.clone(), freeze=not old.weight.requires_grad)
+        embeddings.image_size = vision.image_size = height
+        embeddings.num_patches = math.prod(grid)
+        embeddings.num_positions = len(rows)
+        embeddings.register_buffer("position_ids", torch.arange(len(rows), device=rows.device)[None], persistent=False)
+        self.config.image_seq_length = self.usual().length
+
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         return uncropped(planes, size, image_processor)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from . import options
+from . import options, serving
 
 if TYPE_CHECKING:
     from ..models import Loaded, ModelOptions
 
 REPEATS, PAIRS, WARMUP, MAX_BATCH = 10, 15, 2, 256
+SERVED_REPEATS, SERVED_WARMUP, CONCURRENCY = 5, 1, "1,8,32"
 
 
 def bench(
@@ -32,13 +33,36 @@ def bench(
     text_tokens: Annotated[int, typer.Option("--text-tokens", min=1, help="Tokens of a prompt beside its images'.")] = 64,
     output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Tokens generated, neither more nor fewer.")] = 32,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help=f"Default {REPEATS}; {PAIRS} for the two below.")] = None,
-    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Rounds thrown away before.")] = WARMUP,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", min=0, help=f"Rounds thrown away before; default {WARMUP}, of servers 1.")
+    ] = None,
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits with each method (CUDA).")] = False,
     max_batch_limit: Annotated[int | None, typer.Option("--max-batch-limit", min=1, help=f"Try none above; default {MAX_BATCH}.")] = None,
     quantized: Annotated[str | None, typer.Option("--quantized", help="int8 or int4: the same arms on quantized weights too.")] = None,
     overhead: Annotated[bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, keep=1 against the bare model.")] = False,
     selection: Annotated[bool, typer.Option("--selection", help="Instead: DivPrune's selection alone; no model.")] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own choice.")] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="vllm: serve the model, once for each method, and load the servers.")
+    ] = "transformers",
+    server: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--server", help="Instead of --model: [NAME=]URL of a running server, the baseline first; --model its tokenizer. Repeatable."
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="What the servers call the model, if they have several.")
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option("--concurrency", help=f"Of servers: requests at a time; default {CONCURRENCY}.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=1, help="Of servers: requests of a run; default 4 for each at a time, at least 16.")
+    ] = None,
+    serve_args: Annotated[
+        str | None, typer.Option("--serve-args", help="With --backend vllm: more arguments of vllm serve, as one text.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Writes rows and meta to this JSON file too.")] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -53,6 +77,7 @@ def bench(
 ) -> int:
     """Latency by phase, memory, and the ceiling of what compression can gain; the uncompressed model beside every number."""
     options.import_files(imports)
+    serving.require_effect(given_options(context), backend, server or ())
     batches, size = batch_sizes(batch_size), picture_size(image_size)
     if overhead and selection:
         raise MllmEfficientError("--overhead and --selection are two benchmarks: give one of them")
@@ -64,7 +89,9 @@ def bench(
     if max_batch_limit is not None and not max_batch:
         raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
     chosen = [options.one_method(m) for m in method or ()]
-    times = repeats or (PAIRS if overhead or selection else REPEATS)
+    of_servers = bool(server) or backend != serving.BACKENDS[0]
+    times = repeats or (SERVED_REPEATS if of_servers else PAIRS if overhead or selection else REPEATS)
+    rounds = warmup if warmup is not None else SERVED_WARMUP if of_servers else WARMUP
     with _writing(output) as write, _threads(threads):
         from ..measure.machine import busy
         from ..models import ModelOptions
@@ -72,14 +99,23 @@ def bench(
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
         )  # fmt: skip
-        if selection:
-            rows, meta = _selection(settings, warmup, times)
+        if of_servers:
+            load: dict[str, Any] = {
+                "image_size": size, "images": images, "text_tokens": text_tokens, "output_tokens": output_tokens, "repeats": times,
+                "concurrency": serving.concurrency_of(concurrency or CONCURRENCY), "requests": requests, "warmup": rounds, "seed": seed,
+            }  # fmt: skip
+            rows, meta = serving.run_servers(
+                settings, chosen, load, servers=server or (), server_model=server_model, random_weights=random_weights,
+                tokenizer=model if "--model" in given_options(context) else None, serve_args=serve_args or "",
+            )  # fmt: skip
+        elif selection:
+            rows, meta = _selection(settings, rounds, times)
         else:
             from ..measure.bench import Settings
             from ..measure.workload import Workload
 
             plan = Settings(
-                Workload(size, images, text_tokens, output_tokens), batches, times, warmup, seed,
+                Workload(size, images, text_tokens, output_tokens), batches, times, rounds, seed,
                 (max_batch_limit or MAX_BATCH) if max_batch else None,
             )  # fmt: skip
             loaded = _load(settings, random_weights)
@@ -91,6 +127,8 @@ def bench(
         options.say(warning)
     if json:
         options.print_json(rows, meta)
+    elif of_servers:
+        serving.report(rows, meta)
     elif selection or overhead:
         options.print_table(*_small_table(rows, selection))
     else:
@@ -249,14 +287,20 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """Every option that is not its default."""
+    found = {}
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if value is not None and value != parameter.default and value != []:
+            found[parameter.opts[0]] = value
+    return found
+
+
 def command_line(context: typer.Context) -> str:
     """The command with every option that is not its default."""
     words = [context.command_path]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if value is None or value == parameter.default or value == []:
-            continue
-        flag = parameter.opts[0]
+    for flag, value in given_options(context).items():
         for one in value if isinstance(value, list | tuple) else [value]:
             words += [flag] if one is True else [flag, str(one)]
     return shlex.join(" ".join(words[:1]).split() + words[1:])

@@ -7,10 +7,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import __version__
 
 GPU_FIELDS = (
     "name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu",
@@ -28,6 +31,12 @@ def machine(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
     }  # fmt: skip
     gpus = [gpu(d) for d in devices if d.type == "cuda"]
     return out | {"gpus": gpus} if gpus else out
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of this package, Python, and the packages named."""
+    own = {"mllm_efficient": __version__, "python": platform.python_version()}
+    return own | {name: metadata.version(name) for name in packages}
 
 
 def busy(state: dict[str, Any]) -> str | None:

@@ -7,21 +7,18 @@ and the picks without the fused kernel; the table is in microseconds there.
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..errors import MllmEfficientError
 from ..models import DTYPES, ModelOptions, pick_device
 from ..tokens import VisualTokens
-from .machine import machine
+from .machine import machine, versions
 from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
 
 BATCH = 8
@@ -135,7 +132,7 @@ def selection(
     rows = selection_rows(device=device, dtype=dtype, warmup=warmup, repeats=repeats, seed=options.seed, done=done)
     meta = {
         "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "repeats": repeats, "warmup": warmup,
-        "versions": {"mllm_efficient": __version__, "python": platform.python_version(), "torch": version("torch")},
+        "versions": versions("torch"),
         "order": "all steps in turn (A B A B)", "meaning": MEANING, "machine": before, "machine_after": machine(devices),
     }  # fmt: skip
     return rows, meta
