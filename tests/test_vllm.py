@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -23,12 +21,10 @@ from mllm_efficient.patches.vllm import settings as served
 from mllm_efficient.patches.vllm.settings import settings_of
 from mllm_efficient.patches.vllm.shapes import Shapes
 
-from . import families
-from .families import ASPECTS, PINPOINTS, VOCABULARY, noise
+from .families import ASPECTS, VOCABULARY, noise
 from .vllm_engine import MARK
+from .vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, saved_processor_of
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm: make test-integration")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 KEY = served.KEY
 BUDGETS = ("divprune:tokens=9", "divprune:keep=0.3", "uniform:keep=0.5", "pool:keep=0.3", "random:tokens=7", "divprune:keep=1")
 
@@ -96,40 +92,6 @@ def test_a_query_aware_method_is_refused_by_name(registered):
 
     with pytest.raises(me.MllmEfficientError, match="asks looks at the question, and vLLM keeps an image's tokens by the image alone"):
         settings("asks:tokens=4")
-
-
-def config_of(name):
-    """Of a small model whose heads vLLM takes."""
-    text = {"vocab_size": len(VOCABULARY), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 24,
-        "patch_size": 6,
-    }
-    if name == "llava_next":
-        return transformers.LlavaNextConfig(
-            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text),
-            image_token_index=VOCABULARY["<image>"], image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
-            vision_feature_select_strategy="default", image_seq_length=16,
-        )  # fmt: skip
-    return transformers.LlavaOnevisionConfig(
-        vision_config=transformers.SiglipVisionConfig(**{**vision, "image_size": 25, "patch_size": 5}, vision_use_head=False),
-        text_config=transformers.Qwen2Config(**text), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
-        image_grid_pinpoints=[[h // 24 * 25, w // 24 * 25] for h, w in PINPOINTS], vision_aspect_ratio="anyres_max_9",
-        vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
-
-
-def processor_of(name):
-    """The family's, as the config above has it; to be saved, with a video processor of its own."""
-    out = copy.deepcopy(families.FAMILIES[name].processor("left"))
-    if name == "llava_onevision":
-        out.vision_aspect_ratio = "anyres_max_9"
-    return out
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -303,19 +265,7 @@ def test_a_vllm_without_the_plugin_refuses_an_exported_folder(questions, tmp_pat
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_families_with_tiles_and_two_images(name, tmp_path):
     """A random model's greedy answers to pictures of different shapes, alone and in pairs."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config_of(name)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape)
-    processor, folder = processor_of(name), tmp_path / "model"
-    if name == "llava_onevision":
-        plain = transformers.LlavaOnevisionProcessor
-        processor = plain(
-            image_processor=processor.image_processor, tokenizer=processor.tokenizer, num_image_tokens=25,
-            video_processor=transformers.LlavaOnevisionVideoProcessor(), vision_feature_select_strategy="full",
-            vision_aspect_ratio="anyres_max_9",
-        )  # fmt: skip
+    model, processor, folder = model_of(name), saved_processor_of(name), tmp_path / "model"
     from mllm_efficient.exporting import export
     from mllm_efficient.models import Loaded
 

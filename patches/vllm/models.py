@@ -6,6 +6,7 @@ and hands back as many rows. vLLM would cut a longer answer off without a word, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,17 @@ class CompressedInfo(Planned):
 class CompressedProcessor(Stock):
     """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed."""
 
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """With names that clients give to images made ours: vLLM would take them for the image's hash as they are."""
+        settings, names = self.info.settings, inputs.mm_uuid_items
+        if settings is not None and names:
+            own = {
+                modality: [None if name is None else f"{name}#{settings.fingerprint}" for name in given]
+                for modality, given in names.items()
+            }
+            inputs = dataclasses.replace(inputs, mm_uuid_items=own)
+        return super().apply(inputs, timing_ctx)
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         if self.info.settings is None:
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
@@ -145,6 +157,22 @@ class CompressedProcessor(Stock):
 # ----------------------------------------------------------------------------------------------------------- model
 
 
+def untested(config: Any) -> list[str]:
+    """What of a ``VllmConfig`` no test has run with the plugin."""
+    parallel, images = config.parallel_config, getattr(config.model_config, "multimodal_config", None)
+    found = {
+        "pipeline parallel": parallel.pipeline_parallel_size > 1,
+        "data parallel": parallel.data_parallel_size > 1,
+        "encoder data-parallel": getattr(images, "mm_encoder_tp_mode", None) == "data",
+        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None,
+        "LoRA": config.lora_config is not None,
+        "an external KV connector": config.kv_transfer_config is not None,
+        "an external encoder cache": getattr(config, "ec_transfer_config", None) is not None,
+        "speculative decoding": config.speculative_config is not None,
+    }
+    return [name for name, used in found.items() if used]
+
+
 class CompressedModel(Planned):
     """Over a model of vLLM: its images with fewer rows."""
 
@@ -154,6 +182,9 @@ class CompressedModel(Planned):
             return
         method = self.settings.method
         self.shapes.check(method)
+        unknown = untested(vllm_config)
+        if unknown:
+            logger.warning("visual tokens: no test of mllm-efficient has run with %s: compare answers first", ", ".join(unknown))
         usual = self.shapes.adapter.usual()
         self.together = max(1, vllm_config.scheduler_config.max_num_batched_tokens // self._largest())
         if usual is None or method.family == "J":

@@ -1,0 +1,46 @@
+"""vLLM's front end without an engine: reads JSON (a list of jobs) from stdin, prints ``COUNTS`` and JSON.
+
+A job: ``model`` (a folder), ``settings`` (or null), ``calls``. A call: ``prompt``, ``images`` (paths), ``tokens`` (of the request, or
+null), ``names`` (that a client gives to its images, or null). Of each: the length of every image's placeholder and its hash, or ``error``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+MARK = "COUNTS "
+
+
+def main() -> None:
+    from PIL import Image
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    out = []
+    for job in json.load(sys.stdin):
+        overrides = {} if job["settings"] is None else {"visual_token_compression": job["settings"]}
+        config = ModelConfig(job["model"], dtype="float32", max_model_len=1024, hf_overrides=overrides, limit_mm_per_prompt={"image": 2})
+        processor = MULTIMODAL_REGISTRY.create_processor(config)
+        for call in job["calls"]:
+            items = processor.info.parse_mm_data({"image": [Image.open(p).convert("RGB") for p in call["images"]]})
+            names = {"image": call["names"]} if call.get("names") else None
+            asked = {} if call.get("tokens") is None else {"visual_tokens": call["tokens"]}
+            try:
+                done = processor(call["prompt"], items, mm_uuid_items=names, hf_processor_mm_kwargs=asked)
+            except ValueError as error:
+                out.append({"error": str(error)})
+                continue
+            places = done["mm_placeholders"]["image"]
+            out.append(
+                {"lengths": [p.length for p in places], "hashes": done["mm_hashes"]["image"], "prompt": len(done["prompt_token_ids"])}
+            )
+    print(MARK + json.dumps(out))
+
+
+if __name__ == "__main__":
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+    main()
