@@ -63,16 +63,24 @@ def squeeze_all(
 
 def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
     """(kept tokens, D) of one item without newline columns, on its device throughout: the host waits for nothing."""
+    return layers_of(method, p, encoding, context)[0]
+
+
+def layers_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> list[Tensor]:
+    """``rows_of`` the features, then of each deep layer."""
     if p.untouched:
-        return encoding.features
+        return [encoding.features, *encoding.deep]
     ((*parts,),) = _compress(method, [p], [encoding], [context])
-    rows = torch.cat([done.features for _, done, _ in parts])
+    layers = [torch.cat(of_layer) for of_layer in zip(*([done.features, *deep] for _, done, deep in parts))]
     places = []
     for group, done, _ in parts:
         if done.indices is not None:
             own = group.indices
             places.append(done.indices if own is None else own.to(done.indices.device)[done.indices])
-    return rows if len(parts) == 1 or not places else rows[torch.cat(places).argsort()]
+    if len(parts) == 1 or not places:
+        return layers
+    order = torch.cat(places).argsort()
+    return [layer[order] for layer in layers]
 
 
 Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]

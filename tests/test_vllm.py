@@ -169,9 +169,9 @@ def test_the_towers_weights_are_named_as_vllm_looks_for_them(tmp_path, make_llav
 # --------------------------------------------------------------------------------------------------------- the engine
 
 
-def engine(model, calls, timeout=600, environment=None, **settings):
+def engine(model, calls, timeout=300, environment=None, asks_again=False, **settings):
     """Answers of a fresh engine to calls."""
-    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls}
+    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls, "asks_again": asks_again}
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), *settings], input=json.dumps(job), text=True,
         capture_output=True, env={**ENVIRONMENT, **(environment or {})}, timeout=timeout,

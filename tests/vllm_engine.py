@@ -1,6 +1,7 @@
 """One engine of vLLM in a process of its own: reads JSON (``model``, ``engine``, ``calls``) from stdin, prints ``ANSWERS`` and JSON.
 
 A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``.
+Of the job, ``asks_again``: see ``as_on_a_gpu``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,28 @@ import sys
 MARK = "ANSWERS "
 
 
+def as_on_a_gpu() -> None:
+    """Lets the runner for CPUs ask for M-RoPE positions again, as those for GPUs do at the end of ``load_model``."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from mllm_efficient.patches.vllm import qwen
+
+    load_model = CPUModelRunner.load_model
+
+    def load(self, *args, **kwargs):
+        load_model(self, *args, **kwargs)
+        self.is_multimodal_pruning_enabled = self.model_config.multimodal_config.is_multimodal_pruning_enabled()
+
+    CPUModelRunner.load_model, qwen.asks_again = load, lambda: True
+
+
 def main() -> None:
     from PIL import Image
     from vllm import LLM, SamplingParams
 
     job = json.load(sys.stdin)
+    if job.get("asks_again"):
+        as_on_a_gpu()
     fixed = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}}
     llm = LLM(job["model"], **{**fixed, **job["engine"]})
     out = []

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from . import families
-from .families import PINPOINTS, VOCABULARY
+from .families import MROPE_IDS, PINPOINTS, VOCABULARY, mrope_text
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm: make test-integration")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
@@ -35,12 +35,30 @@ def config_of(name):
             image_token_index=VOCABULARY["<image>"], image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
             vision_feature_select_strategy="default", image_seq_length=16,
         )  # fmt: skip
+    if name.startswith("qwen"):
+        return _qwen(name)
     return transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**{**vision, "image_size": 25, "patch_size": 5}, vision_use_head=False),
         text_config=transformers.Qwen2Config(**text), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
         image_grid_pinpoints=[[h // 24 * 25, w // 24 * 25] for h, w in PINPOINTS], vision_aspect_ratio="anyres_max_9",
         vision_feature_layer=-1, vision_feature_select_strategy="full",
     )  # fmt: skip
+
+
+def _qwen(name):
+    text = mrope_text(head_dim=32) if name == "qwen3_vl" else mrope_text()
+    text |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 2}
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [8, 4, 4]}
+    vision = {
+        "depth": 3, "hidden_size": 64, "out_hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    if name == "qwen3_vl":
+        text["rope_parameters"]["mrope_interleaved"] = True
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **MROPE_IDS)
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **MROPE_IDS)
 
 
 def processor_of(name):
@@ -54,6 +72,13 @@ def processor_of(name):
 def saved_processor_of(name):
     """The same with a class that its folder can name."""
     processor = processor_of(name)
+    if name.startswith("qwen"):
+        videos = transformers.Qwen3VLVideoProcessor if name == "qwen3_vl" else transformers.Qwen2VLVideoProcessor
+        cls = transformers.Qwen3VLProcessor if name == "qwen3_vl" else transformers.Qwen2_5_VLProcessor
+        return cls(
+            image_processor=processor.image_processor, tokenizer=processor.tokenizer,
+            video_processor=videos(patch_size=4, merge_size=2, temporal_patch_size=2),
+        )  # fmt: skip
     if name != "llava_onevision":
         return processor
     return transformers.LlavaOnevisionProcessor(

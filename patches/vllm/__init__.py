@@ -11,9 +11,11 @@ import re
 TESTED = (0, 33)
 SWITCH = "MLLM_EFFICIENT_VLLM"
 SERVED = {
-    "LlavaForConditionalGeneration": "CompressedLlava",
-    "LlavaNextForConditionalGeneration": "CompressedLlavaNext",
-    "LlavaOnevisionForConditionalGeneration": "CompressedLlavaOnevision",
+    "LlavaForConditionalGeneration": "models:CompressedLlava",
+    "LlavaNextForConditionalGeneration": "models:CompressedLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "models:CompressedLlavaOnevision",
+    "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
+    "Qwen3VLForConditionalGeneration": "qwen:CompressedQwen3VL",
 }
 PROJECTOR = "visual_projector"  # of a trained method, beside the model's own; in the config what builds it
 PREFIX = "MllmEfficient"  # of the architecture's name in an exported folder, which a vLLM without the plugin refuses
@@ -32,4 +34,4 @@ def register() -> None:
         init_logger("vllm.mllm_efficient").warning("vLLM %s is newer than %s, the newest that mllm-efficient knows", __version__, newest)
     for name, ours in SERVED.items():
         for registered in (name, PREFIX + name):
-            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.models:{ours}")
+            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{ours}")

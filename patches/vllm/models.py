@@ -85,6 +85,10 @@ class CompressedInfo(Planned):
         return self.get_hf_config()
 
     @property
+    def image_token(self) -> int:
+        return self.hf.image_token_index
+
+    @property
     def model_id(self) -> str:
         name = super().model_id
         return name if self.settings is None else f"{name}#{self.settings.fingerprint}"
@@ -97,8 +101,8 @@ class CompressedInfo(Planned):
     def count(self, method: Compressor, height: int, width: int) -> int:
         return length(self.planned(method, height, width))
 
-    def get_image_size_with_most_features(self) -> Any:
-        return self.plain(self.ctx).get_image_size_with_most_features()  # the tower sees it whole
+    def get_image_size_with_most_features(self, **limits: Any) -> Any:
+        return self.plain(self.ctx).get_image_size_with_most_features(**limits)  # the tower sees it whole
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         if self.settings is None or not self.settings.allowed:
@@ -111,8 +115,18 @@ class CompressedInfo(Planned):
         return most
 
 
+def stock_kwargs(given: Mapping[str, object]) -> dict[str, object]:
+    """A request's settings without ours."""
+    return {k: v for k, v in given.items() if k != REQUEST}
+
+
 class CompressedProcessor(Stock):
-    """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed."""
+    """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed.
+
+    one_each: what the processor makes one of for each image.
+    """
+
+    one_each = "pixel_values"
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """With names that clients give to images made ours: vLLM would take them for the image's hash as they are."""
@@ -130,25 +144,29 @@ class CompressedProcessor(Stock):
             return super()._apply_hf_processor_main(mm_items, hf_kwargs)
         asked: Any = hf_kwargs.get(REQUEST)
         self.info.settings.of_request(asked)
-        out = super()._apply_hf_processor_main(mm_items, {k: v for k, v in hf_kwargs.items() if k != REQUEST})
-        if "pixel_values" in out:
-            out[FIELD] = torch.full((len(out["pixel_values"]),), asked or 0)
+        out = super()._apply_hf_processor_main(mm_items, stock_kwargs(hf_kwargs))
+        if self.one_each in out:
+            out[FIELD] = torch.full((len(out[self.one_each]),), asked or 0)
         return out
 
+    def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
+        """Placeholders of an image."""
+        size = mm_items["image"].get_image_size(index)
+        return self.info.count(method, size.height, size.width)
+
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        fields = super()._get_mm_fields_config(hf_inputs, stock_kwargs(hf_processor_mm_kwargs))
         return {**fields, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)} if FIELD in hf_inputs else fields
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any) -> Sequence[Any]:
-        stock = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        settings, token = self.info.settings, self.info.get_hf_config().image_token_index
+        settings, token = self.info.settings, self.info.image_token
+        stock = super()._get_prompt_updates(mm_items, stock_kwargs(hf_processor_mm_kwargs), out_mm_kwargs)
         if settings is None or "image" not in mm_items or isinstance(mm_items["image"], ImageEmbeddingItems):
             return stock
         method = settings.of_request(hf_processor_mm_kwargs.get(REQUEST))
 
         def replacement(index: int) -> list[int]:
-            size = mm_items["image"].get_image_size(index)
-            return [token] * self.info.count(method, size.height, size.width)
+            return [token] * self.rows(method, mm_items, out_mm_kwargs, index)
 
         images = PromptReplacement(modality="image", target=[token], replacement=replacement)
         return [images, *(u for u in stock if u.modality != "image")]
@@ -182,11 +200,12 @@ class CompressedModel(Planned):
             return
         method = self.settings.method
         self.shapes.check(method)
+        self.require(method)
         unknown = untested(vllm_config)
         if unknown:
             logger.warning("visual tokens: no test of mllm-efficient has run with %s: compare answers first", ", ".join(unknown))
         usual = self.shapes.adapter.usual()
-        self.together = max(1, vllm_config.scheduler_config.max_num_batched_tokens // self._largest())
+        self.room = vllm_config.scheduler_config.max_num_batched_tokens
         if usual is None or method.family == "J":
             logger.info("visual tokens: %s", describe(method, usual, self.shapes.adapter))
         else:
@@ -203,6 +222,9 @@ class CompressedModel(Planned):
     @property
     def hf(self) -> Any:
         return self.config
+
+    def require(self, method: Compressor) -> None:
+        """Raises for a method that this family cannot serve."""
 
     def _largest(self) -> int:
         """Tokens of the tower for the largest image, in which vLLM's own budget would count."""
@@ -227,8 +249,9 @@ class CompressedModel(Planned):
     def _batches(self, pixels: Any, sizes: Any, asked: Any) -> Iterator[tuple[Any, Any, list[int]]]:
         """The images in parts that the tower takes at once: with few tokens each, the scheduler sends many of them together."""
         counts = [0] * len(pixels) if asked is None else [int(n) for n in asked]
-        for low in range(0, len(pixels), self.together):
-            part = slice(low, low + self.together)
+        together = max(1, self.room // self._largest())
+        for low in range(0, len(pixels), together):
+            part = slice(low, low + together)
             yield pixels[part], None if sizes is None else sizes[part], counts[part]
 
     def _compressed(self, pixels: Any, sizes: Any, counts: Sequence[int]) -> list[torch.Tensor]:

@@ -40,6 +40,11 @@ class Shapes:
             return Item({}, usual)
         return _item(self, height, width)
 
+    def plan_of_grid(self, method: Compressor, rows: int, columns: int) -> Plan:
+        """The same of an image that is one grid, on models that take any size."""
+        with torch.device("cpu"):
+            return _plan_of_grid(self, method, rows, columns)
+
     def plan(self, method: Compressor, height: int, width: int) -> Plan:
         """What a method does to an image of this size."""
         with torch.device("cpu"):
@@ -56,3 +61,8 @@ def _item(shapes: Shapes, height: int, width: int) -> Item:
 @functools.lru_cache(maxsize=4096)
 def _plan(shapes: Shapes, method: Compressor, height: int, width: int) -> Plan:
     return plan(shapes.adapter, method, shapes.item(height, width))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of_grid(shapes: Shapes, method: Compressor, rows: int, columns: int) -> Plan:
+    return plan(shapes.adapter, method, Item({}, shapes.adapter._shape("image", 1, (rows, columns))))

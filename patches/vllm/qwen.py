@@ -1,0 +1,217 @@
+"""Qwen2.5-VL and Qwen3-VL in vLLM with fewer rows for each image: the rows that stay keep the M-RoPE positions they had.
+
+Which rows stay is known after the tower has run, and positions are made before. vLLM has a way for its own pruning of videos: rows carry
+columns behind their features, and the model is asked for the positions again (``recompute_mrope_positions``). It is on where
+``video_pruning_rate`` is above 0; a rate that removes nothing is set here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mllm_efficient.compressors.base import Compressor, generator_for
+from mllm_efficient.errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
+from mllm_efficient.squeeze import Context, layers_of
+
+from ..base import Encoding
+from .models import FIELD, MULTIMODAL_REGISTRY, CompressedInfo, CompressedModel, CompressedProcessor
+from .settings import KEY, settings_of
+
+try:
+    from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
+except ImportError as error:
+    raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
+
+NOTHING = 1e-17  # of videos is removed: 1 - 1e-17 is 1
+COLUMNS = 4  # behind the features of a row: its row and its column, each as quotient and remainder
+BASE = 128  # of these: whole numbers up to 256 are exact in bfloat16
+
+
+def asks_again() -> bool:
+    """Whether this vLLM's runner calls ``recompute_mrope_positions``: the one for CPUs skips it (``CPUModelRunner.load_model``)."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+# ------------------------------------------------------------------------------------------------------- front end
+
+
+class QwenInfo(CompressedInfo):
+    """Images of any size, each one grid. Videos are refused where settings are given: they are not compressed."""
+
+    @property
+    def image_token(self) -> int:
+        return self.hf.image_token_id
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return super().get_supported_mm_limits() if self.settings is None else {"image": None}
+
+    def get_num_image_tokens(self, **sizes: Any) -> int:
+        full = super(CompressedInfo, self).get_num_image_tokens(**sizes)
+        return full if self.settings is None else self.kept(self.settings.method, full)
+
+    def kept(self, method: Compressor, full: int) -> int:
+        return self.shapes.plan_of_grid(method, 1, full).kept
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        if self.settings is None:
+            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        full = self.plain(self.ctx).get_max_image_tokens()
+        methods = [self.settings.method, *(self.settings.of_request(n) for n in self.settings.allowed)]
+        return {"image": max(self.kept(m, full) for m in methods)}
+
+
+class QwenProcessor(CompressedProcessor):
+    one_each = "image_grid_thw"
+
+    def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
+        _, height, width = out_mm_kwargs["image"][index]["image_grid_thw"].data.tolist()
+        merge = self.info.shapes.adapter.merge
+        return self.info.shapes.plan_of_grid(method, height // merge, width // merge).kept
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+class CompressedQwen(CompressedModel):
+    """Over a Qwen-VL of vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if settings_of(vllm_config.model_config.hf_config) is not None:
+            if not asks_again():
+                raise UnsupportedModelError(f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so Qwen-VL needs a GPU")
+            images = vllm_config.model_config.get_multimodal_config()
+            if images.video_pruning_rate not in (None, 0, NOTHING):
+                raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
+            images.video_pruning_rate = NOTHING
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def require(self, method: Compressor) -> None:
+        if method.merges:
+            raise UnsupportedModelError(
+                f"{KEY}: {method.name} merges tokens, which then have no M-RoPE position: divprune or uniform select"
+            )
+        if method.positions == "renumber":
+            raise UnsupportedModelError(
+                f"{KEY}: positions=renumber is not served on {type(self).__name__}: leave it out, tokens keep theirs"
+            )
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        asked, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
+        if self.settings is None or grids is None:
+            return super(CompressedModel, self).embed_multimodal(**kwargs)
+        name = "pixel_values" if kwargs.get("pixel_values") is not None else "image_embeds"
+        sizes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
+        counts = [0] * len(sizes) if asked is None else [int(n) for n in asked]
+        out: list[torch.Tensor] = []
+        for part, rows in self._parts(sizes, 1 if name == "pixel_values" else self.shapes.adapter.merge**2):
+            given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
+            features = self._process_image_input(given)
+            for f, size, count in zip(features, sizes[part], counts[part]):
+                out.append(self._squeezed(f, size, count, made=name == "image_embeds"))
+        return tuple(out)
+
+    def _parts(self, sizes: Sequence[tuple[int, int, int]], patches_each: int) -> Iterator[tuple[slice, slice]]:
+        """Images, and their rows in the input, in parts that the tower takes at once: as many tokens as a batch of the scheduler."""
+        tokens = [t * h * w // self.shapes.adapter.merge**2 for t, h, w in sizes]
+        rows = [t * h * w // patches_each for t, h, w in sizes]
+        low = 0
+        while low < len(sizes):
+            high = low + 1
+            while high < len(sizes) and sum(tokens[low : high + 1]) <= self.room:
+                high += 1
+            yield slice(low, high), slice(sum(rows[:low]), sum(rows[:high]))
+            low = high
+
+    def _squeezed(self, features: torch.Tensor, size: tuple[int, int, int], count: int, made: bool) -> torch.Tensor:
+        """(K, D + deep layers + COLUMNS) of an image. made: it came as embeddings, which stay as they are."""
+        assert self.settings is not None
+        merge, width = self.shapes.adapter.merge, self.hf.get_text_config().hidden_size
+        rows, columns = size[1] // merge, size[2] // merge
+        if len(features) != rows * columns:
+            raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
+        place = torch.arange(len(features), device=features.device)
+        at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
+        rest = torch.cat([features[:, width:], at.to(features.dtype)], dim=1)
+        if made:
+            return torch.cat([features[:, :width], rest], dim=1)
+        method = self.settings.of_request(count or None)
+        plan = self.shapes.plan_of_grid(method, rows, columns)
+        kept = layers_of(method, plan, Encoding(features[:, :width], plan.shape, (rest,)), Context(generator_for(method, 0)))
+        if len(kept[0]) != plan.kept:
+            raise CountMismatchError(f"{len(kept[0])} rows for an image whose prompt has room for {plan.kept}")
+        return torch.cat(kept, dim=1)
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
+        if self.settings is None:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        parts, done, now = [], 0, 0
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            text = feature.mm_position.offset - done
+            _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.tolist())
+            parts += [torch.arange(now, now + text), torch.full((feature.mm_position.length,), now + text)]
+            done = feature.mm_position.offset + feature.mm_position.length
+            now += text + max(height, width) // self.shapes.adapter.merge
+        parts.append(torch.arange(now, now + len(input_tokens) - done))
+        positions = torch.cat(parts).expand(3, -1).contiguous()
+        return positions, now + len(input_tokens) - done - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Sequence[torch.Tensor], mrope_positions: torch.Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        """Rows and columns of the tokens from ``num_computed_tokens`` on that these embeddings are for, which lose their columns."""
+        if self.settings is None:
+            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+        positions = mrope_positions.clone()
+        delta = int(positions.max()) + 1 - positions.shape[1]
+        if multimodal_embeddings:
+            at = torch.cat([e[:, -COLUMNS:] for e in multimodal_embeddings]).to(positions.device, positions.dtype)
+            ids = torch.as_tensor(input_ids, device=positions.device)
+            places = (ids == self.hf.image_token_id).nonzero()[:, 0]
+            places = places[places >= num_computed_tokens][: len(at)]
+            begin = positions[0, places]  # which this never changes: an image has one time step
+            positions[1, places] = begin + BASE * at[:, 0] + at[:, 1]
+            positions[2, places] = begin + BASE * at[:, 2] + at[:, 3]
+        return [e[:, :-COLUMNS] for e in multimodal_embeddings], positions, delta
+
+    def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int | None]:
+        if self.settings is None or modality != "image" or mm_kwargs is None:
+            return super(CompressedModel, self).get_mm_lora_token_counts(
+                modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
+            )
+        patches = int(mm_kwargs["image_grid_thw"].data.prod())
+        return patches, patches // self.shapes.adapter.merge**2
+
+
+# -------------------------------------------------------------------------------------------------------- families
+
+
+class Qwen25VLInfo(QwenInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
+    plain = qwen2_5_vl.Qwen2_5_VLProcessingInfo
+
+
+class Qwen25VLProcessor(QwenProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen25VLProcessor, info=Qwen25VLInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder)
+class CompressedQwen25VL(CompressedQwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    """Qwen2.5-VL."""
+
+
+class Qwen3VLInfo(QwenInfo, qwen3_vl.Qwen3VLProcessingInfo):
+    plain = qwen3_vl.Qwen3VLProcessingInfo
+
+
+class Qwen3VLProcessor(QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen3VLInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
+class CompressedQwen3VL(CompressedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
+    """Qwen3-VL, whose deep layers' features follow the rows."""
