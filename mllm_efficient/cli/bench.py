@@ -292,7 +292,7 @@ def given_options(context: typer.Context) -> dict[str, Any]:
     found = {}
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if value is not None and value != parameter.default and value != []:
+        if value not in (None, [], (), parameter.default):
             found[parameter.opts[0]] = value
     return found
 
