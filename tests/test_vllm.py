@@ -403,6 +403,23 @@ def test_the_server_is_evaluated_by_the_same_tasks(serving, capsys):
 
 @needs_vllm
 @pytest.mark.slow
+def test_a_lora_of_the_language_model(questions, tmp_path):
+    import peft
+
+    loaded = load(ModelOptions(device="cpu"))
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=8, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj|up_proj)", init_lora_weights=False)
+    model = peft.get_peft_model(loaded.model, settings)
+    model.save_pretrained(tmp_path / "adapter")
+    calls = [{**call(questions, n=40), "adapter": str(tmp_path / "adapter")}, call(questions, n=40)]
+    found = engine(builtin_folder(), calls, hf_overrides={KEY: "divprune:tokens=36"}, enable_lora=True, max_lora_rank=8)
+    adapted = of_transformers((loaded, questions[1]), "divprune:tokens=36", 40)
+    assert found[0]["answers"] == adapted and found[1]["answers"] == of_transformers(questions, "divprune:tokens=36", 40)
+    assert found[0]["answers"] != found[1]["answers"]
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_two_ranks_pick_the_same_tokens(questions):
     (found,) = engine(
         builtin_folder(), [call(questions, n=40)], hf_overrides={KEY: "divprune:tokens=36"}, tensor_parallel_size=2,

@@ -79,6 +79,11 @@ def test_counts_and_hashes_in_the_front_end(served):
     assert len(alone) == len(set(alone))
 
 
+def test_videos_are_refused_beside_settings(served):
+    (found,) = front_end([{"model": str(served[1]), "settings": "divprune:tokens=6", "calls": [{"video": True}]}])
+    assert "At most 0 video(s)" in found["error"]
+
+
 def test_without_settings_nothing_changes(served, tmp_path):
     """A plain folder: vLLM with the plugin, with the plugin off, and transformers."""
     model, folder, *_ = served
@@ -97,6 +102,7 @@ def test_without_settings_nothing_changes(served, tmp_path):
         ("divprune:tokens=6", {}, "vLLM on CPUs never asks a model for M-RoPE positions again"),
     ],
 )
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
 def test_what_is_refused(served, settings, more, says):
     with pytest.raises(AssertionError, match=says):
         engine(served[1], [call(served)], hf_overrides={KEY: settings}, **more)

@@ -1,7 +1,7 @@
 """One engine of vLLM in a process of its own: reads JSON (``model``, ``engine``, ``calls``) from stdin, prints ``ANSWERS`` and JSON.
 
-A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``.
-Of the job, ``asks_again``: see ``as_on_a_gpu``.
+A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``,
+``adapter`` (a folder, or null). Of the job, ``asks_again``: see ``as_on_a_gpu``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def as_on_a_gpu() -> None:
 def main() -> None:
     from PIL import Image
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     job = json.load(sys.stdin)
     if job.get("asks_again"):
@@ -46,7 +47,8 @@ def main() -> None:
                 request["mm_processor_kwargs"] = {"visual_tokens": call["tokens"]}
             requests.append(request)
         try:
-            done = llm.generate(requests, SamplingParams(temperature=0, max_tokens=call["new"]), use_tqdm=False)
+            adapter = LoRARequest("adapter", 1, call["adapter"]) if call.get("adapter") else None
+            done = llm.generate(requests, SamplingParams(temperature=0, max_tokens=call["new"]), use_tqdm=False, lora_request=adapter)
         except ValueError as error:
             out.append({"error": str(error)})
             continue

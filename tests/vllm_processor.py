@@ -2,6 +2,7 @@
 
 A job: ``model`` (a folder), ``settings`` (or null), ``calls``. A call: ``prompt``, ``images`` (paths), ``tokens`` (of the request, or
 null), ``names`` (that a client gives to its images, or null). Of each: the length of every image's placeholder and its hash, or ``error``.
+With ``video`` one is offered instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ MARK = "COUNTS "
 
 
 def main() -> None:
+    import numpy as np
     from PIL import Image
     from vllm.config import ModelConfig
     from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -26,6 +28,12 @@ def main() -> None:
         config = ModelConfig(job["model"], dtype="float32", max_model_len=1024, hf_overrides=overrides, limit_mm_per_prompt={"image": 2})
         processor = MULTIMODAL_REGISTRY.create_processor(config)
         for call in job["calls"]:
+            if call.get("video"):
+                try:
+                    processor.info.parse_mm_data({"video": [np.zeros((4, 16, 16, 3), np.uint8)]})
+                except ValueError as error:
+                    out.append({"error": str(error)})
+                continue
             items = processor.info.parse_mm_data({"image": [Image.open(p).convert("RGB") for p in call["images"]]})
             names = {"image": call["names"]} if call.get("names") else None
             asked = {} if call.get("tokens") is None else {"visual_tokens": call["tokens"]}

@@ -48,7 +48,7 @@ class QwenInfo(CompressedInfo):
         return self.hf.image_token_id
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return super().get_supported_mm_limits() if self.settings is None else {"image": None}
+        return super().get_supported_mm_limits() if self.settings is None else {"image": None, "video": 0}
 
     def get_num_image_tokens(self, **sizes: Any) -> int:
         full = super(CompressedInfo, self).get_num_image_tokens(**sizes)
