@@ -179,7 +179,7 @@ def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None
     full = image_features(model, pixels)
     if method.name == "pool":
         blocks = [f.reshape(3, 2, 3, 2, -1) for f in full]
-        return [(b.mean((1, 3)) if method.mode == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
+        return [(b.mean((1, 3)) if method.op == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
     generators = [generator_for(method, key) for key in keys or range(len(full))]
     places = [method.select(me.VisualTokens(f, grid=(6, 6), generator=g)) for f, g in zip(full, generators)]
     return [f[p] for f, p in zip(full, places)], places if method.positions == "keep" else None

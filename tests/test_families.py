@@ -130,7 +130,7 @@ def pooled(method: Any, visual: Visual, separately: bool) -> Kept:
     grids = [fit_grid(grid, one) for (_, grid), one in zip(areas, shares)]
     if grids == [grid for _, grid in areas]:
         return everything(visual)
-    pooling = adaptive_avg_pool2d if method.mode == "avg" else adaptive_max_pool2d
+    pooling = adaptive_avg_pool2d if method.op == "avg" else adaptive_max_pool2d
 
     def smaller(features: Tensor) -> Tensor:
         tokens = features[~visual.newline]
@@ -268,7 +268,7 @@ def test_a_text_only_call_is_untouched(name):
 # ------------------------------------------------------------------------------------------------ the slow reference
 
 SELECTORS = ["divprune:keep=0.25", "random:keep=0.25", "uniform:keep=0.25", "divprune:tokens=7"]
-POOLS = ["pool:keep=0.3", "pool:keep=0.3,mode=max"]
+POOLS = ["pool:keep=0.3", "pool:keep=0.3,op=max"]
 ONE = ("one image", "two images", "video and image")
 FRAMED = ("video", "video and image")
 

@@ -1,0 +1,113 @@
+"""CDPruner: the subset of visual tokens that is most diverse, conditioned on how relevant each is to the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import BadBudgetError, CountMismatchError
+from ..lazy import torch
+from ..registry import register
+from ..tokens import VisualTokens
+from .base import Selector
+from .divprune import full_float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEAST = 1e-6  # a token with this much of its squared length outside the span of the chosen ones, or less, lies in it
+
+
+@register("cdpruner")
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(Selector):
+    """Conditional diversity: a greedy determinantal point process over relevance to the question and cosine similarity.
+
+    Source: CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967). Greedy MAP inference with an incremental Cholesky
+    factor: Chen et al., NeurIPS 2018, arXiv 1709.05135.
+    Rule: S_ij is the cosine of projected tokens i and j, r_i the relevance of token i scaled to [0, 1] by the smallest and
+    the largest of the image, L = diag(r) S diag(r). One token after the other, the one that enlarges det(L of the chosen)
+    most. As det(L) is the product of r_i^2 times det(S), the factor is of S alone and token i scores r_i^2 s_i, where s_i is
+    what S_ii has left: no number is divided by a relevance.
+    relevance: "llm" is the cosine of a projected token with the mean embedding of the row's text tokens. All text of the
+    row up to the answer is the question, whatever a chat template adds; no other row and no padding enters. The paper's
+    LLaVA runs use CLIP's text tower instead, of which no model family here gives the patch embeddings: "clip" is refused.
+
+    Equal scores go to the lowest index. Where all are equally relevant, every r_i is 1. A token of relevance 0, and one in
+    the span of the chosen (s_i at most 1e-6: a duplicate), adds nothing to any determinant; such tokens come after all
+    others, by relevance. A zero row is similar to nothing, itself included. NaN, infinity or no text raises.
+    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; float32, or float64 for float64 input.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    paper: ClassVar[str] = "arXiv 2506.10967"
+
+    relevance: str = "llm"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relevance == "clip":
+            raise BadBudgetError(
+                "cdpruner: relevance='clip' needs CLIP embeddings of the patches and of the question, and no model family gives "
+                "clip_text or patches in CLIP's space: use relevance='llm'"
+            )
+        if self.relevance != "llm":
+            raise BadBudgetError(f"cdpruner: relevance={self.relevance!r} is not 'llm'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every method's, and always with the relevance: results under another one are those of another method."""
+        return {**super().to_dict(), "relevance": self.relevance}
+
+    def flops(self, n: int, d: int, k: int) -> int:
+        """The question's row and one row of S for every pick but the last, and their products with the factor."""
+        return 2 * n * d * k + n * (k - 1) * max(0, k - 2)
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        if v.text is None or len(v.text) == 0:
+            raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
+        full = torch.float64 if v.features.dtype == torch.float64 else torch.float32
+        x, text = v.features.detach().to(full), v.text.detach().to(v.features.device, full)
+        if not (x.isfinite().all() & text.isfinite().all()):
+            raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
+        with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
+            x = unit(x)
+            return most_volume(x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0]), k)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows (N, D) at length 1, zero rows at 0. Divided by the largest entry first, so that no square overflows or vanishes."""
+    largest = x.abs().amax(1, keepdim=True)
+    x = x / torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(norm == 0, 1, norm)
+
+
+def scaled(relevance: Tensor) -> Tensor:
+    """Relevance (N,) to [0, 1], the least at 0 and the largest at 1; all at 1 where they are equal."""
+    least, most = relevance.aminmax()
+    spread = most - least
+    return torch.where(spread > 0, (relevance - least) / torch.where(spread > 0, spread, 1), 1)
+
+
+def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """K indices in the order of choice from unit rows x (N, D) and relevance (N,) in [0, 1]: greedy MAP of L = r S r."""
+    n = len(x)
+    picked = torch.empty(k, dtype=torch.long, device=x.device)
+    factor = x.new_zeros(k, n)  # the rows of the transposed Cholesky factor of S that belong to the chosen
+    left = (x * x).sum(1)  # what is left of S_ii
+    weight, taken = relevance * relevance, torch.zeros(n, dtype=torch.bool, device=x.device)
+    for i in range(k):
+        gain = weight * left
+        score = torch.where((gain > 0) & (left > LEAST), gain, relevance - 2)  # without gain: below every gain, by relevance
+        j = score.masked_fill(taken, float("-inf")).argmax().view(1)
+        picked[i : i + 1] = j
+        taken.index_fill_(0, j, True)
+        if i == k - 1:
+            break
+        row = (x @ x[j].T).T
+        if i:
+            row = row - factor[:i].index_select(1, j).T @ factor[:i]
+        root = left[j]
+        factor[i] = torch.where(root > LEAST, row / root.clamp(min=LEAST).sqrt(), 0)[0]
+        left = left - factor[i] ** 2
+    return picked
