@@ -10,7 +10,6 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
 from .base import Selector
-from .divprune import full_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +35,7 @@ class CDPruner(Selector):
     Equal scores go to the lowest index. Where all are equally relevant, every r_i is 1. A token of relevance 0, and one in
     the span of the chosen (s_i at most 1e-6: a duplicate), adds nothing to any determinant; such tokens come after all
     others, by relevance. A zero row is similar to nothing, itself included. NaN, infinity or no text raises.
-    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; float32, or float64 for float64 input.
+    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -65,11 +64,12 @@ class CDPruner(Selector):
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         if v.text is None or len(v.text) == 0:
             raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
-        full = torch.float64 if v.features.dtype == torch.float64 else torch.float32
+        # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
+        full = torch.float32 if v.features.device.type == "mps" else torch.float64
         x, text = v.features.detach().to(full), v.text.detach().to(v.features.device, full)
         if not (x.isfinite().all() & text.isfinite().all()):
             raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
-        with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
             return most_volume(x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0]), k)
 
