@@ -1,8 +1,8 @@
 """cdpruner, tome, spp and pooling by generalised means equal slow transcriptions of their published rules.
 
 The transcriptions are plain loops in float64 and share no code with the package. The random cases are given in float64
-too, so that rounding differs from theirs by about 1e-15 and decides nothing unless two scores are as near as that; the
-only such scores are those of equal rows, and where rows are equal it is the rows that are compared. Float32 and bfloat16
+too, so that rounding differs from theirs by about 1e-15 and decides nothing unless two scores are as near as that. Those of
+equal rows are, which methods and transcriptions therefore take for equal: the lowest index wins. Float32 and bfloat16
 input is tested by what is reached (the determinant) or with cases whose scores are far apart.
 """
 
@@ -78,11 +78,7 @@ def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     x, text, k = drawn(seed)
     found = me.CDPruner(tokens=k).select(tokens(x, text)).tolist()
     assert len(set(found)) == k and found == sorted(found)
-    expected = sorted(slow_dpp(*kernel(x, text), k))
-    if seed % 3:
-        assert found == expected
-    else:  # of equal rows the last bit of a product may decide which is taken
-        assert sorted(map(tuple, x[found])) == sorted(map(tuple, x[expected]))
+    assert found == sorted(slow_dpp(*kernel(x, text), k))
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -268,11 +264,11 @@ def slow_tome(x: np.ndarray, k: int, r: int | None = None) -> tuple[list[np.ndar
         for i in a:
             similarity = [cosine(now[i][0], now[j][0]) for j in b]
             best = max(similarity)
-            partner = next(j for j, s in zip(b, similarity) if s > best - 1e-12)
+            partner = next(j for j, s in zip(b, similarity) if s > best - 1e-9)
             links.append((best, i, partner))
-        links.sort(key=lambda link: (-round(link[0], 12), link[1]))
+        links.sort(key=lambda link: (-round(link[0], 9), link[1]))
         gone, joined = set(), {j: [j] for j in b}
-        for _, i, j in links[: min(n - k, n // 2, r or n)]:
+        for _, i, j in links[: min(n - k, n // 2, r or math.ceil((len(x) - k) / 24))]:
             gone.add(i)
             joined[j].append(i)
         after = []
@@ -316,7 +312,7 @@ def test_tome_merges_copies_first_and_ties_by_the_lowest_index():
 
 def test_tome_keeps_the_dtype_and_adds_up_in_float32():
     x = torch.full((512, 4), 1.0, dtype=torch.bfloat16)
-    x[::2] += 2**-7
+    x[::4] += 2**-7  # the mean is 2^-9 above 1, which no bfloat16 is
     out = me.ToMe(tokens=1).compress(me.VisualTokens(x), 1).features
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, x.float().mean(0, keepdim=True).bfloat16())
@@ -327,8 +323,9 @@ def test_tome_keeps_the_dtype_and_adds_up_in_float32():
 
 
 def test_tome_counts_its_rounds():
-    assert me.ToMe(tokens=1).rounds(7, 1) == [3, 2, 1] and me.ToMe(tokens=1, r=2).rounds(7, 1) == [2, 2, 1, 1]
-    assert me.ToMe(keep=0.25).rounds(576, 144) == [288, 144] and me.ToMe(tokens=5).rounds(5, 5) == []
+    assert me.ToMe(tokens=1, r=9).rounds(7, 1) == [3, 2, 1] and me.ToMe(tokens=1, r=2).rounds(7, 1) == [2, 2, 1, 1]
+    assert me.ToMe(keep=0.25).rounds(576, 144) == [18] * 24 and me.ToMe(tokens=5).rounds(5, 5) == []
+    assert me.ToMe(keep=0.5).rounds(100, 50) == [3] * 16 + [2] and me.ToMe(tokens=1).rounds(576, 1) == [24] * 23 + [12, 6, 3, 1, 1]
 
 
 def test_tome_passes_gradients_on():

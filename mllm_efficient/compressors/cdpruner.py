@@ -32,7 +32,7 @@ class CDPruner(Selector):
     row up to the answer is the question, whatever a chat template adds; no other row and no padding enters. The paper's
     LLaVA runs use CLIP's text tower instead, of which no model family here gives the patch embeddings: "clip" is refused.
 
-    Equal scores go to the lowest index. Where all are equally relevant, every r_i is 1. A token of relevance 0, and one in
+    Scores that are equal in float32 go to the lowest index. Where all are equally relevant, every r_i is 1. A token of relevance 0, and one in
     the span of the chosen (s_i at most 1e-6: a duplicate), adds nothing to any determinant; such tokens come after all
     others, by relevance. A zero row is similar to nothing, itself included. NaN, infinity or no text raises.
     O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it.
@@ -99,7 +99,7 @@ def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
     for i in range(k):
         gain = weight * left
         score = torch.where((gain > 0) & (left > LEAST), gain, relevance - 2)  # without gain: below every gain, by relevance
-        j = score.masked_fill(taken, float("-inf")).argmax().view(1)
+        j = score.float().masked_fill(taken, float("-inf")).argmax().view(1)  # copies tie, though their last bits differ
         picked[i : i + 1] = j
         taken.index_fill_(0, j, True)
         if i == k - 1:

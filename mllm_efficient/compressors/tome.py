@@ -16,6 +16,8 @@ from .divprune import full_float32
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCKS = 24
+
 
 @register("tome")
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,11 @@ class ToMe(Merger):
     Rule of a round: tokens in raster order go alternately to A (first) and B; each of A is linked to the token of B with
     the largest cosine; the r strongest links merge, each into its token of B, by the mean weighted with the number of
     original tokens in each. A merged token stands where its token of B stood.
-    r: pairs in a round, as the paper's r in a block; left out, as many as half the tokens, the most a round can merge. The
-    last round merges what is left to do. Equal cosines go to the lowest index; a zero row has cosine 0 to everything.
-    NaN or infinity raises. float32, or float64 for float64 input. O(N^2 D) a round.
+    r: pairs in a round, as the paper's r in a block; left out, as many as leave K tokens after 24 rounds, the blocks of
+    CLIP's ViT-L. A round merges at most half of its tokens, whatever r is, and the last one what is left to do.
+    Equal cosines go to the lowest index; they are compared to 2^-18 (2^-30 in float64), because the last bits of the
+    cosines of copies depend on where they stand. A zero row has cosine 0 to everything. NaN or infinity raises. float32,
+    or float64 for float64 input. O(N^2 D) a round.
     """
 
     paper: ClassVar[str] = "arXiv 2210.09461"
@@ -44,9 +48,9 @@ class ToMe(Merger):
 
     def rounds(self, n: int, k: int) -> list[int]:
         """Pairs that each round merges on the way from n tokens to k."""
-        out = []
+        out, most = list[int](), self.r or -((k - n) // BLOCKS)
         while n > k:
-            out.append(min(n - k, n // 2, self.r or n))
+            out.append(min(n - k, n // 2, most))
             n -= out[-1]
         return out
 
@@ -75,7 +79,8 @@ class ToMe(Merger):
 def merge_pairs(x: Tensor, size: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     """One round: features (n - pairs, D) and sizes (n - pairs, 1) of n tokens and their sizes, in raster order."""
     n, rows = len(x), unit(x.detach())
-    best, partner = (rows[::2] @ rows[1::2].T).max(1)
+    steps = 2.0**30 if x.dtype == torch.float64 else 2.0**18
+    best, partner = (rows[::2] @ rows[1::2].T).mul_(steps).round_().max(1)
     strongest = best.sort(descending=True, stable=True).indices
     merged = strongest[:pairs]
     into = torch.arange(n, device=x.device)  # the token that each one becomes a part of
