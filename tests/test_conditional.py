@@ -54,7 +54,7 @@ def kernel(x: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = [sum(row[c] for row in text) / len(text) for c in range(text.shape[1])]
     relevance = [cosine(row, mean) for row in x]
     least, most = min(relevance), max(relevance)
-    r = np.array([(one - least) / (most - least) if most > least else 1.0 for one in relevance])
+    r = np.array([(one - least) / (most - least) if most > least + 1e-6 else 1.0 for one in relevance])
     return r, np.array([[cosine(a, b) for b in x] for a in x])
 
 
@@ -66,7 +66,7 @@ def slow_dpp(r: np.ndarray, s: np.ndarray, k: int) -> list[int]:
         for i in sorted(set(range(len(r))) - set(chosen)):
             inverse = np.linalg.pinv(s[np.ix_(chosen, chosen)], rcond=1e-9) if chosen else np.zeros((0, 0))
             left = s[i, i] - s[i, chosen] @ inverse @ s[chosen, i]
-            gains[i] = (1, r[i] ** 2 * left) if left > 1e-6 and r[i] > 0 else (0, r[i])
+            gains[i] = (1, r[i] ** 2 * left) if left > 1e-6 and r[i] > 1e-6 else (0, r[i])
         best = max(gains.values())
         near = [i for i, gain in gains.items() if gain[0] == best[0] and gain[1] > best[1] * (1 - 1e-9) - 1e-15]
         chosen.append(near[0])
@@ -117,6 +117,8 @@ def test_equal_tokens_and_zero_tokens_give_the_lowest_indices():
     assert me.CDPruner(tokens=3).select(tokens(np.ones((7, 4)), text)).tolist() == [0, 1, 2]
     assert me.CDPruner(tokens=3).select(tokens(np.zeros((7, 4)), text)).tolist() == [0, 1, 2]
     assert me.CDPruner(tokens=3).select(tokens(np.eye(7), np.ones((2, 7)))).tolist() == [0, 1, 2], "orthogonal, equally relevant"
+    rays = np.outer(np.linspace(0.1, 7, 40), np.random.default_rng(0).normal(size=4))
+    assert me.CDPruner(tokens=3).select(tokens(rays, text)).tolist() == [0, 1, 2], "one direction, many lengths: rounding is no relevance"
     assert me.CDPruner(tokens=1).select(tokens(np.array([[0.0, 0], [0, 0], [3, 1]]), text[:, :2])).tolist() == [2]
 
 

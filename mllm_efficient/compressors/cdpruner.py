@@ -14,7 +14,7 @@ from .base import Selector
 if TYPE_CHECKING:
     from torch import Tensor
 
-LEAST = 1e-6  # a token with this much of its squared length outside the span of the chosen ones, or less, lies in it
+LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
 
 
 @register("cdpruner")
@@ -32,9 +32,10 @@ class CDPruner(Selector):
     row up to the answer is the question, whatever a chat template adds; no other row and no padding enters. The paper's
     LLaVA runs use CLIP's text tower instead, of which no model family here gives the patch embeddings: "clip" is refused.
 
-    Scores that are equal in float32 go to the lowest index. Where all are equally relevant, every r_i is 1. A token of relevance 0, and one in
-    the span of the chosen (s_i at most 1e-6: a duplicate), adds nothing to any determinant; such tokens come after all
-    others, by relevance. A zero row is similar to nothing, itself included. NaN, infinity or no text raises.
+    Scores that are equal in float32 go to the lowest index. Where relevance differs by no more than 1e-6, every r_i is 1.
+    A token with r_i of at most 1e-6, as the least relevant one has, or with s_i of at most 1e-6, as a duplicate has, adds
+    nothing to any determinant; such tokens come after all others, by relevance. A zero row is similar to nothing, itself
+    included. NaN, infinity or no text raises.
     O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it.
     """
 
@@ -83,10 +84,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def scaled(relevance: Tensor) -> Tensor:
-    """Relevance (N,) to [0, 1], the least at 0 and the largest at 1; all at 1 where they are equal."""
+    """Relevance (N,) to [0, 1], the least at 0 and the largest at 1; all at 1 where they are equal but for rounding."""
     least, most = relevance.aminmax()
     spread = most - least
-    return torch.where(spread > 0, (relevance - least) / torch.where(spread > 0, spread, 1), 1)
+    return torch.where(spread > LEAST, (relevance - least) / spread.clamp(min=LEAST), 1)
 
 
 def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
@@ -97,8 +98,8 @@ def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
     left = (x * x).sum(1)  # what is left of S_ii
     weight, taken = relevance * relevance, torch.zeros(n, dtype=torch.bool, device=x.device)
     for i in range(k):
-        gain = weight * left
-        score = torch.where((gain > 0) & (left > LEAST), gain, relevance - 2)  # without gain: below every gain, by relevance
+        adds = (relevance > LEAST) & (left > LEAST)
+        score = torch.where(adds, weight * left, relevance - 2)  # what adds nothing is below all that does
         j = score.float().masked_fill(taken, float("-inf")).argmax().view(1)  # copies tie, though their last bits differ
         picked[i : i + 1] = j
         taken.index_fill_(0, j, True)
