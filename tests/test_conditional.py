@@ -200,6 +200,20 @@ def test_other_images_of_a_batch_change_no_bit(name):
             assert out.indices is None or torch.equal(out.indices, together[i].indices)
 
 
+@pytest.mark.parametrize("most", [1, 2**27], ids=["memory for one", "memory for all"])
+def test_images_that_share_a_loop_get_what_each_gets_alone(monkeypatch, most):
+    """What a CUDA device does with a batch, here on the CPU: equal sizes together, others by themselves, the order kept."""
+    monkeypatch.setattr("mllm_efficient.compressors.cdpruner.TOGETHER", most)
+    cases = [drawn(seed) for seed in range(60)]
+    cases += [(x + 0.1, text, k) for x, text, k in cases[::2]]
+    parts, ks = [tokens(x, text) for x, text, _ in cases], [k for *_, k in cases]
+    method = me.CDPruner(keep=0.5)
+    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+        assert torch.equal(out.indices, method.select(one, k)) and torch.equal(out.features, one.features[out.indices])
+    with pytest.raises(me.BadBudgetError, match="cdpruner: 9 of 4 tokens cannot be kept"):
+        method._compress_together([tokens(np.ones((4, 3)), np.ones((1, 3)))], [9])
+
+
 # What a method is shown of the question ------------------------------------------------------------------------------
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import VisualTokens
+from ..tokens import CompressedTokens, VisualTokens
 from .base import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOGETHER = 2**27  # entries of features in memory at a time: 1 GB of float64
 LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
 
 
@@ -36,7 +39,8 @@ class CDPruner(Selector):
     A token with r_i of at most 1e-6, as the least relevant one has, or with s_i of at most 1e-6, as a duplicate has, adds
     nothing to any determinant; such tokens come after all others, by relevance. A zero row is similar to nothing, itself
     included. NaN, infinity or no text raises.
-    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it.
+    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it. On a CUDA
+    device the images of a call that are of one size share the loop.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})
@@ -63,6 +67,32 @@ class CDPruner(Selector):
         return 2 * n * d * k + n * (k - 1) * max(0, k - 2)
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        x, relevance = self._conditioned(v)
+        return most_volume(x[None], relevance[None], k)[0]
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is CDPruner and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
+            return self._compress_together(parts, ks)
+        return super().compress_all(parts, ks)
+
+    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """The picks of all that are alike in size, K and device in one loop, as far as memory allows."""
+        alike = defaultdict(list)
+        for i, (v, k) in enumerate(zip(parts, ks)):
+            if not 1 <= k <= len(v):
+                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
+            alike[v.features.shape, v.features.device, k].append(i)
+        done: dict[int, CompressedTokens] = {}
+        for ((n, d), _, k), members in alike.items():
+            most = max(1, TOGETHER // (n * d))
+            for some in (members[start : start + most] for start in range(0, len(members), most)):
+                x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(parts[i]) for i in some)))
+                indices = most_volume(x, relevance, k).sort(dim=1).values
+                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
+        return [done[i] for i in range(len(parts))]
+
+    def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
+        """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""
         if v.text is None or len(v.text) == 0:
             raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
         # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
@@ -72,7 +102,7 @@ class CDPruner(Selector):
             raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
         with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
-            return most_volume(x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0]), k)
+            return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
 
 
 def unit(x: Tensor) -> Tensor:
@@ -91,24 +121,25 @@ def scaled(relevance: Tensor) -> Tensor:
 
 
 def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
-    """K indices in the order of choice from unit rows x (N, D) and relevance (N,) in [0, 1]: greedy MAP of L = r S r."""
-    n = len(x)
-    picked = torch.empty(k, dtype=torch.long, device=x.device)
-    factor = x.new_zeros(k, n)  # the rows of the transposed Cholesky factor of S that belong to the chosen
-    left = (x * x).sum(1)  # what is left of S_ii
-    weight, taken = relevance * relevance, torch.zeros(n, dtype=torch.bool, device=x.device)
-    for i in range(k):
-        adds = (relevance > LEAST) & (left > LEAST)
-        score = torch.where(adds, weight * left, relevance - 2)  # what adds nothing is below all that does
-        j = score.float().masked_fill(taken, float("-inf")).argmax().view(1)  # copies tie, though their last bits differ
-        picked[i : i + 1] = j
-        taken.index_fill_(0, j, True)
-        if i == k - 1:
-            break
-        row = (x @ x[j].T).T
-        if i:
-            row = row - factor[:i].index_select(1, j).T @ factor[:i]
-        root = left[j]
-        factor[i] = torch.where(root > LEAST, row / root.clamp(min=LEAST).sqrt(), 0)[0]
-        left = left - factor[i] ** 2
+    """(B, K) indices in the order of choice from unit rows x (B, N, D) and relevance (B, N) in [0, 1]: greedy MAP of r S r."""
+    images, n, width = x.shape
+    picked = torch.empty(images, k, dtype=torch.long, device=x.device)
+    factor = x.new_zeros(images, k, n)  # the rows of the transposed Cholesky factor of S that belong to the chosen
+    left = (x * x).sum(-1)  # what is left of S_ii
+    weight, taken = relevance * relevance, torch.zeros(images, n, dtype=torch.bool, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(k):
+            adds = (relevance > LEAST) & (left > LEAST)
+            score = torch.where(adds, weight * left, relevance - 2).float()  # what adds nothing is below all that does
+            j = score.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)  # in float32, for copies to tie
+            picked[:, i : i + 1] = j
+            taken.scatter_(1, j, True)
+            if i == k - 1:
+                break
+            row = x.gather(1, j[..., None].expand(-1, 1, width)) @ x.mT
+            if i:
+                row = row - factor[:, :i].gather(2, j[:, None].expand(-1, i, 1)).mT @ factor[:, :i]
+            root = left.gather(1, j)
+            factor[:, i] = torch.where(root > LEAST, row[:, 0] / root.clamp(min=LEAST).sqrt(), 0)
+            left = left - factor[:, i] ** 2
     return picked
