@@ -22,6 +22,7 @@ _HOME = {
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
     "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
+    "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .compressors.base import Merger as Merger
     from .compressors.base import Projector as Projector
     from .compressors.base import Selector as Selector
+    from .compressors.cdpruner import CDPruner as CDPruner
     from .compressors.dart import Dart as Dart
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
@@ -48,7 +50,9 @@ if TYPE_CHECKING:
     from .compressors.reducer import Reducer as Reducer
     from .compressors.resize import Resize as Resize
     from .compressors.sparsevlm import SparseVLM as SparseVLM
+    from .compressors.spp import SpatialPyramidPooling as SpatialPyramidPooling
     from .compressors.tokenflex import TokenFlex as TokenFlex
+    from .compressors.tome import ToMe as ToMe
     from .compressors.uniform import Uniform as Uniform
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
+CONDITIONED = ("cdpruner", "spp", "tome")
 BUILTIN = {
-    name: f"mllm_efficient.compressors.{name}" for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE)
+    name: f"mllm_efficient.compressors.{name}"
+    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED)
 }
 _registered: dict[str, type] = {}
 

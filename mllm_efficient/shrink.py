@@ -25,7 +25,7 @@ from .positions import native, place
 from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
-from .staged import Standing, report_of, staging_of, standing, standing_in, targets
+from .staged import Standing, instruction_end, report_of, staging_of, standing, standing_in, targets
 from .trained import held, module_of, require_held
 
 
@@ -242,7 +242,10 @@ def prepare(
         return Prepared(_given(tensors), whole, adapter.pack, report, None, staging)
     require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
     before = past.images.tolist() if past else [0] * len(ids_cpu)
-    contexts = _contexts(adapter, method, found, input_ids[:, start:], new_mask, image_keys, before)
+    given = rest.get("labels")
+    contexts = _contexts(
+        adapter, method, found, input_ids[:, start:], new_mask, image_keys, before, None if given is None else given[:, start:]
+    )
     squeezed, seconds = squeeze_all(method, plans, [encoded.encodings[f.index] for f in found], contexts)
     keep = torch.ones_like(mask_cpu)
     if past is not None:
@@ -343,23 +346,30 @@ def _stock(adapter, input_ids, attention_mask, rest: dict[str, Any], report: Com
     return Prepared(_given(tensors), None, adapter.pack, report, None)
 
 
-def _contexts(adapter, method, found: list[Located], ids: Tensor, mask: Tensor, image_keys, before: list[int]) -> list[Context]:
-    """What a method may ask for beyond the tower's output: a generator and the row's text.
+def _contexts(
+    adapter, method, found: list[Located], ids: Tensor, mask: Tensor, image_keys, before: list[int], labels: Tensor | None
+) -> list[Context]:
+    """What a method may ask for beyond the tower's output: a generator and the row's text up to the answer.
 
-    ``before``: images that each row had in earlier turns.
+    ``before``: images that each row had in earlier turns. ``labels``: (B, L) of the same columns; an answer in a prompt, as
+    in training, is not shown to the method, which could not know it when it generates.
     """
     out: list[Context] = []
     seen = list(before)
+    question = _question(adapter, ids.cpu(), mask, labels) if "text" in method.needs else None
     for i, f in enumerate(found):
         index = seen[f.row]
         seen[f.row] += 1
-        text = None
-        if "text" in method.needs:
-            row = ids[f.row]
-            visual = torch.isin(row, torch.tensor(list(adapter.placeholders.values()), device=row.device))
-            text = adapter.embed_text(row[mask[f.row].to(row.device) & ~visual])
+        text = None if question is None else adapter.embed_text(ids[f.row][question[f.row].to(ids.device)])
         out.append(Context(generator_for(method, index if image_keys is None else image_keys[i]), text))
     return out
+
+
+def _question(adapter: Any, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """(B, L) bool, the columns of each row's text up to its answer: no placeholder, no padding. All on the CPU."""
+    visual = torch.isin(ids, torch.tensor(list(adapter.placeholders.values())))
+    last = instruction_end(mask, visual & mask, labels)
+    return mask & ~visual & (torch.arange(mask.shape[1]) <= last[:, None])
 
 
 def _pad_id(adapter: Any) -> int:

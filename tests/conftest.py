@@ -165,7 +165,7 @@ def image_features(model, pixel_values: Tensor, **call) -> list[Tensor]:
 def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
     """What ``spec`` leaves of the pictures of one row, and the places the tokens had if their positions are kept.
 
-    The built-in mergers are written out for 6 x 6 tokens to 3 x 3; a selector is asked picture by picture.
+    Pooling and resizing are written out for 6 x 6 tokens to 3 x 3; other methods are asked picture by picture.
     """
     import mllm_efficient as me
     from mllm_efficient.compressors.base import generator_for
@@ -179,7 +179,9 @@ def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None
     full = image_features(model, pixels)
     if method.name == "pool":
         blocks = [f.reshape(3, 2, 3, 2, -1) for f in full]
-        return [(b.mean((1, 3)) if method.mode == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
+        return [(b.mean((1, 3)) if method.op == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
+    if method.merges:  # tested token by token where the method is
+        return [method.compress(me.VisualTokens(f, grid=(6, 6)), method.tokens).features for f in full], None
     generators = [generator_for(method, key) for key in keys or range(len(full))]
     places = [method.select(me.VisualTokens(f, grid=(6, 6), generator=g)) for f, g in zip(full, generators)]
     return [f[p] for f, p in zip(full, places)], places if method.positions == "keep" else None

@@ -112,18 +112,25 @@ def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
 
 
 @pytest.mark.parametrize(
-    "spec", ["random:keep=0.3", "uniform:keep=0.3", "pool:keep=0.3", "divprune:keep=0.3", "divprune:keep=0.3,metric=l2"]
+    "spec",
+    [
+        *("random:keep=0.3", "uniform:keep=0.3", "pool:keep=0.3", "divprune:keep=0.3", "divprune:keep=0.3,metric=l2"),
+        *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
+    ],
 )
 def test_a_method_costs_what_torch_counts(spec):
-    method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12))
+    method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12), text=torch.randn(7, 48))
     assert counted(lambda: method.compress(v, 36)) == method.flops(120, 48, 36)
-    assert (method.flops(120, 48, 36) > 0) == (spec == "divprune:keep=0.3")
+    multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome")
+    assert (method.flops(120, 48, 36) > 0) == multiplies
 
 
 @pytest.mark.parametrize(
     "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
 )
-@pytest.mark.parametrize("spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3"])
+@pytest.mark.parametrize(
+    "spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3", "cdpruner:tokens=7"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_call_costs_what_torch_counts(family, spec, call):
     """Every phase, with the CPU's attention kernel, for which torch has no formula of its own."""
@@ -312,7 +319,7 @@ def test_every_budget_keeps_what_the_plan_says(family, row):
     else:
         picture = rules._at(len(item.shape.planes), rules.side, "") if family == "internvl" else rules.of_size(ASPECTS["7:5"])
     tried = 0
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune"):
+    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "cdpruner", "spp", "tome"):
         extras = ["", "per=tile", "per=frame", "newline=keep", *(["order=picked"] if name == "divprune" else [])]
         for budget in ("keep=1.0", "keep=0.7", "keep=0.3", "tokens=7", "tokens=9999", "keep=0.01") if name != "none" else ("",):
             for more in extras if name != "none" else ("",):

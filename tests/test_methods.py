@@ -42,9 +42,15 @@ BUDGETS = (
 KEEPS_POSITIONS = {"tokens": 7, "positions": "keep"}
 OWN = {
     "divprune": ({"keep": 0.25, "metric": "l2"}, {"tokens": 7, "metric": "l1", "order": "picked"}),
-    "pool": ({"keep": 0.25, "mode": "max"},),
+    "cdpruner": ({"keep": 0.25, "relevance": "llm", "per": "tile"},),
+    "pool": ({"keep": 0.25, "op": "max"}, {"keep": 0.25, "op": "gem", "p": 2}, {"tokens": 7, "op": "ggem", "p": "1/2.5"}),
+    "spp": ({"keep": 0.25, "op": "gem"}, {"tokens": 7, "op": "max"}),
+    "tome": ({"keep": 0.25, "r": 4},),
     "random": ({"keep": 0.25, "seed": 3}, {"tokens": 7, "seed": -1}),
 }
+
+
+ALWAYS_SAID = {"cdpruner": {"relevance": "llm"}}  # settings that a method names even where they are the default
 
 
 def settings_of(name: str) -> list[dict]:
@@ -200,7 +206,9 @@ def test_methods_with_different_settings_or_names_differ():
 def test_a_dict_builds_the_method_it_came_from(name, given_settings):
     method = me.build({"method": name, **given_settings})
     settings_dict = method.to_dict()
-    assert settings_dict == {"method": name, **given_settings}, "every setting that is not the default, and no other"
+    assert settings_dict == {"method": name, **given_settings, **ALWAYS_SAID.get(name, {})}, (
+        "every setting that is not the default, and no other"
+    )
     assert me.build(settings_dict) == method and type(me.build(settings_dict)) is type(method)
     assert me.build(json.loads(json.dumps(settings_dict))) == method
 
@@ -319,7 +327,7 @@ def slow_pool(features: torch.Tensor, grid: tuple[int, int], h: int, w: int, mod
 def test_pool_is_adaptive_pooling_by_the_slow_loop(grid, mode):
     v = visual_tokens(grid, dtype=torch.float64)
     for budget in range(1, len(v) + 1):
-        method = me.Pool(tokens=budget, mode=mode)
+        method = me.Pool(tokens=budget, op=mode)
         out = method.compress(v, budget)
         assert out.indices is None and len(out) == method.count(len(v), grid)
         assert out.grid == fit_grid(grid, budget)
@@ -332,18 +340,18 @@ def test_pool_is_adaptive_pooling_by_the_slow_loop(grid, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pool_keeps_the_dtype_and_at_full_size_the_values(mode, dtype):
     v = visual_tokens((3, 4), dtype=dtype)
-    out = me.Pool(keep=1.0, mode=mode).compress(v, 12)
+    out = me.Pool(keep=1.0, op=mode).compress(v, 12)
     assert torch.equal(out.features, v.features) and out.features.dtype == dtype and out.grid == (3, 4)
-    assert me.Pool(keep=0.5, mode=mode).compress(v, me.Pool(keep=0.5).count(12, (3, 4))).features.dtype == dtype
+    assert me.Pool(keep=0.5, op=mode).compress(v, me.Pool(keep=0.5).count(12, (3, 4))).features.dtype == dtype
 
 
 def test_pool_keeps_a_square_count_on_a_square_grid():
     assert [me.Pool(tokens=k).count(576, (24, 24)) for k in (1, 4, 64, 144, 256, 576)] == [1, 4, 64, 144, 256, 576]
 
 
-def test_pool_has_two_modes():
-    with pytest.raises(me.BadBudgetError, match="mode='mean' is not one of 'avg', 'max'"):
-        me.Pool(keep=0.5, mode="mean")
+def test_pool_refuses_an_operation_that_does_not_exist():
+    with pytest.raises(me.BadBudgetError, match="pool: op='mean' is not one of 'avg', 'max', 'gem', 'ggem'"):
+        me.Pool(keep=0.5, op="mean")
 
 
 # resize --------------------------------------------------------------------------------------------------------------

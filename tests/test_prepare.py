@@ -18,7 +18,7 @@ ROWS = ("one image", "two images", "touching images", "text only", "long text")
 MIXED = ("one image", "two images", "text only", "long text")
 SPECS = (
     "divprune:tokens=9", "divprune:tokens=9,metric=l2", "random:tokens=9", "random:tokens=9,seed=3", "uniform:tokens=9", "uniform:keep=0.4",
-    "pool:tokens=9", "pool:tokens=9,mode=max", "resize:tokens=9", "divprune:tokens=9,order=picked",
+    "pool:tokens=9", "pool:tokens=9,op=max", "resize:tokens=9", "divprune:tokens=9,order=picked",
     "divprune:tokens=9,positions=keep", "random:tokens=9,positions=keep", "uniform:tokens=1,positions=keep",
 )  # fmt: skip
 

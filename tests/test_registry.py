@@ -18,6 +18,7 @@ from mllm_efficient import registry
 
 ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
+BUILTIN += ["cdpruner", "spp", "tome"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 
@@ -49,6 +50,9 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("pool", "Pool"),
         ("resize", "Resize"),
         ("divprune", "DivPrune"),
+        ("cdpruner", "CDPruner"),
+        ("spp", "SpatialPyramidPooling"),
+        ("tome", "ToMe"),
     ],
 )
 def test_a_builtin_name_is_the_public_class(name, cls):

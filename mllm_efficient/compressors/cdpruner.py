@@ -1,0 +1,145 @@
+"""CDPruner: the subset of visual tokens that is most diverse, conditioned on how relevant each is to the question."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import BadBudgetError, CountMismatchError
+from ..lazy import torch
+from ..registry import register
+from ..tokens import CompressedTokens, VisualTokens
+from .base import Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOGETHER = 2**27  # entries of features in memory at a time: 1 GB of float64
+LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
+
+
+@register("cdpruner")
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(Selector):
+    """Conditional diversity: a greedy determinantal point process over relevance to the question and cosine similarity.
+
+    Source: CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967). Greedy MAP inference with an incremental Cholesky
+    factor: Chen et al., NeurIPS 2018, arXiv 1709.05135.
+    Rule: S_ij is the cosine of projected tokens i and j, r_i the relevance of token i scaled to [0, 1] by the smallest and
+    the largest of the image, L = diag(r) S diag(r). One token after the other, the one that enlarges det(L of the chosen)
+    most. As det(L) is the product of r_i^2 times det(S), the factor is of S alone and token i scores r_i^2 s_i, where s_i is
+    what S_ii has left: no number is divided by a relevance.
+    relevance: "llm" is the cosine of a projected token with the mean embedding of the row's text tokens. All text of the
+    row up to the answer is the question, whatever a chat template adds; no other row and no padding enters. The paper's
+    LLaVA runs use CLIP's text tower instead, of which no model family here gives the patch embeddings: "clip" is refused.
+
+    Scores that are equal in float32 go to the lowest index. Where relevance differs by no more than 1e-6, every r_i is 1.
+    A token with r_i of at most 1e-6, as the least relevant one has, or with s_i of at most 1e-6, as a duplicate has, adds
+    nothing to any determinant; such tokens come after all others, by relevance. A zero row is similar to nothing, itself
+    included. NaN, infinity or no text raises.
+    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it. On a CUDA
+    device the images of a call that are of one size share the loop.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    paper: ClassVar[str] = "arXiv 2506.10967"
+
+    relevance: str = "llm"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relevance == "clip":
+            raise BadBudgetError(
+                "cdpruner: relevance='clip' needs CLIP embeddings of the patches and of the question, and no model family gives "
+                "clip_text or patches in CLIP's space: use relevance='llm'"
+            )
+        if self.relevance != "llm":
+            raise BadBudgetError(f"cdpruner: relevance={self.relevance!r} is not 'llm'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every method's, and always with the relevance: results under another one are those of another method."""
+        return {**super().to_dict(), "relevance": self.relevance}
+
+    def flops(self, n: int, d: int, k: int) -> int:
+        """The question's row and one row of S for every pick but the last, and their products with the factor."""
+        return 2 * n * d * k + n * (k - 1) * max(0, k - 2)
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        x, relevance = self._conditioned(v)
+        return most_volume(x[None], relevance[None], k)[0]
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is CDPruner and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
+            return self._compress_together(parts, ks)
+        return super().compress_all(parts, ks)
+
+    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """The picks of all that are alike in size, K and device in one loop, as far as memory allows."""
+        alike = defaultdict(list)
+        for i, (v, k) in enumerate(zip(parts, ks)):
+            if not 1 <= k <= len(v):
+                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
+            alike[v.features.shape, v.features.device, k].append(i)
+        done: dict[int, CompressedTokens] = {}
+        for ((n, d), _, k), members in alike.items():
+            most = max(1, TOGETHER // (n * d))
+            for some in (members[start : start + most] for start in range(0, len(members), most)):
+                x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(parts[i]) for i in some)))
+                indices = most_volume(x, relevance, k).sort(dim=1).values
+                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
+        return [done[i] for i in range(len(parts))]
+
+    def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
+        """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""
+        if v.text is None or len(v.text) == 0:
+            raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
+        # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
+        full = torch.float32 if v.features.device.type == "mps" else torch.float64
+        x, text = v.features.detach().to(full), v.text.detach().to(v.features.device, full)
+        if not (x.isfinite().all() & text.isfinite().all()):
+            raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
+        with torch.autocast(x.device.type, enabled=False):
+            x = unit(x)
+            return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows (N, D) at length 1, zero rows at 0. Divided by the largest entry first, so that no square overflows or vanishes."""
+    largest = x.abs().amax(1, keepdim=True)
+    x = x / torch.where(largest == 0, 1, largest)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / torch.where(norm == 0, 1, norm)
+
+
+def scaled(relevance: Tensor) -> Tensor:
+    """Relevance (N,) to [0, 1], the least at 0 and the largest at 1; all at 1 where they are equal but for rounding."""
+    least, most = relevance.aminmax()
+    spread = most - least
+    return torch.where(spread > LEAST, (relevance - least) / spread.clamp(min=LEAST), 1)
+
+
+def most_volume(x: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """(B, K) indices in the order of choice from unit rows x (B, N, D) and relevance (B, N) in [0, 1]: greedy MAP of r S r."""
+    images, n, width = x.shape
+    picked = torch.empty(images, k, dtype=torch.long, device=x.device)
+    factor = x.new_zeros(images, k, n)  # the rows of the transposed Cholesky factor of S that belong to the chosen
+    left = (x * x).sum(-1)  # what is left of S_ii
+    weight, taken = relevance * relevance, torch.zeros(images, n, dtype=torch.bool, device=x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for i in range(k):
+            adds = (relevance > LEAST) & (left > LEAST)
+            score = torch.where(adds, weight * left, relevance - 2).float()  # what adds nothing is below all that does
+            j = score.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)  # in float32, for copies to tie
+            picked[:, i : i + 1] = j
+            taken.scatter_(1, j, True)
+            if i == k - 1:
+                break
+            row = x.gather(1, j[..., None].expand(-1, 1, width)) @ x.mT
+            if i:
+                row = row - factor[:, :i].gather(2, j[:, None].expand(-1, i, 1)).mT @ factor[:, :i]
+            root = left.gather(1, j)
+            factor[:, i] = torch.where(root > LEAST, row[:, 0] / root.clamp(min=LEAST).sqrt(), 0)
+            left = left - factor[:, i] ** 2
+    return picked
