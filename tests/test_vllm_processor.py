@@ -14,13 +14,27 @@ from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.suite import samples
 from mllm_efficient.exporting import export
 from mllm_efficient.models import Loaded, ModelOptions, builtin_folder, load
+from mllm_efficient.patches.vllm.settings import require_served
 
 from .families import ASPECTS, VOCABULARY, noise
 from .vllm_models import ENVIRONMENT, model_of, needs_vllm, processor_of, saved_processor_of
 from .vllm_processor import MARK
 
 pytestmark = [needs_vllm, pytest.mark.slow]
-METHODS = ("divprune", "uniform", "random", "pool")
+
+
+def can_be_served(name):
+    cls = me.get_method(name)
+    if name == "none" or cls.trained:
+        return False
+    try:
+        require_served(cls(tokens=9))
+    except me.UnsupportedModelError:
+        return False
+    return True
+
+
+METHODS = [name for name in me.list_methods() if can_be_served(name)]
 BUDGETS = ({"tokens": 9}, {"keep": 0.3})
 
 

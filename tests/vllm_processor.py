@@ -30,7 +30,13 @@ def main() -> None:
         for call in job["calls"]:
             if call.get("video"):
                 try:
-                    processor.info.parse_mm_data({"video": [np.zeros((4, 16, 16, 3), np.uint8)]})
+                    processor.info.parse_mm_data(
+                        {
+                            "video": [
+                                (np.zeros((4, 16, 16, 3), np.uint8), {"fps": 1.0, "frames_indices": [0, 1, 2, 3], "total_num_frames": 4})
+                            ]
+                        }
+                    )
                 except ValueError as error:
                     out.append({"error": str(error)})
                 continue

@@ -20,7 +20,7 @@ from mllm_efficient.squeeze import Context, rows_of
 
 from ..base import Encoding
 from . import PROJECTOR
-from .settings import REQUEST, Settings, is_projector, settings_of
+from .settings import REQUEST, Settings, is_projector, settings_of, untested
 from .shapes import Shapes
 
 try:
@@ -173,22 +173,6 @@ class CompressedProcessor(Stock):
 
 
 # ----------------------------------------------------------------------------------------------------------- model
-
-
-def untested(config: Any) -> list[str]:
-    """What of a ``VllmConfig`` no test has run with the plugin."""
-    parallel, images = config.parallel_config, getattr(config.model_config, "multimodal_config", None)
-    found = {
-        "pipeline parallel": parallel.pipeline_parallel_size > 1,
-        "data parallel": parallel.data_parallel_size > 1,
-        "encoder data-parallel": getattr(images, "mm_encoder_tp_mode", None) == "data",
-        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None,
-        "LoRA": config.lora_config is not None,
-        "an external KV connector": config.kv_transfer_config is not None,
-        "an external encoder cache": getattr(config, "ec_transfer_config", None) is not None,
-        "speculative decoding": config.speculative_config is not None,
-    }
-    return [name for name, used in found.items() if used]
 
 
 class CompressedModel(Planned):

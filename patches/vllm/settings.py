@@ -89,3 +89,19 @@ def require_served(method: Compressor) -> None:
 
 def is_projector(settings: Settings | None) -> bool:
     return settings is not None and isinstance(settings.method, Projector)
+
+
+def untested(config: Any) -> list[str]:
+    """What of vLLM's configuration no test has run with the plugin."""
+    parallel, images, lora = config.parallel_config, config.model_config.multimodal_config, config.lora_config
+    found = {
+        "pipeline parallel": parallel.pipeline_parallel_size > 1,
+        "data parallel": parallel.data_parallel_size > 1,
+        "encoder data-parallel": images is not None and images.mm_encoder_tp_mode == "data",
+        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None,
+        "LoRA of tower and connector": lora is not None and lora.enable_tower_connector_lora,
+        "an external KV connector": config.kv_transfer_config is not None,
+        "an external encoder cache": config.ec_transfer_config is not None,
+        "speculative decoding": config.speculative_config is not None,
+    }
+    return [name for name, used in found.items() if used]
