@@ -282,6 +282,11 @@ def test_published_numbers_stand_beside_ours(capsys):
         ("GQA", "none", 60.0, 61.96, -1.96), ("MME", "divprune:tokens=64", 1300.0, 1328, -28.0),
         ("COCO", "divprune:tokens=64", 97.0, 96, 1.0),
     ]  # fmt: skip
+    counted = suites.read("references", "mmtok-table16")
+    rows = [{**rows[0], "method": f"divprune:tokens={k}", "visual_tokens_kept": float(k)} for k in (192, 64, 100)]
+    assert [(b["method"], b["published"], b["published_kept"]) for b in beside(rows, counted)] == [
+        ("divprune:tokens=192", 59.97, 33.33), ("divprune:tokens=64", 57.78, 11.11)
+    ]  # fmt: skip
     assert evaluate(capsys, "--tasks", "me_builtin", "--limit", 7, "--reference", "divprune-table1")[0] == 2
     assert evaluate(capsys, "--tasks", "me_builtin", "--limit", 7, "--reference", "divprune-table2")[0] == 2
 

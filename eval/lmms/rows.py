@@ -226,11 +226,14 @@ def _signed(r: dict[str, Any]) -> str:
 def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[dict[str, Any]]:
     """Our numbers beside a published row: each arm whose method the table has, task after task, in the table's units.
 
-    kept, published_kept: the share of an image's tokens, here and in the paper.
+    A row of the table that is called ``NAME@TOKENS`` is of arms that keep as many, to half a token. kept, published_kept: the share of an
+    image's tokens, here and in the paper.
     """
-    out = []
+    out, shares = [], reference.get("kept", {})
     for r in rows:
         name, column = r["method"].split(":")[0], reference["tasks"].get(r["task"])
+        counted = f"{name}@{round(r['visual_tokens_kept'] or 0)}"
+        name = counted if counted in reference["rows"] else name
         published = reference["rows"].get(name, {}).get(column)
         if not r["primary"] or published is None:
             continue
@@ -240,7 +243,7 @@ def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[di
             {
                 "task": column, "method": r["method"], "tokens": r["visual_tokens_kept"],
                 "kept": _round(100 * r["visual_tokens_kept"] / r["visual_tokens_full"]) if r["visual_tokens_full"] else None,
-                "published_kept": reference["kept"].get(name),
+                "published_kept": _round(100 * int(name.split("@")[1]) / reference["full"]) if "@" in name else shares.get(name),
                 "ours": _round(ours), "published": published, "difference": _round(None if ours is None else ours - published),
             }
         )  # fmt: skip

@@ -70,7 +70,9 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
         "model_calls": run.calls,
         "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
-        "reference": None if reference is None else {"name": asked.reference, "source": reference["source"], "rows": published},
+        "reference": None if reference is None else {
+            "name": asked.reference, "source": reference["source"], "rows": published, "averages": reference.get("averages"),
+        },
     }  # fmt: skip
     if output_dir is not None:
         from ..eval.sweep import write_json
@@ -88,6 +90,9 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         if reference is not None:
             print(f"\nBeside {reference['title']} ({reference['source']}):")
             options.print_table(*reference_table(published), left=2)
+            if "averages" in reference:
+                said = ", ".join(f"{name} {value}" for name, value in reference["averages"].items())
+                print(f"Its averages over all of its sets, in percent of the uncompressed model: {said}")
             for line in dict.fromkeys(filter(None, map(_unlike, published))):
                 print(line)
             if asked.limit is not None:
