@@ -141,15 +141,19 @@ def test_a_shape_is_served_without_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "method, model, says",
     [
-        (["fastv:ratio=0.5"], "inside the decoder"),
-        (["divprune:tokens=200"], "tokens=200"),
+        ("fastv:ratio=0.5", "builtin", "inside the decoder"),
+        ("divprune:tokens=200", "builtin", "tokens=200"),
+        ("divprune:tokens=64", "qwen2.5-vl-7b", "give --server NAME=URL for each"),
+        ("tokenflex:tokens=36", "bench-0.3b", "tokenflex needs its weights"),
+        ("resize:tokens=640", "llava-1.6-7b", "makes the picture itself smaller"),
     ],
 )
-def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path, arguments, says):
+def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path, method, model, says):
     with pytest.raises(me.MllmEfficientError, match=says):
-        plans(tmp_path, *arguments)
+        plans(tmp_path, method, model=model, random_weights=model != "builtin")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exported_smaller_model_is_resize_in_transformers(tmp_path):

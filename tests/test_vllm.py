@@ -95,6 +95,13 @@ def test_a_query_aware_method_is_refused_by_name(registered):
         settings("asks:tokens=4")
 
 
+def test_the_plugin_costs_nothing_until_vllm_calls_it():
+    """Importing it, which every process of vLLM does, and importing the package, loads neither torch, nor vLLM, nor transformers."""
+    code = "import sys, mllm_efficient, mllm_efficient.patches.vllm; print(*{'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
 def test_what_no_test_has_run_is_named():
     """As vLLM's configuration has it when nothing of that is asked, and when all of it is."""
     none = SimpleNamespace

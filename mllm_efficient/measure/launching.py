@@ -66,6 +66,8 @@ class Launch:
         if name not in SERVED:
             raise UnsupportedModelError(f"{options.model} is a {name}, and the served models are {', '.join(SERVED)}")
         self.shapes = Shapes(self.config)
+        if self.shapes.adapter.mrope:
+            raise UnsupportedModelError(f"{name} is not started here: run a server for each method and give --server NAME=URL for each")
         self.image_size = image_size or usual_size(self.shapes.adapter)
         self.methods = [NoCompression(), *(m for m in methods if m.spec() != NoCompression.name)]
         for method in self.methods[1:]:

@@ -73,13 +73,13 @@ def require_served(method: Compressor) -> None:
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
     elif isinstance(method, Resizer):
-        why = "makes the picture itself smaller: send a smaller one"
+        why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
     elif set(method.needs) - OF_IMAGES:
         why = f"needs {', '.join(sorted(set(method.needs) - OF_IMAGES))}, which vLLM does not give"
     elif method.positions == "keep":
-        why = "with positions='keep' leaves gaps between positions, which vLLM does not"
+        why = "with positions='keep' leaves gaps between positions, which vLLM has on Qwen-VL alone and there by itself: leave it out"
     elif method.newline == "keep":
         why = "with newline='keep' leaves newline columns, which are not counted as tokens here"
     else:
