@@ -82,11 +82,15 @@ class Launch:
         if self.random:
             from .random_model import config_of
 
+            for name in ("revision", "trust_remote_code"):
+                if getattr(self.options, name):
+                    raise MllmEfficientError(f"--{name.replace('_', '-')} has no effect with --random-weights: leave it out")
             return config_of(self.options.model)
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(self.source, revision=self.options.revision)
+            remote = self.options.trust_remote_code
+            return AutoConfig.from_pretrained(self.source, revision=self.options.revision, trust_remote_code=remote)
         except (OSError, ValueError) as error:
             raise MllmEfficientError(f"--model {self.options.model}: {str(error).splitlines()[0]}") from None
 
@@ -113,6 +117,7 @@ class Launch:
             else:
                 own, more = source, ["--hf-overrides", json.dumps({KEY: method.to_dict()})]
             more += ["--load-format", "dummy"] if self.random else []
+            more += ["--trust-remote-code"] if self.options.trust_remote_code else []
             more += ["--revision", self.options.revision] if self.options.revision and own == source else []
             out.append(Plan(method.spec(), METHOD if i else BASELINE, own, tuple(more), *counts))
         return out
