@@ -23,6 +23,8 @@ _HOME = {
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
     "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
+    "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
+    "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
@@ -42,18 +44,23 @@ if TYPE_CHECKING:
     from .compressors.dart import Dart as Dart
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
+    from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool
+    from .compressors.prumerge_plus import PruMergePlus as PruMergePlus
     from .compressors.pyramiddrop import PyramidDrop as PyramidDrop
     from .compressors.random import Random as Random
     from .compressors.reducer import Reducer as Reducer
     from .compressors.resize import Resize as Resize
+    from .compressors.scope import Scope as Scope
     from .compressors.sparsevlm import SparseVLM as SparseVLM
     from .compressors.spp import SpatialPyramidPooling as SpatialPyramidPooling
     from .compressors.tokenflex import TokenFlex as TokenFlex
     from .compressors.tome import ToMe as ToMe
     from .compressors.uniform import Uniform as Uniform
+    from .compressors.visionzip import VisionZip as VisionZip
+    from .compressors.vispruner import VisPruner as VisPruner
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError
     from .errors import CountMismatchError as CountMismatchError

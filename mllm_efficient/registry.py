@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
 CONDITIONED = ("cdpruner", "spp", "tome")
+ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED)
+    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE)
 }
 _registered: dict[str, type] = {}
 

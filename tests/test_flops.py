@@ -115,13 +115,23 @@ def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
     "spec",
     [
         *("random:keep=0.3", "uniform:keep=0.3", "pool:keep=0.3", "divprune:keep=0.3", "divprune:keep=0.3,metric=l2"),
+        *(
+            "fastervlm:keep=0.3",
+            "vispruner:keep=0.3",
+            "vispruner:keep=0.3,r=1",
+            "visionzip:keep=0.3",
+            "scope:keep=0.3",
+            "prumerge_plus:keep=0.3",
+        ),
         *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
     ],
 )
 def test_a_method_costs_what_torch_counts(spec):
-    method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12), text=torch.randn(7, 48))
+    of_tower = {"attention": torch.rand(120), "keys": torch.randn(120, 48)}
+    method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12), text=torch.randn(7, 48), **of_tower)
     assert counted(lambda: method.compress(v, 36)) == method.flops(120, 48, 36)
-    multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome")
+    multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome", "scope", "visionzip", "prumerge_plus")
+    multiplies |= spec == "vispruner:keep=0.3"
     assert (method.flops(120, 48, 36) > 0) == multiplies
 
 

@@ -46,6 +46,10 @@ OWN = {
     "pool": ({"keep": 0.25, "op": "max"}, {"keep": 0.25, "op": "gem", "p": 2}, {"tokens": 7, "op": "ggem", "p": "1/2.5"}),
     "spp": ({"keep": 0.25, "op": "gem"}, {"tokens": 7, "op": "max"}),
     "tome": ({"keep": 0.25, "r": 4},),
+    "vispruner": ({"keep": 0.25, "r": 0.2},),
+    "visionzip": ({"keep": 0.25, "contextual": 0.4},),
+    "scope": ({"keep": 0.25, "alpha": 2},),
+    "prumerge_plus": ({"keep": 0.25, "uniform": 0.25, "neighbours": 3},),
     "random": ({"keep": 0.25, "seed": 3}, {"tokens": 7, "seed": -1}),
 }
 

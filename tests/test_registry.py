@@ -18,7 +18,7 @@ from mllm_efficient import registry
 
 ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
-BUILTIN += ["cdpruner", "spp", "tome"]
+BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 
@@ -53,6 +53,11 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("cdpruner", "CDPruner"),
         ("spp", "SpatialPyramidPooling"),
         ("tome", "ToMe"),
+        ("fastervlm", "FasterVLM"),
+        ("vispruner", "VisPruner"),
+        ("visionzip", "VisionZip"),
+        ("scope", "Scope"),
+        ("prumerge_plus", "PruMergePlus"),
     ],
 )
 def test_a_builtin_name_is_the_public_class(name, cls):

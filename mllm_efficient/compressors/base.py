@@ -91,6 +91,7 @@ class Compressor:
     def flops(self, n: int, d: int, k: int) -> int:
         """FLOPs of choosing or making k of n tokens of width d: twice the multiply-adds of its matrix products alone.
 
+        d is the keys' width for a method that needs keys.
         That is what torch's ``FlopCounterMode`` counts: sorting, pooling, norms and comparisons are nothing to it. A
         method that multiplies matrices overrides this.
         """

@@ -11,6 +11,7 @@ from ..errors import BadBudgetError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
+from ._cosine import unit
 from .base import Selector
 
 if TYPE_CHECKING:
@@ -103,14 +104,6 @@ class CDPruner(Selector):
         with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
             return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
-
-
-def unit(x: Tensor) -> Tensor:
-    """Rows (N, D) at length 1, zero rows at 0. Divided by the largest entry first, so that no square overflows or vanishes."""
-    largest = x.abs().amax(1, keepdim=True)
-    x = x / torch.where(largest == 0, 1, largest)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / torch.where(norm == 0, 1, norm)
 
 
 def scaled(relevance: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from ..errors import BadBudgetError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
+from ._cosine import unit
 from .base import Merger
-from .cdpruner import unit
 from .divprune import full_float32
 
 if TYPE_CHECKING:

@@ -120,7 +120,8 @@ def cost(
     vision = compress = decode = 0
     if convention == EXACT:
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
-        compress = sum(compressor.flops(n, decoder.width, k) for one in kept for n, k in one.groups)
+        width = model.tower.width // model.tower.heads if "keys" in compressor.needs else decoder.width
+        compress = sum(compressor.flops(n, width, k) for one in kept for n, k in one.groups)
         if isinstance(compressor, Reducer):
             compress = choosing_flops(decoder, compressor, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)

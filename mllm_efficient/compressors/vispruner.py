@@ -1,0 +1,61 @@
+"""VisPruner: tokens that the tower attends to, and of the others those that say what no other says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import BadBudgetError
+from ..lazy import torch
+from ..registry import register
+from ..tokens import VisualTokens
+from ._cosine import cosines, finite
+from .base import Selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AT_ONCE = 8  # tokens that a round removes at most
+
+
+@register("vispruner")
+@dataclass(frozen=True, kw_only=True)
+class VisPruner(Selector):
+    """Important tokens by attention, then diverse ones by removal of duplicates.
+
+    Source: VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818). Rule: the floor(r K) tokens with the largest attention of the
+    class token stay. The others, in raster order, are thinned in rounds until K are left in all: every second one, from the
+    first on, is compared with those between, and the up to 8 with the largest cosine to any of them go.
+    r: share of important tokens; the paper's 0.5. Its cosines are of the tower's output, these are of the projected tokens.
+    Ties: the lowest index is important, and the lowest index goes. The rest stays in raster order between rounds. NaN or
+    infinity raises. O(N^2 D) once, then (N - K) / 8 rounds of O(N^2).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    paper: ClassVar[str] = "arXiv 2412.01818"
+
+    r: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 <= self.r <= 1:
+            raise BadBudgetError(f"vispruner: r={self.r!r} is not a share between 0 and 1")
+
+    def flops(self, n: int, d: int, k: int) -> int:
+        """The cosines of all tokens; none where importance alone fills the budget."""
+        return 2 * n * n * d if int(self.r * k) < k < n else 0
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        assert v.attention is not None
+        order = finite(v.attention, self.name, "attentions").sort(descending=True, stable=True).indices
+        important = int(self.r * k)
+        if important == k or k == len(v):
+            return order[:k]
+        alike = cosines(x := finite(v.features, self.name, "visual tokens"), x)
+        rest = order[important:].sort().values
+        while len(rest) > k - important:
+            first, between = rest[::2], rest[1::2]
+            gone = min(AT_ONCE, len(first), len(rest) - (k - important))
+            nearest = alike[first][:, between].amax(1).sort(descending=True, stable=True).indices
+            rest = torch.cat([first[nearest[gone:]], between]).sort().values
+        return torch.cat([order[:important], rest])
