@@ -74,7 +74,7 @@ def slow_scope(x, attention, k, alpha):
     alike = [[cosine(x[u], x[v]) for v in range(n)] for u in range(n)]
     cover, chosen = [0.0] * n, []
     for _ in range(k):
-        gains = {v: math.fsum(max(0.0, alike[u][v] - cover[u]) for u in range(n)) * attention[v] ** alpha
+        gains = {v: math.fsum(max(0.0, alike[u][v] - cover[u]) for u in range(n)) * float(np.float32(attention[v] ** alpha))
                  for v in range(n) if v not in chosen}  # fmt: skip
         best = max(gains.values())
         chosen.append(min(v for v, gain in gains.items() if gain >= best * (1 - 1e-9)))

@@ -26,7 +26,7 @@ class Scope(Selector):
     attention(v)^alpha. Attention is the class token's.
     alpha: how much saliency counts; 0 is coverage alone. The default of 1 is ours: the paper's value was not at hand. Cosines
     are of the projected tokens.
-    Where nothing adds anything any more, and between ties, the lowest index is next. NaN, infinity or negative attention
+    Where nothing adds anything any more, and between ties, the lowest index is next. NaN or infinity
     raises. O(N^2 D + K N^2), no host synchronisation in the picks.
     """
 
@@ -48,7 +48,9 @@ class Scope(Selector):
         assert v.attention is not None
         x = finite(v.features, self.name, "visual tokens")
         alike = cosines(x, x)
-        saliency = finite(v.attention, self.name, "attentions").to(alike.dtype) ** self.alpha
+        attention = finite(v.attention, self.name, "attentions")
+        full = torch.float32 if attention.device.type == "mps" else torch.float64
+        saliency = (attention.to(full) ** self.alpha).float().to(alike.dtype)  # the last bits of a power differ with where it stands
         picked = torch.empty(k, dtype=torch.long, device=x.device)
         taken = torch.zeros(len(v), dtype=torch.bool, device=x.device)
         cover = alike.new_zeros(len(v), 1)
