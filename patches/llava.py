@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +13,8 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Adapter, Encoding, Grid, Item, hooking, input_of, smaller_pixels, uncropped
-
-_capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
+from .attention import captured, has_class_token, tower_of
+from .base import Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
 
 
 class LlavaAdapter(Adapter):
@@ -30,11 +27,11 @@ class LlavaAdapter(Adapter):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        tower = model.model.vision_tower
-        self.tower = getattr(tower, "vision_model", tower)
+        self.tower = tower_of(model)
         if not hasattr(self.tower, "encoder") or not hasattr(self.tower, "embeddings"):
-            raise UnsupportedModelError(f"LLaVA with a {type(tower).__name__} tower is not supported: CLIP and SigLIP are")
-        self.has_cls = hasattr(self.tower.embeddings, "class_embedding")
+            name = type(model.model.vision_tower).__name__
+            raise UnsupportedModelError(f"LLaVA with a {name} tower is not supported: CLIP and SigLIP are")
+        self.has_cls = has_class_token(self.tower)
 
     def _settings(self, inputs: dict[str, Any]) -> tuple[Any, str]:
         layer, strategy = (inputs.get(k) for k in ("vision_feature_layer", "vision_feature_select_strategy"))
@@ -93,7 +90,7 @@ class LlavaAdapter(Adapter):
             call["interpolate_pos_encoding"] = True
             shapes = [self.shape_at(i, grid) for i in items]
         capture: dict[str, Tensor] = {}
-        hook = self._capture(capture, *self._settings(call)) if needs & {"attention", "keys"} else contextlib.nullcontext()
+        hook = captured(self.tower, capture, *self._settings(call)) if needs & {"attention", "keys"} else contextlib.nullcontext()
         with hook:
             features = self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
         out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
@@ -101,44 +98,6 @@ class LlavaAdapter(Adapter):
             return out
         attention, keys = (capture[k].to(out[0].features.device) for k in ("attention", "keys"))
         return [replace(e, attention=attention[i], keys=keys[i]) for i, e in enumerate(out)]
-
-    @contextlib.contextmanager
-    def _capture(self, into: dict[str, Tensor], layer: Any, strategy: str) -> Iterator[None]:
-        """Fills in attention (images, N) and keys (images, N, d) of the layer whose output the model takes.
-
-        Recomputed for the queries needed from the attention's own projections: the tower stays on its fast kernel.
-        Only the thread that asked records.
-        """
-        layers = self.tower.encoder.layers
-        index = layer if isinstance(layer, int) else layer[-1]
-        index = index - 1 if index >= 0 else len(layers) + index
-        if not 0 <= index < len(layers):
-            raise UnsupportedModelError(f"vision_feature_layer={layer} takes no attention layer's output")
-        attention, token = layers[index].self_attn, object()
-        first = 1 if self.has_cls and strategy == "default" else 0
-
-        @torch.no_grad()
-        def record(module, args, kwargs=None):
-            # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
-            if _capturing.get() is not token:
-                return
-            x = args[0] if args else (kwargs or {})["hidden_states"]
-            heads = module.num_heads
-            k = module.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
-            q = module.q_proj(x[:, :1] if self.has_cls else x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
-            weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
-            into["attention"] = weights.mean((1, 2))[:, first:]
-            into["keys"] = k.mean(1)[:, first:]
-
-        with hooking:
-            handle = attention.register_forward_pre_hook(record, with_kwargs=True)
-        reset = _capturing.set(token)
-        try:
-            yield
-        finally:
-            _capturing.reset(reset)
-            with hooking:
-                handle.remove()
 
     def become_smaller(self, grid: Grid) -> None:
         """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""

@@ -13,12 +13,14 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
+from .attention import captured, tower_of
 from .base import Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
 
 
 class LlavaNextAdapter(Adapter):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
+    gives = frozenset({"attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     separators = True
     projects = True
@@ -125,6 +127,8 @@ class LlavaNextAdapter(Adapter):
         return self._shape(item.arguments, grid[0])
 
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        if grid is None and needs & {"attention", "keys"}:
+            return self._with_attention(items)
         if grid is None:
             features = self.features(self.model.model, items)
             return [Encoding(f, i.shape) for f, i in zip(features, items)]
@@ -143,6 +147,21 @@ class LlavaNextAdapter(Adapter):
             features = self.features(host, small, interpolate_pos_encoding=True)
             out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
         return [out[i] for i in range(len(items))]
+
+    def _with_attention(self, items: list[Item]) -> list[Encoding]:
+        """Features, and the attention and keys of every tile's tokens packed as the host packs their features."""
+        first, capture = items[0].arguments, dict[str, Tensor]()
+        layer, strategy = (first.get(k) if first.get(k) is not None else getattr(self.config, k) for k in LlavaNextAdapter.settings)
+        with captured(tower_of(self.model), capture, layer, strategy):
+            features = self.features(self.model.model, items)
+        beside = torch.cat([capture["attention"][..., None], capture["keys"]], dim=2)[:, -(self.side**2) :]
+        out = []
+        for f, item, tiles in zip(features, items, beside.split([len(i.arguments["pixel_values"]) for i in items])):
+            newline = tiles.new_zeros(tiles.shape[-1])
+            packed = self.host_pack(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
+            own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
+            out.append(Encoding(f, item.shape, attention=own[:, 0], keys=own[:, 1:]))
+        return out
 
     def projected(self, item: Item, side: int) -> VisualShape:
         """The base view and every tile whole, row by row, without newlines: as the released TokenFLEX model tiles."""

@@ -162,6 +162,29 @@ def image_features(model, pixel_values: Tensor, **call) -> list[Tensor]:
     return list(model.model.get_image_features(pixel_values=pixel_values, return_dict=True, **call).pooler_output)
 
 
+def eager_attention(model, pixels, layer):
+    """Attention (images, heads, n, n) and keys (images, n, d) of a tower layer, from an eager copy of the model."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    modules = [m for n, m in eager.model.vision_tower.named_modules() if n.endswith("self_attn")]
+    keys = []
+    handle = modules[layer].k_proj.register_forward_hook(lambda m, a, out: keys.append(out))
+    with torch.no_grad():
+        out = eager.model.vision_tower(pixels, output_attentions=True)
+    handle.remove()
+    heads = modules[layer].num_heads
+    return out.attentions[layer], keys[0].unflatten(-1, (heads, -1)).mean(2)
+
+
+def attention_by_hand(model, pixels: Tensor) -> dict[str, list[Tensor]]:
+    """``attention`` and ``keys`` of each picture's patches in the layer whose output the model takes."""
+    layer, tower = model.config.vision_feature_layer, model.config.vision_config
+    attention, keys = eager_attention(model, pixels, layer - 1 if layer >= 0 else tower.num_hidden_layers + layer)
+    if tower.model_type == "clip_vision_model":
+        return {"attention": list(attention.mean(1)[:, 0, 1:]), "keys": list(keys[:, 1:])}
+    return {"attention": list(attention.mean((1, 2))), "keys": list(keys)}
+
+
 def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None) -> tuple[list[Tensor], list[Tensor] | None]:
     """What ``spec`` leaves of the pictures of one row, and the places the tokens had if their positions are kept.
 
@@ -181,7 +204,9 @@ def compressed_by_hand(model, spec, pixels: Tensor, keys: Sequence | None = None
         blocks = [f.reshape(3, 2, 3, 2, -1) for f in full]
         return [(b.mean((1, 3)) if method.op == "avg" else b.amax((1, 3))).reshape(9, -1) for b in blocks], None
     if method.merges:  # tested token by token where the method is
-        return [method.compress(me.VisualTokens(f, grid=(6, 6)), method.tokens).features for f in full], None
+        seen = attention_by_hand(model, pixels) if "attention" in method.needs else {}
+        extra = [{name: values[i] for name, values in seen.items()} for i in range(len(full))]
+        return [method.compress(me.VisualTokens(f, grid=(6, 6), **e), method.tokens).features for f, e in zip(full, extra)], None
     generators = [generator_for(method, key) for key in keys or range(len(full))]
     places = [method.select(me.VisualTokens(f, grid=(6, 6), generator=g)) for f, g in zip(full, generators)]
     return [f[p] for f, p in zip(full, places)], places if method.positions == "keep" else None

@@ -7,13 +7,19 @@ sides, because the last bits of copies' differ with where they stand, and the lo
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 import mllm_efficient as me
+
+from .conftest import eager_attention
+from .families import ASPECTS, FAMILIES, make, noise, tiny
 
 SEEDS = range(200)
 
@@ -190,3 +196,92 @@ def test_attention_alone_takes_copies_and_the_others_do_not():
     assert me.Scope(tokens=4).select(v).tolist() == [0, 4, 5, 6]
     kept = me.VisPruner(tokens=4).select(v).tolist()
     assert kept[:2] == [0, 1] and len(set(kept[2:]) & {4, 5, 6, 7}) == 2
+
+
+# ------------------------------------------------------------------------------------------------ what towers give
+
+
+@pytest.fixture
+def seen(registered):
+    """What a method that asks for attention and keys is given, image by image."""
+    got: list[me.VisualTokens] = []
+
+    @me.register("recorder")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Recorder(me.Selector):
+        """Keeps what it is given."""
+
+        needs: ClassVar[frozenset] = frozenset({"attention", "keys"})
+
+        def score(self, v):
+            got.append(v)
+            return v.attention
+
+    return got
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision"])
+@pytest.mark.parametrize("aspect", ["1:1", "2:1", "1:3", "7:5"])
+def test_attention_of_tiles_is_packed_as_their_features_are(name, aspect, seen):
+    """Against an eager tower, tile by tile: the base view's, then those of the tiles side by side without the padding."""
+    model, size = tiny(name), ASPECTS[aspect]
+    processor, host = FAMILIES[name].processor("left"), sys.modules[type(tiny(name).model).__module__]
+    inputs = processor(text="user : <image> what ? assistant :", images=[noise(0, *size)], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    me.prepare(model, "recorder:tokens=5", **inputs)
+    (v,) = seen
+    vision, layer = model.config.vision_config, model.config.vision_feature_layer
+    pixels, side = inputs["pixel_values"][0], vision.image_size // vision.patch_size
+    attention, keys = eager_attention(model, pixels, layer - 1 if layer >= 0 else vision.num_hidden_layers + layer)
+    cls = attention.shape[-1] > side**2
+    attention, keys = (attention.mean(1)[:, 0, 1:], keys[:, 1:]) if cls else (attention.mean((1, 2)), keys)
+    for found, each in ((v.attention[:, None], attention[..., None]), (v.keys, keys)):
+        expected = [each[0]]
+        down, across = host.get_anyres_image_grid_shape(size[::-1], model.config.image_grid_pinpoints, vision.image_size)
+        if len(pixels) > 1:
+            tiles = each[1 : 1 + down * across].unflatten(1, (side, side)).unflatten(0, (down, across))
+            canvas = tiles.permute(4, 0, 2, 1, 3).reshape(each.shape[-1], down * side, across * side)
+            canvas = host.unpad_image(canvas, torch.tensor(size[::-1]))
+            shrink = math.sqrt(canvas[0].numel() / (4 * side**2)) if name == "llava_onevision" else 1  # anyres_max_4
+            if shrink > 1.1:
+                smaller = [int(n // shrink) for n in canvas.shape[1:]]
+                canvas = torch.nn.functional.interpolate(canvas[None], smaller, mode="bilinear")[0]
+            expected.append(canvas.flatten(1).T)
+        torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("cls", METHODS)
+def test_a_batch_of_tiled_pictures_equals_its_rows(name, cls):
+    """Left-padded rows with one and two pictures of different sizes: what each leaves alone and in the batch."""
+    model, processor = tiny(name), FAMILIES[name].processor("left")
+    pictures = [[noise(0, *ASPECTS["7:5"])], [noise(1, *ASPECTS["2:1"]), noise(2, *ASPECTS["1:3"])]]
+    prompts = ["user : <image> what ? assistant :", "user : <image> is the ring in <image> red or blue ? assistant :"]
+
+    def generated(rows):
+        inputs = processor(
+            text=[prompts[r] for r in rows], images=[p for r in rows for p in pictures[r]], return_tensors="pt", padding=True
+        )
+        inputs.pop("token_type_ids", None)
+        with me.compressed(model, cls(keep=0.3)):
+            ids = model.generate(**inputs, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
+            return ids, [(i.kept, i.full, None if i.indices is None else i.indices.tolist()) for i in me.last_report(model).images]
+
+    together, reports = generated([0, 1])
+    alone = [generated([r]) for r in (0, 1)]
+    assert reports == [*alone[0][1], *alone[1][1]]
+    assert torch.equal(together, torch.cat([ids for ids, _ in alone]))
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("cls", METHODS)
+def test_families_without_attention_refuse_by_name(name, cls):
+    with pytest.raises(me.UnsupportedModelError, match=rf"{cls.name} needs attention(, keys)?, which .* does not give"):
+        me.wrap(tiny(name), cls(tokens=4))
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_videos_refuse(name):
+    inputs = make(name, "video")
+    with pytest.raises(me.UnsupportedModelError, match="frames of a video are pooled, and have no attention of the tower's own"):
+        me.prepare(tiny(name), "fastervlm:tokens=4", **inputs)

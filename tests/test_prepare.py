@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +11,8 @@ import torch
 import mllm_efficient as me
 from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.shrink import encode
+
+from .conftest import eager_attention
 
 N, GRID, IMAGE = 36, (6, 6), 4
 ROWS = ("one image", "two images", "touching images", "text only", "long text")
@@ -476,20 +477,6 @@ def recorder(registered):
             return v.attention
 
     return seen
-
-
-def eager_attention(model, pixels, layer):
-    """Attention (images, heads, n, n) and keys (images, n, d) of a tower layer, from an eager copy of the model."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    modules = [m for n, m in eager.model.vision_tower.named_modules() if n.endswith("self_attn")]
-    keys = []
-    handle = modules[layer].k_proj.register_forward_hook(lambda m, a, out: keys.append(out))
-    with torch.no_grad():
-        out = eager.model.vision_tower(pixels, output_attentions=True)
-    handle.remove()
-    heads = modules[layer].num_heads
-    return out.attentions[layer], keys[0].unflatten(-1, (heads, -1)).mean(2)
 
 
 @pytest.mark.parametrize(

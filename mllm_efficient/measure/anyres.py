@@ -15,6 +15,7 @@ from .shapes import ModelShape
 class Anyres(Pictures):
     """LLaVA-NeXT: a base view and tiles, whose tokens on padding are cut off, a newline behind each row."""
 
+    gives = frozenset({"attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     separators = True
     projects = True

@@ -1,0 +1,66 @@
+"""What a CLIP or SigLIP tower attends to, and its keys: of the one layer whose output the model takes."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.errors import UnsupportedModelError
+
+from .base import hooking
+
+_capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
+
+
+def tower_of(model: Any) -> Any:
+    """The part of a LLaVA's vision tower that holds embeddings and encoder."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
+def has_class_token(tower: Any) -> bool:
+    return hasattr(tower.embeddings, "class_embedding")
+
+
+@contextlib.contextmanager
+def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str) -> Iterator[None]:
+    """Fills in attention (views, N) and keys (views, N, d) when the tower runs inside.
+
+    layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``. Recomputed for the queries needed from the
+    attention's own projections: the tower stays on its fast kernel. Only the thread that asked records.
+    """
+    layers, has_cls = tower.encoder.layers, has_class_token(tower)
+    index = layer if isinstance(layer, int) else layer[-1]
+    index = index - 1 if index >= 0 else len(layers) + index
+    if not 0 <= index < len(layers):
+        raise UnsupportedModelError(f"vision_feature_layer={layer} takes no attention layer's output")
+    attention, token = layers[index].self_attn, object()
+    first = 1 if has_cls and strategy == "default" else 0
+
+    @torch.no_grad()
+    def record(module, args, kwargs=None):
+        # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
+        if _capturing.get() is not token:
+            return
+        x = args[0] if args else (kwargs or {})["hidden_states"]
+        heads = module.num_heads
+        k = module.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        q = module.q_proj(x[:, :1] if has_cls else x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
+        weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
+        into["attention"] = weights.mean((1, 2))[:, first:]
+        into["keys"] = k.mean(1)[:, first:]
+
+    with hooking:
+        handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+    reset = _capturing.set(token)
+    try:
+        yield
+    finally:
+        _capturing.reset(reset)
+        with hooking:
+            handle.remove()
