@@ -175,14 +175,13 @@ def test_attention_asked_of_the_tower_is_counted(make_llava, registered):
         def score(self, v):
             return v.attention
 
-    for tower in ("clip", "siglip"):
-        model = make_llava(tower=tower)
+    for model in (make_llava(tower="clip"), make_llava(tower="siglip"), tiny("llava_next"), tiny("llava_onevision")):
         shape = shape_of(model.config)
         found, closed = counter.count(model, shape, me.build("by_attention:tokens=9")), cost(shape, method="by_attention:tokens=9")
         assert found.vision == closed.vision > cost(shape).vision
         assert found.total == closed.total
-    with pytest.raises(me.UnsupportedModelError, match="by_attention needs attention, which llava-1.6-7b does not give"):
-        cost("llava-1.6-7b", method="by_attention:tokens=9")
+    with pytest.raises(me.UnsupportedModelError, match="by_attention needs attention, which qwen2.5-vl-7b does not give"):
+        cost("qwen2.5-vl-7b", method="by_attention:tokens=9")
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi", "gpt_neox", "gemma"])
