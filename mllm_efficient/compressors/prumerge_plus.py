@@ -19,19 +19,20 @@ class PruMergePlus(Merger):
     """Attention's outliers and a uniform sample, merged by keys.
 
     Source: LLaVA-PruMerge (Shang et al., arXiv 2403.15388), its "+" variant. The paper keeps as many tokens as stand out of
-    the class token's attention by the interquartile rule, adds a uniform sample, and merges each kept token with its nearest
-    pruned ones by attention keys, weighted by attention. That count is the image's; here it is the budget's: the
-    K - U tokens with the largest attention, then U evenly spaced ones of the rest in raster order.
-    uniform: U / K, rounded; half is ours, the paper's split depends on the image. neighbours: pruned tokens that a kept one
-    merges with, by the cosine of keys, one token with several if it is near several; the code's 32.
-    A kept token becomes the mean of itself and its neighbours, weighted by attention (itself where all of that is 0), in its
-    own place. Ties go to the lowest index. NaN or infinity raises. O(N log N + K N d) for keys of width d.
+    the class token's attention by the interquartile rule and samples three times as many evenly, so that the count is the
+    image's. Here it is the budget's: the K - U tokens with the largest attention, then U evenly spaced ones of the rest in
+    raster order. Rule of merging: x_i becomes x_i + sum_j a_j x_j over the tokens j whose attention keys are nearest to its own
+    by cosine, a_j being their attention; one token goes into several if it is near several.
+    uniform: U / K, rounded; 3/4 as in the paper's sample. neighbours: how many j, of all other tokens; the paper's 32. Left out:
+    one more token that the released code adds, the sum of all pruned ones weighted by attention. It merges the tower's
+    output, this merges projected tokens. Ties go to the lowest index. NaN or infinity raises. O(N log N + K N d) for keys of
+    width d.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     paper: ClassVar[str] = "arXiv 2403.15388"
 
-    uniform: float = 0.5
+    uniform: float = 0.75
     neighbours: int = 32
 
     def __post_init__(self):
@@ -43,8 +44,8 @@ class PruMergePlus(Merger):
             raise BadBudgetError(f"prumerge_plus: neighbours={near!r} is not a whole number of at least 1")
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """The cosines of keys, of width d, of kept with pruned tokens."""
-        return 2 * k * (n - k) * d
+        """The cosines of keys, of width d, of kept tokens with all."""
+        return 2 * k * n * d if k < n else 0
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         assert v.attention is not None and v.keys is not None
@@ -56,14 +57,9 @@ class PruMergePlus(Merger):
         rest = order[k - spaced :].sort().values
         sample = rest[(2 * torch.arange(spaced, device=rest.device) + 1) * len(rest) // max(1, 2 * spaced)]
         kept = torch.cat([order[: k - spaced], sample]).sort().values
-        is_kept = torch.zeros(len(v), dtype=torch.uint8, device=kept.device).index_fill_(0, kept, 1)
-        pruned = is_kept.sort(stable=True).indices[: len(v) - k]
         keys = finite(v.keys, self.name, "keys")
-        near = cosines(keys[kept], keys[pruned]).sort(dim=1, descending=True, stable=True).indices[:, : self.neighbours]
-        near = pruned[near]
+        alike = cosines(keys[kept], keys).scatter_(1, kept[:, None], -2)  # itself is no neighbour
+        near = alike.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(v) - 1)]
         full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
-        weights = torch.cat([attention[kept, None], attention[near]], 1).to(full.dtype)
-        total = weights.sum(1, keepdim=True)
-        weights = torch.where(total > 0, weights / total.clamp(min=torch.finfo(full.dtype).tiny), 0)
-        merged = weights[:, :1] * full[kept] + (weights[:, 1:, None] * full[near]).sum(1)
-        return CompressedTokens(torch.where(total > 0, merged, full[kept]).to(v.features.dtype))
+        merged = full[kept] + (attention[near].to(full.dtype)[..., None] * full[near]).sum(1)
+        return CompressedTokens(merged.to(v.features.dtype))

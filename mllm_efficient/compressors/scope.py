@@ -24,7 +24,7 @@ class Scope(Selector):
     Source: SCOPE (NeurIPS 2025, arXiv 2510.24214). Rule: the cover of a token is the largest cosine that it has to a chosen one,
     0 before any is; one token v after the other with the largest sum over all u of max(0, cos(u, v) - cover(u)), times
     attention(v)^alpha. Attention is the class token's.
-    alpha: how much saliency counts; 0 is coverage alone. The default of 1 is ours: the paper's value was not at hand. Cosines
+    alpha: how much saliency counts; 0 is coverage alone, 1 what the released code does unasked. Cosines
     are of the projected tokens.
     Where nothing adds anything any more, and between ties, the lowest index is next. NaN or infinity
     raises. O(N^2 D + K N^2), no host synchronisation in the picks.
