@@ -681,6 +681,26 @@ def test_the_overhead_command(capsys, shape):
     assert said["rows"][0]["ratio"]["n"] == 2 and said["meta"]["workload"]["prompt_tokens"] == 66
 
 
+def test_the_cost_of_methods_is_over_the_product_of_one_run(capsys, monkeypatch):
+    """Every method on the same tokens at the shapes' budgets, in turn with the product."""
+    monkeypatch.setattr(selection.cost_of_methods, "__defaults__", (lambda: None, ((40, 16, 5, (5, 8)), (30, 8, 4, (5, 6)))))
+    specs = [n for n in me.list_methods() if me.get_method(n).family == "P" and n not in ("none", "resize")]
+    assert main(["bench", "--selection", "--repeats", "2", "--warmup", "0", "--json", *(w for s in specs for w in ("--method", s))]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(r["method"], r["n"], r["k"]) for r in rows] == [(s, n, k) for n, k in ((40, 5), (30, 4)) for s in specs]
+    assert all(r["ms"]["n"] == r["over_product"]["n"] == 2 and r["failed"] is None for r in rows)
+    assert main(["bench", "--selection", "--repeats", "2", "--warmup", "0", "--method", "vispruner:r=0.2"]) == 0
+    assert "vispruner:r=0.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spec, says", [("fastv", "fastv does not work on tokens before"), ("resize", "resize does not"), ("divprune:keep=0.5", "keep")]
+)
+def test_what_has_no_selection_to_time_is_refused(capsys, spec, says):
+    assert main(["bench", "--selection", "--method", spec]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_the_selection_command(capsys, monkeypatch):
     monkeypatch.setattr(selection, "SHAPES", ((40, 16, 5),))
     monkeypatch.setattr(selection.selection_rows, "__defaults__", (((40, 16, 5),),))

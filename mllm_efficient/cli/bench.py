@@ -40,7 +40,9 @@ def bench(
     max_batch_limit: Annotated[int | None, typer.Option("--max-batch-limit", min=1, help=f"Try none above; default {MAX_BATCH}.")] = None,
     quantized: Annotated[str | None, typer.Option("--quantized", help="int8 or int4: the same arms on quantized weights too.")] = None,
     overhead: Annotated[bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, keep=1 against the bare model.")] = False,
-    selection: Annotated[bool, typer.Option("--selection", help="Instead: DivPrune's selection alone; no model.")] = False,
+    selection: Annotated[
+        bool, typer.Option("--selection", help="Instead: methods alone (no budgets); by default DivPrune's steps.")
+    ] = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default torch's own choice.")] = None,
     backend: Annotated[
         str, typer.Option("--backend", help="vllm: serve the model, once for each method, and load the servers.")
@@ -81,14 +83,14 @@ def bench(
     batches, size = batch_sizes(batch_size), picture_size(image_size)
     if overhead and selection:
         raise MllmEfficientError("--overhead and --selection are two benchmarks: give one of them")
-    if (overhead or selection) and (method or max_batch or quantized):
-        given = "--method" if method else "--max-batch" if max_batch else "--quantized"
+    if (overhead and method) or ((overhead or selection) and (max_batch or quantized)):
+        given = "--method" if overhead and method else "--max-batch" if max_batch else "--quantized"
         raise MllmEfficientError(f"{given} has no effect with {'--overhead' if overhead else '--selection'}: leave it out")
     if selection and (random_weights or model != "builtin"):
         raise MllmEfficientError("--selection runs no model: leave --model and --random-weights out")
     if max_batch_limit is not None and not max_batch:
         raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
-    chosen = [options.one_method(m) for m in method or ()]
+    chosen = [] if selection else [options.one_method(m) for m in method or ()]
     of_servers = bool(server) or backend != serving.BACKENDS[0]
     times = repeats or (SERVED_REPEATS if of_servers else PAIRS if overhead or selection else REPEATS)
     rounds = warmup if warmup is not None else SERVED_WARMUP if of_servers else WARMUP
@@ -109,7 +111,7 @@ def bench(
                 tokenizer=model if "--model" in given_options(context) else None, serve_args=serve_args or "",
             )  # fmt: skip
         elif selection:
-            rows, meta = _selection(settings, rounds, times)
+            rows, meta = _selection(settings, method or (), rounds, times)
         else:
             from ..measure.bench import Settings
             from ..measure.workload import Workload
@@ -209,12 +211,15 @@ def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str
         return overhead(loaded, plan, bar.update)
 
 
-def _selection(settings: ModelOptions, warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _selection(settings: ModelOptions, specs: Sequence[str], warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from tqdm import tqdm
 
-    from ..measure.selection import SHAPES, selection, steps_on
+    from ..measure.selection import METHOD_SHAPES, SHAPES, cost_of_methods, selection, steps_on
     from ..models import pick_device
 
+    if specs:
+        with tqdm(total=(len(set(specs)) + 1) * len(METHOD_SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None) as bar:
+            return cost_of_methods(settings, specs, warmup, repeats, bar.update)
     with tqdm(
         total=len(steps_on(pick_device(settings))) * len(SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None
     ) as bar:
@@ -240,9 +245,9 @@ def _report(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
 
 def _small_table(rows: Sequence[dict[str, Any]], selection: bool) -> tuple[list[str], list[list[str]]]:
     if selection:
-        from ..measure.selection import selection_table
+        from ..measure.selection import methods_table, selection_table
 
-        return selection_table(rows)
+        return (methods_table if "over_product" in rows[0] else selection_table)(rows)
     header, lines = ["batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead"], []
     for r in rows:
         ratio = r["ratio"]

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..compressors.base import Compressor, Resizer, generator_for
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..errors import MllmEfficientError
 from ..models import DTYPES, ModelOptions, pick_device
+from ..shrink import pre_llm
 from ..tokens import VisualTokens
 from .machine import machine, versions
 from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
@@ -118,15 +121,19 @@ def selection_rows(
     return rows
 
 
-def selection(
-    options: ModelOptions, warmup: int, repeats: int, done: Callable[[], object] = lambda: None
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows and meta, on the device of ``options``; dtype "auto" is float32 on a CPU and bfloat16 elsewhere."""
+def _device_and_dtype(options: ModelOptions) -> tuple[str, torch.dtype]:
     device = pick_device(options)
     if options.dtype not in DTYPES:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
     usual = torch.float32 if device == "cpu" else torch.bfloat16
-    dtype = usual if options.dtype == "auto" else getattr(torch, options.dtype)
+    return device, usual if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def selection(
+    options: ModelOptions, warmup: int, repeats: int, done: Callable[[], object] = lambda: None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and meta, on the device of ``options``; dtype "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    device, dtype = _device_and_dtype(options)
     devices = [] if device == "cpu" else [torch.device(device)]
     before = machine(devices)
     rows = selection_rows(device=device, dtype=dtype, warmup=warmup, repeats=repeats, seed=options.seed, done=done)
@@ -136,6 +143,76 @@ def selection(
         "order": "all steps in turn (A B A B)", "meaning": MEANING, "machine": before, "machine_after": machine(devices),
     }  # fmt: skip
     return rows, meta
+
+
+METHOD_SHAPES = ((576, 4096, 64, (24, 24)), (2880, 4096, 160, (48, 60)))
+
+
+def at_budget(spec: str, k: int) -> Compressor:
+    """A specification without a budget at k tokens."""
+    return pre_llm(f"{spec}{',' if ':' in spec else ':'}tokens={k}")
+
+
+def cost_of_methods(
+    options: ModelOptions,
+    specs: Sequence[str],
+    warmup: int,
+    repeats: int,
+    done: Callable[[], object] = lambda: None,
+    shapes: Sequence[tuple[int, int, int, tuple[int, int]]] = METHOD_SHAPES,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and meta: what each method takes on the tokens of one image, features gathered too, over the product of similarities.
+
+    specs: methods without a budget, which the shapes (N, D, K, grid) give. Tokens, text, attention and keys are drawn.
+    """
+    device, dtype = _device_and_dtype(options)
+    devices = [] if device == "cpu" else [torch.device(device)]
+    clock, before, rows = clock_for(devices), machine(devices), list[dict[str, Any]]()
+    for spec in specs:
+        for _, _, k, _ in shapes:
+            if at_budget(spec, k).family != "P" or isinstance(at_budget(spec, k), Resizer):
+                raise MllmEfficientError(f"{spec} does not work on tokens before the language model: --selection measures those that do")
+    for n, d, k, grid in shapes:
+        draw = torch.Generator().manual_seed(options.seed)
+        x, text, keys = (torch.randn(size, generator=draw).to(device, dtype) for size in ((n, d), (32, d), (n, 64)))
+        v = VisualTokens(x, grid=grid, attention=torch.rand(n, generator=draw).softmax(0).to(device), keys=keys, text=text)
+        arms = [Series("product"), *(Series(spec) for spec in dict.fromkeys(specs))]
+
+        def turn(arm: Series, v: VisualTokens = v, k: int = k) -> dict[str, float]:
+            if arm.name == "product":
+                return {"ms": clock.run(lambda: product(v.features))[0]}
+            method: Any = at_budget(arm.name, k)
+            drawing = replace(v, generator=generator_for(method, 0))
+            return {"ms": clock.run(lambda: method.compress_all([drawing], [k]))[0]}
+
+        with quick_gc():
+            interleave(arms, turn, warmup=warmup, repeats=repeats, done=done)
+        for arm in arms[1:]:
+            ms, base = arm.values("ms"), arms[0].values("ms")
+            rows.append({
+                "method": arm.name, "n": n, "d": d, "k": k, "device": torch.device(device).type, "ms": spread(ms),
+                "product_ms": spread(base), "over_product": paired(ms, base, options.seed) if ms else None, "failed": arm.failed,
+            })  # fmt: skip
+    meaning = {"ms": "choosing or making K tokens, features gathered", "product_ms": MEANING["product_ms"], "over_product": "paired ratio"}
+    meta = {
+        "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "repeats": repeats, "warmup": warmup,
+        "versions": versions("torch"), "order": "all methods in turn (A B A B)", "meaning": meaning, "machine": before,
+        "machine_after": machine(devices),
+    }  # fmt: skip
+    return rows, meta
+
+
+def methods_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the printed table of ``cost_of_methods``: milliseconds, or microseconds on CUDA."""
+    unit, scale, digits = ("us", 1000, 0) if rows[0]["device"] == "cuda" else ("ms", 1, 2)
+    lines = []
+    for r in rows:
+        at, ratio = f"{r['n']} x {r['d']} -> {r['k']}", r["over_product"]
+        said = ["failed", ""]
+        if ratio:
+            said = [f"{scale * r['ms']['median']:.{digits}f}", f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"]
+        lines.append([r["method"], at, *said])
+    return ["method", "N x D -> K", unit, "over the product [95%]"], lines
 
 
 def selection_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
