@@ -20,6 +20,7 @@ METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
 PIP := .venv/bin/python -m pip -q --disable-pip-version-check
 BENCH := .venv/bin/mllm-efficient bench
+CHOOSING := random uniform pool spp fastervlm divprune scope vispruner cdpruner tome visionzip prumerge_plus
 SERVED := .venv-integration/bin/mllm-efficient bench --backend vllm
 THREADS ?= 2
 GPU_SHAPES := llava-1.5-7b llava-1.5-13b llava-1.6-7b
@@ -53,6 +54,8 @@ bench: .venv/.installed
 	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --overhead --repeats 15 \
 	  --output benchmarks/results/cpu-overhead.json
 	$(BENCH) --selection --device cpu --threads $(THREADS) --repeats 15 --output benchmarks/results/cpu-selection.json
+	$(BENCH) --selection --device cpu --threads $(THREADS) --repeats 7 $(foreach m,$(CHOOSING),--method $(m)) \
+	  --output benchmarks/results/cpu-methods.json
 	$(BENCH) --model bench-0.3b --random-weights --device cpu --threads $(THREADS) --method fastv:ratio=0.5 --method fastv:ratio=0.1 \
 	  --method pyramiddrop:ratio=0.5 --method sparsevlm:keep=0.5 --method dart:ratio=0.1 --text-tokens 64 --output-tokens 8 --repeats 11 \
 	  --output benchmarks/results/cpu-decoder.json
@@ -66,6 +69,8 @@ bench-gpu: .venv/.installed
 	$(BENCH) --model llava-1.5-7b --random-weights --device cuda --dtype bfloat16 --batch-size 1,8 --overhead --repeats 30 \
 	  --output benchmarks/results/gpu-overhead.json
 	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 --output benchmarks/results/gpu-selection.json
+	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 $(foreach m,$(CHOOSING),--method $(m)) \
+	  --output benchmarks/results/gpu-methods.json
 
 bench-vllm: .venv-integration/.installed
 	$(SERVED) --model bench-0.3b --random-weights --method divprune:tokens=64 --method resize:tokens=64 --concurrency 8 --requests 16 \
