@@ -36,13 +36,13 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     adapter = require_supported(loaded)
     if adapter.name not in FAMILIES:
         raise MllmEfficientError(f"{adapter.name} is not served: {', '.join(FAMILIES)} are")
-    plain = isinstance(method, Resizer) and adapter.usual() is not None
-    if not plain:
+    plain = method if isinstance(method, Resizer) and adapter.usual() is not None else None
+    if plain is None:
         require_served(method)
     elif allowed:
         raise MllmEfficientError(f"{method.name}: requests cannot ask for other counts of a smaller model: leave the allowed ones out")
     check(adapter, method)
-    settings = None if plain else Settings(method, tuple(allowed))
+    settings = None if plain is not None else Settings(method, tuple(allowed))
     for count in allowed:
         assert settings is not None
         settings.of_request(count)
@@ -52,8 +52,8 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         extra: dict[str, Any] = {}
-        if plain:
-            _smaller(loaded, adapter, method)
+        if plain is not None:
+            _smaller(loaded, adapter, plain)
         else:
             own = {k: v for k, v in method.to_dict().items() if k != "weights"}
             extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}

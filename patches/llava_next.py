@@ -151,8 +151,8 @@ class LlavaNextAdapter(Adapter):
     def _with_attention(self, items: list[Item]) -> list[Encoding]:
         """Features, and the attention and keys of every tile's tokens packed as the host packs their features."""
         first, capture = items[0].arguments, dict[str, Tensor]()
-        layer, strategy = (first.get(k) if first.get(k) is not None else getattr(self.config, k) for k in LlavaNextAdapter.settings)
-        with captured(tower_of(self.model), capture, layer, strategy):
+        layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.settings)
+        with captured(tower_of(self.model), capture, layer, str(strategy)):
             features = self.features(self.model.model, items)
         beside = torch.cat([capture["attention"][..., None], capture["keys"]], dim=2)[:, -(self.side**2) :]
         out = []

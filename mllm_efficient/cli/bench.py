@@ -79,7 +79,7 @@ def bench(
 ) -> int:
     """Latency by phase, memory, and the ceiling of what compression can gain; the uncompressed model beside every number."""
     options.import_files(imports)
-    serving.require_effect(given_options(context), backend, server or ())
+    serving.require_effect(list(given_options(context)), backend, server or ())
     batches, size = batch_sizes(batch_size), picture_size(image_size)
     if overhead and selection:
         raise MllmEfficientError("--overhead and --selection are two benchmarks: give one of them")

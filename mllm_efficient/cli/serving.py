@@ -54,12 +54,12 @@ def run_servers(
     from ..measure.serving import MEANING, Load, measure, runs, uncompressed
     from ..patches.vllm.benchmark import require_vllm, tool
 
-    version = require_vllm()
+    version, about = require_vllm(), dict[str, Any]()
     with contextlib.ExitStack() as running:
         if servers:
             if load["image_size"] is None:
                 raise MllmEfficientError("--server does not tell what pictures its model takes: give --image-size, such as 336x336")
-            given, arms, about = Load(**load), _found(servers, server_model, tokenizer), {}
+            given, arms = Load(**load), _found(servers, server_model, tokenizer)
         else:
             from ..measure.launching import Launch, launched
 

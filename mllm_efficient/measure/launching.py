@@ -109,10 +109,11 @@ class Launch:
             plan = self.shapes.plan(method, height, width)
             length = plan.after.length if plan.after is not None else plan.kept + plan.separators
             counts = [n * self.images for n in (none.shape.n, plan.kept, none.shape.length if i == 0 else length)]
+            more: list[str] = []
             if i == 0:
-                own, more = source, []
+                own = source
             elif isinstance(method, Resizer | Projector):
-                own, more = str(folder / f"arm{i}"), []
+                own = str(folder / f"arm{i}")
                 self._write(method, plan, Path(own))
             else:
                 own, more = source, ["--hf-overrides", json.dumps({KEY: method.to_dict()})]
@@ -164,8 +165,12 @@ def launched(
             url = f"http://127.0.0.1:{port}"
             _wait(url, process, log, plan.name)
             commands[plan.name] = " ".join(["vllm", "serve", *command[4:]]).replace(folder, "DIR")
-            counts = {"full": plan.full, "kept": plan.kept, "length": plan.length}
-            arms.append(Served(name=plan.name, role=plan.role, url=url, model="model", tokenizer=plans[0].source, **counts))
+            arms.append(
+                Served(
+                    name=plan.name, role=plan.role, url=url, model="model", tokenizer=plans[0].source, full=plan.full, kept=plan.kept,
+                    length=plan.length,
+                )
+            )  # fmt: skip
         yield arms, {"servers": commands, "kv_cache_gib_on_cpu": environment["VLLM_CPU_KVCACHE_SPACE"]}
 
 
