@@ -15,6 +15,7 @@ from mllm_efficient.eval.builtin.suite import samples
 from mllm_efficient.exporting import export
 from mllm_efficient.models import Loaded, ModelOptions, builtin_folder, load
 from mllm_efficient.patches.vllm.settings import require_served
+from mllm_efficient.registry import BUILTIN
 
 from .families import ASPECTS, VOCABULARY, noise
 from .vllm_models import ENVIRONMENT, model_of, needs_vllm, processor_of, saved_processor_of
@@ -34,7 +35,7 @@ def can_be_served(name):
     return True
 
 
-METHODS = [name for name in me.list_methods() if can_be_served(name)]
+METHODS = [name for name in BUILTIN if can_be_served(name)]
 BUDGETS = ({"tokens": 9}, {"keep": 0.3})
 
 
