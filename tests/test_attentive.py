@@ -198,6 +198,21 @@ def test_attention_alone_takes_copies_and_the_others_do_not():
     assert kept[:2] == [0, 1] and len(set(kept[2:]) & {4, 5, 6, 7}) == 2
 
 
+def test_scope_of_many_images_at_once_is_that_of_each():
+    """As on a CUDA device: images of one size share the loop, others do not, and every result is bit-equal."""
+    method = me.Scope(keep=0.4)
+    parts = [tokens(*drawn(seed)[:3]) for seed in (3, 4, 5, 6)]
+    parts += [
+        dataclasses.replace(parts[0], attention=parts[0].attention.flip(0)),
+        dataclasses.replace(parts[1], features=-parts[1].features),
+    ]
+    ks = [max(1, len(v) // 2) for v in parts]
+    together = method.compress_alike(parts, ks, method._choose, lambda n, d: n * n)
+    for one, k, out in zip(parts, ks, together):
+        alone = method.compress(one, k)
+        assert torch.equal(out.indices, alone.indices) and torch.equal(out.features, alone.features)
+
+
 # ------------------------------------------------------------------------------------------------ what towers give
 
 

@@ -387,7 +387,7 @@ def several() -> tuple[list[me.VisualTokens], list[int]]:
 def test_images_chosen_together_are_those_chosen_alone(monkeypatch, metric, order, together):
     """What a GPU does, here on the CPU. Whole numbers: the distances are exact whoever shares the product."""
     shapes = []
-    monkeypatch.setattr(divprune, "TOGETHER", together)
+    monkeypatch.setattr("mllm_efficient.compressors.base.TOGETHER", together)
     monkeypatch.setattr(divprune, "distances", lambda x, m: shapes.append(tuple(x.shape)) or distances(x, m))
     method, (parts, ks) = me.DivPrune(keep=0.5, metric=metric, order=order), several()
     done = method._compress_together(parts, ks)

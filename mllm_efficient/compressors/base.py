@@ -19,6 +19,7 @@ from ..tokens import CompressedTokens, VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOGETHER = 2**27  # entries in memory at a time: 512 MB of float32, 1 GB of float64
 BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 
 
@@ -151,6 +152,32 @@ class Selector(Compressor):
     def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
         indices = self.select(v, k)
         return CompressedTokens(v.features[indices], indices)
+
+    def compress_alike(
+        self,
+        parts: Sequence[VisualTokens],
+        ks: Sequence[int],
+        choose: Callable[[list[VisualTokens], int], Tensor],
+        entries: Callable[[int, int], int],
+    ) -> list[CompressedTokens]:
+        """``compress_all`` that hands ``choose`` all parts that are alike in size, K, dtype and device, as far as memory allows.
+
+        choose: (parts, k) -> (B, k) indices. entries: (n, d) -> the numbers that a part of n tokens of width d keeps in memory.
+        """
+        alike: dict[Any, list[int]] = {}
+        for i, (v, k) in enumerate(zip(parts, ks)):
+            if not 1 <= k <= len(v):
+                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
+            alike.setdefault((v.features.shape, v.features.dtype, v.features.device, k), []).append(i)
+        done: dict[int, CompressedTokens] = {}
+        for ((n, d), *_, k), members in alike.items():
+            most = max(1, TOGETHER // entries(n, d))
+            for some in (members[start : start + most] for start in range(0, len(members), most)):
+                indices = choose([parts[i] for i in some], k)
+                if getattr(self, "order", "raster") == "raster":
+                    indices = indices.sort(dim=1).values
+                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
+        return [done[i] for i in range(len(parts))]
 
 
 def _checked(select: Callable) -> Callable:

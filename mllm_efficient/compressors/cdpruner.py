@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,7 +16,6 @@ from .base import Selector
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER = 2**27  # entries of features in memory at a time: 1 GB of float64
 LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
 
 
@@ -77,20 +75,13 @@ class CDPruner(Selector):
         return super().compress_all(parts, ks)
 
     def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """The picks of all that are alike in size, K and device in one loop, as far as memory allows."""
-        alike = defaultdict(list)
-        for i, (v, k) in enumerate(zip(parts, ks)):
-            if not 1 <= k <= len(v):
-                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
-            alike[v.features.shape, v.features.device, k].append(i)
-        done: dict[int, CompressedTokens] = {}
-        for ((n, d), _, k), members in alike.items():
-            most = max(1, TOGETHER // (n * d))
-            for some in (members[start : start + most] for start in range(0, len(members), most)):
-                x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(parts[i]) for i in some)))
-                indices = most_volume(x, relevance, k).sort(dim=1).values
-                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
-        return [done[i] for i in range(len(parts))]
+        """The picks of all that are alike in one loop."""
+
+        def choose(some: list[VisualTokens], k: int) -> Tensor:
+            x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(v) for v in some)))
+            return most_volume(x, relevance, k)
+
+        return self.compress_alike(parts, ks, choose, lambda n, d: n * d)
 
     def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
         """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,8 +18,6 @@ from .base import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TOGETHER = 2**26  # distances in memory at a time: 256 MB of float32
 
 
 @register("divprune")
@@ -70,21 +67,12 @@ class DivPrune(Selector):
         return super().compress_all(parts, ks)
 
     def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """One product and one choice for all that are alike in size, K, dtype and device, as far as memory allows."""
-        alike = defaultdict(list)
-        for i, (v, k) in enumerate(zip(parts, ks)):
-            if not 1 <= k <= len(v):
-                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
-            alike[v.features.shape, v.features.dtype, v.features.device, k].append(i)
-        done: dict[int, CompressedTokens] = {}
-        for ((n, _), *_, k), members in alike.items():
-            most = max(1, TOGETHER // n**2)
-            for some in (members[start : start + most] for start in range(0, len(members), most)):
-                indices = farthest_first(distances(torch.stack([parts[i].features for i in some]), self.metric), k)
-                if self.order == "raster":
-                    indices = indices.sort(dim=1).values
-                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
-        return [done[i] for i in range(len(parts))]
+        """One product and one choice for all that are alike."""
+
+        def choose(some: list[VisualTokens], k: int) -> Tensor:
+            return farthest_first(distances(torch.stack([v.features for v in some]), self.metric), k)
+
+        return self.compress_alike(parts, ks, choose, lambda n, d: n * n)
 
 
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:

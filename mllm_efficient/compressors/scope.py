@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadBudgetError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import VisualTokens
+from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import cosines, finite
 from .base import Selector
 
@@ -27,7 +28,8 @@ class Scope(Selector):
     alpha: how much saliency counts; 0 is coverage alone, 1 what the released code does unasked. Cosines
     are of the projected tokens.
     Where nothing adds anything any more, and between ties, the lowest index is next. NaN or infinity
-    raises. O(N^2 D + K N^2), no host synchronisation in the picks.
+    raises. O(N^2 D + K N^2), no host synchronisation in the picks; on a CUDA device the images
+    of a call that are of one size share the loop.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -45,19 +47,35 @@ class Scope(Selector):
         return 2 * n * n * d
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        assert v.attention is not None
-        x = finite(v.features, self.name, "visual tokens")
-        alike = cosines(x, x)
-        attention = finite(v.attention, self.name, "attentions")
-        full = torch.float32 if attention.device.type == "mps" else torch.float64
-        saliency = (attention.to(full) ** self.alpha).float().to(alike.dtype)  # the last bits of a power differ with where it stands
-        picked = torch.empty(k, dtype=torch.long, device=x.device)
-        taken = torch.zeros(len(v), dtype=torch.bool, device=x.device)
-        cover = alike.new_zeros(len(v), 1)
-        for i in range(k):
-            gain = (alike - cover).clamp_(min=0).sum(0) * saliency
-            j = gain.masked_fill(taken, float("-inf")).argmax().view(1)
-            picked[i : i + 1] = j
-            taken.index_fill_(0, j, True)
-            cover = torch.maximum(cover, alike.index_select(1, j))
-        return picked
+        return self._choose([v], k)[0]
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is Scope and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
+            return self.compress_alike(parts, ks, self._choose, lambda n, d: 3 * n * n)
+        return super().compress_all(parts, ks)
+
+    def _choose(self, some: list[VisualTokens], k: int) -> Tensor:
+        """(B, K) of images that are alike in size."""
+        alike, saliency = [], []
+        for v in some:
+            assert v.attention is not None
+            x, attention = finite(v.features, self.name, "visual tokens"), finite(v.attention, self.name, "attentions")
+            full = torch.float32 if attention.device.type == "mps" else torch.float64
+            alike.append(cosines(x, x))
+            saliency.append((attention.to(full) ** self.alpha).float())  # the last bits of a power differ with where it stands
+        return most_coverage(torch.stack(alike), torch.stack(saliency).to(alike[0].dtype), k)
+
+
+def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
+    """(B, K) indices in the order of choice from cosines (B, N, N) and saliency (B, N)."""
+    images, n, _ = alike.shape
+    picked = torch.empty(images, k, dtype=torch.long, device=alike.device)
+    taken = torch.zeros(images, n, dtype=torch.bool, device=alike.device)
+    cover = alike.new_zeros(images, n, 1)
+    for i in range(k):
+        gain = (alike - cover).clamp_(min=0).sum(1) * saliency
+        j = gain.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)
+        picked[:, i : i + 1] = j
+        taken.scatter_(1, j, True)
+        cover = torch.maximum(cover, alike.gather(2, j[:, None].expand(-1, n, 1)))
+    return picked
