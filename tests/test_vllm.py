@@ -428,6 +428,37 @@ def test_the_server_is_evaluated_by_the_same_tasks(serving, capsys):
 
 @needs_vllm
 @pytest.mark.slow
+def test_the_server_is_loaded_by_bench(serving, capsys):
+    """``bench --server``: the same server as two arms, one of which is then told to compress nothing more than the other."""
+    url = str(serving[0].base_url).rstrip("/")
+    arguments = [
+        "--image-size",
+        "144x144",
+        "--concurrency",
+        "2",
+        "--requests",
+        "4",
+        "--repeats",
+        "2",
+        "--warmup",
+        "0",
+        "--output-tokens",
+        "4",
+    ]
+    assert main(["bench", "--server", f"a={url}", "--server", f"b={url}", *arguments, "--text-tokens", "8", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [(r["method"], r["arm"], r["requests_per_s"]["n"], r["visual_tokens_kept"]) for r in found["rows"]] == [
+        ("a", "baseline", 2, None), ("b", "method", 2, None)
+    ]  # fmt: skip
+    assert found["rows"][0]["prompt_tokens"] == found["rows"][1]["prompt_tokens"]
+    assert "b: its prompts are as long as the baseline's, so it compresses nothing" in err
+    assert main(["bench", "--server", url]) == 2
+    assert "give --image-size" in capsys.readouterr().err
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_lora_of_the_language_model(questions, tmp_path):
     import peft
 
