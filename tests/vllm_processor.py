@@ -37,7 +37,7 @@ def main() -> None:
                             ]
                         }
                     )
-                except ValueError as error:
+                except Exception as error:  # vLLM's own kind, whose name is not the same in every version
                     out.append({"error": str(error)})
                 continue
             items = processor.info.parse_mm_data({"image": [Image.open(p).convert("RGB") for p in call["images"]]})
