@@ -213,6 +213,34 @@ def test_scope_of_many_images_at_once_is_that_of_each():
         assert torch.equal(out.indices, alone.indices) and torch.equal(out.features, alone.features)
 
 
+def test_scope_adds_gains_exactly():
+    """Against whole numbers, on cosines of 1,500 tokens that tie but for single steps of 2^-18: in float32 sums of them round."""
+    from mllm_efficient.compressors.scope import most_coverage
+
+    n, draw = 1500, torch.Generator().manual_seed(0)
+    whole = 2**17 + torch.randint(-1, 2, (n, n), generator=draw)
+    whole[:, n // 2 :] = whole[torch.randperm(n, generator=draw), : n // 2]  # the second half ties with the first
+    picked = most_coverage((whole / 2**18).float()[None], torch.ones(1, n, dtype=torch.float64), 12)[0].tolist()
+    cover, chosen = torch.zeros(n, 1, dtype=torch.long), []
+    for _ in range(12):
+        gain = (whole - cover).clamp(min=0).sum(0)
+        gain[chosen] = -1
+        chosen.append(int((gain == gain.max()).nonzero()[0]))
+        cover = torch.maximum(cover, whole[:, chosen[-1], None])
+    assert picked == chosen
+
+
+def test_sums_by_group_are_added_from_the_first_row_on():
+    """Bit for bit, in a batch of other groups too: (1e8 + 1) - 1e8 is 0 in float32, and 1 in any other order."""
+    from mllm_efficient.compressors._sums import group_sums
+
+    rows, group = torch.tensor([[1e8], [1.0], [-1e8], [3.0]]), torch.tensor([2, 2, 2, 0])
+    sums, parts = group_sums(rows, group, 4)
+    assert sums.flatten().tolist() == [3.0, 0.0, 0.0, 0.0] and parts.tolist() == [1, 0, 3, 0]
+    many = group_sums(torch.cat([torch.full((5000, 1), 0.1), rows]), torch.cat([torch.arange(5000) % 700 + 4, group]), 704)[0]
+    assert many[:4].flatten().tolist() == [3.0, 0.0, 0.0, 0.0]
+
+
 # ------------------------------------------------------------------------------------------------ what towers give
 
 

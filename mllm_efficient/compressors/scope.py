@@ -28,8 +28,9 @@ class Scope(Selector):
     alpha: how much saliency counts; 0 is coverage alone, 1 what the released code does unasked. Cosines
     are of the projected tokens.
     Where nothing adds anything any more, and between ties, the lowest index is next. NaN or infinity
-    raises. O(N^2 D + K N^2), no host synchronisation in the picks; on a CUDA device the images
-    of a call that are of one size share the loop.
+    raises. Sums of gains are exact (not on Apple's GPUs, which have no float64), so no device's order of adding changes a
+    choice. O(N^2 D + K N^2), no host synchronisation in the picks; on a CUDA device the images of a call that are of one size
+    share the loop.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -62,18 +63,21 @@ class Scope(Selector):
             x, attention = finite(v.features, self.name, "visual tokens"), finite(v.attention, self.name, "attentions")
             full = torch.float32 if attention.device.type == "mps" else torch.float64
             alike.append(cosines(x, x))
-            saliency.append((attention.to(full) ** self.alpha).float())  # the last bits of a power differ with where it stands
-        return most_coverage(torch.stack(alike), torch.stack(saliency).to(alike[0].dtype), k)
+            saliency.append((attention.to(full) ** self.alpha).float().to(full))  # the last bits of a power differ with where it stands
+        return most_coverage(torch.stack(alike), torch.stack(saliency), k)
 
 
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
-    """(B, K) indices in the order of choice from cosines (B, N, N) and saliency (B, N)."""
+    """(B, K) indices in the order of choice from cosines (B, N, N) and saliency (B, N), in whose dtype gains are added up.
+
+    Cosines are multiples of 2^-18 (2^-30 in float64), so that float64 has every sum of less than 2^22 of them exactly.
+    """
     images, n, _ = alike.shape
     picked = torch.empty(images, k, dtype=torch.long, device=alike.device)
     taken = torch.zeros(images, n, dtype=torch.bool, device=alike.device)
     cover = alike.new_zeros(images, n, 1)
     for i in range(k):
-        gain = (alike - cover).clamp_(min=0).sum(1) * saliency
+        gain = (alike - cover).clamp_(min=0).sum(1, dtype=saliency.dtype) * saliency
         j = gain.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)
         picked[:, i : i + 1] = j
         taken.scatter_(1, j, True)

@@ -10,6 +10,7 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import unit
+from ._sums import group_sums
 from .base import Merger
 from .divprune import full_float32
 
@@ -85,9 +86,6 @@ def merge_pairs(x: Tensor, size: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     merged = strongest[:pairs]
     into = torch.arange(n, device=x.device)  # the token that each one becomes a part of
     into[2 * merged] = 2 * partner[merged] + 1
-    parts = torch.zeros_like(into).index_add(0, into, torch.ones_like(into))
     stays = torch.cat([2 * strongest[pairs:], torch.arange(1, n, 2, device=x.device)]).sort().values
-    order = into.sort(stable=True).indices  # sums of neighbours, whose order is the same on every device
-    weighted = torch.cat([x * size, size], 1)[order]
-    sums = torch.segment_reduce(weighted, "sum", lengths=parts[stays], axis=0, unsafe=True)
+    sums = group_sums(torch.cat([x * size, size], 1), into, n)[0][stays]
     return sums[:, :-1] / sums[:, -1:], sums[:, -1:].detach()

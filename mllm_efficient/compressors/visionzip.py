@@ -10,6 +10,7 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import cosines, finite
+from ._sums import group_sums
 from .base import Merger
 
 
@@ -63,9 +64,8 @@ class VisionZip(Merger):
         keys = finite(v.keys, self.name, "keys")
         goes_to = cosines(keys[others], keys[targets]).argmax(1)
         full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
-        sums = full.new_zeros(c, full.shape[1]).index_add(0, goes_to, full[others])
-        parts = full.new_zeros(c, 1).index_add(0, goes_to, full.new_ones(len(others), 1))
-        merged = full[targets] + sums / parts.clamp(min=1)
+        sums, parts = group_sums(full[others], goes_to, c)
+        merged = full[targets] + sums / parts.clamp(min=1)[:, None]
         places = torch.cat([dominant, targets])
         rows = torch.cat([full[dominant], merged])[places.argsort()]
         return CompressedTokens(rows.to(v.features.dtype))
