@@ -16,6 +16,8 @@ from .base import Selector
 if TYPE_CHECKING:
     from torch import Tensor
 
+EXACT = 32  # how many gains are added up in float32
+
 
 @register("scope")
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +72,17 @@ class Scope(Selector):
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
     """(B, K) indices in the order of choice from cosines (B, N, N) and saliency (B, N), in whose dtype gains are added up.
 
-    Cosines are multiples of 2^-18 (2^-30 in float64), so that float64 has every sum of less than 2^22 of them exactly.
+    Cosines are multiples of 2^-18 (2^-30 in float64): float32 has sums of 32 of them exactly, float64 those of all.
     """
     images, n, _ = alike.shape
+    alike = torch.nn.functional.pad(alike, (0, 0, 0, -n % EXACT))  # rows that no token covers any better
     picked = torch.empty(images, k, dtype=torch.long, device=alike.device)
     taken = torch.zeros(images, n, dtype=torch.bool, device=alike.device)
-    cover = alike.new_zeros(images, n, 1)
+    cover = alike.new_zeros(images, alike.shape[1], 1)
     for i in range(k):
-        gain = (alike - cover).clamp_(min=0).sum(1, dtype=saliency.dtype) * saliency
+        gain = (alike - cover).clamp_(min=0).unflatten(1, (-1, EXACT)).sum(2).sum(1, dtype=saliency.dtype) * saliency
         j = gain.masked_fill(taken, float("-inf")).argmax(1, keepdim=True)
         picked[:, i : i + 1] = j
         taken.scatter_(1, j, True)
-        cover = torch.maximum(cover, alike.gather(2, j[:, None].expand(-1, n, 1)))
+        cover = torch.maximum(cover, alike.gather(2, j[:, None].expand(-1, alike.shape[1], 1)))
     return picked
