@@ -115,7 +115,7 @@ def _row(
         return None
     mine = by_arm[arm]
     row = {
-        "method": arm, "keep": method.budget.fraction, "tokens": method.tokens, "turns": 1, "task": task, "metric": metric, "unit": unit,
+        "method": arm, "keep": method.fraction, "tokens": method.tokens, "turns": 1, "task": task, "metric": metric, "unit": unit,
         "score": _round(found[0], unit), "score_interval": _interval(found[1:], unit), "baseline": _round(reference[0], unit),
         "difference": _round(found[0] - reference[0], unit), "difference_interval": _interval((found - reference)[1:], unit),
         "retention": _round(100 * found[0] / reference[0], unit) if unit == "percent" and reference[0] else None,

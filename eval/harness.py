@@ -12,7 +12,7 @@ import torch
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.installing import installed
 from mllm_efficient.models import Loaded, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key, pre_llm
+from mllm_efficient.shrink import Encoded, encode_items, encoding_key, runnable
 from mllm_efficient.trained import Parts
 
 from .records import Records
@@ -135,7 +135,7 @@ def with_baselines(methods: Sequence[Compressor]) -> list[Compressor]:
     out: dict[str, Compressor] = {}
     for method in methods:
         if method.same_weights is not None:
-            baseline = pre_llm(method.same_weights)
+            baseline = runnable(method.same_weights)
             out.setdefault(baseline.spec(), baseline)
         out.setdefault(method.spec(), method)
     return list(out.values())

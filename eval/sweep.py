@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_efficient.composed import Composed, inside_of
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
@@ -28,7 +29,7 @@ from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.plan import check, describe
 from mllm_efficient.registry import get_method
-from mllm_efficient.shrink import pre_llm
+from mllm_efficient.shrink import runnable
 
 from .records import SAMPLES_FILE, fingerprint_of
 
@@ -60,16 +61,17 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
     for spec in specs:
         own = own_budget(spec)
         if own is None and not budgets:
-            raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {spec}:keep=0.25")
+            like = "a budget in each stage" if "|" in spec else f"{spec}:keep=0.25"
+            raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {like}")
         for budget in [None] if own is not None else budgets:
-            method = pre_llm(spec) if budget is None else _with_budget(spec, budget)
+            method = runnable(spec) if budget is None else _with_budget(spec, budget)
             if method.same_weights is not None:
-                cells.append(Cell(pre_llm(method.same_weights), METHOD))
-            cells.append(Cell(method, METHOD, own or budget or ""))
+                cells.append(Cell(runnable(method.same_weights), METHOD))
+            cells.append(Cell(method, METHOD, "" if isinstance(method, Composed) else own or budget or ""))
     for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
         for name in (Random.name, Resize.name):
             if asked and not any(c.asked == asked and c.method.name == name for c in cells):
-                cells.append(Cell(pre_llm(f"{name}:{asked}"), REFERENCE, asked))
+                cells.append(Cell(runnable(f"{name}:{asked}"), REFERENCE, asked))
     return unique(cells)
 
 
@@ -82,16 +84,22 @@ def unique(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def own_budget(spec: str) -> str | None:
-    """The budget in a specification or YAML file, such as "keep=0.1"; "" for ``none``, None where it has none."""
+    """The budget in a specification or YAML file, such as "keep=0.1"; "" for ``none`` and for several, None where one is lacking."""
     if spec.endswith((".yaml", ".yml")):
         try:
-            method = pre_llm(spec)
+            method = runnable(spec)
         except MllmEfficientError as error:
             if "no budget" in str(error):
                 return None
             raise
         settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens", "per")}
         return ",".join(f"{k}={v}" for k, v in settings.items())
+    if "|" in spec:
+        lacking = [part for part in spec.split("|") if own_budget(part) is None]
+        if len(lacking) > 1:
+            raise MllmEfficientError(f"--method {spec}: a sweep crosses one stage with its budgets: give the others one of their own")
+        return None if lacking else ""
+    spec = spec.strip()
     name = re.split("[:@]", spec)[0].strip()
     if name == NoCompression.name or getattr(get_method(name), "routes", False):
         return ""
@@ -103,12 +111,17 @@ def own_budget(spec: str) -> str | None:
 
 
 def _with_budget(spec: str, budget: str) -> Compressor:
+    if "|" in spec:
+        return runnable([part if own_budget(part) is not None else _with_budget(part.strip(), budget) for part in spec.split("|")])
     if not spec.endswith((".yaml", ".yml")):
-        return pre_llm(f"{spec}{',' if ':' in spec else ':'}{budget}")
+        return runnable(f"{spec}{',' if ':' in spec else ':'}{budget}")
     import yaml
 
     name, _, value = budget.partition("=")
-    return pre_llm({**yaml.safe_load(Path(spec).read_text()), name: yaml.safe_load(value)})
+    content = yaml.safe_load(Path(spec).read_text())
+    if not isinstance(content, dict) or "stages" in content:
+        raise MllmEfficientError(f"{spec}: give each of its stages a budget")
+    return runnable({**content, name: yaml.safe_load(value)})
 
 
 def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) -> tuple[list[Cell], dict[str, str]]:
@@ -125,7 +138,7 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
             if cell.role == REFERENCE:
                 left_out[cell.spec] = str(error)
                 continue
-            if not (isinstance(error, BadBudgetError) and isinstance(cell.method, Reducer)):
+            if not (isinstance(error, BadBudgetError) and inside_of(cell.method) is not None):
                 raise
             out.append(replace(cell, failed=str(error)))  # an average that cannot be reached; others can
             continue
@@ -150,12 +163,16 @@ class Flops(PromptFlops):
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""
         # its stages or its router say what is left
-        if isinstance(budget, Reducer) and (budget.routes or all(getattr(budget, name) is None for name in BUDGETS)):
+        if isinstance(budget, Composed) or (
+            isinstance(budget, Reducer) and (budget.routes or all(getattr(budget, name) is None for name in BUDGETS))
+        ):
             return self.of(Random(tokens=self.of(budget).visual_tokens_kept))
         return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens", "per")}))
 
     def match(self, cell: Cell) -> Cell:
         """The cell at the budget whose prefill FLOPs are nearest those of a pure token drop at the budget asked for."""
+        if isinstance(cell.method, Composed):
+            raise MllmEfficientError(f"--match flops solves one budget, and {cell.spec} has one for each stage: leave it out")
         target, method = self.pure_drop(cell.method).prefill, cell.method
         if self.of(method).prefill == target or getattr(method, "routes", False):
             return cell

@@ -62,7 +62,7 @@ def _row(
     arm = method.spec()
     values, base = scores[arm][:, i], scores["none"][:, i]
     row = {
-        "method": arm, "keep": method.budget.fraction, "tokens": method.tokens, "turns": turns, "task": task, "metric": "exact_match",
+        "method": arm, "keep": method.fraction, "tokens": method.tokens, "turns": turns, "task": task, "metric": "exact_match",
         "score": _round(values[0]), "score_interval": interval(values[1:]),
         "baseline": _round(base[0]), "difference": _round(values[0] - base[0]),
         "difference_interval": interval((values - base)[1:]),

@@ -116,7 +116,7 @@ def _blocks(subject: Subject, long_edge: int | None, dim: str) -> list[_Block]:
             if result is None and (video or len(found) < 2):
                 panels.append((frame, subject.labels[f] if subject.labels else ""))
             elif video:  # one panel for each frame, hatched where the model did not see it
-                panels.append(_panel(frame, found[-1] if found else View("", (), ()), shown, False, dim))
+                panels.append(_panel(frame, found[-1] if found else View("", ()), shown, False, dim))
             else:
                 panels += [_panel(frame, view, shown, result is None, dim) for view in found]
         across = per_line if video else len(panels) if height > width else 1
@@ -135,7 +135,7 @@ def _panel(frame: Pixels, view: View, result: Result, everything: bool, dim: str
     n = sum(len(p) for p in planes)
     if everything:
         return render(frame, planes, dim=dim), f"{view.name}, {n:,} tokens"
-    k = sum(len(p) for p in merged) if merged is not None else n if indices is None else len(indices)
+    k = len(indices) if indices is not None else n if merged is None else sum(len(p) for p in merged)
     return render(frame, planes, indices, merged, dim=dim), f"{view.name}, {k:,} of {n:,}" if view.name else ""
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .composed import inside_of
 from .errors import CountMismatchError, MllmEfficientError
 from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
-from .registry import build
+from .plan import check
 from .report import CompressionReport, remember
-from .shrink import Prepared, check_all, halves, has_pixels, keeps_all, prepare
+from .shrink import Prepared, has_pixels, keeps_all, prepare, runnable
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 
@@ -29,8 +30,8 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
     """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
     from .patches import adapter_for
 
-    method = None if method is None else build(method)
-    reduces = method is not None and halves(method)[1] is not None
+    method = None if method is None else runnable(method)
+    reduces = method is not None and inside_of(method) is not None
     shortened = hasattr(kwargs.get("past_key_values"), SEGMENTS_ATTRIBUTE)
     hooks = inside(adapter_for(model)) if shortened or reduces else contextlib.nullcontext()
     with hooks:
@@ -47,7 +48,7 @@ def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: 
     if method is not None:
         from .patches import adapter_for
 
-        check_all(adapter_for(model), method)
+        check(adapter_for(model), method)
     if method is None and layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
     config = kwargs.get("generation_config")

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .composed import inside_of
 from .compressors.base import Compressor
-from .compressors.reducer import Reducer
 from .errors import UnsupportedModelError
 from .trained import MARK, Parts, held, mark, parts_of
 
@@ -91,7 +91,7 @@ def installed(model: Any, method: Compressor | None, kept: dict[str, Parts] | No
     from .patches import adapter_for
 
     adapter, part = adapter_for(model), None if method is None else method.installs
-    with inside(adapter) if isinstance(method, Reducer) else contextlib.nullcontext():
+    with inside(adapter) if method is not None and inside_of(method) is not None else contextlib.nullcontext():
         if method is None or part is None or held(adapter) is not None:
             yield
             return

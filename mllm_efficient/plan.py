@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .budget import apportion
-from .compressors.base import Compressor, Projector, Resizer
+from .composed import Composed, inside_of, projector_of
+from .compressors.base import Compressor, Merger, Projector, Resizer
 from .compressors.reducer import Reducer, spread_out
 from .errors import BadBudgetError, UnsupportedModelError
 from .lazy import torch
-from .tokens import Plane, VisualShape, grids_of
+from .tokens import Grid, Plane, VisualShape, grids_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +55,7 @@ class Plan:
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
     columns and separators that are left. untouched: every token and separator stays as it is. clamped: more tokens were
     asked than there are. stages: of an in-decoder method (layer, tokens from there on); per_layer: its tokens at every layer, of
-    which kept is the mean, rounded.
+    which kept is the mean, rounded; entering: separators that the first layer sees.
     """
 
     shape: VisualShape
@@ -68,10 +69,18 @@ class Plan:
     clamped: bool = False
     stages: tuple[tuple[int, int], ...] = ()
     per_layer: tuple[int, ...] = ()
+    entering: int = 0
+
+    @property
+    def seen(self) -> VisualShape:
+        """The shape of the tokens that ``groups`` are of: behind another projector that of what it gives."""
+        return self.shape if self.after is None else self.after
 
 
 def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
     """The plan of a method for an item of the adapter. Raises ``BadBudgetError`` where the budget cannot be met."""
+    if isinstance(method, Composed):
+        return _in_turn(adapter, method, item)[-1]
     shape: VisualShape = item.shape
     if isinstance(method, Projector):
         return _projected(adapter, method, item)
@@ -109,15 +118,42 @@ def _projected(adapter: Any, method: Projector, item: Any) -> Plan:
 
 
 def _reduced(adapter: Any, method: Reducer, shape: VisualShape) -> Plan:
-    depth = adapter.decoder_layers
-    layers, counts = method.stages(depth), method.counts(shape.n, depth, fixed=adapter.fixed_count, grids=grids_of(shape.planes))
-    per_layer = spread_out(shape.n, layers, counts, depth)
-    untouched = min(counts) == shape.n and not method.merges
-    separators = shape.separators if untouched or method.newline == "keep" else 0
-    return Plan(
-        shape, round(sum(per_layer) / depth), separators=separators, untouched=untouched,
-        clamped=method.tokens is not None and method.tokens > shape.n, stages=tuple(zip(layers, counts)), per_layer=per_layer,
+    whole = Plan(shape, shape.n, separators=shape.separators, untouched=True)
+    return _inside(adapter, method, whole, grids_of(shape.planes), fixed=adapter.fixed_count)
+
+
+def _inside(adapter: Any, method: Reducer, before: Plan, grids: tuple[Grid, ...] | None, fixed: bool) -> Plan:
+    """What an in-decoder method does to the tokens that ``before`` leaves, which fill ``grids``."""
+    depth, n = adapter.decoder_layers, before.kept
+    layers, counts = method.stages(depth), method.counts(n, depth, fixed=fixed, grids=grids)
+    per_layer = spread_out(n, layers, counts, depth)
+    untouched = min(counts) == n and not method.merges
+    return replace(
+        before, kept=round(sum(per_layer) / depth), separators=before.separators if untouched or method.newline == "keep" else 0,
+        untouched=before.untouched and untouched, clamped=before.clamped or (method.tokens is not None and method.tokens > n),
+        stages=tuple(zip(layers, counts)), per_layer=per_layer, entering=before.separators,
     )  # fmt: skip
+
+
+def _in_turn(adapter: Any, method: Composed, item: Any) -> list[Plan]:
+    """The plan after each stage, all of the item's own shape."""
+    first, *rest = method.stages
+    out = [plan(adapter, first, item)]
+    for stage, before in zip(rest, method.stages):
+        done = out[-1]
+        if isinstance(stage, Reducer):
+            out.append(_inside(adapter, stage, done, _grids_left(before, done), fixed=False))
+        else:  # on what a projector gives
+            then = plan(adapter, stage, replace(item, shape=done.seen))
+            out.append(replace(then, shape=done.shape, side=done.side, after=done.after, untouched=False))
+    return out
+
+
+def _grids_left(method: Compressor, p: Plan) -> tuple[Grid, ...] | None:
+    """The rectangles that the tokens fill that a method leaves, None where they fill none."""
+    if not p.groups:
+        return grids_of(p.seen.planes)
+    return tuple(method.target(g.grid, g.k) for g in p.groups) if isinstance(method, Merger) else None
 
 
 def _groups(method: Compressor, shape: VisualShape, k: int) -> Iterator[Group]:
@@ -174,6 +210,8 @@ def position_rule(adapter: Any, method: Compressor) -> str:
 
 def check(adapter: Any, method: Compressor) -> None:
     """Raises where a model cannot run a method at all, before any call is made."""
+    if isinstance(method, Composed):
+        return _check_in_turn(adapter, method)
     family, name = adapter.name, method.name
     if method.installs is not None and method.installs.family == "J" and not adapter.projects:
         raise UnsupportedModelError(f"{method.installs.name} takes the place of LLaVA's projector, which {family} has not")
@@ -209,8 +247,52 @@ def check(adapter: Any, method: Compressor) -> None:
         method.budget.count(len(usual.planes[-1]) if method.family == "J" else usual.n, fixed=adapter.fixed_count)
 
 
+def _check_in_turn(adapter: Any, method: Composed) -> None:
+    projector, inside = projector_of(method), inside_of(method)
+    for stage in method.stages:
+        if not isinstance(stage, Reducer):
+            check(adapter, stage)
+    if inside is not None:
+        adapter.check_inside(inside)
+        before = method.stages[-2]
+        if inside.routes and not before.merges:
+            raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
+    behind = method.stages[1]
+    if projector is not None and not isinstance(behind, Reducer):
+        after, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys"} & set(behind.needs))
+        if isinstance(behind, Resizer):
+            raise UnsupportedModelError(
+                f"{behind.name} makes the picture smaller, and {projector.name} gives as many tokens: use one of them"
+            )
+        if lacking:
+            raise UnsupportedModelError(f"{behind.name} needs {', '.join(lacking)} of the tower's tokens, which {after} have not")
+        if behind.positions == "keep" or behind.newline == "keep":
+            given = "positions" if behind.positions == "keep" else "newline"
+            raise UnsupportedModelError(f"{behind.name}: {given}='keep' has no effect on {after}: leave it out")
+    usual = adapter.usual()
+    if usual is not None:
+        plan(adapter, method, adapter.item_of(usual))
+
+
+def _describe_in_turn(method: Composed, shape: VisualShape | None, adapter: Any) -> str:
+    """``tokenflex keeps 144 of 576 tokens per image, then divprune 72 of them (removes 87.5%)``."""
+    if shape is None:
+        return ", then ".join(describe(stage, None, adapter) for stage in method.stages)
+    said, plans = list[str](), _in_turn(adapter, method, adapter.item_of(shape))
+    for stage, done in zip(method.stages, plans):
+        if isinstance(stage, Reducer):
+            said.append(describe(stage, None, adapter) if stage.routes else _in_stages(stage, done))
+        else:
+            said.append(
+                f"{stage.name} {done.kept} of them" if said else f"{stage.name} keeps {done.kept} of {shape.n} tokens per {shape.modality}"
+            )
+    return f"{', then '.join(said)} (removes {100 * (1 - plans[-1].kept / shape.n):.1f}%)"
+
+
 def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
+    if isinstance(method, Composed):
+        return _describe_in_turn(method, shape, adapter)
     if isinstance(method, Reducer) and method.routes:
         return (
             f"{method.name} pools the tokens of each image in front of layer {', '.join(map(str, method.stages(adapter.decoder_layers)))}"
@@ -226,9 +308,7 @@ def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str
         if fraction == 1:
             return f"{method.name} keeps every token"
         return f"{method.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
-    from .patches.base import Item
-
-    planned = plan(adapter, method, Item({}, shape))
+    planned = plan(adapter, method, adapter.item_of(shape))
     if isinstance(method, Reducer):
         return _in_stages(method, planned)
     k = planned.kept
@@ -237,9 +317,9 @@ def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str
 
 def _in_stages(method: Reducer, planned: Plan) -> str:
     """``fastv keeps 576 tokens up to layer 2, then 115 (layer average 143.8)``."""
-    if planned.untouched:
+    counts = [planned.per_layer[0], *(count for _, count in planned.stages)]
+    if min(counts) == counts[0]:
         return f"{method.name} keeps every token"
-    counts = [planned.shape.n, *(count for _, count in planned.stages)]
     spans = [f"{count} up to layer {layer}" for count, (layer, _) in zip(counts, planned.stages)]
     spans[0] = spans[0].replace(" up", " tokens up", 1)
     average = sum(planned.per_layer) / len(planned.per_layer)

@@ -100,11 +100,11 @@ def _load_entry_point(name: str) -> None:
         raise MllmEfficientError(" ".join(f"method {name!r} of package {package} does not load: {reason}".split())) from error
 
 
-def build(what: str | dict | Path | Compressor | Iterable) -> Compressor | tuple[Compressor, ...]:
+def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
     """A method from a specification string, a dict (``to_dict()``), a YAML file or an object.
 
     ``"a:x=1 | b:y=2"``, a list, or ``{"stages": [...]}`` compose: at most one method of each family, run in the order
-    J (projector), P (before the language model), L (in the decoder); the result is then a tuple in that order.
+    J (projector), P (before the language model), L (in the decoder); the result is then one ``Composed`` of these ``stages``.
     """
     from .compressors.base import Compressor
 
@@ -121,23 +121,16 @@ def build(what: str | dict | Path | Compressor | Iterable) -> Compressor | tuple
             return build(what["stages"])
         return _from_settings(what)
     if isinstance(what, Iterable):
-        parts = [build(part) for part in what]
-        return _compose([p for part in parts for p in (part if isinstance(part, tuple) else (part,))])
+        return _compose([build(part) for part in what])
     raise MllmEfficientError(f"cannot build a method from {what!r}: give 'divprune:keep=0.1', a dict or a YAML file")
 
 
-def _compose(parts: list[Compressor]) -> Compressor | tuple[Compressor, ...]:
+def _compose(parts: list[Compressor]) -> Compressor:
+    from .composed import compose
+
     if not parts:
         raise MllmEfficientError("no method given: 'divprune:keep=0.1' is one")
-    if len(parts) == 1:
-        return parts[0]
-    parts = [p for p in parts if p.spec() != "none"] or parts[:1]
-    for family in {p.family for p in parts}:
-        same = [p.name for p in parts if p.family == family]
-        if len(same) > 1:
-            raise MllmEfficientError(f"{' and '.join(same)} are of one family ({family}): at most one of each can run")
-    ordered = sorted(parts, key=lambda p: "JPL".index(p.family))
-    return ordered[0] if len(ordered) == 1 else tuple(ordered)
+    return parts[0] if len(parts) == 1 else compose([p for p in parts if p.spec() != "none"] or parts[:1])
 
 
 def _from_spec(spec: str) -> Compressor:

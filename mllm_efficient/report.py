@@ -23,7 +23,8 @@ class ImageReport:
     of the tokens, or of the merged ones, where they form one grid. tile, frame: (N,) of each token before, or None.
     clamped: more tokens were asked than there are. modality: "image" or "video". planes: the rectangles that the N
     tokens form, one after the other, with what each covers of the picture; kept_planes: those of the merged tokens,
-    None where tokens were selected. separators_full, separators_kept: newline columns and separators. per_layer: of an
+    None where tokens were selected; of_merged: (K,) of the merged tokens that are left, None for all of them.
+    separators_full, separators_kept: newline columns and separators. per_layer: of an
     in-decoder method the tokens at each decoder layer, of which ``kept`` is the mean, rounded, and ``indices`` are those at
     the end; empty where all layers see the same. kernels: of a method that routes, the one chosen at each stage.
     """
@@ -43,6 +44,7 @@ class ImageReport:
     separators_kept: int = 0
     per_layer: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ()
+    of_merged: Tensor | None = None
 
 
 def by_layer(per_layer: Sequence[float]) -> str:

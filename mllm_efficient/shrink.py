@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .composed import before_of, inside_of, projector_of, stages_of
 from .compressors.base import Compressor, Projector, generator_for
 from .compressors.none import NoCompression
 from .compressors.reducer import Reducer
@@ -80,40 +81,19 @@ class Prepared:
         return torch.ones_like(ids, dtype=torch.bool) if self.layout is None else self.layout.keep.to(ids.device)
 
 
-def pre_llm(compressor: Any) -> Compressor:
-    """The one method in what ``build`` made, of family P, J or L."""
-    built = build(compressor)
-    stages = built if isinstance(built, tuple) else (built,)
-    for stage in stages:
+def runnable(compressor: Any) -> Compressor:
+    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
+    method = build(compressor)
+    for stage in stages_of(method):
         if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
             raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
-    if len(stages) > 1:
-        raise UnsupportedModelError(f"{' and '.join(s.name for s in stages)} one after the other: this version runs one method at a time")
-    return stages[0]
+    return method
 
 
 def halves(compressor: Any) -> tuple[Compressor, Reducer | None]:
-    """The method before the language model (``none`` if there is none) and the one inside it.
-
-    Raises ``UnsupportedModelError`` for two before it.
-    """
-    built = build(compressor)
-    stages = built if isinstance(built, tuple) else (built,)
-    inside = stages[-1] if isinstance(stages[-1], Reducer) else None
-    before = stages[: len(stages) - (inside is not None)]
-    return (pre_llm(before) if before else NoCompression()), inside
-
-
-def check_all(adapter: Any, compressor: Any) -> None:
-    """``check`` of each half. What is inside is given what the half before it leaves, so its own budget is seen later."""
-    before, inside = halves(compressor)
-    check(adapter, before)
-    if inside is not None and before.name == NoCompression.name:
-        check(adapter, inside)
-    elif inside is not None:
-        adapter.check_inside(inside)
-        if inside.routes and not before.merges:
-            raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
+    """What runs before the language model (``none`` if nothing does) and the method inside it."""
+    method = runnable(compressor)
+    return before_of(method) or NoCompression(), inside_of(method)
 
 
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
@@ -124,7 +104,7 @@ def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
     """
     from .patches import adapter_for
 
-    adapter, method = adapter_for(model), pre_llm(compressor)
+    adapter, method = adapter_for(model), runnable(compressor)
     return encode_items(adapter, method, adapter.items(inputs))
 
 
@@ -133,24 +113,25 @@ def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
     keys = [encoding_key(adapter, method, i) for i in items]
     needs = keys[0][0] if keys else frozenset()
     require_installed(adapter, method)
-    if items and isinstance(method, Projector):
-        (side,) = {plan(adapter, method, item).side for item in items}
-        return Encoded(items, adapter.project(items, module_of(adapter, method), side), keys)
+    projector = projector_of(method)
+    if items and projector is not None:
+        (side,) = {plan(adapter, projector, item).side for item in items}
+        return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
     return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
 
 
 def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
     """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
-    seen = plan(adapter, method, item)
-    other = (method.name, method.weights, seen.side) if isinstance(method, Projector) else (seen.smaller, held(adapter))
-    of_tower = frozenset() if isinstance(method, Reducer) else frozenset(method.needs) & {"attention", "keys"}
+    before, projector = before_of(method), projector_of(method)
+    seen = plan(adapter, before or NoCompression(), item)
+    other = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
+    of_tower = frozenset() if before is None else frozenset(before.needs) & {"attention", "keys"}
     return of_tower, other
 
 
 def keeps_all(adapter: Any, method: Any, inputs: dict[str, Any]) -> bool:
     """Whether a method leaves the images of a call as they are, so that the call needs no change."""
-    items = adapter.items(inputs)
-    return all(plan(adapter, half, item).untouched for half in halves(method) if half is not None for item in items)
+    return all(plan(adapter, runnable(method), item).untouched for item in adapter.items(inputs))
 
 
 def prepare(
@@ -181,17 +162,17 @@ def prepare(
     """
     from .patches import adapter_for
 
-    adapter, (method, inside) = adapter_for(model), halves(compressor)
+    adapter, whole = adapter_for(model), runnable(compressor)
+    method, inside = halves(whole)
+    of_tokens = stages_of(method)[-1]
     vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
     rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
     if labels is not None:
         rest["labels"] = labels
     if encoded is None and not has_pixels(vision) and past is None:
         return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
-    check_all(adapter, compressor)
-    require_installed(adapter, method)
-    if inside is not None:
-        require_installed(adapter, inside)
+    check(adapter, whole)
+    require_installed(adapter, whole)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
     require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
@@ -212,7 +193,7 @@ def prepare(
     plans = [plan(adapter, method, f.item) for f in found]
     require(image_keys is None or len(image_keys) == len(found), f"{len(image_keys or ())} image_keys for {len(found)} images")
     alone = inside is not None and method.name == NoCompression.name
-    settings = {"stages": stages_of(method, inside), "positions": rule, "decoder_layers": adapter.decoder_layers}
+    settings = {"stages": tuple(stage.to_dict() for stage in stages_of(whole)), "positions": rule, "decoder_layers": adapter.decoder_layers}
     if encoded is not None:
         for f in found:
             needs, smaller = encoding_key(adapter, method, f.item)
@@ -224,12 +205,12 @@ def prepare(
         report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
         if encoded is None:
             return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
-        whole = [(p.shape.modality, encoded.encodings[f.index].features, encoded.encodings[f.index].deep) for f, p in zip(found, plans)]
+        every = [(p.shape.modality, encoded.encodings[f.index].features, encoded.encodings[f.index].deep) for f, p in zip(found, plans)]
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
         if adapter.mrope:
             places, _ = native(adapter, input_ids, mask, [(f, p, None) for f, p in zip(found, plans)], "keep")
             tensors["position_ids"] = with_text_row(places, mask)
-        return Prepared(_given(tensors), whole, adapter.pack, report, None)
+        return Prepared(_given(tensors), every, adapter.pack, report, None)
 
     if encoded is None:
         encoded = encode_items(adapter, method, items)
@@ -237,16 +218,16 @@ def prepare(
     if inside is not None and alone and not adapter.mrope:  # every column stays
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
         staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors, image_keys)
-        whole = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
+        every = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
         report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
-        return Prepared(_given(tensors), whole, adapter.pack, report, None, staging)
+        return Prepared(_given(tensors), every, adapter.pack, report, None, staging)
     require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
     before = past.images.tolist() if past else [0] * len(ids_cpu)
     given = rest.get("labels")
     contexts = _contexts(
-        adapter, method, found, input_ids[:, start:], new_mask, image_keys, before, None if given is None else given[:, start:]
+        adapter, of_tokens, found, input_ids[:, start:], new_mask, image_keys, before, None if given is None else given[:, start:]
     )
-    squeezed, seconds = squeeze_all(method, plans, [encoded.encodings[f.index] for f in found], contexts)
+    squeezed, seconds = squeeze_all(of_tokens, plans, [encoded.encodings[f.index] for f in found], contexts)
     keep = torch.ones_like(mask_cpu)
     if past is not None:
         keep[:, :start] = past.keep
@@ -285,18 +266,11 @@ def _stage(
     return staging
 
 
-def stages_of(method: Compressor, inside: Reducer | None) -> tuple[dict[str, Any], ...]:
-    """The methods that run, as a report has them."""
-    if inside is None:
-        return (method.to_dict(),)
-    return (inside.to_dict(),) if method.name == NoCompression.name else (method.to_dict(), inside.to_dict())
-
-
 def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
     """What a method does to the images of a call, without an answer. In-decoder methods take a prefill for that."""
     from .installing import installed
 
-    method = pre_llm(compressor)
+    method = runnable(compressor)
     with torch.no_grad(), installed(model, method):
         prepared = prepare(model, method, **inputs)
         if prepared.staging is not None:
@@ -309,10 +283,11 @@ def require_installed(adapter: Any, method: Compressor) -> None:
 
     And nothing of an in-decoder method happens in a decoder without its hooks.
     """
-    if isinstance(method, Reducer) and not adapter.reached_inside:
-        raise UnsupportedModelError(f"{method.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
+    inside, part = inside_of(method), method.installs
+    if inside is not None and not adapter.reached_inside:
+        raise UnsupportedModelError(f"{inside.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
     require_held(adapter, method)
-    if method.installs is not None and method.family != "J" and held(adapter) is None:
+    if part is not None and projector_of(method) is None and held(adapter) is None:
         raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
 
 
@@ -332,7 +307,7 @@ def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
         f.row, p.shape.n, p.kept, indices,
         (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
         p.shape.tile(), p.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, p.separators,
-        p.per_layer,
+        p.per_layer, of_merged=None if s is None else s.of_merged,
     )  # fmt: skip
 
 
@@ -378,4 +353,4 @@ def _pad_id(adapter: Any) -> int:
     return pad if isinstance(pad, int) and pad >= 0 and pad not in adapter.placeholders.values() else 0
 
 
-__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "pre_llm", "prepare"]
+__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "prepare", "runnable"]

@@ -30,7 +30,8 @@ class Squeezed:
     """One item, compressed.
 
     features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
-    placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones.
+    placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones;
+    of_merged: (K,) those of them that stay on the CPU, None for all.
     """
 
     features: Tensor
@@ -38,6 +39,7 @@ class Squeezed:
     keep: Tensor
     indices: Tensor | None
     kept_planes: tuple[Plane, ...] | None = None
+    of_merged: Tensor | None = None
 
 
 def squeeze_all(
@@ -101,10 +103,10 @@ Job = tuple[Group, VisualTokens, list[Tensor]]
 
 def _jobs(p: Plan, encoding: Any, context: Context) -> list[Job]:
     """What the method gets of an item: for each group its tokens, and their features in each deepstack layer."""
-    if p.untouched or p.after is not None:
+    if not p.groups:
         return []
     tokens = _tokens(p, encoding, context)
-    deep = [layer if not p.shape.separators else layer[p.shape.token_slots.to(layer.device)] for layer in encoding.deep]
+    deep = [layer if not p.seen.separators else layer[p.seen.token_slots.to(layer.device)] for layer in encoding.deep]
     return [(group, _of_group(tokens, group), [_pick(layer, group) for layer in deep]) for group in p.groups]
 
 
@@ -127,11 +129,11 @@ def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
 
 
 def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
-    features = encoding.features
-    if p.shape.separators:
-        features = features[p.shape.token_slots.to(features.device)]
+    features, shape = encoding.features, p.seen
+    if shape.separators:
+        features = features[shape.token_slots.to(features.device)]
     extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
-    return VisualTokens(features, p.shape.grid, p.shape.tile(), p.shape.frame(), **extra)
+    return VisualTokens(features, shape.grid, shape.tile(), shape.frame(), **extra)
 
 
 def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
@@ -148,10 +150,10 @@ def _pick(values: Tensor, group: Group) -> Tensor:
 
 def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> Squeezed:
     """Kept tokens, with the separators that stay, in the order of the placeholders they take. Indices are on the CPU."""
-    shape = p.shape
+    shape = p.seen
     if p.untouched:
         return Squeezed(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
-    if p.after is not None:
+    if not p.groups:
         return _smaller(p, encoding)
     slots, indices = [], []
     for group, done, _ in parts:
@@ -181,7 +183,16 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
     ordered = None if merged else torch.cat(indices)
     if ordered is not None and len(parts) > 1 and getattr(method, "order", "raster") == "raster":
         ordered = ordered.sort().values
-    return Squeezed(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
+    squeezed = Squeezed(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
+    return squeezed if p.after is None else _behind(p, squeezed)
+
+
+def _behind(p: Plan, s: Squeezed) -> Squeezed:
+    """What is left of a projector's tokens, as of the item's own, which that merged."""
+    keep = _room(p)
+    keep[keep.clone()] = s.keep
+    merged = p.seen.planes if s.kept_planes is None else s.kept_planes
+    return replace(s, keep=keep, indices=None, kept_planes=merged, of_merged=s.indices)
 
 
 def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
@@ -195,15 +206,21 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
 
 
 def _smaller(p: Plan, encoding: Any) -> Squeezed:
-    """A smaller picture's tokens take the first placeholders of each plane of the full one, as far as there are enough."""
-    after, shape = p.after, p.shape
-    assert after is not None
+    """A smaller picture, or one behind another projector."""
+    after, rows = p.seen, [encoding.features, *encoding.deep]
+    if after.separators and not p.separators:
+        rows = [r[after.token_slots.to(r.device)] for r in rows]
+    return Squeezed(rows[0], tuple(rows[1:]), _room(p), None, after.planes)
+
+
+def _room(p: Plan) -> Tensor:
+    """(length,) bool, the placeholders that a smaller picture's tokens take: of each plane the first, as far as there are enough."""
+    after, shape = p.seen, p.shape
     keep = torch.zeros(shape.length, dtype=torch.bool)
-    rows = [encoding.features, *encoding.deep]
     if p.separators:  # on such hosts it does not matter which placeholders stay
         require(after.length <= shape.length, "the smaller picture has more newline columns than the full one has room for")
         keep[: after.length] = True
-        return Squeezed(rows[0], tuple(rows[1:]), keep, None, after.planes)
+        return keep
     start = 0
     for full, plane in zip(shape.planes, after.planes):
         keep[shape.token_slots[start : start + min(len(plane), len(full))]] = True
@@ -211,6 +228,4 @@ def _smaller(p: Plan, encoding: Any) -> Squeezed:
     # Rounding can give a plane of the smaller picture more tokens than the full one has there.
     rest = shape.token_slots[~keep[shape.token_slots]]
     keep[rest[: after.n - int(keep.sum())]] = True
-    if after.separators:
-        rows = [r[after.token_slots.to(r.device)] for r in rows]
-    return Squeezed(rows[0], tuple(rows[1:]), keep, None, after.planes)
+    return keep

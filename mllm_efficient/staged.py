@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Standing:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
-    places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, None where merged.
+    places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
     grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none.
     """
 
@@ -35,7 +35,7 @@ class Standing:
     columns: Tensor
     separators: Tensor
     places: Tensor
-    origin: Tensor | None
+    origin: Tensor
     grids: tuple[Grid, ...] | None = None
 
 
@@ -57,16 +57,14 @@ def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
     is_token = torch.zeros(len(kept), dtype=torch.bool)
     if s.indices is not None:
         is_token[torch.isin(kept, p.shape.token_slots)] = True
-        places = places_of(p.shape.planes)[s.indices.sort().values]
+        planes, origin = p.shape.planes, s.indices.sort().values
     else:
         planes = s.kept_planes or ()
-        slots = p.after.token_slots if p.after is not None and p.separators else torch.arange(sum(len(plane) for plane in planes))
-        is_token[slots] = True
-        places = places_of(planes)
-    columns = short[f.columns.cpu()[kept]]
-    origin = None if s.indices is None else s.indices.sort().values
-    grids = None if s.indices is not None and len(s.indices) < p.shape.n else grids_of(p.shape.planes if s.indices is not None else planes)
-    return Standing(f.row, columns[is_token], columns[~is_token], places, origin, grids)
+        origin = torch.arange(sum(len(plane) for plane in planes)) if s.of_merged is None else s.of_merged.sort().values
+        is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
+    columns, grids = short[f.columns.cpu()[kept]], grids_of(planes)
+    whole = len(origin) == sum(rows * columns for rows, columns in grids)
+    return Standing(f.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, grids if whole else None)
 
 
 def staging_of(
@@ -94,7 +92,7 @@ def staging_of(
         places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
         counts = method.counts(n, depth, fixed=False, grids=image.grids)
         keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged)]
-        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, keeps, image.origin, image.grids, key))
+        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
         numbers[image.row] += 1
@@ -166,14 +164,16 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
     images = []
     for i, (image, staged) in enumerate(zip(before.images, staging.images)):
         per_layer = spread_out(len(staged.columns), staging.stages, [stage[i] for stage in left], depth)
-        selects = staged.origin is not None and not staging.method.merges
-        indices = staged.origin[staging.outcome["indices"][i].cpu()] if selects and staged.origin is not None else None
+        stayed = None if staging.method.merges else staged.origin[staging.outcome["indices"][i].cpu()]
+        indices, of_merged = (stayed, None) if image.kept_planes is None else (None, stayed)
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
         planes = (
             _pooled_planes(image.kept_planes or image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided])
             if decided
             else None
         )
-        done = replace(image, kept=round(sum(per_layer) / depth), indices=indices, per_layer=per_layer, kernels=kernels)
+        done = replace(
+            image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, per_layer=per_layer, kernels=kernels
+        )
         images.append(done if planes is None else replace(done, kept_planes=planes))
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])

@@ -30,11 +30,10 @@ Edges = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class View:
-    """Planes of one panel. name: empty where a picture has one view. starts: each plane's first token among the N."""
+    """Planes of one panel. name: empty where a picture has one view."""
 
     name: str
     members: tuple[int, ...]
-    starts: tuple[int, ...]
 
     def of(self, result: Result) -> tuple[list[Plane], list[int] | None, list[Plane] | None]:
         """The result's planes, indices and kept planes in this view; indices count over its planes alone."""
@@ -42,11 +41,11 @@ class View:
         kept = None if result.kept_planes is None else [result.kept_planes[m] for m in self.members]
         if result.indices is None:
             return planes, None, kept
-        indices, before = [], 0
-        for plane, start in zip(planes, self.starts):
-            n = len(plane)
-            indices += [i - start + before for i in result.indices if start <= i < start + n]
-            before += n
+        drawn = result.planes if result.kept_planes is None else result.kept_planes
+        starts, indices, before = [0, *itertools.accumulate(len(p) for p in drawn)], [], 0
+        for m in self.members:
+            indices += [i - starts[m] + before for i in result.indices if starts[m] <= i < starts[m + 1]]
+            before += len(drawn[m])
         return planes, indices, kept
 
 
@@ -54,9 +53,9 @@ class View:
 class Result:
     """What one method kept of one picture or video; the fields of an ``ImageReport``.
 
-    planes: of the full picture, boxes in fractions of it. indices: kept ones of the N tokens, None where tokens were
-    merged; then kept_planes: the merged planes, one for each of ``planes``. per_layer: tokens at each decoder layer, of a
-    method inside it; what is drawn are those at the end.
+    planes: of the full picture, boxes in fractions of it. kept_planes: where tokens were merged the merged planes, one for
+    each of ``planes``. indices: what is left of the N tokens, or of the merged ones; None where all are. per_layer: tokens
+    at each decoder layer, of a method inside it; what is drawn are those at the end.
     """
 
     title: str
@@ -85,7 +84,6 @@ class Subject:
 
 def views(planes: Sequence[Plane], members: Sequence[int] | None = None) -> list[View]:
     """The planes of a picture (of a video: those ``members`` that show one frame) in as few panels as can show them all."""
-    starts = [0, *itertools.accumulate(len(p) for p in planes)]
     groups: list[list[int]] = []
     for i in range(len(planes)) if members is None else members:
         plane = planes[i]
@@ -97,7 +95,7 @@ def views(planes: Sequence[Plane], members: Sequence[int] | None = None) -> list
             groups.append([i])
     tiles = next((n for n, group in enumerate(groups) if len(group) > 1), len(groups) - 1 if len(groups) > 1 else None)
     names = ["" if tiles is None else "tiles" if n == tiles else "base view" if n < tiles else "thumbnail" for n in range(len(groups))]
-    return [View(name, tuple(group), tuple(starts[i] for i in group)) for name, group in zip(names, groups)]
+    return [View(name, tuple(group)) for name, group in zip(names, groups)]
 
 
 def _overlap(a: Plane, b: Plane) -> bool:
@@ -130,14 +128,14 @@ def render(
 
     Kept tokens show the picture's exact colours; dropped ones lose most of their saturation and go towards white
     (``dim="light"``) or black (``"dark"``). What lies outside all planes was never seen by the model and is hatched.
-    Cells of ``kept_planes`` show the mean colour of their area. Edges of cells lie on whole pixels; a line one pixel
-    wide takes the first row or column of the cell below or to the right of an edge, but none of a kept cell's pixels
+    Cells of ``kept_planes`` show the mean colour of their area, dropped ones are faded. Edges of cells lie on whole pixels; a line
+    one pixel wide takes the first row or column of the cell below or to the right of an edge, but none of a kept cell's pixels
     beside a dropped one.
 
     Args:
         picture: RGB; ``fit`` gives it the size wanted.
         planes: planes that do not overlap, boxes (top, left, bottom, right) in fractions of the picture.
-        indices: kept tokens, counted over these planes one after the other; None keeps all (or see kept_planes).
+        indices: kept tokens, counted over the planes that are drawn one after the other; None keeps all.
         kept_planes: merged planes to draw instead, where tokens were merged.
         dim: "light" or "dark". lines: whether the grid is drawn.
     """
@@ -150,20 +148,18 @@ def render(
     _hatch(out)
     faded = _faded(pixels, paper, 0.5, 0.66)
     lit, grid = np.zeros((height, width), bool), np.zeros((height, width), np.float32)
-    chosen = np.ones(sum(len(p) for p in planes), bool)
+    drawn = planes if kept_planes is None else kept_planes
+    chosen = np.ones(sum(len(p) for p in drawn), bool)
     if indices is not None:
         chosen[:] = False
         chosen[np.asarray(indices, dtype=np.int64)] = True
     start = 0
-    for plane in planes if kept_planes is None else kept_planes:
+    for plane in drawn:
         y, x = _edges(plane, height, width)
         inside = np.s_[y[0] : y[-1], x[0] : x[-1]]
-        if kept_planes is None:
-            cells = chosen[start : start + len(plane)].reshape(plane.rows, plane.columns)
-            out[inside] = np.where(_spread(cells, y, x)[..., None], pixels[inside], faded[inside])
-        else:
-            cells = np.ones((plane.rows, plane.columns), bool)
-            out[inside] = _spread(_means(pixels, plane), y, x)
+        cells = chosen[start : start + len(plane)].reshape(plane.rows, plane.columns)
+        colours = pixels[inside] if kept_planes is None else _spread(_means(pixels, plane), y, x)
+        out[inside] = np.where(_spread(cells, y, x)[..., None], colours, faded[inside])
         lit[inside] = _spread(cells, y, x)
         _rule(grid, plane, y, x)
         start += len(plane)

@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from .composed import inside_of
 from .compressors.base import Compressor
-from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError, UnsupportedModelError
+from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
-from .registry import build
+from .plan import check
 from .report import CompressionReport, remember
-from .shrink import check_all, halves, has_pixels, keeps_all, prepare
+from .shrink import has_pixels, keeps_all, prepare, runnable
 from .staged import report_of
 
 Model = TypeVar("Model")
@@ -46,19 +47,16 @@ def wrap(model: Model, compressor: Any) -> Model:
     """
     from .patches import adapter_for
 
-    adapter, method, (before, inside) = adapter_for(model), build(compressor), halves(compressor)
+    adapter, method = adapter_for(model), runnable(compressor)
     inner = adapter.model
     if _hook_of(inner) is not None:
         raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
-    check_all(adapter, method)
-    trained = [half for half in (before, inside) if half is not None and half.installs is not None]
-    if len(trained) > 1:
-        raise UnsupportedModelError(f"{trained[0].name} and {trained[1].name} each bring trained weights: one of them can run")
-    undo = install(adapter, trained[0] if trained else before)
+    check(adapter, method)
+    undo = install(adapter, method)
     inner.__class__ = _class_for(type(inner))
     inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
-    if inside is not None:
+    if inside_of(method) is not None:
         adapter.reach_inside()
     return model
 
@@ -73,7 +71,7 @@ def unwrap(model: Model) -> Model:
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
     hook.undo()
-    if halves(hook.method)[1] is not None:
+    if inside_of(hook.method) is not None:
         adapter.let_go_inside()
     for hooks, with_kwargs, ours in (
         (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
@@ -96,8 +94,8 @@ def compressed(model: Model, compressor: Any) -> Iterator[Model]:
         unwrap(model)
 
 
-def method_of(model: Any) -> Compressor | tuple[Compressor, ...] | None:
-    """The method a model is wrapped with, several in the order they run, or None."""
+def method_of(model: Any) -> Compressor | None:
+    """The method a model is wrapped with, or None."""
     from .patches import inner_model
 
     hook = _hook_of(inner_model(model))
@@ -111,7 +109,7 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor | tuple[Compressor, ...], undo: Callable[[], None]):
+    def __init__(self, method: Compressor, undo: Callable[[], None]):
         self.method, self.undo = method, undo
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):

@@ -120,6 +120,10 @@ class Adapter:
         """The shape of every image where all have the same, else None."""
         return None
 
+    def item_of(self, shape: VisualShape) -> Item:
+        """An item of which nothing but the shape is known."""
+        return Item({}, shape)
+
     def unit(self, item: Item) -> Grid:
         """The grid of the picture, or of each of its tiles: what ``resize`` makes smaller."""
         return item.shape.planes[0].rows, item.shape.planes[0].columns

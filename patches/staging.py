@@ -19,8 +19,8 @@ class StagedImage:
     """The visual tokens of one image in a prompt. row: of the batch. columns: (N,), separators: (S,) where they stand.
 
     places: (N, 4) image within its row, plane, row and column. counts: tokens left after each stage. keep_separators:
-    whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, None where
-    those were merged before they came here. grids: (rows, columns) of the rectangles they fill, None where they fill none.
+    whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, or among what
+    those were merged to before they came here. grids: (rows, columns) of the rectangles they fill, None where they fill none.
     key: for methods that draw.
     """
 
@@ -29,8 +29,8 @@ class StagedImage:
     separators: Tensor
     places: Tensor
     counts: tuple[int, ...]
+    origin: Tensor
     keep_separators: bool = False
-    origin: Tensor | None = None
     grids: tuple[Grid, ...] | None = None
     key: int | str = 0
 

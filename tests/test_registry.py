@@ -276,7 +276,7 @@ def test_a_yaml_list_composes(tmp_path, other_families):
         - divprune:tokens=64
         """,
     )
-    assert me.build(path) == (me.DivPrune(tokens=64), me.build("in_decoder:keep=0.5"))
+    assert me.build(path).stages == (me.DivPrune(tokens=64), me.build("in_decoder:keep=0.5"))
     assert me.build(yaml_file(tmp_path, "stages: [{method: divprune, tokens: 64}, 'in_decoder:keep=0.5']")) == me.build(path)
     assert me.build(yaml_file(tmp_path, "- method: divprune\n  tokens: 64")) == me.DivPrune(tokens=64)
 
@@ -341,10 +341,11 @@ def other_families(registered):
     ids=str,
 )
 def test_composed_methods_run_projector_then_pre_llm_then_decoder(other_families, what):
-    stages = me.build(what)
+    method = me.build(what)
+    stages = method.stages
     assert [stage.name for stage in stages] == ["projector", "divprune", "in_decoder"]
     assert stages[0].tokens == 144 and stages[1] == me.DivPrune(tokens=64) and stages[2].keep == 0.5
-    assert me.build(stages) == stages
+    assert me.build(method) == me.build(stages) == method
 
 
 @pytest.mark.parametrize(

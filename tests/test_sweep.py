@@ -139,7 +139,7 @@ def test_matching_finds_the_nearest_of_all_grids(flops, budget):
     for cell in sweep.cross(["pool", "resize"], [budget])[1:]:
         if cell.method.name == "random":
             continue
-        every = [flops.of(sweep.pre_llm(f"{cell.method.name}:tokens={t}")).prefill for t in range(1, 145)]
+        every = [flops.of(sweep.runnable(f"{cell.method.name}:tokens={t}")).prefill for t in range(1, 145)]
         found = flops.match(cell)
         assert abs(flops.of(found.method).prefill - target) == min(abs(v - target) for v in every)
         assert found.asked == budget and (found.method.tokens is None) == budget.startswith("keep")

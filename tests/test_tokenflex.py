@@ -436,6 +436,7 @@ def test_offloaded_models_run_as_those_that_are_not(tiny_llava, make_batch, tmp_
 LOGITS = """
 import sys, torch, transformers
 import mllm_efficient as me
+torch.set_num_threads(1)  # as in this process: some CPUs add up in another order with more
 model = transformers.LlavaForConditionalGeneration.from_pretrained(sys.argv[1]).eval()
 batch = torch.load(sys.argv[2], weights_only=True)
 method = me.load(sys.argv[3])

@@ -117,10 +117,10 @@ def test_requests_of_ones_own_are_held_against_the_stock_model(tmp_path, capsys)
 def test_the_base_model_is_untouched_by_an_evaluation_with_it():
     from mllm_efficient.eval.builtin.suite import samples
     from mllm_efficient.eval.runner import Run
-    from mllm_efficient.shrink import pre_llm
+    from mllm_efficient.shrink import runnable
 
     loaded = load(ModelOptions())
     before = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-    Run(loaded, samples("test", 14), [pre_llm(m) for m in ("none", "none@tokenflex", "tokenflex:tokens=9")]).answer_all()
+    Run(loaded, samples("test", 14), [runnable(m) for m in ("none", "none@tokenflex", "tokenflex:tokens=9")]).answer_all()
     after = loaded.model.state_dict()
     assert set(after) == set(before) and all(torch.equal(after[k], v) for k, v in before.items())

@@ -69,7 +69,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
         ("divprune:tokens=64,newline=keep", "leaves newline columns"),
         ("none@tokenflex", "is the baseline of trained weights"),
-        ("divprune:tokens=64 | fastv:ratio=0.5", "one after the other cannot be served"),
+        ("divprune:tokens=64 | fastv:ratio=0.5", "runs several methods one after the other, and vLLM one"),
         ({"method": "divprune", "tokens": 64, "kep": 1}, "no parameter 'kep'"),
         ({"method": "divprune", "tokens": 64, "allowed_tokens": "64"}, "must be a list of counts"),
         (64, "must be a specification such as"),

@@ -42,12 +42,15 @@ class ModelAsker(Asker):
     prompt_format: str = "template"
 
     def __post_init__(self) -> None:
+        from mllm_efficient.composed import stages_of
         from mllm_efficient.models import environment, require_supported
-        from mllm_efficient.shrink import check_all, halves
+        from mllm_efficient.plan import check
+        from mllm_efficient.shrink import runnable
 
         self.adapter = require_supported(self.loaded)
-        check_all(self.adapter, self.method)
-        self.parts = [h for h in halves(self.method) if h is not None]
+        self.method = runnable(self.method)
+        check(self.adapter, self.method)
+        self.parts = stages_of(self.method)
         processor = self.loaded.processor
         cuts = type(processor).__name__ == "LlavaProcessor" and bool(getattr(processor.image_processor, "do_center_crop", False))
         if self.image_padding is not None and not cuts:

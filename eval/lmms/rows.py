@@ -54,9 +54,9 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
 def _budget(cell: Cell) -> tuple[Any, ...] | None:
     """What two arms have alike that keep as many tokens; None for those whose budget is no count or share of all tokens."""
     method = cell.method
-    if isinstance(cell, ServerCell) or (method.tokens is None and (method.budget.fraction is None or not cell.asked)):
+    if isinstance(cell, ServerCell) or (method.tokens is None and (method.fraction is None or not cell.asked)):
         return None
-    return method.budget.fraction, method.tokens, method.min_tokens, method.max_tokens
+    return method.fraction, method.tokens, method.min_tokens, method.max_tokens
 
 
 def _tops(run: TaskRun, task: Task, by: dict[tuple[str, str], Samples]) -> dict[str, float | None]:
@@ -91,7 +91,7 @@ def _row(
 def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
     here = not isinstance(cell, ServerCell)  # what a server keeps is its own affair
     return {
-        "method": cell.spec, "role": cell.role, "keep": cell.method.budget.fraction if here else None,
+        "method": cell.spec, "role": cell.role, "keep": cell.method.fraction if here else None,
         "tokens": cell.method.tokens if here else None, "task": task, "metric": metric, "primary": False, "higher_is_better": True,
         "score_interval": None, "difference_interval": None, "floor": None, "hard": None, "hard_n": None,
     }  # fmt: skip

@@ -106,7 +106,8 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
     kept = None if report.kept_planes is None else adapter.place(report.kept_planes, picture.size, processor)
     if kept is not None and len(kept) != len(planes):
         return []
-    indices = report.indices.tolist() if report.indices is not None and kept is None else None
+    left = report.indices if kept is None else report.of_merged
+    indices = None if left is None else left.tolist()
     result = Result(method.spec(), report.full, report.kept, planes, indices, kept)
     small = fit(picture, EDGE)
     return [_jpeg(Image.fromarray(render(small, *view.of(result)))) for view in views(planes)]

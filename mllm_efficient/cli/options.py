@@ -62,10 +62,10 @@ def import_files(paths: Sequence[Path] | None) -> None:
 
 
 def one_method(spec: str) -> Compressor:
-    """A method for commands that run pre-LLM methods."""
-    from ..shrink import pre_llm
+    """A method, or several composed, of a specification or YAML file."""
+    from ..shrink import runnable
 
-    return pre_llm(spec)
+    return runnable(spec)
 
 
 def say(text: str) -> None:

@@ -92,8 +92,11 @@ def show(
 
 def title(method: Compressor) -> str:
     """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
+    from ..composed import Composed
     from ..compressors.base import BUDGET_FIELDS
 
+    if isinstance(method, Composed):
+        return ", then ".join(title(stage) for stage in method.stages)
     name = "No compression" if method.name == "none" else type(method).__name__
     settings = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "method" and k not in BUDGET_FIELDS)
     return f"{name} ({settings})" if settings else name
@@ -129,17 +132,18 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     kept_planes: list[Any] = []
     indices: list[int] = []
     for i, report in enumerate(reports):
-        start = sum(len(p) for p in planes)
+        start, left = sum(map(len, kept_planes)), report.indices if report.kept_planes is None else report.of_merged
         after = report.planes if report.kept_planes is None else report.kept_planes
         if len(after) != len(report.planes):
             raise MllmEfficientError(f"{method.name} merges tokens to ones without a place on the picture: show cannot draw it")
         for found, into in ((report.planes, planes), (after, kept_planes)):
             placed = adapter.place(found, size, processor or loaded.processor.image_processor)
             into += [replace(p, frame=i) if video and p.frame is None else p for p in placed]
-        indices += [start + j for j in report.indices.tolist()] if report.indices is not None else []
+        indices += [start + j for j in (range(sum(map(len, after))) if left is None else left.tolist())]
     full, kept, merged = sum(r.full for r in reports), sum(r.kept for r in reports), any(r.indices is None for r in reports)
+    all_of_it = merged and all(r.of_merged is None for r in reports if r.indices is None)
     layers = [sum(each) for each in zip(*(r.per_layer for r in reports))] if all(r.per_layer for r in reports) else []
-    return Result(title(method), full, kept, planes, None if merged else indices, kept_planes if merged else None, layers)
+    return Result(title(method), full, kept, planes, None if all_of_it else indices, kept_planes if merged else None, layers)
 
 
 def _film(frames: list[Picture], numbers: list[int], results: list[Result]) -> Subject:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadBudgetError, CountMismatchError
-from ..folders import RANDOM
 from ..lazy import torch
 from ..tokens import CompressedTokens, VisualTokens
 
@@ -64,6 +63,11 @@ class Compressor:
     @property
     def budget(self) -> Budget:
         return Budget(self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens)
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of an image's tokens that the budget asks for; None where it asks in another way."""
+        return self.budget.fraction
 
     @property
     def full_is_identity(self) -> bool:
@@ -219,6 +223,10 @@ class Merger(Compressor):
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         raise TypeError(f"{type(self).__name__} must define merge(v, k)")
 
+    def target(self, grid: tuple[int, int] | None, k: int) -> tuple[int, int]:
+        """The grid that the merged tokens fill: a row of them where they fill none."""
+        return 1, self.yields(k, grid)
+
     def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
         out, wanted = self.merge(v, k), self.yields(k, v.grid)
         if len(out) != wanted:
@@ -286,12 +294,6 @@ class Projector(Compressor):
     def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
         """FLOPs of making n tokens, matrix products alone."""
         raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
-
-
-def or_random(method: Compressor) -> Compressor:
-    """The method with random weights where it has none: for shapes without weights, whose cost does not depend on them."""
-    fresh = method.trained and getattr(method, "weights", None) is None
-    return dataclasses.replace(method, weights=RANDOM) if fresh else method  # type: ignore[call-arg]
 
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:

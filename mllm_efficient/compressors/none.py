@@ -45,8 +45,7 @@ class NoCompression(Selector):
     def installs(self) -> Compressor | None:
         if self.on is None:
             return None
-        built = build(f"{self.on}{',' if ':' in self.on else ':'}keep=1")
-        return built.installs if isinstance(built, Compressor) else None
+        return build(f"{self.on}{',' if ':' in self.on else ':'}keep=1").installs
 
     def spec(self) -> str:
         return super().spec() if self.on is None else f"{self.name}@{self.on}"

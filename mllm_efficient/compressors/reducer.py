@@ -57,6 +57,10 @@ class Reducer(Compressor):
             return Budget(keep=1.0)
         return super().budget
 
+    @property
+    def fraction(self) -> float | None:
+        return None if self.ratio is not None or self.ratios is not None else super().fraction
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """The decoder layers (from 0, ascending) at whose input tokens go, in a decoder of ``depth`` layers."""
         raise TypeError(f"{type(self).__name__} must define layers(depth)")

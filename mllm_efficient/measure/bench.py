@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..compressors.base import Compressor, or_random
+from ..composed import or_random
+from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
 from ..models import Loaded, require_supported

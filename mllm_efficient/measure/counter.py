@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..compressors.base import Compressor, or_random
-from ..compressors.reducer import Reducer
+from ..composed import inside_of, or_random
+from ..compressors.base import Compressor
 from ..errors import MllmEfficientError
 from .pictures import Picture, Size, chosen, pictures_of
 from .shapes import ModelShape
@@ -65,7 +65,10 @@ def count(
     from ..patches import adapter_for
     from ..shrink import Encoded, encode_items, encoding_key, prepare
 
-    method = method if isinstance(method, Reducer) and model.device.type != "meta" else or_random(method)
+    inside = inside_of(method)
+    if inside is None or model.device.type == "meta":
+        method = or_random(method)
+        inside = inside_of(method)
     rules = pictures_of(shape)
     pictures = chosen(rules, visual_tokens, image_size, exact=True, images=images)
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
@@ -74,9 +77,9 @@ def count(
     inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
-    if meta and isinstance(method, Reducer) and method.has_router:
-        raise MllmEfficientError(f"{method.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
-    hooks = installed(model, method) if isinstance(method, Reducer) else contextlib.nullcontext()
+    if meta and inside is not None and inside.has_router:
+        raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
+    hooks = installed(model, method) if inside is not None else contextlib.nullcontext()
     with torch.no_grad(), hooks, OneDevice() if meta else contextlib.nullcontext():
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)

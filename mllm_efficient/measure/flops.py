@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compressors.base import Compressor, or_random
+from ..composed import before_of, compose, inside_of, or_random, stages_of
+from ..compressors.base import Compressor
 from ..compressors.base import Projector as MethodProjector
 from ..compressors.reducer import Reducer
-from ..errors import MllmEfficientError, UnsupportedModelError
+from ..errors import MllmEfficientError
 from ..plan import check
+from ..registry import build
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
 from .pictures import Picture, Size, chosen, pictures_of
@@ -104,9 +106,11 @@ def cost(
     _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
     _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
     _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
-    compressor, rules, decoder = pre_llm(method), pictures_of(model), model.decoder
-    if isinstance(compressor, Reducer) and model.name != "builtin":  # what ships is of the embedded model
-        compressor = or_random(compressor)
+    compressor, rules, decoder = build(method), pictures_of(model), model.decoder
+    before, inside = before_of(compressor), inside_of(compressor)
+    if inside is not None and model.name != "builtin":  # what ships is of the embedded model
+        inside = or_random(inside)
+        compressor = compose([inside] if before is None else [before, inside])
     check(rules, compressor)
     pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
@@ -120,32 +124,23 @@ def cost(
     vision = compress = decode = 0
     if convention == EXACT:
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
-        width = model.tower.width // model.tower.heads if "keys" in compressor.needs else decoder.width
-        compress = sum(compressor.flops(n, width, k) for one in kept for n, k in one.groups)
-        if isinstance(compressor, Reducer):
-            compress = choosing_flops(decoder, compressor, kept, text_tokens)
+        if before is not None:
+            width = model.tower.width // model.tower.heads if "keys" in before.needs else decoder.width
+            compress = sum(stages_of(before)[-1].flops(n, width, k) for one in kept for n, k in one.groups)
+        if inside is not None:
+            compress += choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
-    inside = isinstance(compressor, Reducer) and visual_per_layer is None
-    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if inside else ()
+    by_layer = inside is not None and visual_per_layer is None
+    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if by_layer else ()
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
     b = batch_size
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
         b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
     )  # fmt: skip
-
-
-def pre_llm(method: Compressor | str | dict[str, Any]) -> Compressor:
-    """One method, built without torch."""
-    from ..registry import build
-
-    built = build(method)
-    if isinstance(built, tuple):
-        raise UnsupportedModelError(f"{' and '.join(s.name for s in built)} one after the other: this version counts one method at a time")
-    return built
 
 
 def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text: int) -> int:
@@ -196,7 +191,7 @@ def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None 
     """Tower and projector of one picture or video; the method's own projector, if it brings one."""
     other = None if method is None else method.installs
     if other is not None and kept is not None and isinstance(other, MethodProjector):
-        n = kept.tokens // picture.views if method is other else picture.projected
+        n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
     else:
         project = projector_flops(model.projector, picture.projected)

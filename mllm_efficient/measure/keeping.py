@@ -14,7 +14,7 @@ from .pictures import Picture, Pictures
 class Kept:
     """A method on one picture. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
 
-    picture: what the tower sees, a smaller one under ``resize``. stages, per_layer: as in a ``Plan``.
+    picture: what the tower sees, a smaller one under ``resize``. side, stages, per_layer, entering: as in a ``Plan``.
     """
 
     picture: Picture
@@ -23,20 +23,22 @@ class Kept:
     groups: tuple[tuple[int, int], ...] = ()
     stages: tuple[tuple[int, int], ...] = ()
     per_layer: tuple[int, ...] = ()
+    side: int | None = None
+    entering: int = 0
 
     def at(self, layer: int) -> int:
         """Tokens and separators of the picture that decoder layer ``layer`` sees. Separators go with the first tokens."""
         if not self.per_layer:
             return self.tokens + self.separators
         whole = self.per_layer[layer] == self.per_layer[0]
-        return self.per_layer[layer] + (self.picture.shape.separators if whole else self.separators)
+        return self.per_layer[layer] + (self.entering if whole else self.separators)
 
 
 def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
     """Raises ``BadBudgetError`` where the budget cannot be met, ``MllmEfficientError`` where the grid is not known."""
     n = picture.shape.n
-    if not picture.whole and (method.per != "image" or "grid" in method.needs) and method.budget.count(n, fixed=rules.fixed_count) < n:
-        raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
     p = plan(rules, method, picture)
+    if not picture.whole and (method.per != "image" or "grid" in method.needs) and not p.untouched:
+        raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
     seen = picture if p.smaller is None else rules.smaller(picture, p.smaller)
-    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer)
+    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer, p.side, p.entering)

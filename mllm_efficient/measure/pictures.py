@@ -71,6 +71,10 @@ class Pictures:
         if kind.removesuffix("_text") not in ("llama", "qwen2", "qwen3", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is {kind}")
 
+    def item_of(self, shape: VisualShape) -> Picture:
+        """The usual picture, of this shape."""
+        return replace(self.typical()[0], shape=shape)
+
     def unit(self, picture: Picture) -> Grid:
         return picture.unit
 

@@ -19,7 +19,7 @@ from ..compressors.base import Compressor, Resizer, generator_for
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..errors import MllmEfficientError
 from ..models import DTYPES, ModelOptions, pick_device
-from ..shrink import pre_llm
+from ..shrink import runnable
 from ..tokens import VisualTokens
 from .machine import machine, versions
 from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
@@ -150,7 +150,7 @@ METHOD_SHAPES = ((576, 4096, 64, (24, 24)), (2880, 4096, 160, (48, 60)))
 
 def at_budget(spec: str, k: int) -> Compressor:
     """A specification without a budget at k tokens."""
-    return pre_llm(f"{spec}{',' if ':' in spec else ':'}tokens={k}")
+    return runnable(f"{spec}{',' if ':' in spec else ':'}tokens={k}")
 
 
 def cost_of_methods(

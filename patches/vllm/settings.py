@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mllm_efficient import __version__
+from mllm_efficient.composed import Composed
 from mllm_efficient.compressors.base import Compressor, Projector, Resizer
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
@@ -54,8 +55,6 @@ def settings_of(config: Any) -> Settings | None:
     elif not isinstance(given, str):
         raise MllmEfficientError(f"{KEY} must be a specification such as 'divprune:tokens=64' or an object, not {given!r}")
     method = build(given)
-    if isinstance(method, tuple):
-        raise UnsupportedModelError(f"{KEY}: {' and '.join(m.name for m in method)} one after the other cannot be served: give one of them")
     require_served(method)
     if not isinstance(allowed, (list, tuple)) or not all(isinstance(a, int) and not isinstance(a, bool) and a > 0 for a in allowed):
         raise MllmEfficientError(f"{KEY}: {ALLOWED} must be a list of counts, such as [64, 144], not {allowed!r}")
@@ -68,7 +67,9 @@ def settings_of(config: Any) -> Settings | None:
 def require_served(method: Compressor) -> None:
     """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can."""
     instead = "divprune, uniform, pool and tokenflex can be served"
-    if isinstance(method, Reducer):
+    if isinstance(method, Composed):
+        why = "runs several methods one after the other, and vLLM one"
+    elif isinstance(method, Reducer):
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"

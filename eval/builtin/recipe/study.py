@@ -160,9 +160,9 @@ def answered(asked: Sequence[Sample], specs: dict[Any, str]) -> dict[Any, list[d
     """The records of every question under every method, by the methods' names, in the order of the questions."""
     from mllm_efficient.eval.runner import Run
     from mllm_efficient.models import ModelOptions, load
-    from mllm_efficient.shrink import pre_llm
+    from mllm_efficient.shrink import runnable
 
-    methods = {name: pre_llm(spec) for name, spec in specs.items()}
+    methods = {name: runnable(spec) for name, spec in specs.items()}
     records = Run(load(ModelOptions()), asked, list(methods.values()), batch_size=64, floor=False).answer_all()
     out = {}
     for name, method in methods.items():
