@@ -259,7 +259,7 @@ def _check_in_turn(adapter: Any, method: Composed) -> None:
             raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
     behind = method.stages[1]
     if projector is not None and not isinstance(behind, Reducer):
-        after, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys"} & set(behind.needs))
+        after, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(behind.needs))
         if isinstance(behind, Resizer):
             raise UnsupportedModelError(
                 f"{behind.name} makes the picture smaller, and {projector.name} gives as many tokens: use one of them"

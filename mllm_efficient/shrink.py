@@ -125,7 +125,7 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     before, projector = before_of(method), projector_of(method)
     seen = plan(adapter, before or NoCompression(), item)
     other = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
-    of_tower = frozenset() if before is None else frozenset(before.needs) & {"attention", "keys"}
+    of_tower = frozenset() if before is None else frozenset(before.needs) & {"attention", "keys", "clip_text"}
     return of_tower, other
 
 
@@ -329,15 +329,34 @@ def _contexts(
     ``before``: images that each row had in earlier turns. ``labels``: (B, L) of the same columns; an answer in a prompt, as
     in training, is not shown to the method, which could not know it when it generates.
     """
+    from .patches.clip import words_of
+
     out: list[Context] = []
     seen = list(before)
-    question = _question(adapter, ids.cpu(), mask, labels) if "text" in method.needs else None
+    question = _question(adapter, ids.cpu(), mask, labels) if {"text", "clip_text"} & set(method.needs) else None
+    clip = _clip(adapter, method) if found else None
+    said: dict[int, Tensor | None] = {}
     for i, f in enumerate(found):
         index = seen[f.row]
         seen[f.row] += 1
-        text = None if question is None else adapter.embed_text(ids[f.row][question[f.row].to(ids.device)])
-        out.append(Context(generator_for(method, index if image_keys is None else image_keys[i]), text))
+        row = None if question is None else ids[f.row][question[f.row].to(ids.device)]
+        text = adapter.embed_text(row) if row is not None and "text" in method.needs else None
+        if clip is not None and row is not None and f.row not in said:
+            words = words_of(adapter, row)
+            said[f.row] = clip.text(words) if words else None
+        out.append(Context(generator_for(method, index if image_keys is None else image_keys[i]), text, said.get(f.row), clip))
     return out
+
+
+def _clip(adapter: Any, method: Compressor) -> Any:
+    """The CLIP that a method names, None for one that needs none."""
+    if "clip_text" not in method.needs:
+        return None
+    from .patches.clip import clip_of
+
+    where = getattr(method, "clip", None)
+    require(isinstance(where, str), f"{method.name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
+    return clip_of(adapter, where)
 
 
 def _question(adapter: Any, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:

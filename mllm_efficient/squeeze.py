@@ -19,10 +19,12 @@ from .tokens import CompressedTokens, Plane, VisualTokens
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may ask for beyond the tower's output."""
+    """What a method may ask for beyond the tower's output. clip: a ``patches.clip.Clip``."""
 
     generator: Generator
     text: Tensor | None = None
+    clip_text: Tensor | None = None
+    clip: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,15 @@ def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
     if shape.separators:
         features = features[shape.token_slots.to(features.device)]
     extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
+    if context.clip is not None:
+        extra |= {"clip_text": context.clip_text, "clip_patches": context.clip.patches(encoding.tower)}
     return VisualTokens(features, shape.grid, shape.tile(), shape.frame(), **extra)
 
 
 def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
     if group.indices is None:
         return v
-    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys")}
+    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys", "clip_patches")}
     picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
     return replace(v, **picked, grid=group.grid)
 

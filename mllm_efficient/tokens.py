@@ -114,7 +114,8 @@ class VisualTokens:
         averaged over heads; only for methods that list ``attention`` in ``needs``.
     keys: (N, d) attention keys of the same layer, averaged over heads; only if needed.
     text: (T, D) embeddings of the row's text tokens; only if needed.
-    clip_text: (d,) text embedding in the tower's contrastive space; only if needed.
+    clip_text: (d,), clip_patches: (N, d), of a method with a setting ``clip`` that names a CLIP model: the text of the row
+        (the mean of its pieces' unit embeddings) and the tokens in CLIP's space; only if ``clip_text`` is needed.
     generator: seeded by (the method's seed, the image's key); for methods that draw.
     """
 
@@ -126,6 +127,7 @@ class VisualTokens:
     keys: Tensor | None = None
     text: Tensor | None = None
     clip_text: Tensor | None = None
+    clip_patches: Tensor | None = None
     generator: Generator | None = None
 
     def __len__(self) -> int:

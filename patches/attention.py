@@ -1,4 +1,4 @@
-"""What a CLIP or SigLIP tower attends to, and its keys: of the one layer whose output the model takes."""
+"""What a CLIP or SigLIP tower attends to, its keys and its output: of the one layer whose output the model takes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def has_class_token(tower: Any) -> bool:
 
 
 @contextlib.contextmanager
-def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str) -> Iterator[None]:
-    """Fills in attention (views, N) and keys (views, N, d) when the tower runs inside.
+def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str, needs: frozenset[str]) -> Iterator[None]:
+    """Fills in attention (views, N) and keys (views, N, d) when the tower runs inside, for ``clip_text`` the tower's output
+    behind its last norm, tower (views, N, D).
 
     layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``. Recomputed for the queries needed from the
     attention's own projections: the tower stays on its fast kernel. Only the thread that asked records.
@@ -55,12 +56,23 @@ def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str) -> 
         into["attention"] = weights.mean((1, 2))[:, first:]
         into["keys"] = k.mean(1)[:, first:]
 
+    @torch.no_grad()
+    def keep(module, args, output):
+        if _capturing.get() is token:
+            hidden = output[0] if isinstance(output, tuple) else output
+            into["tower"] = tower.post_layernorm(hidden)[:, first:]
+
+    handles = []
     with hooking:
-        handle = attention.register_forward_pre_hook(record, with_kwargs=True)
+        if needs & {"attention", "keys"}:
+            handles.append(attention.register_forward_pre_hook(record, with_kwargs=True))
+        if "clip_text" in needs:
+            handles.append(layers[index].register_forward_hook(keep))
     reset = _capturing.set(token)
     try:
         yield
     finally:
         _capturing.reset(reset)
         with hooking:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

@@ -32,8 +32,8 @@ class Encoding:
     """What the host made of one item.
 
     features: (length, D) in the host's order, newline columns and separators included. deep: the same for each layer
-    that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), of the tokens alone. shape: of what
-    was encoded, which for a smaller picture is smaller than the item's.
+    that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), tower: (N, D), of the tokens alone; tower
+    is the tower's output behind its last norm. shape: of what was encoded, which for a smaller picture is smaller than the item's.
     """
 
     features: Tensor
@@ -41,6 +41,10 @@ class Encoding:
     deep: tuple[Tensor, ...] = ()
     attention: Tensor | None = None
     keys: Tensor | None = None
+    tower: Tensor | None = None
+
+
+OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs of methods that the tower has to be watched for
 
 
 class Adapter:
@@ -52,7 +56,7 @@ class Adapter:
     methods of family J can take the place of the projector. encode_keys: the vision arguments of a call.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"text", "grid"})
+    gives: frozenset[str] = frozenset({"text", "grid"})
     fixed_count: ClassVar[bool] = False
     positions: ClassVar[str] = "renumber"
     parts: ClassVar[frozenset[str]] = frozenset()

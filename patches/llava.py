@@ -14,13 +14,13 @@ from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
 from .attention import captured, has_class_token, tower_of
-from .base import Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
+from .base import OF_TOWER, Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
 
 
 class LlavaAdapter(Adapter):
     """What the wrapper needs to know of one LLaVA-1.5 model."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})
+    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
     fixed_count = True
     projects = True
     encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
@@ -32,6 +32,8 @@ class LlavaAdapter(Adapter):
             name = type(model.model.vision_tower).__name__
             raise UnsupportedModelError(f"LLaVA with a {name} tower is not supported: CLIP and SigLIP are")
         self.has_cls = has_class_token(self.tower)
+        if self.has_cls:
+            self.gives = self.gives | {"clip_text"}
 
     def _settings(self, inputs: dict[str, Any]) -> tuple[Any, str]:
         layer, strategy = (inputs.get(k) for k in ("vision_feature_layer", "vision_feature_select_strategy"))
@@ -90,14 +92,14 @@ class LlavaAdapter(Adapter):
             call["interpolate_pos_encoding"] = True
             shapes = [self.shape_at(i, grid) for i in items]
         capture: dict[str, Tensor] = {}
-        hook = captured(self.tower, capture, *self._settings(call)) if needs & {"attention", "keys"} else contextlib.nullcontext()
+        hook = captured(self.tower, capture, *self._settings(call), needs) if needs & OF_TOWER else contextlib.nullcontext()
         with hook:
             features = self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
         out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
         if not capture:
             return out
-        attention, keys = (capture[k].to(out[0].features.device) for k in ("attention", "keys"))
-        return [replace(e, attention=attention[i], keys=keys[i]) for i, e in enumerate(out)]
+        beside = {name: value.to(out[0].features.device) for name, value in capture.items()}
+        return [replace(e, **{name: value[i] for name, value in beside.items()}) for i, e in enumerate(out)]
 
     def become_smaller(self, grid: Grid) -> None:
         """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""

@@ -13,19 +13,24 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .attention import captured, tower_of
-from .base import Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
+from .attention import captured, has_class_token, tower_of
+from .base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
 
 
 class LlavaNextAdapter(Adapter):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})
+    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
     parts = frozenset({"tile"})
     separators = True
     projects = True
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        if has_class_token(tower_of(model)):
+            self.gives = self.gives | {"clip_text"}
 
     @property
     def side(self) -> int:
@@ -127,8 +132,8 @@ class LlavaNextAdapter(Adapter):
         return self._shape(item.arguments, grid[0])
 
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
-        if grid is None and needs & {"attention", "keys"}:
-            return self._with_attention(items)
+        if grid is None and needs & OF_TOWER:
+            return self._watched(items, needs)
         if grid is None:
             features = self.features(self.model.model, items)
             return [Encoding(f, i.shape) for f, i in zip(features, items)]
@@ -148,19 +153,24 @@ class LlavaNextAdapter(Adapter):
             out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
         return [out[i] for i in range(len(items))]
 
-    def _with_attention(self, items: list[Item]) -> list[Encoding]:
-        """Features, and the attention and keys of every tile's tokens packed as the host packs their features."""
+    def _watched(self, items: list[Item], needs: frozenset[str]) -> list[Encoding]:
+        """Features, and what else is needed of every tile's tokens packed as the host packs their features."""
         first, capture = items[0].arguments, dict[str, Tensor]()
         layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.settings)
-        with captured(tower_of(self.model), capture, layer, str(strategy)):
+        with captured(tower_of(self.model), capture, layer, str(strategy), needs):
             features = self.features(self.model.model, items)
-        beside = torch.cat([capture["attention"][..., None], capture["keys"]], dim=2)[:, -(self.side**2) :]
+        captures = {name: value[..., None] if value.ndim == 2 else value for name, value in capture.items()}
+        beside = torch.cat([value.float() for value in captures.values()], dim=2)[:, -(self.side**2) :]
+        widths = [value.shape[2] for value in captures.values()]
         out = []
         for f, item, tiles in zip(features, items, beside.split([len(i.arguments["pixel_values"]) for i in items])):
             newline = tiles.new_zeros(tiles.shape[-1])
             packed = self.host_pack(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
             own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
-            out.append(Encoding(f, item.shape, attention=own[:, 0], keys=own[:, 1:]))
+            parts = dict(zip(captures, own.split(widths, dim=1)))
+            if "attention" in parts:
+                parts["attention"] = parts["attention"][:, 0]
+            out.append(Encoding(f, item.shape, **parts))
         return out
 
     def projected(self, item: Item, side: int) -> VisualShape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .base import Encoding, Grid, Item, at_hand, smaller_pixels, uncropped
+from .base import OF_TOWER, Encoding, Grid, Item, at_hand, smaller_pixels, uncropped
 from .llava_next import LlavaNextAdapter
 from .ragged import ragged_output
 
@@ -56,7 +56,7 @@ class VideoFrames(LlavaNextAdapter):
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
         if modality == "image":
             return super().run(modality, items, needs, grid)
-        if needs & {"attention", "keys"}:
+        if needs & OF_TOWER:
             raise UnsupportedModelError(f"frames of a video are pooled, and have no {' and '.join(sorted(needs))} of the tower's own")
         pixels = torch.cat([i.arguments["pixel_values_videos"] for i in items])
         host, more, shapes = self.model.model, {}, [i.shape for i in items]

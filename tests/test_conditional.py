@@ -176,12 +176,14 @@ def test_cdpruner_refuses_a_row_without_text(text):
         me.CDPruner(tokens=1).select(tokens(np.ones((4, 3)), text))
 
 
-def test_the_relevance_is_named_and_clip_is_refused():
+def test_the_relevance_is_named():
     assert query_aware(me.CDPruner) and me.build("cdpruner:keep=0.25").spec() == "cdpruner:keep=0.25,relevance=llm"
     assert me.CDPruner(keep=0.25).to_dict() == {"method": "cdpruner", "keep": 0.25, "relevance": "llm"}
-    with pytest.raises(me.BadBudgetError, match="relevance='clip' needs CLIP embeddings of the patches and of the question"):
+    with pytest.raises(me.BadBudgetError, match="relevance='clip' needs clip=DIR, the CLIP model that the tower is from"):
         me.build("cdpruner:keep=0.25,relevance=clip")
-    with pytest.raises(me.BadBudgetError, match="relevance='attention' is not 'llm'"):
+    with pytest.raises(me.BadBudgetError, match="clip= has no effect without relevance=clip"):
+        me.build("cdpruner:keep=0.25,clip=openai/clip-vit-large-patch14-336")
+    with pytest.raises(me.BadBudgetError, match="relevance='attention' is not one of 'llm', 'clip'"):
         me.build("cdpruner:keep=0.25,relevance=attention")
 
 

@@ -547,7 +547,7 @@ def test_methods_see_only_what_they_asked_for(tiny_llava, make_batch):
     assert (seen[0].attention, seen[0].keys, seen[0].text, seen[0].clip_text) == (None, None, None, None)
 
 
-def test_a_need_the_family_cannot_meet_is_named(tiny_llava, make_batch, registered):
+def test_a_need_the_family_cannot_meet_is_named(make_llava, tiny_llava, make_batch, registered):
     @registered("clipper")
     @dataclass(frozen=True, kw_only=True)
     class Clipper(me.Selector):
@@ -557,6 +557,8 @@ def test_a_need_the_family_cannot_meet_is_named(tiny_llava, make_batch, register
             return v.attention
 
     with pytest.raises(me.UnsupportedModelError, match="clipper needs clip_text, which LlavaForConditionalGeneration does not give"):
+        me.prepare(make_llava(tower="siglip"), "clipper:tokens=9", **make_batch("one image"))
+    with pytest.raises(me.CountMismatchError, match="clipper needs clip_text and names no CLIP: give it a setting clip"):
         me.prepare(tiny_llava, "clipper:tokens=9", **make_batch("one image"))
 
 

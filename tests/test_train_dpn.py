@@ -134,7 +134,9 @@ def test_the_loss_is_that_of_the_wrapped_model_on_every_prompt_alone(tmp_path, i
 def decided(*stages):
     """A forward's outcome with images 0, 1 of row 0 and 2 of row 1. Every stage: (experts, chances)."""
     method = type("Method", (), {"experts": lambda self, stage: [(1, 1), (1, 2), (2, 2)]})()
-    images = tuple(StagedImage(row, torch.arange(16), torch.arange(0), torch.zeros(16, 4), (16,) * len(stages)) for row in (0, 0, 1))
+    images = tuple(
+        StagedImage(row, torch.arange(16), torch.arange(0), torch.zeros(16, 4), (16,) * len(stages), torch.arange(16)) for row in (0, 0, 1)
+    )
     made = [Decision(((1, 1),) * 3, tuple(experts), chances) for experts, chances in stages]
     left = [[16 // (1 + (e or 0)) for e in experts] for experts, _ in stages]
     return type("Staging", (), {"images": images, "method": method, "outcome": {"decided": made, "left": left}})()

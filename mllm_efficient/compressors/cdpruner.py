@@ -30,9 +30,12 @@ class CDPruner(Selector):
     the largest of the image, L = diag(r) S diag(r). One token after the other, the one that enlarges det(L of the chosen)
     most. As det(L) is the product of r_i^2 times det(S), the factor is of S alone and token i scores r_i^2 s_i, where s_i is
     what S_ii has left: no number is divided by a relevance.
-    relevance: "llm" is the cosine of a projected token with the mean embedding of the row's text tokens. All text of the
-    row up to the answer is the question, whatever a chat template adds; no other row and no padding enters. The paper's
-    LLaVA runs use CLIP's text tower instead, of which no model family here gives the patch embeddings: "clip" is refused.
+    relevance: "llm" is the cosine of a projected token with the mean embedding of the row's text tokens. "clip", what the
+    paper's LLaVA runs use, is the negated cosine of a patch with the text in CLIP's space, the mean over pieces of 77 tokens: the
+    patch through the tower's last norm and CLIP's projection, the text through its text tower. (Negated as in the released
+    code: behind the layer before the last, patches far from what is asked have the larger cosines.) clip: a folder or hub
+    id of the CLIP model that the tower is from, with its text tower and tokenizer. All text of the row up to the answer is
+    the question, whatever a chat template adds; no other row and no padding enters.
 
     Scores that are equal in float32 go to the lowest index. Where relevance differs by no more than 1e-6, every r_i is 1.
     A token with r_i of at most 1e-6, as the least relevant one has, or with s_i of at most 1e-6, as a duplicate has, adds
@@ -42,28 +45,33 @@ class CDPruner(Selector):
     device the images of a call that are of one size share the loop.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})  # with relevance="clip" {"clip_text"}
     paper: ClassVar[str] = "arXiv 2506.10967"
 
     relevance: str = "llm"
+    clip: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.relevance not in ("llm", "clip"):
+            raise BadBudgetError(f"cdpruner: relevance={self.relevance!r} is not one of 'llm', 'clip'")
+        if self.relevance == "llm" and self.clip is not None:
+            raise BadBudgetError("cdpruner: clip= has no effect without relevance=clip: give both or neither")
         if self.relevance == "clip":
-            raise BadBudgetError(
-                "cdpruner: relevance='clip' needs CLIP embeddings of the patches and of the question, and no model family gives "
-                "clip_text or patches in CLIP's space: use relevance='llm'"
-            )
-        if self.relevance != "llm":
-            raise BadBudgetError(f"cdpruner: relevance={self.relevance!r} is not 'llm'")
+            if not isinstance(self.clip, str) or not self.clip:
+                raise BadBudgetError("cdpruner: relevance='clip' needs clip=DIR, the CLIP model that the tower is from")
+            object.__setattr__(self, "needs", frozenset({"clip_text"}))
 
     def to_dict(self) -> dict[str, Any]:
         """As every method's, and always with the relevance: results under another one are those of another method."""
         return {**super().to_dict(), "relevance": self.relevance}
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """The question's row and one row of S for every pick but the last, and their products with the factor."""
-        return 2 * n * d * k + n * (k - 1) * max(0, k - 2)
+        """The question's row and one row of S for every pick but the last, and their products with the factor.
+
+        Under relevance="clip" the host counts the question's, in CLIP's space (``measure.flops.clip_flops``).
+        """
+        return 2 * n * d * (k - (self.relevance == "clip")) + n * (k - 1) * max(0, k - 2)
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         x, relevance = self._conditioned(v)
@@ -85,15 +93,18 @@ class CDPruner(Selector):
 
     def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
         """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""
-        if v.text is None or len(v.text) == 0:
+        given, text = (v.features, v.text) if self.relevance == "llm" else (v.clip_patches, v.clip_text)
+        if text is None or given is None or len(text) == 0:
             raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
         # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
         full = torch.float32 if v.features.device.type == "mps" else torch.float64
-        x, text = v.features.detach().to(full), v.text.detach().to(v.features.device, full)
-        if not (x.isfinite().all() & text.isfinite().all()):
+        x, given, text = (t.detach().to(v.features.device, full) for t in (v.features, given, text))
+        if not (x.isfinite().all() & given.isfinite().all() & text.isfinite().all()):
             raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
         with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
+            if self.relevance == "clip":
+                return x, scaled(-(unit(given) @ text[:, None])[:, 0])
             return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
 
 

@@ -84,7 +84,7 @@ def count(
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
-            if "text" in method.needs:
+            if {"text", "clip_text"} & set(method.needs):
                 raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
@@ -166,7 +166,7 @@ def _random(encoding: Any) -> dict[str, Any]:
 
     return {
         "features": like(encoding.features), "deep": tuple(like(layer) for layer in encoding.deep), "attention": like(encoding.attention),
-        "keys": like(encoding.keys),
+        "keys": like(encoding.keys), "tower": like(encoding.tower),
     }  # fmt: skip
 
 

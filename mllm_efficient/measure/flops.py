@@ -126,7 +126,10 @@ def cost(
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
         if before is not None:
             width = model.tower.width // model.tower.heads if "keys" in before.needs else decoder.width
-            compress = sum(stages_of(before)[-1].flops(n, width, k) for one in kept for n, k in one.groups)
+            of_tokens = stages_of(before)[-1]
+            compress = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+            if "clip_text" in before.needs and any(one.groups for one in kept):
+                compress += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, [p.shape.n for p in pictures], text_tokens)
         if inside is not None:
             compress += choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
@@ -234,6 +237,25 @@ def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
     n = rows * columns + tower.class_token
     queries = 1 if tower.class_token else n
     return kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
+
+
+def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) -> int:
+    """What a method that needs ``clip_text`` has the host compute: the prompt's text in CLIP's space, and every visual token.
+
+    where: the CLIP model. width: of the tower. tokens: N of each picture. The text counts as many tokens of CLIP as of the
+    language model, and two around them, in pieces as long as CLIP's text tower allows.
+    """
+    from transformers import CLIPConfig
+
+    try:
+        config = CLIPConfig.from_pretrained(where)
+    except Exception as error:  # whatever transformers and the hub's library raise
+        raise MllmEfficientError(f"clip={where}: no CLIP model there ({type(error).__name__})") from None
+    text, into = config.text_config, config.projection_dim
+    n, d = text.max_position_embeddings, text.hidden_size
+    pieces = -(-(text_tokens + 2) // n)
+    layer = 2 * n * (4 * d * d + 2 * d * text.intermediate_size) + 4 * d * n * n
+    return pieces * (text.num_hidden_layers * layer + 2 * d * into) + sum(tokens) * 2 * (width + 1) * into
 
 
 def _words(pictures: list[Picture]) -> str:

@@ -60,6 +60,8 @@ class Pictures:
 
     def __init__(self, model: ModelShape):
         self.model, self.name, self.patch = model, model.name, model.tower.patch
+        if "attention" in self.gives and model.tower.class_token:
+            self.gives = self.gives | {"clip_text"}
 
     @property
     def decoder_layers(self) -> int:
