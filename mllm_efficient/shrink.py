@@ -354,7 +354,7 @@ def _clip(adapter: Any, method: Compressor) -> Any:
         return None
     from .patches.clip import clip_of
 
-    where = getattr(method, "clip", None)
+    where: Any = getattr(method, "clip", None)
     require(isinstance(where, str), f"{method.name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
     return clip_of(adapter, where)
 

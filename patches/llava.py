@@ -98,7 +98,7 @@ class LlavaAdapter(Adapter):
         out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
         if not capture:
             return out
-        beside = {name: value.to(out[0].features.device) for name, value in capture.items()}
+        beside: dict[str, Any] = {name: value.to(out[0].features.device) for name, value in capture.items()}
         return [replace(e, **{name: value[i] for name, value in beside.items()}) for i, e in enumerate(out)]
 
     def become_smaller(self, grid: Grid) -> None:
