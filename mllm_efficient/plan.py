@@ -51,7 +51,8 @@ class Group:
 class Plan:
     """A method on one item of ``shape``.
 
-    groups: of a method that works on tokens. smaller: the grid a smaller picture is given; side: tokens along a side of
+    groups: of a method that works on tokens. rounds: of one in the tower the pairs that each block merges.
+    smaller: the grid a smaller picture is given; side: tokens along a side of
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
     columns and separators that are left. untouched: every token and separator stays as it is. clamped: more tokens were
     asked than there are. stages: of an in-decoder method (layer, tokens from there on); per_layer: its tokens at every layer, of
@@ -70,6 +71,7 @@ class Plan:
     stages: tuple[tuple[int, int], ...] = ()
     per_layer: tuple[int, ...] = ()
     entering: int = 0
+    rounds: tuple[int, ...] = ()
 
     @property
     def seen(self) -> VisualShape:
@@ -95,6 +97,11 @@ def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
             return whole
         after: VisualShape = adapter.shape_at(item, smaller)
         return Plan(shape, after.n, smaller=smaller, after=after, separators=after.separators if method.newline else 0, clamped=clamped)
+    if method.in_tower:
+        if k == shape.n:
+            return whole
+        after = VisualShape((Plane(1, k, placed=False),))
+        return Plan(shape, k, after=after, rounds=method.in_blocks(shape.n, k, adapter.tower_blocks), clamped=clamped)
     groups = tuple(_groups(method, shape, k))
     kept = sum(g.kept for g in groups)
     clamped = method.tokens is not None and any(method.tokens > g.n for g in groups)
@@ -224,6 +231,10 @@ def check(adapter: Any, method: Compressor) -> None:
     if method.per != "image" and method.per not in adapter.parts:
         known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
         raise UnsupportedModelError(f"{name}: per={method.per!r} has no effect on {family}, which knows {known}")
+    if method.in_tower and (not adapter.tower_blocks or (usual := adapter.usual()) is None or len(usual.planes) > 1):
+        raise UnsupportedModelError(
+            f"{name}: at='tower' merges in a LLaVA-1.5's tower that gives the patches of one layer, which {family} has not: leave at= out"
+        )
     if isinstance(method, Resizer) and method.per != "image":
         raise UnsupportedModelError(f"{name} makes whole pictures smaller: leave per= out")
     if method.newline == "keep":
@@ -244,7 +255,9 @@ def check(adapter: Any, method: Compressor) -> None:
     if usual is not None and isinstance(method, Reducer):
         method.counts(usual.n, adapter.decoder_layers, fixed=adapter.fixed_count)
     elif usual is not None:
-        method.budget.count(len(usual.planes[-1]) if method.family == "J" else usual.n, fixed=adapter.fixed_count)
+        k = method.budget.count(len(usual.planes[-1]) if method.family == "J" else usual.n, fixed=adapter.fixed_count)
+        if method.in_tower and k < usual.n:
+            method.in_blocks(usual.n, k, adapter.tower_blocks)
 
 
 def _check_in_turn(adapter: Any, method: Composed) -> None:
@@ -260,10 +273,9 @@ def _check_in_turn(adapter: Any, method: Composed) -> None:
     behind = method.stages[1]
     if projector is not None and not isinstance(behind, Reducer):
         after, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(behind.needs))
-        if isinstance(behind, Resizer):
-            raise UnsupportedModelError(
-                f"{behind.name} makes the picture smaller, and {projector.name} gives as many tokens: use one of them"
-            )
+        if isinstance(behind, Resizer) or behind.in_tower:
+            does = "merges in the tower" if behind.in_tower else "makes the picture smaller"
+            raise UnsupportedModelError(f"{behind.name} {does}, and {projector.name} gives as many tokens: use one of them")
         if lacking:
             raise UnsupportedModelError(f"{behind.name} needs {', '.join(lacking)} of the tower's tokens, which {after} have not")
         if behind.positions == "keep" or behind.newline == "keep":

@@ -29,6 +29,8 @@ from .squeeze import Context, Squeezed, squeeze_all
 from .staged import Standing, instruction_end, report_of, staging_of, standing, standing_in, targets
 from .trained import held, module_of, require_held
 
+IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -117,6 +119,9 @@ def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
     if items and projector is not None:
         (side,) = {plan(adapter, projector, item).side for item in items}
         return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
+    if items and keys[0][1][0] == IN_TOWER:
+        (rounds,) = {rounds for _, (_, rounds, _) in keys}
+        return Encoded(items, adapter.merge_in_tower(items, rounds), keys)
     return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
 
 
@@ -124,7 +129,9 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
     before, projector = before_of(method), projector_of(method)
     seen = plan(adapter, before or NoCompression(), item)
-    other = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
+    other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
+    if seen.rounds:
+        other = (IN_TOWER, seen.rounds, held(adapter))
     of_tower = frozenset() if before is None else frozenset(before.needs) & {"attention", "keys", "clip_text"}
     return of_tower, other
 

@@ -205,7 +205,7 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
     for group, done, _ in parts:
         over = group.plane or Plane(1, 1)
         rows, columns = done.grid or (1, len(done))
-        out.append(replace(over, rows=rows, columns=columns, row_tiles=(), column_tiles=(), newline=False))
+        out.append(replace(over, rows=rows, columns=columns, row_tiles=(), column_tiles=(), newline=False, placed=done.grid is not None))
     return tuple(out)
 
 

@@ -22,7 +22,7 @@ class Plane:
     tile: number of its first tile; frame: index of its frame, or None. row_tiles, column_tiles: for a map put together
     from tiles, what each row and each column add to ``tile``. box: (top, left, bottom, right) of what the plane covers,
     in fractions of the picture; a little outside [0, 1] where tokens look at padding. newline: whether the host puts a
-    newline column behind every row.
+    newline column behind every row. placed: whether a token's row and column say which part of the box it covers.
     """
 
     rows: int
@@ -33,6 +33,7 @@ class Plane:
     column_tiles: tuple[int, ...] = ()
     box: Box = (0.0, 0.0, 1.0, 1.0)
     newline: bool = False
+    placed: bool = True
 
     def __len__(self) -> int:
         return self.rows * self.columns

@@ -84,6 +84,15 @@ class Adapter:
         return self.config.get_text_config().num_hidden_layers
 
     @property
+    def tower_blocks(self) -> int:
+        """Blocks of the tower that methods can merge in; 0 where none can."""
+        return 0
+
+    def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
+        """Every picture through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
+        raise TypeError(f"{type(self).__name__} must define merge_in_tower")
+
+    @property
     def reached_inside(self) -> bool:
         """Whether the hooks of in-decoder methods are on the model."""
         from .decoder import attached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mllm_efficient.tokens import Plane, VisualShape
 
 from .attention import captured, has_class_token, tower_of
 from .base import OF_TOWER, Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
+from .tome import blocks_of, run_merging
 
 
 class LlavaAdapter(Adapter):
@@ -100,6 +102,21 @@ class LlavaAdapter(Adapter):
             return out
         beside: dict[str, Any] = {name: value.to(out[0].features.device) for name, value in capture.items()}
         return [replace(e, **{name: value[i] for name, value in beside.items()}) for i, e in enumerate(out)]
+
+    @property
+    def tower_blocks(self) -> int:
+        return blocks_of(len(self.tower.encoder.layers), self.config.vision_feature_layer)
+
+    def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
+        layer, strategy = self._settings(items[0].arguments)
+        if blocks_of(len(self.tower.encoder.layers), layer) != len(rounds):
+            raise UnsupportedModelError(f"vision_feature_layer={layer} of this call is another than the model's: leave it out")
+        pixels = torch.cat([i.arguments["pixel_values"] for i in items])
+        hidden = run_merging(self.tower, pixels, len(rounds), rounds)
+        owner, name = self.projector_at
+        tokens = getattr(owner, name)(hidden[:, 1:] if self.has_cls and strategy == "default" else hidden)
+        shape = VisualShape((Plane(1, tokens.shape[1], placed=False),))
+        return [Encoding(row, shape) for row in tokens]
 
     def become_smaller(self, grid: Grid) -> None:
         """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""

@@ -134,7 +134,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     for i, report in enumerate(reports):
         start, left = sum(map(len, kept_planes)), report.indices if report.kept_planes is None else report.of_merged
         after = report.planes if report.kept_planes is None else report.kept_planes
-        if len(after) != len(report.planes):
+        if len(after) != len(report.planes) or not all(p.placed for p in after):
             raise MllmEfficientError(f"{method.name} merges tokens to ones without a place on the picture: show cannot draw it")
         for found, into in ((report.planes, planes), (after, kept_planes)):
             placed = adapter.place(found, size, processor or loaded.processor.image_processor)

@@ -75,6 +75,14 @@ class Compressor:
         return True
 
     @property
+    def in_tower(self) -> bool:
+        """Whether the method merges in the blocks of the tower: it defines ``in_blocks(n, k, blocks)``, the pairs in each."""
+        return False
+
+    def in_blocks(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
+        raise TypeError(f"{type(self).__name__} must define in_blocks(n, k, blocks)")
+
+    @property
     def installs(self) -> Compressor | None:
         """The trained method whose weights a model holds under this one."""
         return None

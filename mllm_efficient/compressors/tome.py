@@ -1,11 +1,11 @@
-"""ToMe: the most similar tokens merged pair by pair, by bipartite soft matching."""
+"""ToMe: the most similar tokens merged pair by pair, by bipartite soft matching, in the tower or behind the projector."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadBudgetError, CountMismatchError, UnsupportedModelError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
@@ -23,16 +23,21 @@ BLOCKS = 24
 @register("tome")
 @dataclass(frozen=True, kw_only=True)
 class ToMe(Merger):
-    """Bipartite soft matching of the projected tokens, round after round, until exactly K are left.
+    """Bipartite soft matching, round after round, until exactly K are left: in the tower, or of the projected tokens.
 
-    Source: ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461), whose merging runs inside the tower: a fixed number of pairs
-    in each block, matched by the attention keys, with attention proportional to size from then on. Behind the projector
-    there are no keys and no later blocks, so tokens are matched by their features and all merging is done at once.
-    Rule of a round: tokens in raster order go alternately to A (first) and B; each of A is linked to the token of B with
+    Source: ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461).
+    Rule of a round: tokens in their order go alternately to A (first) and B; each of A is linked to the token of B with
     the largest cosine; the r strongest links merge, each into its token of B, by the mean weighted with the number of
-    original tokens in each. A merged token stands where its token of B stood.
-    r: pairs in a round, as the paper's r in a block; left out, as many as leave K tokens after 24 rounds, the blocks of
-    CLIP's ViT-L. A round merges at most half of its tokens, whatever r is, and the last one what is left to do.
+    original tokens in each.
+    at: "tower" merges as the paper does, one round in each block between attention and MLP, matched by the mean of the heads'
+    keys; from then on attention is proportional to size (the logarithm of the size is added to the logits), the class token is in
+    A and never merges, and the next round's order is what is left of A, then B. The tower gets cheaper too, and stops at the layer
+    whose output the model takes. LLaVA-1.5 alone has such a tower; tiles of other families are packed by their places.
+    "projector" (the default) has no keys and no later blocks: tokens are matched by their features, all merging is done at once, and
+    a merged token stands where its token of B stood. Either way the language model gets them by the places of B.
+    r: pairs in a round; left out, as many as leave K tokens after 24 rounds, the blocks of CLIP's ViT-L, or in the tower
+    the fewest that leave K after its blocks. A round merges at most half of its tokens, whatever r is, and the last one what is
+    left to do.
     Equal cosines go to the lowest index; they are compared to 2^-18 (2^-30 in float64), because the last bits of the
     cosines of copies depend on where they stand. A zero row has cosine 0 to everything. NaN or infinity raises. float32,
     or float64 for float64 input. O(N^2 D) a round.
@@ -41,11 +46,18 @@ class ToMe(Merger):
     paper: ClassVar[str] = "arXiv 2210.09461"
 
     r: int | None = None
+    at: str = "projector"
 
     def __post_init__(self):
         super().__post_init__()
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise BadBudgetError(f"tome: r={self.r!r} is not a whole number of pairs of at least 1")
+        if self.at not in ("projector", "tower"):
+            raise BadBudgetError(f"tome: at={self.at!r} is not one of 'projector', 'tower'")
+
+    @property
+    def in_tower(self) -> bool:
+        return self.at == "tower"
 
     def rounds(self, n: int, k: int) -> list[int]:
         """Pairs that each round merges on the way from n tokens to k."""
@@ -55,37 +67,67 @@ class ToMe(Merger):
             n -= out[-1]
         return out
 
+    def in_blocks(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
+        """Pairs that each of so many blocks of a tower merges. Raises ``BadBudgetError`` where that cannot leave k."""
+        for most in [self.r] if self.r is not None else range(-((k - n) // blocks), n):
+            left, out = n, list[int]()
+            for _ in range(blocks):
+                out.append(min(left - k, left // 2, most))
+                left -= out[-1]
+            if left == k:
+                return tuple(out)
+        said = f"r={self.r} pairs" if self.r is not None else "half of the tokens"
+        raise BadBudgetError(
+            f"tome: {said} in each of {blocks} blocks leave {left} of {n} tokens, not {k}: ask for more tokens or a larger r"
+        )
+
     def flops(self, n: int, d: int, k: int) -> int:
-        """The products of A with B in every round."""
+        """The products of A with B in every round; of those in the tower its own FLOPs have them."""
         total = 0
-        for pairs in self.rounds(n, k):
+        for pairs in [] if self.in_tower else self.rounds(n, k):
             total += 2 * ((n + 1) // 2) * (n // 2) * d
             n -= pairs
         return total
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
+        if self.in_tower:
+            raise UnsupportedModelError("tome: at='tower' merges inside a model's tower, and here are tokens alone: leave at= out")
         if k >= len(v):
             return CompressedTokens(v.features, grid=v.grid)
         full = torch.float64 if v.features.dtype == torch.float64 else torch.float32
-        x = v.features.to(full)
+        x = v.features.to(full)[None]
         if not x.isfinite().all():
             raise CountMismatchError("tome: the visual tokens hold NaN or infinity, which has no cosine")
-        size = torch.ones(len(x), 1, dtype=full, device=x.device)
+        size = torch.ones(1, len(v), 1, dtype=full, device=x.device)
         with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
             for pairs in self.rounds(len(v), k):
-                x, size = merge_pairs(x, size, pairs)
-        return CompressedTokens(x.to(v.features.dtype))
+                into, stays = match(x.detach(), pairs)
+                x, size = merged(x, size, into, stays.sort(1).values)
+        return CompressedTokens(x[0].to(v.features.dtype))
 
 
-def merge_pairs(x: Tensor, size: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """One round: features (n - pairs, D) and sizes (n - pairs, 1) of n tokens and their sizes, in raster order."""
-    n, rows = len(x), unit(x.detach())
-    steps = 2.0**30 if x.dtype == torch.float64 else 2.0**18
-    best, partner = (rows[::2] @ rows[1::2].T).mul_(steps).round_().max(1)
-    strongest = best.sort(descending=True, stable=True).indices
-    merged = strongest[:pairs]
-    into = torch.arange(n, device=x.device)  # the token that each one becomes a part of
-    into[2 * merged] = 2 * partner[merged] + 1
-    stays = torch.cat([2 * strongest[pairs:], torch.arange(1, n, 2, device=x.device)]).sort().values
-    sums = group_sums(torch.cat([x * size, size], 1), into, n)[0][stays]
-    return sums[:, :-1] / sums[:, -1:], sums[:, -1:].detach()
+def match(metric: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """One round for rows (B, n, d): (B, n) the token that each becomes a part of, (B, n - pairs) those that stay, A's and then B's.
+
+    first: tokens at the beginning that never merge, 0 or 1.
+    """
+    images, n, width = metric.shape
+    steps = 2.0**30 if metric.dtype == torch.float64 else 2.0**18
+    rows = unit(metric.reshape(-1, width)).view(metric.shape)
+    best, partner = (rows[:, ::2] @ rows[:, 1::2].mT).mul_(steps).round_().max(2)
+    if first:
+        best = best.index_fill(1, torch.zeros(1, dtype=torch.long, device=best.device), float("-inf"))
+    strongest = best.sort(dim=1, descending=True, stable=True).indices
+    gone = strongest[:, :pairs]
+    into = torch.arange(n, device=metric.device).repeat(images, 1).scatter(1, 2 * gone, 2 * partner.gather(1, gone) + 1)
+    rest = torch.arange(1, n, 2, device=metric.device).expand(images, -1)
+    return into, torch.cat([2 * strongest[:, pairs:].sort(1).values, rest], 1)
+
+
+def merged(x: Tensor, size: Tensor, into: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (B, m, D) and sizes (B, m, 1) of the tokens that stay (B, m), from those of n tokens."""
+    images, n, _ = x.shape
+    group = (into + n * torch.arange(images, device=x.device)[:, None]).flatten()
+    sums = group_sums(torch.cat([x * size, size], 2).flatten(0, 1), group, images * n)[0].view(images, n, -1)
+    sums = sums.gather(1, stays[..., None].expand(-1, -1, sums.shape[2]))
+    return sums[..., :-1] / sums[..., -1:], sums[..., -1:].detach()

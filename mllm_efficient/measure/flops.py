@@ -196,6 +196,9 @@ def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None 
     if other is not None and kept is not None and isinstance(other, MethodProjector):
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
+    elif kept is not None and kept.rounds:
+        project = projector_flops(model.projector, kept.picture.shape.n - sum(kept.rounds))
+        return picture.views * (merging_tower_flops(model.tower, picture.patches, kept.rounds) + project)
     else:
         project = projector_flops(model.projector, picture.projected)
     return picture.views * (tower_flops(model.tower, picture.patches) + project)
@@ -212,6 +215,20 @@ def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
         total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
     if tower.pooling_head:  # one query over all tokens, then an MLP on it
         total += 4 * d * d * (1 + n) + 4 * n * d + 4 * d * tower.mlp_width
+    return total
+
+
+def merging_tower_flops(tower: Tower, patches: tuple[int, int], rounds: Sequence[int]) -> int:
+    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens behind its attention; no further blocks run."""
+    d, n = tower.width, patches[0] * patches[1]
+    total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
+    n += tower.class_token
+    for pairs in rounds:
+        total += 8 * n * d * d + 4 * d * n * n
+        if pairs:
+            total += 2 * ((n + 1) // 2) * (n // 2) * (d // tower.heads)
+            n -= pairs
+        total += 2 * n * tower.mlp_matrices * d * tower.mlp_width
     return total
 
 

@@ -20,6 +20,11 @@ class Fixed(Pictures):
     projects = True
     gives = frozenset({"attention", "keys", "text", "grid"})
 
+    @property
+    def tower_blocks(self) -> int:
+        layer, layers = self.model.config["vision_feature_layer"], self.model.tower.layers
+        return 0 if not isinstance(layer, int) else layer if layer >= 0 else layers + 1 + layer
+
     def _at(self, grid: Grid) -> Picture:
         tower, strategy = self.model.tower, self.model.config["vision_feature_select_strategy"]
         if strategy == "default" and not tower.class_token:

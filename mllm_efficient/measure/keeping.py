@@ -14,7 +14,7 @@ from .pictures import Picture, Pictures
 class Kept:
     """A method on one picture. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
 
-    picture: what the tower sees, a smaller one under ``resize``. side, stages, per_layer, entering: as in a ``Plan``.
+    picture: what the tower sees, a smaller one under ``resize``. side, rounds, stages, per_layer, entering: as in a ``Plan``.
     """
 
     picture: Picture
@@ -25,6 +25,7 @@ class Kept:
     per_layer: tuple[int, ...] = ()
     side: int | None = None
     entering: int = 0
+    rounds: tuple[int, ...] = ()
 
     def at(self, layer: int) -> int:
         """Tokens and separators of the picture that decoder layer ``layer`` sees. Separators go with the first tokens."""
@@ -41,4 +42,4 @@ def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
     if not picture.whole and (method.per != "image" or "grid" in method.needs) and not p.untouched:
         raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
     seen = picture if p.smaller is None else rules.smaller(picture, p.smaller)
-    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer, p.side, p.entering)
+    return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer, p.side, p.entering, p.rounds)

@@ -67,6 +67,11 @@ class Pictures:
     def decoder_layers(self) -> int:
         return self.model.decoder.layers
 
+    @property
+    def tower_blocks(self) -> int:
+        """As of an adapter."""
+        return 0
+
     def check_inside(self, method: Reducer) -> None:
         """As of an adapter, by the text model's kind."""
         kind = self.model.config["text_config"]["model_type"]

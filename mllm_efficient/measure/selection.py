@@ -170,7 +170,8 @@ def cost_of_methods(
     clock, before, rows = clock_for(devices), machine(devices), list[dict[str, Any]]()
     for spec in specs:
         for _, _, k, _ in shapes:
-            if at_budget(spec, k).family != "P" or isinstance(at_budget(spec, k), Resizer):
+            method = at_budget(spec, k)
+            if method.family != "P" or isinstance(method, Resizer) or method.in_tower:
                 raise MllmEfficientError(f"{spec} does not work on tokens before the language model: --selection measures those that do")
     for n, d, k, grid in shapes:
         draw = torch.Generator().manual_seed(options.seed)

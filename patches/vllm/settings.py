@@ -73,6 +73,8 @@ def require_served(method: Compressor) -> None:
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
+    elif method.in_tower:
+        why = "merges in the tower, which vLLM runs as it is: leave at= out"
     elif isinstance(method, Resizer):
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
     elif getattr(method, "on", None) is not None:
