@@ -83,18 +83,14 @@ def load(where: str | Path, **settings: Any) -> Compressor:
         if inside.is_dir():
             return load(inside, **settings)
         given = {"keep", "tokens", "prune"} & set(settings)
-        method = build({**{k: v for k, v in served.items() if not given or k not in ("keep", "tokens", "prune")}, **settings})
-        assert isinstance(method, Compressor)
-        return method
+        return build({**{k: v for k, v in served.items() if not given or k not in ("keep", "tokens", "prune")}, **settings})
     config = open_folder(str(where)).config
     cls = get_method(config["method"])
     # what a router was trained under its method reads from the folder
     own = {} if issubclass(cls, Reducer) else {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
     if {"keep", "tokens", "prune"} & set(settings):
         own = {k: v for k, v in own.items() if k not in ("keep", "tokens", "prune")}
-    built = build({"method": config["method"], **own, **settings, "weights": str(where)})
-    assert isinstance(built, Compressor)
-    return built
+    return build({"method": config["method"], **own, **settings, "weights": str(where)})
 
 
 def located(adapter: Any, method: Compressor) -> Folder | None:

@@ -183,9 +183,10 @@ def test_the_answer_is_not_read(llava, clip, make_batch):
     assert torch.equal(me.prepare(llava, spec, labels=labels, **given).report.images[0].indices, alone)
 
 
+@pytest.mark.parametrize("name", ["llava_next", "llava_next_video"])
 @pytest.mark.parametrize("aspect", ["1:1", "2:1", "7:5"])
-def test_tiles_are_packed_as_their_features_are(clip, aspect, registered, tmp_path):
-    """LLaVA-NeXT: the base view, then the map of tiles without its padding."""
+def test_tiles_are_packed_as_their_features_are(clip, name, aspect, registered, tmp_path):
+    """LLaVA-NeXT and pictures of LLaVA-NeXT-Video: the base view, then the map of tiles without its padding."""
     seen = []
 
     @me.register("recorder")
@@ -200,9 +201,8 @@ def test_tiles_are_packed_as_their_features_are(clip, aspect, registered, tmp_pa
             seen.append(v)
             return v.attention
 
-    name = "llava_next"
     families.tiny(name).save_pretrained(tmp_path)
-    families.FAMILIES[name].processor("left").save_pretrained(tmp_path)
+    families.FAMILIES[name].processor("left").tokenizer.save_pretrained(tmp_path)
     model = type(families.tiny(name)).from_pretrained(tmp_path).eval()
     folder, reference = clip(model.config.vision_config.hidden_size)
     inputs = families.aspect_batch(name, aspect)
