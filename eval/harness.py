@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from mllm_efficient.composed import runnable
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.installing import installed
 from mllm_efficient.models import Loaded, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key, runnable
+from mllm_efficient.shrink import Encoded, encode_items, encoding_key
 from mllm_efficient.trained import Parts
 
 from .records import Records

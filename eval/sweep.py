@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_efficient.composed import Composed, inside_of
+from mllm_efficient.composed import Composed, before_of, inside_of, runnable
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
@@ -29,7 +29,6 @@ from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.plan import check, describe
 from mllm_efficient.registry import get_method
-from mllm_efficient.shrink import runnable
 
 from .records import SAMPLES_FILE, fingerprint_of
 
@@ -67,7 +66,7 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
             method = runnable(spec) if budget is None else _with_budget(spec, budget)
             if method.same_weights is not None:
                 cells.append(Cell(runnable(method.same_weights), METHOD))
-            cells.append(Cell(method, METHOD, "" if isinstance(method, Composed) else own or budget or ""))
+            cells.append(Cell(method, METHOD, own or budget or ""))
     for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
         for name in (Random.name, Resize.name):
             if asked and not any(c.asked == asked and c.method.name == name for c in cells):
@@ -140,6 +139,8 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
                 continue
             if not (isinstance(error, BadBudgetError) and inside_of(cell.method) is not None):
                 raise
+            if (before := before_of(cell.method)) is not None:
+                check(adapter, before)  # whose budget is met or is the error
             out.append(replace(cell, failed=str(error)))  # an average that cannot be reached; others can
             continue
         try:

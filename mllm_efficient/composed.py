@@ -26,6 +26,8 @@ class Composed(Compressor):
     stages: tuple[Compressor, ...] = ()
 
     def __post_init__(self):
+        if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
+            raise MllmEfficientError("a composition has two stages or more, in the order J, P, L: me.build makes one")
         for family in {stage.family for stage in self.stages}:
             same = [stage.name for stage in self.stages if stage.family == family]
             if len(same) > 1:
@@ -76,9 +78,23 @@ class Composed(Compressor):
 def compose(stages: list[Compressor]) -> Compressor:
     """The stages in the order they run, as one method; a single one as it is."""
     parts = [part for stage in stages for part in stages_of(stage)]
-    order = {family: place for place, family in enumerate("JPL")}
-    parts = sorted(parts, key=lambda part: order.get(part.family, len(order)))
+    parts = sorted(parts, key=_place)
     return parts[0] if len(parts) == 1 else Composed(stages=tuple(parts))
+
+
+def _place(stage: Compressor) -> int:
+    return "JPL".index(stage.family) if stage.family in tuple("JPL") else len("JPL")
+
+
+def runnable(compressor: Any) -> Compressor:
+    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
+    from .registry import build
+
+    method = build(compressor)
+    for stage in stages_of(method):
+        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
+            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
+    return method
 
 
 def stages_of(method: Compressor) -> tuple[Compressor, ...]:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composed import inside_of
+from .composed import inside_of, runnable
 from .errors import CountMismatchError, MllmEfficientError
 from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .plan import check
 from .report import CompressionReport, remember
-from .shrink import Prepared, has_pixels, keeps_all, prepare, runnable
+from .shrink import Prepared, has_pixels, keeps_all, prepare
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
 

@@ -48,10 +48,12 @@ def install(adapter: Any, method: Compressor, parts: Parts | None = None) -> Und
     """Puts a trained method's parts into a model: its projector or router, and the language-model weights trained with it.
 
     Weights are swapped by reference. parts: what to put in, if it is there already. A method without trained parts changes
-    nothing.
+    nothing, nor does one whose parts the model holds.
     """
     undo, part = Undo(), method.installs
     if part is None:
+        return undo
+    if held(adapter) == mark(part):
         return undo
     if held(adapter) is not None:
         raise UnsupportedModelError(f"the model holds {held(adapter)} already: unwrap it first")

@@ -149,7 +149,7 @@ def _in_turn(adapter: Any, method: Composed, item: Any) -> list[Plan]:
     for stage, before in zip(rest, method.stages):
         done = out[-1]
         if isinstance(stage, Reducer):
-            out.append(_inside(adapter, stage, done, _grids_left(before, done), fixed=False))
+            out.append(_inside(adapter, stage, done, _grids_left(before, done), fixed=adapter.fixed_count))
         else:  # on what a projector gives
             then = plan(adapter, stage, replace(item, shape=done.seen))
             out.append(replace(then, shape=done.shape, side=done.side, after=done.after, untouched=False))
@@ -228,6 +228,8 @@ def check(adapter: Any, method: Compressor) -> None:
     lacking = sorted(set(method.needs) - adapter.gives)
     if lacking and not inside:
         raise UnsupportedModelError(f"{name} needs {', '.join(lacking)}, which {family} does not give")
+    if "clip_text" in method.needs and not inside and not isinstance(getattr(method, "clip", None), str):
+        raise UnsupportedModelError(f"{name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
     if method.per != "image" and method.per not in adapter.parts:
         known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
         raise UnsupportedModelError(f"{name}: per={method.per!r} has no effect on {family}, which knows {known}")
@@ -260,6 +262,11 @@ def check(adapter: Any, method: Compressor) -> None:
             method.in_blocks(usual.n, k, adapter.tower_blocks)
 
 
+def _fills_rectangles(method: Compressor) -> bool:
+    """Whether what a method leaves of an image are rectangles of tokens, each over its own part of the picture."""
+    return isinstance(method, (Projector, Resizer)) or (isinstance(method, Merger) and type(method).target is not Merger.target)
+
+
 def _check_in_turn(adapter: Any, method: Composed) -> None:
     projector, inside = projector_of(method), inside_of(method)
     for stage in method.stages:
@@ -268,8 +275,12 @@ def _check_in_turn(adapter: Any, method: Composed) -> None:
     if inside is not None:
         adapter.check_inside(inside)
         before = method.stages[-2]
-        if inside.routes and not before.merges:
+        if inside.routes and not _fills_rectangles(before):
             raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
+        if inside.newline == "keep" and before.newline != "keep":
+            raise UnsupportedModelError(
+                f"{inside.name}: newline='keep' has no effect behind {before.name}, which leaves none: leave it out"
+            )
     behind = method.stages[1]
     if projector is not None and not isinstance(behind, Reducer):
         after, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(behind.needs))

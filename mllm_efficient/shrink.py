@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composed import before_of, inside_of, projector_of, stages_of
-from .compressors.base import Compressor, Projector, generator_for
+from .composed import before_of, inside_of, projector_of, runnable, stages_of
+from .compressors.base import Compressor, generator_for
 from .compressors.none import NoCompression
 from .compressors.reducer import Reducer
 from .errors import UnsupportedModelError
@@ -23,7 +23,6 @@ from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_
 from .locate import Located, locate
 from .plan import Plan, check, plan, position_rule
 from .positions import native, place
-from .registry import build
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
 from .staged import Standing, instruction_end, report_of, staging_of, standing, standing_in, targets
@@ -81,15 +80,6 @@ class Prepared:
     def visual_keep_mask(self) -> Tensor:
         ids = self.tensors["input_ids"]
         return torch.ones_like(ids, dtype=torch.bool) if self.layout is None else self.layout.keep.to(ids.device)
-
-
-def runnable(compressor: Any) -> Compressor:
-    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
-    method = build(compressor)
-    for stage in stages_of(method):
-        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
-            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
-    return method
 
 
 def halves(compressor: Any) -> tuple[Compressor, Reducer | None]:
@@ -208,8 +198,9 @@ def prepare(
             require(needs <= have, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
             require(smaller == seen, f"this encoding saw images of another size or projector than {method.name} asks for")
     inner = [plan(adapter, inside, f.item) for f in found] if inside is not None and alone else plans
+    ends = [plan(adapter, whole, f.item) for f in found]
     if past is None and all(p.untouched for p in inner) and (inside is None or alone):
-        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, plans)), **settings)
+        report = CompressionReport(tuple(_image(f, p, None, end) for f, p, end in zip(found, plans, ends)), **settings)
         if encoded is None:
             return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
         every = [(p.shape.modality, encoded.encodings[f.index].features, encoded.encodings[f.index].deep) for f, p in zip(found, plans)]
@@ -226,7 +217,7 @@ def prepare(
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
         staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors, image_keys)
         every = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
-        report = CompressionReport(tuple(_image(f, p, None) for f, p in zip(found, inner)), **settings)
+        report = CompressionReport(tuple(_image(f, p, None, p) for f, p in zip(found, inner)), **settings)
         return Prepared(_given(tensors), every, adapter.pack, report, None, staging)
     require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
     before = past.images.tolist() if past else [0] * len(ids_cpu)
@@ -247,7 +238,8 @@ def prepare(
     layout, positions_of = place(adapter, layout, input_ids, mask, *short, past, list(zip(found, plans, squeezed)))
     if positions_of is not None:
         tensors["position_ids"] = positions_of
-    report = CompressionReport(tuple(_image(f, p, s) for f, p, s in zip(found, plans, squeezed)), compress_seconds=seconds, **settings)
+    images = tuple(_image(f, p, s, end) for f, p, s, end in zip(found, plans, squeezed, ends))
+    report = CompressionReport(images, compress_seconds=seconds, **settings)
     features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
     if inside is None or not found:
         return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
@@ -305,7 +297,8 @@ def has_pixels(inputs: dict[str, Any]) -> bool:
     return any(inputs.get(name) is not None for name in PIXELS)
 
 
-def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
+def _image(f: Located, p: Plan, s: Squeezed | None, end: Plan) -> ImageReport:
+    """What stands in the prompt after ``p``; end: the plan of all stages."""
     inside = bool(p.stages) and not p.untouched  # what stays is known when the decoder has run
     indices = (None if inside else torch.arange(p.shape.n)) if s is None else s.indices
     kept_planes = None if s is None else s.kept_planes
@@ -313,7 +306,7 @@ def _image(f: Located, p: Plan, s: Squeezed | None) -> ImageReport:
     return ImageReport(
         f.row, p.shape.n, p.kept, indices,
         (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
-        p.shape.tile(), p.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, p.separators,
+        p.shape.tile(), end.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, end.separators,
         p.per_layer, of_merged=None if s is None else s.of_merged,
     )  # fmt: skip
 
@@ -361,9 +354,7 @@ def _clip(adapter: Any, method: Compressor) -> Any:
         return None
     from .patches.clip import clip_of
 
-    where: Any = getattr(method, "clip", None)
-    require(isinstance(where, str), f"{method.name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
-    return clip_of(adapter, where)
+    return clip_of(adapter, str(getattr(method, "clip", None)))
 
 
 def _question(adapter: Any, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
@@ -379,4 +370,4 @@ def _pad_id(adapter: Any) -> int:
     return pad if isinstance(pad, int) and pad >= 0 and pad not in adapter.placeholders.values() else 0
 
 
-__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "prepare", "runnable"]
+__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "prepare"]

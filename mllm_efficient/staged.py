@@ -57,10 +57,10 @@ def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
     is_token = torch.zeros(len(kept), dtype=torch.bool)
     if s.indices is not None:
         is_token[torch.isin(kept, p.shape.token_slots)] = True
-        planes, origin = p.shape.planes, s.indices.sort().values
+        planes, origin = p.shape.planes, s.indices  # as they stand, which order="picked" shuffles
     else:
         planes = s.kept_planes or ()
-        origin = torch.arange(sum(len(plane) for plane in planes)) if s.of_merged is None else s.of_merged.sort().values
+        origin = torch.arange(sum(len(plane) for plane in planes)) if s.of_merged is None else s.of_merged
         is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
     columns, grids = short[f.columns.cpu()[kept]], grids_of(planes)
     whole = len(origin) == sum(rows * columns for rows, columns in grids)

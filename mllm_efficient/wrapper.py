@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .composed import inside_of
+from .composed import inside_of, runnable
 from .compressors.base import Compressor
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
@@ -24,7 +24,7 @@ from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .plan import check
 from .report import CompressionReport, remember
-from .shrink import has_pixels, keeps_all, prepare, runnable
+from .shrink import has_pixels, keeps_all, prepare
 from .staged import report_of
 
 Model = TypeVar("Model")

@@ -109,8 +109,10 @@ class LlavaAdapter(Adapter):
 
     def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
         layer, strategy = self._settings(items[0].arguments)
-        if blocks_of(len(self.tower.encoder.layers), layer) != len(rounds):
-            raise UnsupportedModelError(f"vision_feature_layer={layer} of this call is another than the model's: leave it out")
+        if (layer, strategy) != self._settings({}):
+            raise UnsupportedModelError(
+                f"vision_feature_layer={layer} of this call, {strategy!r}, is another than the model's: leave it out"
+            )
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
         hidden = run_merging(self.tower, pixels, len(rounds), rounds)
         owner, name = self.projector_at

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.compressors.divprune import full_float32
 from mllm_efficient.compressors.tome import match, merged
+from mllm_efficient.errors import CountMismatchError
 
 from .attention import has_class_token
 
@@ -41,10 +43,13 @@ def run_merging(tower: Any, pixels: Tensor, blocks: int, rounds: Sequence[int], 
         x = x + attention.out_proj(seen.transpose(1, 2).flatten(2))
         if pairs:
             full = torch.float64 if x.dtype == torch.float64 else torch.float32
-            with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            device = "cpu" if x.is_meta else x.device.type
+            with torch.autocast(device, enabled=False), full_float32(device):
                 into, stays = match(k.detach().mean(1).to(full), pairs, first)
                 size = torch.ones_like(x[..., :1], dtype=full) if size is None else size
                 y, size = merged(x.to(full), size, into, stays)
             x, where = y.to(x.dtype), where.gather(1, stays)
         x = x + block.mlp(block.layer_norm2(x))
+    if not x.is_meta and not x.isfinite().all():
+        raise CountMismatchError("tome: the tower's tokens hold NaN or infinity, which has no cosine")
     return x.gather(1, where.argsort(1)[..., None].expand_as(x))

@@ -23,7 +23,7 @@ from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.measure.counter import Counted, count
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.shrink import look
+from mllm_efficient.shrink import encode, look
 from mllm_efficient.viz import Result as Drawn
 from mllm_efficient.viz import render, views
 
@@ -108,12 +108,24 @@ def test_it_has_no_budget_of_its_own():
         ("divprune:tokens=9 | dpn:weights=random,at=1", "dpn pools rectangles of tokens, and divprune leaves none"),
         ("tokenflex:tokens=9,weights=random | divprune:tokens=4 | dpn:weights=random", "each bring trained weights"),
         ("divprune:tokens=20 | fastv:keep=0.01,layer=2", "a layer average of 1 of 20 tokens cannot be reached"),
+        ("divprune:tokens=20 | fastv:layer=1,tokens=21", "tokens=21 is more than the 20"),
+        *(
+            (f"{before}:tokens=16 | dpn:weights=random,at=1", f"dpn pools rectangles of tokens, and {before} leaves none")
+            for before in ("tome", "visionzip", "spp", "prumerge_plus")
+        ),
     ],
 )
 def test_stages_that_cannot_follow_each_other_are_refused_before_any_call(tiny_llava, spec, says):
     with pytest.raises(me.MllmEfficientError, match=says):
         me.wrap(tiny_llava, spec)
     assert not adapter_for(tiny_llava).reached_inside
+
+
+@pytest.mark.parametrize("before", ["tokenflex:tokens=9,weights=random", "divprune:keep=0.5", "pool:keep=0.5"])
+def test_newline_columns_that_are_gone_cannot_be_kept_inside(before):
+    name = before.partition(":")[0]
+    with pytest.raises(me.UnsupportedModelError, match=f"fastv: newline='keep' has no effect behind {name}, which leaves none"):
+        me.wrap(copy.deepcopy(tiny("llava_next")), f"{before} | fastv:layer=1,ratio=0.5,newline=keep")
 
 
 def test_newline_columns_cannot_be_kept_behind_a_projector_that_keeps_none():
@@ -358,7 +370,7 @@ def test_sweep_crosses_the_stage_without_a_budget(tmp_path):
     by = {r["method"]: r for r in rows_of(result)}
     swept = [f"divprune:keep={k} | fastv:ratio=0.5,layer=1" for k in ("0.5", "0.25")]
     assert set(by) > {*swept, "tokenflex:tokens=36 | divprune:tokens=9", "none@tokenflex", "random:keep=0.5", "resize:keep=0.25"}
-    assert [by[s]["visual_tokens_kept"] for s in swept] == [45, 22] and by[swept[0]]["asked"] == ""
+    assert [by[s]["visual_tokens_kept"] for s in swept] == [45, 22] and by[swept[0]]["asked"] == "keep=0.5"
     assert all(r["failed"] is None for r in by.values())
     table = run("report", str(tmp_path), "--format", "md").stdout
     assert r"divprune:keep=0.5 \| fastv:ratio=0.5,layer=1" in table
@@ -423,3 +435,127 @@ def test_show_draws_the_last_stage(tmp_path, picture, spec, says):
     (row,) = rows_of(result)
     assert len(row["indices"]) == row["tokens_per_layer"][-1]
     assert (row["kept_planes"] is not None) == (says == "of_merged")
+
+
+# ------------------------------------------------------------------------------------------------ what was once wrong
+
+
+def test_a_composition_is_built_not_put_together_by_hand():
+    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order J, P, L"):
+        Composed(stages=(me.FastV(layer=1, ratio=0.5),))
+    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order J, P, L"):
+        Composed(stages=(me.FastV(layer=1, ratio=0.5), me.DivPrune(tokens=9)))
+
+
+@pytest.mark.parametrize("first", ["", "tokenflex:tokens=25,weights=random | "])
+def test_tokens_in_the_order_of_choice_keep_their_numbers_inside(make_llava, make_batch, first):
+    """What the decoder drops of a shuffled row, against the features that are left in it."""
+    from mllm_efficient.patches.decoder import attached
+
+    model, batch = make_llava(), make_batch("one image")
+    spec = f"{first}divprune:tokens=10,order=picked | fastv:layer=1,ratio=0.5"
+    whole = me.prepare(
+        model, first[:-3] if first else "none", encoded=encode(model, first[:-3] or "none", **batch), input_ids=batch["input_ids"]
+    )
+    (_, everything, _) = whole.features[0]
+    with torch.no_grad(), me.compressed(model, spec):
+        prepared = me.prepare(model, spec, **batch)
+        assert attached(model)
+        model(**prepared.model_kwargs)
+        (_, rows, _) = prepared.features[0]
+        numbers = [int((everything == row).all(1).nonzero()[0]) for row in rows]
+        (columns,) = prepared.staging.outcome["indices"]
+        image = prepared.report.images[0]
+    assert numbers != sorted(numbers)
+    left = image.of_merged if first else image.indices
+    assert left.tolist() == [numbers[c] for c in columns.tolist()]
+
+
+@pytest.mark.parametrize(
+    "spec, kept",
+    [
+        ("divprune:keep=0.5,newline=keep | fastv:layer=1,ratio=0.5", 0),
+        ("divprune:keep=1 | fastv:layer=1,ratio=0.5", 0),
+        ("divprune:keep=0.5,newline=keep | fastv:layer=1,ratio=0.5,newline=keep", None),
+    ],
+)
+def test_the_report_counts_newline_columns_at_the_end(spec, kept):
+    model = tiny("llava_next")
+    with torch.no_grad(), me.compressed(copy.deepcopy(model), spec) as wrapped:
+        wrapped(**make("llava_next", "one image"))
+        image = me.last_report(wrapped).images[0]
+    assert image.separators_kept == (image.separators_full if kept is None else kept) and image.separators_full > 0
+
+
+def test_more_than_is_left_is_clamped_where_pictures_differ():
+    model = copy.deepcopy(tiny("llava_next"))
+    for spec in ("divprune:keep=0.5 | fastv:layer=1,tokens=500", "fastv:layer=1,tokens=500"):
+        with torch.no_grad(), me.compressed(model, spec):
+            model(**make("llava_next", "one image"))
+        assert me.last_report(model).images[0].clamped, spec
+
+
+def test_a_family_of_another_name_is_refused_by_flops_too(registered):
+    @me.register("elsewhere")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Elsewhere(me.Selector):
+        family = "T"
+
+    for spec in ("elsewhere:tokens=9 | fastv:ratio=0.5", "divprune:tokens=9 | elsewhere:tokens=3"):
+        with pytest.raises(me.UnsupportedModelError, match="elsewhere is of family T, which this version does not run"):
+            cost("llava-1.5-7b", method=spec)
+
+
+def test_a_sweep_stops_at_a_budget_that_no_model_can_meet(tmp_path, capsys):
+    argv = [
+        "sweep",
+        "--method",
+        "divprune:tokens=999 | fastv:ratio=0.5,layer=1",
+        "--limit",
+        "7",
+        "--no-bench",
+        "--output-dir",
+        str(tmp_path / "a"),
+    ]
+    assert main(argv) == 2 and "tokens=999 is more than the 144" in capsys.readouterr().err
+
+
+def test_compositions_are_series_and_pictures_of_their_own(tmp_path):
+    from mllm_efficient.eval.report.plots import series_of
+
+    names = [
+        "divprune:tokens=64 | sparsevlm:ratio=0.3",
+        "divprune:tokens=64,metric=l2 | fastv:keep=0.5,layer=1",
+        "tokenflex:tokens=144 | divprune:keep=0.5",
+    ]
+    assert list(map(series_of, names)) == ["divprune | sparsevlm:ratio=0.3", "divprune:metric=l2 | fastv:layer=1", "tokenflex | divprune"]
+    result = run(
+        "sweep",
+        "--method",
+        "divprune | fastv:ratio=0.5,layer=1",
+        "--keep",
+        "0.25",
+        "--limit",
+        "7",
+        "--no-bench",
+        "--output-dir",
+        str(tmp_path),
+    )
+    assert result.exit_code == 0
+    shown = json.loads((tmp_path / "pictures.json").read_text())["samples"]
+    assert all(any(m["method"] == "divprune:keep=0.25 | fastv:ratio=0.5,layer=1" for m in s["methods"]) for s in shown)
+
+
+def test_nothing_published_is_of_a_composition():
+    from mllm_efficient.eval.lmms.rows import beside
+
+    row = {"task": "gqa", "primary": True, "value": 50.0, "score": 50.0, "top": None, "visual_tokens_full": 576, "visual_tokens_kept": 64}
+    table = {"full": 576, "rows": {"divprune": {"GQA": 57.5}, "divprune@64": {"GQA": 57.5}}, "tasks": {"gqa": "GQA"}, "kept": {}}
+    assert beside([{**row, "method": "divprune:tokens=128 | fastv:keep=0.5"}], table) == []
+    assert len(beside([{**row, "method": "divprune:tokens=64"}], table)) == 1
+
+
+def test_a_second_turn_runs_on_the_weights_that_the_first_put_in():
+    result = run("eval", "--limit", "6", "--turns", "2", "--method", "tokenflex:tokens=16 | divprune:keep=0.5", "--json")
+    rows = rows_of(result)
+    assert not any(r["failures"] for r in rows) and {r["turns"] for r in rows if r["method"] == "none@tokenflex"} == {1, 2}

@@ -443,6 +443,7 @@ def test_needs_may_be_a_plain_set(registered):
     @dataclasses.dataclass(frozen=True)
     class Mine(me.Selector):
         needs = {"clip_text", "grid"}  # noqa: RUF012
+        clip: str = "somewhere"
 
     assert query_aware(Mine)
     family = Adapter(SimpleNamespace(config=None))

@@ -558,7 +558,7 @@ def test_a_need_the_family_cannot_meet_is_named(make_llava, tiny_llava, make_bat
 
     with pytest.raises(me.UnsupportedModelError, match="clipper needs clip_text, which LlavaForConditionalGeneration does not give"):
         me.prepare(make_llava(tower="siglip"), "clipper:tokens=9", **make_batch("one image"))
-    with pytest.raises(me.CountMismatchError, match="clipper needs clip_text and names no CLIP: give it a setting clip"):
+    with pytest.raises(me.UnsupportedModelError, match="clipper needs clip_text and names no CLIP: give it a setting clip"):
         me.prepare(tiny_llava, "clipper:tokens=9", **make_batch("one image"))
 
 

@@ -179,6 +179,13 @@ def test_other_families_refuse_by_name(name):
         me.wrap(copy.deepcopy(families.tiny(name)), "tome:tokens=4,at=tower")
 
 
+def test_nan_is_refused(make_llava, make_batch):
+    batch = make_batch("one image")
+    batch["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(me.CountMismatchError, match="the tower's tokens hold NaN or infinity"):
+        me.prepare(make_llava(), "tome:tokens=12,at=tower", **batch)
+
+
 def test_what_cannot_be_is_one_line(make_llava, make_batch, tmp_path, capsys):
     with pytest.raises(me.BadBudgetError, match="at='mlp' is not one of 'projector', 'tower'"):
         me.build("tome:tokens=9,at=mlp")
@@ -191,7 +198,7 @@ def test_what_cannot_be_is_one_line(make_llava, make_batch, tmp_path, capsys):
         me.wrap(make_llava(), "tome:tokens=4,at=tower")
     with pytest.raises(me.UnsupportedModelError, match="here are tokens alone"):
         me.build("tome:tokens=4,at=tower").compress(me.VisualTokens(torch.randn(9, 4)), 4)
-    with pytest.raises(me.UnsupportedModelError, match="vision_feature_layer=-2 of this call is another than the model's"):
+    with pytest.raises(me.UnsupportedModelError, match="vision_feature_layer=-2 of this call, 'default', is another than"):
         me.prepare(make_llava(), "tome:tokens=9,at=tower", **make_batch("one image"), vision_feature_layer=-2)
     with pytest.raises(me.UnsupportedModelError, match="merges in the tower, which vLLM runs as it is"):
         require_served(me.build("tome:tokens=36,at=tower"))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import MllmEfficientError
@@ -42,10 +43,9 @@ class ModelAsker(Asker):
     prompt_format: str = "template"
 
     def __post_init__(self) -> None:
-        from mllm_efficient.composed import stages_of
+        from mllm_efficient.composed import runnable, stages_of
         from mllm_efficient.models import environment, require_supported
         from mllm_efficient.plan import check
-        from mllm_efficient.shrink import runnable
 
         self.adapter = require_supported(self.loaded)
         self.method = runnable(self.method)
@@ -202,14 +202,16 @@ def _code(cls: type) -> str:
 
 
 def _weights(adapter: Any, method: Any) -> str | None:
-    """A hash of the trained weights that a method brings."""
+    """A hash of the weights that a method brings: its trained ones, or a CLIP of its own."""
     from mllm_efficient.trained import located
 
     folder = None if method.installs is None else located(adapter, method.installs)
-    if folder is None:
+    clip = getattr(method, "clip", None)
+    path = folder.path if folder is not None else Path(clip).expanduser() if isinstance(clip, str) else None
+    if path is None or not path.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.path.rglob("*")):
+    for file in sorted(path.rglob("*")):
         if file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -42,10 +42,13 @@ DARK = Theme("dark", "#1a1d23", "#eceef2", "#a3abb8", "#343a44")
 
 
 def series_of(spec: str) -> str:
-    """A specification without its budget: cells of one series are one line of a plot."""
-    name, _, settings = spec.partition(":")
-    rest = BUDGET.sub("", settings).strip(",")
-    return f"{name}:{rest}" if rest else name
+    """A specification without its budgets: cells of one series are one line of a plot."""
+    stages = []
+    for stage in spec.split(" | "):
+        name, _, settings = stage.partition(":")
+        rest = BUDGET.sub("", settings).strip(",")
+        stages.append(f"{name}:{rest}" if rest else name)
+    return " | ".join(stages)
 
 
 def colours_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:

@@ -53,12 +53,12 @@ def flops(
     Lists such as --text-tokens 15,23,83 give one prompt for each number; rows are means over them, and the ratio is the
     mean of the ratios.
     """
+    from ..composed import runnable
     from ..measure.flops import cost, load_shape
-    from ..registry import build
 
     options.import_files(imports)
     pairs = _pairs(text_tokens, visual_tokens, image_size)
-    methods = list(dict.fromkeys([build("none"), *(build(m) for m in method or ())]))
+    methods = list(dict.fromkeys([runnable("none"), *(runnable(m) for m in method or ())]))
     if measured and convention != "exact":
         raise MllmEfficientError(f"--measured counts what runs, so it has no meaning with --convention {convention}")
     shape = load_shape(model, revision, trust_remote_code)

@@ -63,7 +63,7 @@ def import_files(paths: Sequence[Path] | None) -> None:
 
 def one_method(spec: str) -> Compressor:
     """A method, or several composed, of a specification or YAML file."""
-    from ..shrink import runnable
+    from ..composed import runnable
 
     return runnable(spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -301,4 +302,4 @@ def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tup
     chosen = meta["recommendation"]
     print(f"\nRecommended ({chosen['rule']}): {chosen['line']}")
     if chosen["method"] != "none":
-        print(f"  --method {chosen['method']}")
+        print(f"  --method {shlex.quote(chosen['method'])}")

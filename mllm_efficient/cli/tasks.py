@@ -140,7 +140,8 @@ def cells_of(specs: Sequence[str]) -> list[Cell]:
 
     for spec in specs:
         if own_budget(spec) is None:
-            raise MllmEfficientError(f"--method {spec} has no budget: {spec}:keep=0.25 and {spec}:tokens=64 have one")
+            like = "give every stage one" if "|" in spec else f"{spec}:keep=0.25 and {spec}:tokens=64 have one"
+            raise MllmEfficientError(f"--method {spec} has no budget: {like}")
     return [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]
 
 

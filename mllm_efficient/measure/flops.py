@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..composed import before_of, compose, inside_of, or_random, stages_of
+from ..composed import before_of, compose, inside_of, or_random, runnable, stages_of
 from ..compressors.base import Compressor
 from ..compressors.base import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..plan import check
-from ..registry import build
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
 from .pictures import Picture, Size, chosen, pictures_of
@@ -106,7 +105,7 @@ def cost(
     _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
     _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
     _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
-    compressor, rules, decoder = build(method), pictures_of(model), model.decoder
+    compressor, rules, decoder = runnable(method), pictures_of(model), model.decoder
     before, inside = before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
         inside = or_random(inside)
@@ -268,6 +267,10 @@ def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) 
         config = CLIPConfig.from_pretrained(where)
     except Exception as error:  # whatever transformers and the hub's library raise
         raise MllmEfficientError(f"clip={where}: no CLIP model there ({type(error).__name__})") from None
+    if config.vision_config.hidden_size != width:
+        raise MllmEfficientError(
+            f"clip={where} belongs to a tower {config.vision_config.hidden_size} wide, and this model's is {width} wide"
+        )
     text, into = config.text_config, config.projection_dim
     n, d = text.max_position_embeddings, text.hidden_size
     pieces = -(-(text_tokens + 2) // n)

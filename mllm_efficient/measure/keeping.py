@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..composed import inside_of
 from ..compressors.base import Compressor
 from ..errors import MllmEfficientError
 from ..plan import plan
@@ -39,7 +40,9 @@ def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
     """Raises ``BadBudgetError`` where the budget cannot be met, ``MllmEfficientError`` where the grid is not known."""
     n = picture.shape.n
     p = plan(rules, method, picture)
-    if not picture.whole and (method.per != "image" or "grid" in method.needs) and not p.untouched:
+    inside = inside_of(method)
+    by_place = method.per != "image" or "grid" in method.needs or (inside is not None and inside.routes)
+    if not picture.whole and by_place and not p.untouched:
         raise MllmEfficientError(f"{method.name} needs the grid of the tokens, which {n} alone do not tell: give --image-size WxH")
     seen = picture if p.smaller is None else rules.smaller(picture, p.smaller)
     return Kept(seen, p.kept, p.separators, tuple((g.n, g.k) for g in p.groups), p.stages, p.per_layer, p.side, p.entering, p.rounds)
