@@ -277,7 +277,7 @@ def _check_in_turn(adapter: Any, method: Composed) -> None:
         before = method.stages[-2]
         if inside.routes and not _fills_rectangles(before):
             raise UnsupportedModelError(f"{inside.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
-        if inside.newline == "keep" and before.newline != "keep":
+        if inside.newline == "keep" and not (before.newline == "keep" or (before.family == "P" and before.fraction == 1)):
             raise UnsupportedModelError(
                 f"{inside.name}: newline='keep' has no effect behind {before.name}, which leaves none: leave it out"
             )

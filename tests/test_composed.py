@@ -477,6 +477,7 @@ def test_tokens_in_the_order_of_choice_keep_their_numbers_inside(make_llava, mak
         ("divprune:keep=0.5,newline=keep | fastv:layer=1,ratio=0.5", 0),
         ("divprune:keep=1 | fastv:layer=1,ratio=0.5", 0),
         ("divprune:keep=0.5,newline=keep | fastv:layer=1,ratio=0.5,newline=keep", None),
+        ("divprune:keep=1 | fastv:layer=1,ratio=0.5,newline=keep", None),
     ],
 )
 def test_the_report_counts_newline_columns_at_the_end(spec, kept):
