@@ -198,9 +198,9 @@ def test_attention_alone_takes_copies_and_the_others_do_not():
     assert kept[:2] == [0, 1] and len(set(kept[2:]) & {4, 5, 6, 7}) == 2
 
 
-def test_scope_of_many_images_at_once_is_that_of_each():
+@pytest.mark.parametrize("method", [me.Scope(keep=0.4), me.VisPruner(keep=0.4), me.VisPruner(keep=0.4, r=0)], ids=lambda m: m.spec())
+def test_many_images_at_once_are_each_alone(method):
     """As on a CUDA device: images of one size share the loop, others do not, and every result is bit-equal."""
-    method = me.Scope(keep=0.4)
     parts = [tokens(*drawn(seed)[:3]) for seed in (3, 4, 5, 6)]
     parts += [
         dataclasses.replace(parts[0], attention=parts[0].attention.flip(0)),

@@ -346,6 +346,16 @@ def test_tome_counts_its_rounds():
     assert me.ToMe(keep=0.5).rounds(100, 50) == [3] * 16 + [2] and me.ToMe(tokens=1).rounds(576, 1) == [24] * 23 + [12, 6, 3, 1, 1]
 
 
+def test_tome_of_many_images_at_once_is_that_of_each():
+    """As on a CUDA device: images of one size share their rounds, others do not; one is left as it is."""
+    method = me.ToMe(keep=0.4)
+    parts = [tokens(drawn(seed)[0]) for seed in (3, 4, 5, 6)]
+    parts += [tokens(-parts[0].features.numpy()), tokens(parts[1].features.numpy()[::-1].copy()), parts[2]]
+    ks = [max(1, len(v) // 2) for v in parts[:-1]] + [len(parts[-1])]
+    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+        assert torch.equal(out.features, method.compress(one, k).features)
+
+
 def test_tome_passes_gradients_on():
     x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     me.ToMe(tokens=2).compress(me.VisualTokens(x), 2).features.sum().backward()

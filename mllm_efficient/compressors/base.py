@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -176,20 +176,27 @@ class Selector(Compressor):
 
         choose: (parts, k) -> (B, k) indices. entries: (n, d) -> the numbers that a part of n tokens of width d keeps in memory.
         """
-        alike: dict[Any, list[int]] = {}
-        for i, (v, k) in enumerate(zip(parts, ks)):
-            if not 1 <= k <= len(v):
-                raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
-            alike.setdefault((v.features.shape, v.features.dtype, v.features.device, k), []).append(i)
         done: dict[int, CompressedTokens] = {}
-        for ((n, d), *_, k), members in alike.items():
-            most = max(1, TOGETHER // entries(n, d))
-            for some in (members[start : start + most] for start in range(0, len(members), most)):
-                indices = choose([parts[i] for i in some], k)
-                if getattr(self, "order", "raster") == "raster":
-                    indices = indices.sort(dim=1).values
-                done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
+        for some, k in alike(self.name, parts, ks, entries):
+            indices = choose([parts[i] for i in some], k)
+            if getattr(self, "order", "raster") == "raster":
+                indices = indices.sort(dim=1).values
+            done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
         return [done[i] for i in range(len(parts))]
+
+
+def alike(
+    name: str, parts: Sequence[VisualTokens], ks: Sequence[int], entries: Callable[[int, int], int]
+) -> Iterator[tuple[list[int], int]]:
+    """Numbers of the parts that are alike in size, K, dtype and device, as many at a time as memory allows, and their K."""
+    groups: dict[Any, list[int]] = {}
+    for i, (v, k) in enumerate(zip(parts, ks)):
+        if not 1 <= k <= len(v):
+            raise BadBudgetError(f"{name}: {k} of {len(v)} tokens cannot be kept")
+        groups.setdefault((v.features.shape, v.features.dtype, v.features.device, k), []).append(i)
+    for ((n, d), *_, k), members in groups.items():
+        most = max(1, TOGETHER // entries(n, d))
+        yield from ((members[start : start + most], k) for start in range(0, len(members), most))
 
 
 def _checked(select: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +12,7 @@ from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import unit
 from ._sums import group_sums
-from .base import Merger
+from .base import Merger, alike
 from .divprune import full_float32
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ToMe(Merger):
     left to do.
     Equal cosines go to the lowest index; they are compared to 2^-18 (2^-30 in float64), because the last bits of the
     cosines of copies depend on where they stand. A zero row has cosine 0 to everything. NaN or infinity raises. float32,
-    or float64 for float64 input. O(N^2 D) a round.
+    or float64 for float64 input. O(N^2 D) a round, which the images of a call that are of one size share on a CUDA device.
     """
 
     paper: ClassVar[str] = "arXiv 2210.09461"
@@ -92,18 +93,36 @@ class ToMe(Merger):
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         if self.in_tower:
             raise UnsupportedModelError("tome: at='tower' merges inside a model's tower, and here are tokens alone: leave at= out")
-        if k >= len(v):
-            return CompressedTokens(v.features, grid=v.grid)
-        full = torch.float64 if v.features.dtype == torch.float64 else torch.float32
-        x = v.features.to(full)[None]
-        if not x.isfinite().all():
-            raise CountMismatchError("tome: the visual tokens hold NaN or infinity, which has no cosine")
-        size = torch.ones(1, len(v), 1, dtype=full, device=x.device)
-        with torch.autocast(x.device.type, enabled=False), full_float32(x.device.type):
-            for pairs in self.rounds(len(v), k):
+        return CompressedTokens(v.features, grid=v.grid) if k >= len(v) else CompressedTokens(self._merged([v], k)[0])
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is ToMe and not self.in_tower and all(v.features.is_cuda for v in parts):
+            return self._compress_together(parts, ks)
+        return super().compress_all(parts, ks)
+
+    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """The rounds of all that are alike at once."""
+        done: dict[int, CompressedTokens] = {}
+        for some, k in alike(self.name, parts, ks, lambda n, d: n * n + 3 * n * d):
+            whole = k == len(parts[some[0]])
+            rows = [parts[i].features for i in some] if whole else self._merged([parts[i] for i in some], k)
+            done |= {i: CompressedTokens(row, grid=parts[i].grid if whole else None) for i, row in zip(some, rows)}
+        return [done[i] for i in range(len(parts))]
+
+    def _merged(self, some: list[VisualTokens], k: int) -> Tensor:
+        """(B, K, D) of images that are alike in size."""
+        dtype = some[0].features.dtype
+        full = torch.float64 if dtype == torch.float64 else torch.float32
+        device = some[0].features.device.type
+        with torch.autocast(device, enabled=False), full_float32(device):
+            x = torch.stack([v.features.to(full) for v in some])
+            if not x.isfinite().all():
+                raise CountMismatchError("tome: the visual tokens hold NaN or infinity, which has no cosine")
+            size = torch.ones_like(x[..., :1])
+            for pairs in self.rounds(x.shape[1], k):
                 into, stays = match(x.detach(), pairs)
                 x, size = merged(x, size, into, stays.sort(1).values)
-        return CompressedTokens(x[0].to(v.features.dtype))
+        return x.to(dtype)
 
 
 def match(metric: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor]:

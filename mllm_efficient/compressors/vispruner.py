@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadBudgetError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import VisualTokens
+from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import cosines, finite
 from .base import Selector
 
@@ -28,7 +29,8 @@ class VisPruner(Selector):
     first on, is compared with those between, and the up to 8 with the largest cosine to any of them go.
     r: share of important tokens; the paper's 0.5. Its cosines are of the tower's output, these are of the projected tokens.
     Ties: the lowest index is important, and the lowest index goes. The rest stays in raster order between rounds. NaN or
-    infinity raises. O(N^2 D) once, then (N - K) / 8 rounds of O(N^2).
+    infinity raises. O(N^2 D) once, then (N - K) / 8 rounds of O(N^2), which the images of a call that are of one size share on
+    a CUDA device; no host synchronisation.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -46,16 +48,26 @@ class VisPruner(Selector):
         return 2 * n * n * d if int(self.r * k) < k < n else 0
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        assert v.attention is not None
-        order = finite(v.attention, self.name, "attentions").sort(descending=True, stable=True).indices
-        important = int(self.r * k)
-        if important == k or k == len(v):
-            return order[:k]
-        alike = cosines(x := finite(v.features, self.name, "visual tokens"), x)
-        rest = order[important:].sort().values
-        while len(rest) > k - important:
-            first, between = rest[::2], rest[1::2]
-            gone = min(AT_ONCE, len(first), len(rest) - (k - important))
-            nearest = alike[first][:, between].amax(1).sort(descending=True, stable=True).indices
-            rest = torch.cat([first[nearest[gone:]], between]).sort().values
-        return torch.cat([order[:important], rest])
+        return self._choose([v], k)[0]
+
+    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        if type(self) is VisPruner and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
+            return self.compress_alike(parts, ks, self._choose, lambda n, d: 3 * n * n)
+        return super().compress_all(parts, ks)
+
+    def _choose(self, some: list[VisualTokens], k: int) -> Tensor:
+        """(B, K) of images that are alike in size."""
+        given = [finite(v.attention, self.name, "attentions") for v in some if v.attention is not None]
+        order = torch.stack(given).sort(dim=1, descending=True, stable=True).indices
+        important, n = int(self.r * k), order.shape[1]
+        if important == k or k == n:
+            return order[:, :k]
+        alike = torch.stack([cosines(x := finite(v.features, self.name, "visual tokens"), x) for v in some])
+        rest = order[:, important:].sort(1).values
+        while rest.shape[1] > k - important:
+            first, between = rest[:, ::2], rest[:, 1::2]
+            gone = min(AT_ONCE, first.shape[1], rest.shape[1] - (k - important))
+            pairs = alike.gather(1, first[..., None].expand(-1, -1, n)).gather(2, between[:, None].expand(-1, first.shape[1], -1))
+            nearest = pairs.amax(2).sort(dim=1, descending=True, stable=True).indices
+            rest = torch.cat([first.gather(1, nearest[:, gone:]), between], 1).sort(1).values
+        return torch.cat([order[:, :important], rest], 1)
