@@ -42,10 +42,10 @@ table: .venv/.installed
 	$(EVAL) --limit 5000 --output-dir runs/table
 
 test: .venv/.installed-dev
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 test-integration: .venv-integration/.installed
-	.venv-integration/bin/pytest -n 2
+	.venv-integration/bin/pytest -n 2 --dist worksteal
 
 # On a quiet machine: whatever else runs is in the numbers. benchmarks/README.md says what is in each file.
 bench: .venv/.installed
