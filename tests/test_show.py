@@ -6,6 +6,7 @@ import colorsys
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -482,9 +483,21 @@ def test_frames_reported_one_by_one_are_put_together(report_of, stills):
 
 
 def test_merged_tokens_without_a_place_are_refused(report_of, stills):
-    report = ImageReport(0, 8, 3, None, planes=(Plane(2, 2), Plane(2, 2)), kept_planes=(Plane(1, 3),))
+    report = ImageReport(0, 8, 3, None, planes=(Plane(2, 2), Plane(2, 2)), kept_planes=(Plane(1, 3, placed=False),))
     with pytest.raises(MllmEfficientError, match="without a place"):
         report_of(stills[:1], report)
+
+
+def test_tiles_of_another_projector_are_drawn_as_they_are(report_of, stills):
+    """A base view and a map of tiles before, a base view and each tile by itself after."""
+    left, right = ((0.0, x / 2, 1.0, (x + 1) / 2) for x in (0, 1))
+    after = (Plane(2, 2), Plane(2, 2, tile=1, box=left), Plane(2, 2, tile=2, box=right))
+    report = ImageReport(0, 24, 12, None, planes=(Plane(2, 4), Plane(4, 4, tile=1)), kept_planes=after)
+    result, _, _ = report_of(stills[:1], report)
+    assert tuple(result.planes) == tuple(result.kept_planes) == after and (result.full, result.kept, result.indices) == (24, 12, None)
+    assert [(view.name, view.members) for view in viz.views(result.planes)] == [("base view", (0,)), ("tiles", (1, 2))]
+    picked, _, _ = report_of(stills[:1], replace(report, kept=3, of_merged=torch.tensor([1, 6, 11])))
+    assert [view.of(picked)[1] for view in viz.views(picked.planes)] == [[1], [2, 7]]
 
 
 def test_a_prompt_with_placeholders_of_its_own_must_have_as_many_as_are_given():

@@ -104,8 +104,10 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
     processor = loaded.processor.image_processor
     planes = adapter.place(report.planes, picture.size, processor)
     kept = None if report.kept_planes is None else adapter.place(report.kept_planes, picture.size, processor)
-    if kept is not None and (len(kept) != len(planes) or not all(p.placed for p in kept)):
+    if kept is not None and not all(p.placed for p in kept):
         return []
+    if kept is not None and len(kept) != len(planes):  # another projector's tiles, which no map puts together
+        planes = kept
     left = report.indices if kept is None else report.of_merged
     indices = None if left is None else left.tolist()
     result = Result(method.spec(), report.full, report.kept, planes, indices, kept)

@@ -134,9 +134,10 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     for i, report in enumerate(reports):
         start, left = sum(map(len, kept_planes)), report.indices if report.kept_planes is None else report.of_merged
         after = report.planes if report.kept_planes is None else report.kept_planes
-        if len(after) != len(report.planes) or not all(p.placed for p in after):
+        if not all(p.placed for p in after):
             raise MllmEfficientError(f"{method.name} merges tokens to ones without a place on the picture: show cannot draw it")
-        for found, into in ((report.planes, planes), (after, kept_planes)):
+        drawn = report.planes if len(after) == len(report.planes) else after  # another projector's tiles, which no map puts together
+        for found, into in ((drawn, planes), (after, kept_planes)):
             placed = adapter.place(found, size, processor or loaded.processor.image_processor)
             into += [replace(p, frame=i) if video and p.frame is None else p for p in placed]
         indices += [start + j for j in (range(sum(map(len, after))) if left is None else left.tolist())]
