@@ -82,12 +82,6 @@ class Prepared:
         return torch.ones_like(ids, dtype=torch.bool) if self.layout is None else self.layout.keep.to(ids.device)
 
 
-def halves(compressor: Any) -> tuple[Compressor, Reducer | None]:
-    """What runs before the language model (``none`` if nothing does) and the method inside it."""
-    method = runnable(compressor)
-    return before_of(method) or NoCompression(), inside_of(method)
-
-
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
     """Runs the vision side as ``compressor`` needs it, for ``prepare(..., encoded=...)``.
 
@@ -160,7 +154,7 @@ def prepare(
     from .patches import adapter_for
 
     adapter, whole = adapter_for(model), runnable(compressor)
-    method, inside = halves(whole)
+    method, inside = before_of(whole) or NoCompression(), inside_of(whole)
     of_tokens = stages_of(method)[-1]
     vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
     rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.compressors.tome import blocks_of
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
 from .attention import captured, has_class_token, tower_of
 from .base import OF_TOWER, Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
-from .tome import blocks_of, run_merging
+from .tome import run_merging
 
 
 class LlavaAdapter(Adapter):

@@ -15,13 +15,6 @@ from mllm_efficient.errors import CountMismatchError
 from .attention import has_class_token
 
 
-def blocks_of(layers: int, layer: Any) -> int:
-    """How many of a tower's blocks run before the hidden states that a model takes; 0 where it takes those of several layers."""
-    if not isinstance(layer, int):
-        return 0
-    return layer if layer >= 0 else layers + 1 + layer
-
-
 def run_merging(tower: Any, pixels: Tensor, blocks: int, rounds: Sequence[int], **how: Any) -> Tensor:
     """(views, tokens, D) hidden states after so many blocks, block i of which merges ``rounds[i]`` pairs, in the order of their places.
 

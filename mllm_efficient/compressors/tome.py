@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, CountMismatchError, UnsupportedModelError
 from ..lazy import torch
@@ -123,6 +123,13 @@ class ToMe(Merger):
                 into, stays = match(x.detach(), pairs)
                 x, size = merged(x, size, into, stays.sort(1).values)
         return x.to(dtype)
+
+
+def blocks_of(layers: int, layer: Any) -> int:
+    """How many of a tower's blocks run before the hidden states that a model takes; 0 where it takes those of several layers."""
+    if not isinstance(layer, int):
+        return 0
+    return layer if layer >= 0 else layers + 1 + layer
 
 
 def match(metric: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..compressors.tome import blocks_of
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..tokens import Plane, VisualShape
 from .pictures import Grid, Picture, Pictures, Size
@@ -22,8 +23,7 @@ class Fixed(Pictures):
 
     @property
     def tower_blocks(self) -> int:
-        layer, layers = self.model.config["vision_feature_layer"], self.model.tower.layers
-        return 0 if not isinstance(layer, int) else layer if layer >= 0 else layers + 1 + layer
+        return blocks_of(self.model.tower.layers, self.model.config["vision_feature_layer"])
 
     def _at(self, grid: Grid) -> Picture:
         tower, strategy = self.model.tower, self.model.config["vision_feature_select_strategy"]
