@@ -17,6 +17,7 @@ from mllm_efficient import wrapper
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.generation import with_prompt
+from mllm_efficient.host import cache_of, with_cache
 from mllm_efficient.layout import leave_on
 from mllm_efficient.models import Loaded
 from mllm_efficient.shrink import Prepared
@@ -86,7 +87,7 @@ def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> 
         else:
             first = run.generate(prepared.model_kwargs, return_dict_in_generate=True)
             said = with_prompt(first.sequences, prompt, layout.reduced_length)
-            leave_on(first.past_key_values, layout)
+            leave_on(cache_of(first), layout)
         answers = said[:, prompt.shape[1] :]
         turns = [next_turn(run.loaded, run.worded(f.first), run.worded(f.second), int(images)) for f in batch]
         more, new = padded(turns, prompt)
@@ -95,7 +96,7 @@ def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> 
         if "mm_token_type_ids" in asked:
             types = asked["mm_token_type_ids"]
             call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(ids), ids.shape[1] - types.shape[1])], 1)
-        second = run.generate(call, past_key_values=first.past_key_values)
+        second = run.generate(call, **with_cache(model, cache_of(first)))
     return run.decoded(answers), run.decoded(second[:, ids.shape[1] :]), prepared
 
 

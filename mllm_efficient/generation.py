@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import inspect
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .composed import inside_of, runnable
 from .errors import CountMismatchError, MllmEfficientError
+from .host import cache_of, parameters_of
 from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .plan import check
@@ -32,18 +32,17 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
 
     method = None if method is None else runnable(method)
     reduces = method is not None and inside_of(method) is not None
-    shortened = hasattr(kwargs.get("past_key_values"), SEGMENTS_ATTRIBUTE)
+    shortened = hasattr(cache_of(kwargs), SEGMENTS_ATTRIBUTE)
     hooks = inside(adapter_for(model)) if shortened or reduces else contextlib.nullcontext()
     with hooks:
         return _generate(model, stock, method, inputs, args, kwargs)
 
 
 def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    names = [p for p in inspect.signature(stock).parameters if p != "self"]
-    kwargs, args = {**dict(zip(names[1:], args)), **kwargs}, ()
+    kwargs, args = {**dict(zip(parameters_of(stock)[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
         kwargs, inputs = {**kwargs, "input_ids": inputs}, None
-    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
     layout, prepared = layout_on(cache), None
     if method is not None:
         from .patches import adapter_for
@@ -93,7 +92,7 @@ def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: 
     leave_on(cache, layout)
     if torch.is_tensor(out):
         return _finish(model, with_prompt(out, ids, length), prepared.report)
-    leave_on(out.get("past_key_values"), layout)
+    leave_on(cache_of(out), layout)
     out.sequences = with_prompt(out.sequences, ids, length)
     return _finish(model, out, prepared.report)
 
@@ -123,8 +122,9 @@ def _prepare_generate(
     if ids is None:
         raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
     adapter = adapter_for(model)
-    if holds_uncompressed(kwargs.get("past_key_values")):
-        seen = int(kwargs["past_key_values"].get_seq_length())
+    cache = cache_of(kwargs)
+    if holds_uncompressed(cache):
+        seen = int(cache.get_seq_length())
         if keeps_all(adapter, method, {**kwargs, "input_ids": ids[:, seen:]}):
             return None
         raise CountMismatchError(UNCOMPRESSED_CACHE)
@@ -135,7 +135,7 @@ def _prepare_generate(
     if layout is not None:
         if ids.shape[0] != len(layout.ids) or not torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):
             raise CountMismatchError("the cache holds another prompt: pass input_ids that begin with the earlier conversation")
-        layout = layout.grown(ids, mask, int(kwargs["past_key_values"].get_seq_length()))
+        layout = layout.grown(ids, mask, int(cache.get_seq_length()))
     vision = {
         k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None
     }

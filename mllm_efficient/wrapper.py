@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from .compressors.base import Compressor
 from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
 from .generation import generate as run_generate
 from .generation import within_generate
+from .host import cache_of, parameters_of
 from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .plan import check
@@ -118,8 +118,8 @@ class CompressForward:
         if within_generate(model) or kwargs.get("mm_encoder_outputs") is not None:
             return None
         if args:
-            kwargs = {**dict(zip(_forward_names(type(model).forward), args)), **kwargs}
-        cache = kwargs.get("past_key_values")
+            kwargs = {**dict(zip(parameters_of(type(model).forward), args)), **kwargs}
+        cache = cache_of(kwargs)
         layout = layout_on(cache)
         has_images = has_pixels(kwargs)
         if layout is not None:
@@ -160,11 +160,6 @@ def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) ->
         output.visual_keep_mask = layout.keep.to(output.logits.device)
     elif has_pixels(kwargs) or staging is not None:
         output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
-
-
-@functools.cache
-def _forward_names(forward: Callable) -> list[str]:
-    return [p for p in inspect.signature(forward).parameters if p != "self"]
 
 
 def _autocast_of(model: Any):

@@ -25,7 +25,7 @@ _WRAPPERS = {
 }  # fmt: skip
 
 
-NEWEST_TESTED = (5, 23)
+NEWEST_TESTED = (5, 24)
 
 
 @functools.cache

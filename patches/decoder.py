@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
+from mllm_efficient.host import cache_of, check_layer
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 
 from .base import hooking
@@ -43,6 +44,10 @@ class EnterLayer:
         if this is None:
             return None
         _refuse(layer)
+        if kwargs.get("use_cache") and cache_of(kwargs) is None:
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} got no cache that in-decoder methods know: mllm-efficient doctor says what holds"
+            )
         hidden = this.enter(self.index, layer, args[0] if args else kwargs.pop("hidden_states"), kwargs)
         return (hidden, *args[1:]), kwargs
 
@@ -61,7 +66,7 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
 def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
     """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
     kwargs = kwargs or {}
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
     state: Shortened | None = getattr(cache, SEGMENTS_ATTRIBUTE, None)
     if staging is None and state is None:
@@ -172,6 +177,7 @@ def check_decoder(adapter: Any, method: Reducer) -> None:
     kind = type(layers[0]).__name__
     if kind not in LAYERS:
         raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    check_layer(type(layers[0]))
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
     if not adapter.mrope:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mllm_efficient.errors import CountMismatchError
+from mllm_efficient.host import cache_of
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 from mllm_efficient.tokens import Decision, LayerTokens
 
@@ -45,7 +46,7 @@ class Pass:
             return
         kwargs["position_embeddings"] = self.tables(hidden, kwargs["position_embeddings"])
         kwargs["position_ids"] = None  # a gap in positions would be read as the start of a packed sequence
-        kwargs["attention_mask"] = self.mask(index, layer, hidden, kwargs.get("past_key_values"))
+        kwargs["attention_mask"] = self.mask(index, layer, hidden, cache_of(kwargs))
 
     def tables(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """cos and sin (.., B, length, d) for the columns of ``hidden``."""
@@ -140,7 +141,7 @@ class Prefill(Pass):
                     hidden = self.shorten(number, hidden)
             self.seconds += time.perf_counter() - begin
             if index == stage:
-                self._remember(kwargs.get("past_key_values"))
+                self._remember(cache_of(kwargs))
         self.substitute(index, layer, hidden, kwargs)
         return hidden
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.host import cache_name
+
 
 class Heads:
     """Keys of all tokens of a layer's input, and its attention from a few of them.
@@ -62,4 +64,4 @@ def causal_mask(config: Any, hidden: Tensor, seen: Tensor | None, cache: Any, in
 
     # Without layer_idx the keys would be counted in a layer that has seen this call already (reference, trap 5).
     make = create_causal_mask if window is None else create_sliding_window_causal_mask
-    return make(config=config, inputs_embeds=hidden, attention_mask=seen, past_key_values=cache, layer_idx=index)
+    return make(config=config, inputs_embeds=hidden, attention_mask=seen, layer_idx=index, **{cache_name(make): cache})

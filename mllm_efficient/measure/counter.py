@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..composed import inside_of, or_random
 from ..compressors.base import Compressor
 from ..errors import MllmEfficientError
+from ..host import with_cache
 from .pictures import Picture, Size, chosen, pictures_of
 from .shapes import ModelShape
 
@@ -102,12 +103,12 @@ def count(
         # A cache from the start: position ids without one are searched for packed sequences, by value.
         cache = _cache(model)
         with flop_counter() as prefill:
-            model(**call, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(**call, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
         ids = prepared.tensors["input_ids"]
         with flop_counter() as decode:
             for i in range(new_tokens - 1):
                 token = torch.full((batch_size, 1), _text_id(adapter), device=ids.device)
-                model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), past_key_values=cache, use_cache=True)
+                model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
     inside_prefill = sum(c.get_total_flops() for c in choosing)
     phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
     return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3])

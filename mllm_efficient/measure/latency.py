@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..compressors.none import NoCompression
+from ..host import cache_of
 from ..installing import installed
 from ..shrink import encode, prepare
 from ..wrapper import compressed, method_of
@@ -117,7 +118,7 @@ class Laps:
         with self.as_used(arm):
             peak, what, out = peak_memory(devices, lambda: self.generate(arm, return_dict_in_generate=True))
         arm.peak_memory_mb = None if peak is None else peak - arm.beside_mb
-        arm.kv_cache_mb = cache_mb(out.past_key_values)
+        arm.kv_cache_mb = cache_mb(cache_of(out))
         return what
 
 
