@@ -27,7 +27,7 @@ _HOME = {
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "prepare": "shrink", "Prepared": "shrink",
-    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
+    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "is_wrapped": "wrapper",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from .tokens import VisualTokens as VisualTokens
     from .trained import load as load
     from .wrapper import compressed as compressed
+    from .wrapper import is_wrapped as is_wrapped
     from .wrapper import unwrap as unwrap
     from .wrapper import wrap as wrap
 
