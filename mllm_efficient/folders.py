@@ -6,6 +6,7 @@ language model was trained with it, ``base_delta/``: whole weights in ``model.sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -72,6 +73,27 @@ def _describes_a_method(config: Any) -> bool:
     return all(isinstance(sizes.get(k), int) for k in ("inputs", "outputs")) and all(
         isinstance(base.get(k), dict) for k in ("sizes", "sample")
     )
+
+
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def contents_of(folder: Path) -> str:
+    """A hash of the names and contents of all files in a folder. Those whose inode, size and times are as before are not read again."""
+    out = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        try:
+            if not path.is_file():
+                continue
+            found = path.stat()
+            now = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)  # nobody can set the last one back
+            if _hashes.get(path, ((), ""))[0] != now:
+                with path.open("rb") as file:
+                    _hashes[path] = now, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MllmEfficientError(f"cannot read {path}: {error.strerror}") from None
+        out.update(f"{path.relative_to(folder)}/{_hashes[path][1]}".encode())
+    return out.hexdigest()
 
 
 def shipped(name: str) -> Folder | None:

@@ -16,10 +16,11 @@ from . import __version__
 from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
-from .errors import MllmEfficientError, UnsupportedModelError
-from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
+from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError
+from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
 MARK = "_installed_as"  # attribute of a projector or router that was put into a model
 _kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
 
@@ -63,9 +64,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    for name, value in found.items():
+        if value.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise MllmEfficientError(f"{path}: {name} is of {str(value.dtype).removeprefix('torch.')}, and weights are of {known}")
+        if not value.isfinite().all():
+            raise NotFiniteError(f"{path}: {name} holds NaN or infinity: the training diverged, or the file is damaged")
+    return found
 
 
 def load(where: str | Path, **settings: Any) -> Compressor:
@@ -129,7 +137,7 @@ class Parts:
 
     module: nn.Module
     delta: dict[str, Tensor] = field(default_factory=dict)
-    made_of: tuple[str, float] = ("", 0.0)
+    made_of: tuple[str, str] = ("", "")
 
 
 def parts_of(adapter: Any, method: Any) -> Parts:
@@ -140,7 +148,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         like = next(adapter.slot(method)[0].layers[-1].parameters())
         if like.is_meta and any(hasattr(m, "_hf_hook") for m in adapter.slot(method)[0].layers[-1].modules()):
             like = torch.empty(0, dtype=adapter.model.dtype)  # offloaded layers: the router is small, and stays on the CPU
-    folder = located(adapter, method)
+    made_of, folder = _state_of(method), located(adapter, method)
     config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
     if method.family == "L":
         sizes = method.sizes(adapter.decoder_layers)
@@ -155,7 +163,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
     delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
-    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, _state_of(method))
+    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, made_of)
 
 
 def _replaced(adapter: Any, method: Projector) -> Tensor:
@@ -170,13 +178,11 @@ def _replaced(adapter: Any, method: Projector) -> Tensor:
     return like
 
 
-def _state_of(method: Compressor) -> tuple[str, float]:
-    """The weights' name and when they were written."""
+def _state_of(method: Compressor) -> tuple[str, str]:
+    """The weights' name, and a hash of every file in their folder."""
     weights = weights_of(method)
-    if weights in (None, RANDOM):
-        return mark(method), 0.0
-    path = Path(str(weights)).expanduser() / CONFIG
-    return mark(method), path.stat().st_mtime if path.is_file() else 0.0
+    folder = Path(str(weights)).expanduser()
+    return mark(method), "" if weights in (None, RANDOM) or not folder.is_dir() else contents_of(folder)
 
 
 def weights_of(method: Compressor) -> str | None:

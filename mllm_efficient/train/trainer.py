@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,9 +21,10 @@ from .. import trained
 from ..base_model import base_of
 from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, NotFiniteError
 from ..folders import RANDOM
 from ..installing import install
+from ..locking import owned
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..plan import check
 from ..registry import get_method
@@ -216,10 +218,16 @@ def run(recipe: Recipe) -> Path:
     """Trains what is not trained yet and returns the trained method's folder.
 
     The same call goes on after an interruption: finished stages are loaded, the one at hand from its newest checkpoint.
-    Raises ``MllmEfficientError`` for a folder that another recipe wrote in.
+    Raises ``MllmEfficientError`` for a folder that another recipe wrote in, or that another process is writing to.
     """
     folder = Path(recipe.output_dir)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
+    first = int(os.environ.get("RANK", 0)) == 0  # which owns the folder for all
+    with owned(folder, ".lock", "output_dir") if first else contextlib.nullcontext():
+        return _run(recipe, records, folder)
+
+
+def _run(recipe: Recipe, records: dict[str, Any], folder: Path) -> Path:
     loaded = loaded_for(recipe)
     base = base_of(loaded.model)
     model = build_model(recipe, loaded)
@@ -316,6 +324,8 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     else:
         try:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"stage {stage.name}: the training diverged, a smaller learning rate may help ({error})") from error
         except MllmEfficientError as error:  # a loader's worker puts its traceback before the line
             raise MllmEfficientError(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.")) from error
         finally:
