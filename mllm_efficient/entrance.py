@@ -98,7 +98,7 @@ class MarkBase:
 def refuse_prompt_learning(model: Any) -> None:
     """Raises ``UnsupportedModelError`` for a model under PEFT's prompt or prefix tuning, which gives it embeddings or a cache."""
     config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    if getattr(config, "is_prompt_learning", False):
+    if config is not None and getattr(config, "is_prompt_learning", False):
         kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
         raise UnsupportedModelError(
             f"PEFT's {kind} puts virtual tokens in front of the prompt, where compression cannot count them: use LoRA"

@@ -46,6 +46,7 @@ def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: 
     kwargs, args = {**dict(zip(parameters_of(stock)[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
         kwargs, inputs = {**kwargs, "input_ids": inputs}, None
+    kwargs = adapter_for(model).as_tensors(kwargs)
     ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
     layout, prepared = layout_on(cache), None
     if method is not None:

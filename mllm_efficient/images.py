@@ -25,7 +25,11 @@ def load_image(path: str | Path) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long
+        raise MllmEfficientError(f"{str(path)[:80]} cannot be read as an image: {error.strerror}") from None
+    if not there:
         raise MllmEfficientError(f"no image file {path}")
     try:
         with warnings.catch_warnings():

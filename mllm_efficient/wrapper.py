@@ -247,7 +247,8 @@ def _class_for(cls: Any) -> Any:
 
         def extra_repr(self):
             method = method_of(self)
-            return "\n".join(filter(None, (cls.extra_repr(self), method and f"compression={method.spec()!r}")))
+            own = cls.extra_repr(self)
+            return own if method is None else f"{own}\n" * bool(own) + f"compression={method.spec()!r}"
 
         def merge(self, default_list, custom_list):
             return merged_as_shown(self, getattr(cls, MERGE)(self, default_list, custom_list), custom_list)

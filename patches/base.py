@@ -122,6 +122,10 @@ class Adapter:
         vision = self.config.vision_config
         return len(vision.deepstack_visual_indexes) if self.deepstack else 0
 
+    def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with tensors for what some processors and callers give as lists."""
+        return inputs
+
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The images of a call in prompt order, then its videos, before any pixel is looked at.
 

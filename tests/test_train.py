@@ -322,14 +322,13 @@ def test_a_kill_while_publishing_leaves_no_half_of_a_folder(tmp_path, monkeypatc
 
 
 def test_a_kill_between_the_last_step_and_the_stages_weights_trains_no_step_more(tmp_path, monkeypatch):
-
     whole = run(recipe(tmp_path / "whole"))
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.shutil, "rmtree", killed)
+        patch.setattr(training.shutil, "rmtree", killed)
         run(recipe(tmp_path / "cut"))
     distil = tmp_path / "cut" / "run" / "distil"
     (distil / "model.safetensors").unlink()

@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.filename is None:  # of no file that the user could look at
+            raise
+        return _fail(f"{str(error.filename)[:80]}: {error.strerror}")
     except Exception as error:
         # typer's usage errors, whichever click it brings along
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
