@@ -26,6 +26,7 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
+    "doctor": "checkup", "Checkup": "checkup",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
@@ -36,6 +37,8 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
+    from .checkup import Checkup as Checkup
+    from .checkup import doctor as doctor
     from .compressors.base import Compressor as Compressor
     from .compressors.base import Merger as Merger
     from .compressors.base import Projector as Projector

@@ -171,6 +171,16 @@ def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
         with_kwargs.pop(key, None)
 
 
+def _check_untested(adapter: Any) -> None:
+    """On a transformers newer than the newest tested, the doctor's check of in-decoder methods has to hold first."""
+    from mllm_efficient.checkup import host_fault
+
+    from . import NEWEST_TESTED, transformers_version
+
+    if transformers_version() > NEWEST_TESTED and (fault := host_fault(adapter.config.model_type)):
+        raise UnsupportedModelError(f"in-decoder methods are wrong on this transformers, which is newer than the newest tested ({fault})")
+
+
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
     layers = decoder_of(adapter.model).layers
@@ -178,6 +188,7 @@ def check_decoder(adapter: Any, method: Reducer) -> None:
     if kind not in LAYERS:
         raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
     check_layer(type(layers[0]))
+    _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
     if not adapter.mrope:
