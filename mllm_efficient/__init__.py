@@ -32,6 +32,7 @@ _HOME = {
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
+    "NotFiniteError": "errors", "BadSettingError": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_HOME]
 
@@ -66,8 +67,10 @@ if TYPE_CHECKING:
     from .compressors.vispruner import VisPruner as VisPruner
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError
+    from .errors import BadSettingError as BadSettingError
     from .errors import CountMismatchError as CountMismatchError
     from .errors import MllmEfficientError as MllmEfficientError
+    from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .projector import TokenFlexProjector as TokenFlexProjector

@@ -26,6 +26,14 @@ class CountMismatchError(MllmEfficientError):
     """Placeholders, features or lengths that do not belong together."""
 
 
+class NotFiniteError(CountMismatchError):
+    """Features, states or scores that hold NaN or infinity, which have no order."""
+
+
+class BadSettingError(BadBudgetError):
+    """A setting of a method, other than its budget, that cannot be honoured."""
+
+
 class AlreadyWrappedError(MllmEfficientError):
     """``wrap`` on a model that is wrapped."""
 
