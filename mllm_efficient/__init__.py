@@ -28,7 +28,7 @@ _HOME = {
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "doctor": "checkup", "Checkup": "checkup",
     "prepare": "shrink", "Prepared": "shrink",
-    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper",
+    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "mask_labels": "labels",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .labels import mask_labels as mask_labels
     from .projector import TokenFlexProjector as TokenFlexProjector
     from .registry import build as build
     from .registry import get_method as get_method

@@ -21,32 +21,44 @@ from .generation import generate as run_generate
 from .generation import within_generate
 from .host import cache_of, parameters_of
 from .installing import install
-from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
+from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on
+from .outputs import call_of, check_length, mark_output
 from .plan import check
 from .report import CompressionReport, remember
 from .shrink import has_pixels, keeps_all, prepare
-from .staged import report_of
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
+NO_IDS = (
+    "images with inputs_embeds but no input_ids cannot be compressed, because placeholders are found by their ids: pass input_ids, "
+    "which PEFT's prompt tuning never does (LoRA does)"
+)
 _swapped: dict[type, type] = {}
 
 
-def wrap(model: Model, compressor: Any) -> Model:
+def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
     """Makes ``model`` compress its visual tokens from now on; returns the same object.
 
     Args:
         model: a supported transformers model (bare, under PEFT, dispatched or prepared by accelerate).
         compressor: a method, ``"divprune:keep=0.1"``, a dict, a YAML file, or a list of at most one method per family.
+        logits: ``"full"`` for logits of the prompt's own length from ``forward``, where a column that went says what the one
+            before it does.
 
     ``generate`` returns the original prompt in front of the new tokens and takes ``compression=`` for one call (None is
-    off). ``forward`` returns logits of the reduced length and ``outputs.visual_keep_mask`` (B, L).
+    off). ``forward`` returns logits of the reduced length, ``outputs.visual_keep_mask`` (B, L), and of the logits' length
+    ``visual_input_ids``, ``visual_attention_mask`` and, of the labels it got, ``visual_labels``. Labels on visual tokens enter
+    no loss. transformers' Trainer divides by the labels that do, and gets full logits where it reads them beside its labels.
 
     Raises:
-        AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families), BadBudgetError.
+        AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families, prompt tuning),
+        BadBudgetError.
     """
     from .patches import adapter_for
+    from .patches.trainer import refuse_virtual_tokens, watch_if_there
 
+    check_length(logits)
+    refuse_virtual_tokens(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner = adapter.model
     if _hook_of(inner) is not None:
@@ -54,10 +66,11 @@ def wrap(model: Model, compressor: Any) -> Model:
     check(adapter, method)
     undo = install(adapter, method)
     inner.__class__ = _class_for(type(inner))
-    inner.register_forward_pre_hook(CompressForward(method, undo), with_kwargs=True)
+    inner.register_forward_pre_hook(CompressForward(method, undo, logits), with_kwargs=True)
     inner.register_forward_hook(mark_output, with_kwargs=True)
     if inside_of(method) is not None:
         adapter.reach_inside()
+    watch_if_there()
     return model
 
 
@@ -85,9 +98,9 @@ def unwrap(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def compressed(model: Model, compressor: Any) -> Iterator[Model]:
+def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Iterator[Model]:
     """``wrap`` for the length of a ``with`` block."""
-    wrap(model, compressor)
+    wrap(model, compressor, logits=logits)
     try:
         yield model
     finally:
@@ -109,8 +122,8 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor, undo: Callable[[], None]):
-        self.method, self.undo = method, undo
+    def __init__(self, method: Compressor, undo: Callable[[], None], logits: str = "short"):
+        self.method, self.undo, self.logits = method, undo, logits
 
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
         from .patches import adapter_for
@@ -131,7 +144,7 @@ class CompressForward:
                 remember(model, CompressionReport())
             return None
         if kwargs.get("input_ids") is None:
-            raise CountMismatchError("images with inputs_embeds but no input_ids cannot be compressed: pass input_ids")
+            raise CountMismatchError(NO_IDS)
         adapter = adapter_for(model)
         if holds_uncompressed(cache):
             if keeps_all(adapter, self.method, kwargs):
@@ -140,26 +153,7 @@ class CompressForward:
         with _autocast_of(model):
             prepared = prepare(model, self.method, **kwargs)
         remember(model, prepared.report)
-        return (), prepared.model_kwargs
-
-
-def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """The forward hook: puts ``visual_keep_mask`` on the output and the layout on the cache."""
-    if within_generate(model):
-        return
-    encoded = kwargs.get("mm_encoder_outputs")
-    layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
-    if encoded is not None and staging is not None:
-        remember(model, report_of(staging, encoded.planned))
-    if layout is not None:
-        for part in output if isinstance(output, tuple) else output.values():
-            leave_on(part, layout)
-    if isinstance(output, tuple):
-        return
-    if layout is not None:
-        output.visual_keep_mask = layout.keep.to(output.logits.device)
-    elif has_pixels(kwargs) or staging is not None:
-        output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
+        return (), call_of(prepared, self.logits)
 
 
 def _autocast_of(model: Any):
@@ -178,6 +172,8 @@ def _autocast_of(model: Any):
 def _class_for(cls: Any) -> Any:
     """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
     if cls not in _swapped:
+        from .patches.trainer import ASKED_BY_TRAINER, AskedByTrainer
+
         stock = cls.generate
 
         @functools.wraps(stock)
@@ -190,7 +186,8 @@ def _class_for(cls: Any) -> Any:
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _swapped[cls] = type(cls.__name__, (cls,), {**names, "generate": generate, "__reduce_ex__": __reduce_ex__})
+        ours = {"generate": generate, "__reduce_ex__": __reduce_ex__, ASKED_BY_TRAINER: AskedByTrainer(cls)}
+        _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]
 
 
