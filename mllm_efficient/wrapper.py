@@ -22,7 +22,7 @@ from .generation import within_generate
 from .host import cache_of, parameters_of
 from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on
-from .outputs import call_of, check_length, mark_output
+from .outputs import call_of, check_length, held_back, mark_output
 from .plan import check
 from .report import CompressionReport, remember
 from .shrink import has_pixels, keeps_all, prepare
@@ -150,10 +150,12 @@ class CompressForward:
             if keeps_all(adapter, self.method, kwargs):
                 return None
             raise CountMismatchError(UNCOMPRESSED_CACHE)
+        back = held_back(kwargs)
         with _autocast_of(model):
-            prepared = prepare(model, self.method, **kwargs)
+            prepared = prepare(model, self.method, **{**kwargs, **back})
         remember(model, prepared.report)
-        return (), call_of(prepared, self.logits)
+        call = call_of(prepared, self.logits)
+        return (), {name: value for name, value in call.items() if name not in back}
 
 
 def _autocast_of(model: Any):
