@@ -112,6 +112,7 @@ class CompressForward:
     def __init__(self, method: Compressor, undo: Callable[[], None]):
         self.method, self.undo = method, undo
 
+    @torch.compiler.disable(reason="compression chooses by values")
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
         from .patches import adapter_for
 
@@ -143,6 +144,7 @@ class CompressForward:
         return (), prepared.model_kwargs
 
 
+@torch.compiler.disable(reason="compression chooses by values")
 def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """The forward hook: puts ``visual_keep_mask`` on the output and the layout on the cache."""
     if within_generate(model):
