@@ -16,7 +16,7 @@ import torch
 
 from .composed import inside_of, runnable
 from .compressors.base import Compressor
-from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
+from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError, UnsupportedModelError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .host import cache_of, parameters_of
@@ -24,6 +24,7 @@ from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .plan import check
 from .report import CompressionReport, remember
+from .sharding import has_shards
 from .shrink import has_pixels, keeps_all, prepare
 from .staged import report_of
 
@@ -70,6 +71,10 @@ def unwrap(model: Model) -> Model:
     hook = _hook_of(inner)
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
+    if hook.undo.parts and has_shards(inner):
+        raise UnsupportedModelError(
+            f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
+        )
     hook.undo()
     if inside_of(hook.method) is not None:
         adapter.let_go_inside()
@@ -80,7 +85,7 @@ def unwrap(model: Model) -> Model:
         for key in [k for k, h in hooks.items() if ours(h)]:
             del hooks[key]
             with_kwargs.pop(key, None)
-    inner.__class__ = type(inner).__mro__[1]
+    inner.__class__ = _class_without(type(inner))
     return model
 
 
@@ -179,6 +184,8 @@ def _autocast_of(model: Any):
 
 def _class_for(cls: Any) -> Any:
     """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
+    from .patches import WRAPPED
+
     if cls not in _swapped:
         stock = cls.generate
 
@@ -191,9 +198,22 @@ def _class_for(cls: Any) -> Any:
         def __reduce_ex__(self, protocol):
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
         _swapped[cls] = type(cls.__name__, (cls,), {**names, "generate": generate, "__reduce_ex__": __reduce_ex__})
     return _swapped[cls]
+
+
+@functools.cache
+def _class_without(cls: Any) -> Any:
+    """The class that a wrapped model had, or would have if it had not been wrapped.
+
+    What was done since may have made a subclass of ours in place, as ``fully_shard`` does of (FSDPModule, ours).
+    """
+    if cls in _swapped.values():
+        return cls.__mro__[1]
+    bases = tuple(_class_without(base) if set(base.__mro__) & set(_swapped.values()) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 def _rebuild(cls: type) -> Any:

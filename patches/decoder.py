@@ -175,9 +175,9 @@ def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
     layers = decoder_of(adapter.model).layers
-    kind = type(layers[0]).__name__
-    if kind not in LAYERS:
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    kinds = [cls.__name__ for cls in type(layers[0]).__mro__]  # of a sharded layer its own is the second or third
+    if not LAYERS & set(kinds):
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kinds[0]}")
     check_layer(type(layers[0]))
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
