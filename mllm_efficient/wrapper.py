@@ -183,7 +183,8 @@ def _autocast_of(model: Any):
 
 
 def _class_for(cls: Any) -> Any:
-    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
+    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate`` and way of saving."""
+    from . import saving
     from .patches import WRAPPED
 
     if cls not in _swapped:
@@ -195,11 +196,22 @@ def _class_for(cls: Any) -> Any:
             assert hook is not None
             return run_generate(self, stock, hook.method if compression is _UNSET else compression, inputs, args, kwargs)
 
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            hook = _hook_of(self)
+            assert hook is not None
+            saving.save_pretrained(self, cls.save_pretrained, hook.method, hook.undo, save_directory, args, kwargs)
+
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            hook = _hook_of(self)
+            assert hook is not None
+            return cls.load_state_dict(self, saving.state_for(self, hook.undo, state_dict), *args, **kwargs)
+
         def __reduce_ex__(self, protocol):
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
-        _swapped[cls] = type(cls.__name__, (cls,), {**names, "generate": generate, "__reduce_ex__": __reduce_ex__})
+        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, __reduce_ex__)}
+        _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]
 
 
