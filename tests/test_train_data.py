@@ -293,19 +293,20 @@ BAD = {
     "image must be a path": {"image": ["a.png", 3], "conversations": talk("<image>", "A")},
     "both image and images": {"image": "a.png", "images": ["b.png"], "conversations": talk("<image>", "A")},
     "a video": {"video": "a.mp4", "conversations": talk("Q", "A")},
-    "no conversations": {"image": "a.png"},
+    "neither prompt nor messages nor conversations": {"image": "a.png"},
     "the conversation is empty": {"conversations": []},
-    "message 1 has the unknown role 'system'": {"conversations": [{"from": "system", "value": "Be good"}, *talk("Q", "A")]},
+    "message 1 has the unknown role 'tool'": {"conversations": [{"from": "tool", "value": "Be good"}, *talk("Q", "A")]},
+    "message 2 is of the system": {"conversations": [*talk("Q"), {"from": "system", "value": "Be good"}, *talk("Q", "A")]},
     "message 2 has the unknown role None": {"conversations": [*talk("Q"), {"value": "A"}]},
-    "message 1 is of 'gpt': human and gpt must take turns": {"conversations": talk("Q", "A")[1:]},
-    "message 2 is of 'human': human and gpt must take turns": {"conversations": [*talk("Q"), *talk("Q", "A")]},
+    "message 1 is of the assistant: user (human) and assistant (gpt) must take turns": {"conversations": talk("Q", "A")[1:]},
+    "message 2 is of the user: user (human) and assistant (gpt) must take turns": {"conversations": [*talk("Q"), *talk("Q", "A")]},
     "ends with a question": {"conversations": talk("Q", "A", "Q")},
     "message 2 is an empty answer": {"conversations": talk("Q", " \n")},
     "message 3 is an empty question": {"conversations": talk("Q", "A", "", "A")},
-    "message 2 is an answer with <image>": {"image": "a.png", "conversations": talk("Q", "<image>")},
+    "message 2 has <image>: images belong to questions": {"image": "a.png", "conversations": talk("Q", "<image>")},
     "message 1 has no text 'value'": {"conversations": [{"from": "human", "value": 3}]},
     "message 2 has no text 'content'": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant"}]},
-    "message 1 is not valid Unicode": {"conversations": talk("\ud800", "A")},
+    "a text is not valid Unicode": {"conversations": talk("\ud800", "A")},
     "2 <image> in the questions, and 1 image": {"image": "a.png", "conversations": talk("<image> <image>", "A")},
     "1 <image> in the questions, and 2 image": {"image": ["a.png", "b.png"], "conversations": talk("<image>", "A")},
     "1 <image> in the questions, and 0 image": {"conversations": talk("<image>", "A")},
@@ -328,20 +329,20 @@ def test_five_problems_are_shown_and_all_counted(folder):
     path, places = write(folder, "jsonl", [GOOD[0], *[BAD["the conversation is empty"]] * 7])
     with pytest.raises(me.MllmEfficientError) as error:
         read(path)
-    shown = "; ".join(f"{place}: the conversation is empty" for place in places[1:6])
+    shown = "; ".join(f"{place}: conversations: the conversation is empty" for place in places[1:6])
     assert str(error.value) == f"7 problems in the data, the first 5: {shown}"
-    path, places = write(folder, "jsonl", [BAD["no conversations"], BAD["the conversation is empty"]])
-    with pytest.raises(me.MllmEfficientError, match=r"^2 problems in the data, .*:1: no conv.*; .*:2: the conversation is empty$"):
+    path, places = write(folder, "jsonl", [BAD["neither prompt nor messages nor conversations"], BAD["the conversation is empty"]])
+    with pytest.raises(me.MllmEfficientError, match=r"^2 problems in the data, .*:1: neither prompt.*; .*:2: conversations: the conversation is empty$"):
         read(path)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     (
-        ('{"a": 1}\n{"a": \n', r":1: no conversations.*:2: not JSON: .*column"),
+        ('{"a": 1}\n{"a": \n', r":1: neither prompt.*:2: not JSON: .*column"),
         ('[{"conversations": [\n', r":1 \(record 1\): not JSON: .*line 2"),
-        ("[\n{} {}\n]", r":2 \(record 1\): no conversations.*:2 \(record 1\): not JSON: no ',' or '\]'"),
-        ("[\n{},\n]", r":2 \(record 1\): no conv.*:3 \(record 2\): not JSON"),
+        ("[\n{} {}\n]", r":2 \(record 1\): neither prompt.*:2 \(record 1\): not JSON: no ',' or '\]'"),
+        ("[\n{},\n]", r":2 \(record 1\): neither prompt.*:3 \(record 2\): not JSON"),
         ("[]\n[]", r":1: not JSON: the list ends here"),
         ("[ ]", "data holds no record"),
         ("", "data holds no record"),

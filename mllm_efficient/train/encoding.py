@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MllmEfficientError
 from ..images import load_image
+from ..records import Record
 from .chat import IGNORED, Chat, Row, joined, single_turns
-from .data import Record
 
 PADDING = {"labels": IGNORED, "turns": -1, "attention_mask": 0, "mm_token_type_ids": 0}
 SAID_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
