@@ -48,3 +48,11 @@ def shortened(value: object, length: int = 80) -> str:
     """A value of the user's in one line of at most so many characters, for a message."""
     text = " ".join(str(value).split()) if not isinstance(value, bytes) else f"{len(value):,} bytes"
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def quoted(value: object, length: int = 80) -> str:
+    """A value as Python writes it, in one line of at most so many characters, for a message."""
+    try:
+        return shortened(repr(value), length)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        return f"a {type(value).__name__} that is too long to show"

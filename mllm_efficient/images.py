@@ -121,9 +121,11 @@ def load_image(source: Any, image_range: str = "full") -> Picture:
 
 
 def size_of(source: Any) -> tuple[int, int]:
-    """Width and height as they will be once the picture is upright, of the file's header alone. Raises as ``load_image`` does."""
-    name, opened = _opened(source)
-    _check_size(name, *opened.size)
+    """Width and height as they will be once the picture is upright, of the file's header alone.
+
+    Raises ``MllmEfficientError`` for a file that is missing or no image. ``load_image`` refuses more.
+    """
+    _, opened = _opened(source)
     try:
         turned = opened.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception:  # a damaged EXIF block, which load_image names

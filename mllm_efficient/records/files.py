@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import MllmEfficientError
 from ..parsing import after_space, json_value, parse_json
@@ -29,12 +29,16 @@ def read(path: Path, image_folder: Path | None = None, between: str = ":", learn
     messages. learned: whether the last question must have an answer. Raises ``MllmEfficientError`` in one line with the places of the first five problems and the number of all.
     """
     records, bad = read_all(path, image_folder, between, learned)
-    if len(bad) > 1:
-        shown = f"the first {SHOWN}: " if len(bad) > SHOWN else ""
-        raise MllmEfficientError(f"{len(bad)} problems in the data, {shown}{'; '.join(b.said for b in bad[:SHOWN])}")
     if bad:
-        raise MllmEfficientError(bad[0].said)
+        fail(bad)
     return records
+
+
+def fail(bad: Sequence[Bad]) -> NoReturn:
+    """Raises what is wrong, the first five problems and the number of all."""
+    shown = f"the first {SHOWN}: " if len(bad) > SHOWN else ""
+    told = "; ".join(b.said for b in bad[:SHOWN])
+    raise MllmEfficientError(told if len(bad) == 1 else f"{len(bad)} problems in the data, {shown}{told}")
 
 
 def read_all(
