@@ -26,8 +26,10 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
+    "doctor": "checkup", "Checkup": "checkup",
     "prepare": "shrink", "Prepared": "shrink",
     "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "is_wrapped": "wrapper",
+    "mask_labels": "labels", "from_pretrained": "saving",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -37,6 +39,8 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
+    from .checkup import Checkup as Checkup
+    from .checkup import doctor as doctor
     from .compressors.base import Compressor as Compressor
     from .compressors.base import Merger as Merger
     from .compressors.base import Projector as Projector
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .labels import mask_labels as mask_labels
     from .projector import TokenFlexProjector as TokenFlexProjector
     from .registry import build as build
     from .registry import get_method as get_method
@@ -78,6 +83,7 @@ if TYPE_CHECKING:
     from .report import CompressionReport as CompressionReport
     from .report import ImageReport as ImageReport
     from .report import last_report as last_report
+    from .saving import from_pretrained as from_pretrained
     from .shrink import Prepared as Prepared
     from .shrink import prepare as prepare
     from .tokens import CompressedTokens as CompressedTokens

@@ -24,19 +24,21 @@ class Block:
 
     model: Any
     method: Compressor
+    logits: str = "short"
     open: bool = True
 
 
 @dataclass(eq=False)
 class Active:
-    """What is active on one model. method: of ``wrap``. blocks: that are open in any thread. sole: the one that changed weights."""
+    """What is active on one model. method, logits: of ``wrap``. blocks: that are open in any thread. sole: the one that changed weights."""
 
     method: Compressor | None = None
+    logits: str = "short"
     blocks: list[Block] = field(default_factory=list)
     sole: Block | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Active, (self.method,)  # a copy of the model is in nobody's block
+        return Active, (self.method, self.logits)  # a copy of the model is in nobody's block
 
     @property
     def used(self) -> bool:
@@ -46,6 +48,11 @@ class Active:
         """The method in this thread or task; None where the model is a plain one to it."""
         mine = _block_of(model)
         return self.method if mine is None else mine.method
+
+    def logits_here(self, model: Any) -> str:
+        """The length of logits that was asked for with the method."""
+        mine = _block_of(model)
+        return self.logits if mine is None else mine.logits
 
     def of_call(self, model: Any) -> Compressor | None:
         """``here``, for a call that begins. Waits while another thread puts a method on or takes one off.
@@ -83,6 +90,12 @@ class Active:
 _mine: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("compressed_blocks", default=())
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
+
+
+def active_on(model: Any) -> Active | None:
+    """What is active on a model that has the skin."""
+    found = (getattr(hook, "active", None) for hook in tuple(model._forward_pre_hooks.values()))
+    return next((one for one in found if isinstance(one, Active)), None)
 
 
 def changing(model: Any) -> threading.RLock:

@@ -8,26 +8,27 @@ import torch
 
 from .active import Active
 from .compressors.base import Compressor
-from .errors import CountMismatchError, UnsupportedModelError
+from .errors import CountMismatchError
 from .generation import within_generate
 from .host import cache_of, parameters_of
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .locate import warn_without_pixels
+from .outputs import call_of, held_back
 from .report import CompressionReport, remember
 from .shrink import has_pixels, keeps_all, prepare
 from .staged import report_of
 
 ENTERED = "visual_entered"  # the keyword by which the base model knows a call that the model on top has seen
 NO_IDS = (
-    "images came with inputs_embeds and without input_ids, whose columns compression counts: pass input_ids too "
-    "(PEFT's prompt tuning cannot: use LoRA)"
+    "images with inputs_embeds but no input_ids cannot be compressed, because placeholders are found by their ids: pass input_ids, "
+    "which PEFT's prompt tuning never does (LoRA does)"
 )
 
 
-def enter(model: Any, module: Any, method: Compressor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def enter(model: Any, module: Any, method: Compressor, args: tuple, kwargs: dict[str, Any], logits: str) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a ``forward`` as it shall run: compressed if it brings pixels, mapped if it goes on from a compressed cache.
 
-    module: the model itself or its base model, whose ``forward`` is called.
+    module: the model itself or its base model, whose ``forward`` is called. logits: the length that was asked for.
     """
     from .patches import adapter_for
 
@@ -49,9 +50,10 @@ def enter(model: Any, module: Any, method: Compressor, args: tuple, kwargs: dict
         if keeps_all(adapter, method, given):
             return args, kwargs
         raise CountMismatchError(UNCOMPRESSED_CACHE)
-    prepared = prepare(model, method, **given)
+    back = held_back(given)
+    prepared = prepare(model, method, **{**given, **back})
     remember(model, prepared.report)
-    return (), prepared.model_kwargs
+    return (), {name: value for name, value in call_of(prepared, logits).items() if name not in back}
 
 
 class EnterBase:
@@ -60,6 +62,7 @@ class EnterBase:
     def __init__(self, top: Any, active: Active):
         self.top, self.active = top, active
 
+    @torch.compiler.disable(reason="compression chooses by values")
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         if kwargs is None:  # another thread's call, between the two steps of registering this hook
             return None
@@ -68,18 +71,20 @@ class EnterBase:
         if within_generate(self.top) or kwargs.get("mm_encoder_outputs") is not None:
             return None
         method = self.active.of_call(self.top)
-        return None if method is None else enter(self.top, module, method, args, kwargs)
+        return None if method is None else enter(self.top, module, method, args, kwargs, "short")
 
 
 class MarkBase:
-    """The hook behind the base model: puts ``visual_keep_mask`` on the output and the layout on the cache."""
+    """The hook behind the base model: puts on the output which columns its states belong to, and the layout on the cache."""
 
     def __init__(self, top: Any, active: Active):
         self.top, self.active = top, active
 
+    @torch.compiler.disable(reason="compression chooses by values")
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
         if output is None or within_generate(self.top) or self.active.here(self.top) is None:
             return
+        kwargs = {**dict(zip(parameters_of(type(module).forward), args)), **kwargs}  # some models on top pass ids by place
         encoded = kwargs.get("mm_encoder_outputs")
         layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
         if encoded is not None and staging is not None:
@@ -89,17 +94,9 @@ class MarkBase:
                 leave_on(part, layout)
         if isinstance(output, tuple):
             return
-        if layout is not None:
-            output.visual_keep_mask = layout.keep.to(output.last_hidden_state.device)
-        elif has_pixels(kwargs) or staging is not None:
-            output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
-
-
-def refuse_prompt_learning(model: Any) -> None:
-    """Raises ``UnsupportedModelError`` for a model under PEFT's prompt or prefix tuning, which gives it embeddings or a cache."""
-    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    if config is not None and getattr(config, "is_prompt_learning", False):
-        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
-        raise UnsupportedModelError(
-            f"PEFT's {kind} puts virtual tokens in front of the prompt, where compression cannot count them: use LoRA"
-        )
+        if layout is None and staging is None and not has_pixels(kwargs):
+            return
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        kept = torch.ones_like(ids, dtype=torch.bool) if layout is None else layout.keep
+        output.visual_keep_mask = kept.to(output.last_hidden_state.device)
+        output.visual_input_ids, output.visual_attention_mask = ids, torch.ones_like(ids) if mask is None else mask

@@ -15,7 +15,9 @@ from .errors import CountMismatchError
 
 CACHE_ATTRIBUTE = "_visual_layout"
 SEGMENTS_ATTRIBUTE = "_visual_segments"  # what in-decoder methods leave on a cache
-UNCOMPRESSED_CACHE = "new images on a cache that was not compressed: start with an empty cache"
+UNCOMPRESSED_CACHE = (
+    "new images on a cache that was not compressed: start with an empty cache, which PEFT's prefix tuning never does (LoRA does)"
+)
 IGNORE = -100  # the label that enters no loss
 
 
@@ -92,6 +94,7 @@ class EncoderOutputs(dict):
     layout: Layout | None = None
     staging: Any = None
     planned: Any = None
+    full: Any = None  # ``outputs.Full`` where logits of the prompt's own length are asked for
 
 
 def require(ok: bool, message: str) -> None:
@@ -126,7 +129,6 @@ def shrink(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict
     out["attention_mask"] = valid.to(attention_mask.dtype)
     if rest.get("labels") is not None:
         labels = rest["labels"]
-        require(labels.shape == input_ids.shape, f"labels {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)} differ")
         at, ok = columns.to(labels.device), valid.to(labels.device)
         shorter = torch.where(ok, labels.gather(1, at), IGNORE)
         # The first real token after left padding would be predicted from padding.

@@ -17,15 +17,15 @@ from torch import Tensor
 from .composed import before_of, inside_of, projector_of, runnable, stages_of
 from .compressors.base import Compressor, generator_for
 from .compressors.none import NoCompression
-from .compressors.reducer import Reducer
 from .errors import UnsupportedModelError
+from .labels import count_for, entering, leaves_alone, of_text, stays_long, visual_in
 from .layout import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
 from .locate import Located, locate
 from .plan import Plan, check, plan, position_rule
 from .positions import native, place
 from .report import CompressionReport, ImageReport
 from .squeeze import Context, Squeezed, squeeze_all
-from .staged import Standing, instruction_end, report_of, staging_of, standing, standing_in, targets
+from .staged import instruction_end, report_of, staging_of, standing, standing_in
 from .trained import held, module_of, require_held
 
 IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
@@ -194,7 +194,7 @@ def prepare(
             require(smaller == seen, f"this encoding saw images of another size or projector than {method.name} asks for")
     inner = [plan(adapter, inside, f.item) for f in found] if inside is not None and alone else plans
     ends = [plan(adapter, whole, f.item) for f in found]
-    if past is None and all(p.untouched for p in inner) and (inside is None or alone):
+    if past is None and leaves_alone(adapter, whole, [f.item for f in found]):
         report = CompressionReport(tuple(_image(f, p, None, end) for f, p, end in zip(found, plans, ends)), **settings)
         if encoded is None:
             return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
@@ -205,12 +205,19 @@ def prepare(
             tensors["position_ids"] = with_text_row(places, mask)
         return Prepared(_given(tensors), every, adapter.pack, report, None)
 
+    long = stays_long(adapter, whole)
+    if labels is not None:
+        visual = visual_in(adapter, ids_cpu)
+        rest["labels"] = entering(labels, mask_cpu, visual, repacked=False) if long else of_text(labels, visual)
+    require(rest.get("shift_labels") is None, "shift_labels cannot be compressed: pass labels, which the model shifts itself")
     if encoded is None:
         encoded = encode_items(adapter, method, items)
     staging: Any = None
-    if inside is not None and alone and not adapter.mrope:  # every column stays
+    if inside is not None and long:
+        _recount(rest, labels)
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        staging = _stage(adapter, inside, rule, mask_cpu, [standing(f, p) for f, p in zip(found, inner)], tensors, image_keys)
+        here = [standing(f, p) for f, p in zip(found, inner)]
+        staging = staging_of(inside, rule, mask_cpu, here, adapter, input_ids, rest.get("labels"), image_keys)
         every = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
         report = CompressionReport(tuple(_image(f, p, None, p) for f, p in zip(found, inner)), **settings)
         return Prepared(_given(tensors), every, adapter.pack, report, None, staging)
@@ -229,6 +236,7 @@ def prepare(
     images_of = torch.tensor(before) + torch.bincount(torch.tensor([f.row for f in found], dtype=torch.long), minlength=len(ids_cpu))
     layout = lay_out(ids_cpu, mask_cpu, keep, past, images_of, positions)
     tensors = shrink(layout, input_ids, mask, rest, _pad_id(adapter))
+    _recount(tensors, labels)
     short = tensors["input_ids"], tensors["attention_mask"]
     layout, positions_of = place(adapter, layout, input_ids, mask, *short, past, list(zip(found, plans, squeezed)))
     if positions_of is not None:
@@ -239,25 +247,14 @@ def prepare(
     if inside is None or not found:
         return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
     left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
-    staging = _stage(adapter, inside, rule, layout.mask.bool(), left, tensors, image_keys)
+    staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, short[0], tensors.get("labels"), image_keys)
     return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
 
 
-def _stage(
-    adapter: Any,
-    inside: Reducer,
-    rule: str,
-    mask: Tensor,
-    images: list[Standing],
-    tensors: dict[str, Any],
-    keys: Sequence[int | str] | None,
-) -> Any:
-    """The ``Staging`` of a call. Its labels, if it has any, lose those that are no targets."""
-    labels = tensors.get("labels")
-    staging = staging_of(inside, rule, mask, images, adapter, tensors["input_ids"], labels, keys)
-    if labels is not None:
-        tensors["labels"] = targets(labels, mask, staging)
-    return staging
+def _recount(tensors: dict[str, Any], labels: Tensor | None) -> None:
+    """Puts the number of labels that enter the loss in the place of a count of all ``labels`` (B, L) of this call."""
+    if labels is not None and tensors.get("num_items_in_batch") is not None:
+        tensors["num_items_in_batch"] = count_for(tensors["num_items_in_batch"], labels, tensors["labels"])
 
 
 def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:

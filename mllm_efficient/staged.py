@@ -132,17 +132,6 @@ def instruction_end(mask: Tensor, visual: Tensor, labels: Tensor | None) -> Tens
     return torch.minimum(last, answer - 1).clamp(min=0)
 
 
-def targets(labels: Tensor, mask: Tensor, staging: Staging) -> Tensor:
-    """Labels (B, P) without those of visual tokens, and of a row's first token where padding is in front of it."""
-    out = labels.clone()
-    for image in staging.images:
-        for columns in (image.columns, image.separators):
-            out[image.row, columns.to(out.device)] = IGNORE
-    mask = mask.to(out.device)
-    out[:, 1:][mask[:, 1:] & ~mask[:, :-1]] = IGNORE
-    return out
-
-
 def _pooled_planes(planes: Sequence[Plane], grids: Sequence[Grid], kernels: Sequence[Grid | None]) -> tuple[Plane, ...]:
     """The planes with the grids that pooling left, over what is in them: what is left over at an edge was dropped."""
     high, wide = (math.prod(kernel[side] for kernel in kernels if kernel) for side in (0, 1))

@@ -17,12 +17,12 @@ from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError
-from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
+from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
 MARK = "_installed_as"  # attribute of a projector or router that was put into a model
-_kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, dict[str, tuple[str, Parts]]] = weakref.WeakKeyDictionary()  # beside the state of their files
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -64,9 +64,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found = load_file(path)
+        return _sound(path, load_file(path))
     except (OSError, SafetensorError) as error:
         raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _sound(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights out of a file, all finite and of a dtype that training writes."""
     for name, value in found.items():
         if value.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -83,7 +87,12 @@ def load(where: str | Path, **settings: Any) -> Compressor:
         MllmEfficientError: no such folder, or settings the method does not take.
     """
     from .registry import build, get_method
+    from .saving import method_in
 
+    if (Path(where).expanduser() / COMPRESSION).is_file():
+        own = method_in(Path(where).expanduser()).to_dict()
+        given = {"keep", "tokens", "prune"} & set(settings)
+        return build({**{k: v for k, v in own.items() if not given or k not in ("keep", "tokens", "prune")}, **settings})
     served = exported(Path(where))
     if served is not None:
         name = str(served["method"])
@@ -130,14 +139,10 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name.
-
-    made_of: names the folder's state, so that a folder written anew is read anew.
-    """
+    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name."""
 
     module: nn.Module
     delta: dict[str, Tensor] = field(default_factory=dict)
-    made_of: tuple[str, str] = ("", "")
 
 
 def parts_of(adapter: Any, method: Any) -> Parts:
@@ -148,7 +153,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         like = next(adapter.slot(method)[0].layers[-1].parameters())
         if like.is_meta and any(hasattr(m, "_hf_hook") for m in adapter.slot(method)[0].layers[-1].modules()):
             like = torch.empty(0, dtype=adapter.model.dtype)  # offloaded layers: the router is small, and stays on the CPU
-    made_of, folder = _state_of(method), located(adapter, method)
+    folder = located(adapter, method)
     config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
     if method.family == "L":
         sizes = method.sizes(adapter.decoder_layers)
@@ -163,7 +168,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
     delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
-    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, made_of)
+    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta)
 
 
 def _replaced(adapter: Any, method: Projector) -> Tensor:
@@ -178,11 +183,11 @@ def _replaced(adapter: Any, method: Projector) -> Tensor:
     return like
 
 
-def _state_of(method: Compressor) -> tuple[str, str]:
-    """The weights' name, and a hash of every file in their folder."""
+def _state_of(method: Compressor) -> str:
+    """A hash of every file that a method's weights are in."""
     weights = weights_of(method)
     folder = Path(str(weights)).expanduser()
-    return mark(method), "" if weights in (None, RANDOM) or not folder.is_dir() else contents_of(folder)
+    return "" if weights in (None, RANDOM) or not folder.is_dir() else contents_of(folder)
 
 
 def weights_of(method: Compressor) -> str | None:
@@ -227,13 +232,14 @@ def module_of(adapter: Any, method: Projector) -> nn.Module:
         require_held(adapter, method)
         return getattr(owner, name)
     cache = _kept.setdefault(adapter.model, {})
-    if mark(method) not in cache or cache[mark(method)].made_of != _state_of(method):
+    state, (made_of, made) = _state_of(method), cache.get(mark(method), ("", None))
+    if made is None or made_of != state:
         made = parts_of(adapter, method)
         if made.delta:
             raise MllmEfficientError(f"{method.spec()} was trained with the language model: use wrap or compressed, which put both in")
-        cache[mark(method)] = made
+        cache[mark(method)] = state, made
     like = next(getattr(owner, name).parameters())
-    return cache[mark(method)].module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
+    return made.module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -252,7 +258,9 @@ def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
     own = dict(model.named_parameters())
     if any(".lora_" in name for name in own):
         raise UnsupportedModelError(f"the model has a LoRA, and {folder} brings weights of its own: merge or unload the LoRA first")
-    if (folder / FULL_DELTA).is_file():
+    if (folder / COMPRESSION).is_file():
+        new, path = _among_the_base(folder), folder
+    elif (folder / FULL_DELTA).is_file():
         new, path = _read(folder / FULL_DELTA), folder / FULL_DELTA
     else:
         new, path = _merged_lora(own, folder), folder / LORA_DELTA
@@ -264,6 +272,18 @@ def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
         if old.is_meta or not old.dtype.is_floating_point or type(old.data) is not Tensor:
             raise UnsupportedModelError(f"{name} is offloaded or quantized, and {path} would take its place: load the model without that")
         out[name] = value.to(old.device, old.dtype)
+    return out
+
+
+def _among_the_base(folder: Path) -> dict[str, Tensor]:
+    """The weights of the language model that were trained under a method, out of a saved model's own files."""
+    from safetensors import safe_open
+
+    out = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as content:
+            names = [name for name in content.keys() if name.startswith(DELTA_KEYS)]  # noqa: SIM118
+            out |= _sound(file, {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names})
     return out
 
 

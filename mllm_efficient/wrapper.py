@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,46 +17,52 @@ import torch
 from .active import Active, Block, changing, require_idle
 from .composed import inside_of, runnable
 from .compressors.base import Compressor
-from .entrance import ENTERED, EnterBase, MarkBase, enter, refuse_prompt_learning
-from .errors import MllmEfficientError
+from .entrance import ENTERED, EnterBase, MarkBase, enter
+from .errors import MllmEfficientError, UnsupportedModelError
 from .generation import generate as run_generate
 from .generation import within_generate
-from .installing import install
-from .layout import leave_on
+from .installing import Undo, install
 from .original_prompt import MERGE, merged_as_shown
+from .outputs import check_length, mark_output
 from .piped import teach_pipelines
 from .plan import check
-from .report import forget, remember, taken_off
-from .shrink import has_pixels
-from .staged import report_of
+from .report import forget, taken_off
+from .sharding import has_shards
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
 _swapped: dict[type, type] = {}
 
 
-def wrap(model: Model, compressor: Any) -> Model:
+def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
     """Makes ``model`` compress its visual tokens from now on; returns the same object.
 
     Args:
         model: a supported transformers model (bare, under PEFT, dispatched or prepared by accelerate).
         compressor: a method, ``"divprune:keep=0.1"``, a dict, a YAML file, or a list of at most one method per family.
+        logits: ``"full"`` for logits of the prompt's own length from ``forward``, where a column that went says what the one
+            before it does.
 
     ``generate`` returns the original prompt in front of the new tokens and takes ``compression=`` for one call (None is
-    off). ``forward`` returns logits of the reduced length and ``outputs.visual_keep_mask`` (B, L).
+    off). ``forward`` returns logits of the reduced length, ``outputs.visual_keep_mask`` (B, L), and of the logits' length
+    ``visual_input_ids``, ``visual_attention_mask`` and, of the labels it got, ``visual_labels``. Labels on visual tokens enter
+    no loss. transformers' Trainer divides by the labels that do, and gets full logits where it reads them beside its labels.
 
     Raises:
-        AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families), BadBudgetError; and
-        MllmEfficientError while another thread is in a call of the model.
+        AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families, prompt tuning),
+        BadBudgetError; and MllmEfficientError while another thread is in a call of the model.
     """
     from .patches import adapter_for
+    from .patches.trainer import refuse_virtual_tokens, watch_if_there
 
+    check_length(logits)
+    refuse_virtual_tokens(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner = adapter.model
-    refuse_prompt_learning(model)
     with changing(inner):
         hook = _put_on(adapter, method, alone=True)
-        hook.active.method = method
+        hook.active.method, hook.active.logits = method, logits
+    watch_if_there()
     return model
 
 
@@ -71,6 +77,10 @@ def unwrap(model: Model) -> Model:
         if hook is None or hook.method is None:
             inside = " but inside me.compressed, which ends with its block" if method_of(inner) is not None else ""
             raise MllmEfficientError(f"this model is not wrapped{inside}")
+        if hook.undo.parts and has_shards(inner):
+            raise UnsupportedModelError(
+                f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
+            )
         require_idle(inner)
         method, hook.active.method = hook.method, None
         _take_off(adapter, method, alone=True)
@@ -78,21 +88,24 @@ def unwrap(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def compressed(model: Model, compressor: Any) -> Iterator[Model]:
+def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Iterator[Model]:
     """``wrap`` for the length of a ``with`` block, in this thread (or asyncio task) alone: others' calls stay as they are.
 
     A thread started inside the block is another one: give it ``compression=``, or start it with ``contextvars.copy_context().run``.
     A trained method puts weights into the model, so while such a block is open the calls of other threads raise.
     """
     from .patches import adapter_for
+    from .patches.trainer import refuse_virtual_tokens, watch_if_there
 
+    check_length(logits)
+    refuse_virtual_tokens(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner, sole = adapter.model, method.installs is not None
-    refuse_prompt_learning(model)
-    block = Block(inner, method)
+    block = Block(inner, method, logits)
     with changing(inner):
         hook = _put_on(adapter, method, alone=sole)
         hook.active.begin(block, sole)
+    watch_if_there()
     try:
         yield model
     finally:
@@ -155,9 +168,8 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
     inner = adapter.model
     hook = _hook_of(inner)
     assert hook is not None
-    if alone and hook.undo is not None:
+    if alone:
         hook.undo()
-        hook.undo = None
     if method is not None and inside_of(method) is not None:
         adapter.let_go_inside()
     if hook.active.used:
@@ -170,7 +182,7 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
             for key in [k for k, h in hooks.items() if ours(h)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
-    inner.__class__ = type(inner).__mro__[1]
+    inner.__class__ = _class_without(type(inner))
     taken_off(inner)
 
 
@@ -178,14 +190,14 @@ class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
     def __init__(self) -> None:
-        self.active = Active()
-        self.undo: Callable[[], None] | None = None
+        self.active, self.undo = Active(), Undo()
 
     @property
     def method(self) -> Compressor | None:
         """What ``wrap`` put on for everybody."""
         return self.active.method
 
+    @torch.compiler.disable(reason="compression chooses by values")
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         if kwargs is None:  # another thread's call, between the two steps of registering this hook
             return None
@@ -195,28 +207,8 @@ class CompressForward:
         if method is None:
             return None
         with _autocast_of(model):
-            args, kwargs = enter(model, model, method, args, kwargs)
+            args, kwargs = enter(model, model, method, args, kwargs, self.active.logits_here(model))
         return args, kwargs if kwargs.get("mm_encoder_outputs") is not None else {**kwargs, ENTERED: True}
-
-
-def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """The forward hook: puts ``visual_keep_mask`` on the output and the layout on the cache."""
-    hook = _hook_of(model)
-    if within_generate(model) or hook is None or hook.active.here(model) is None:
-        return
-    encoded = kwargs.get("mm_encoder_outputs")
-    layout, staging = getattr(encoded, "layout", None), getattr(encoded, "staging", None)
-    if encoded is not None and staging is not None:
-        remember(model, report_of(staging, encoded.planned))
-    if layout is not None:
-        for part in output if isinstance(output, tuple) else output.values():
-            leave_on(part, layout)
-    if isinstance(output, tuple):
-        return
-    if layout is not None:
-        output.visual_keep_mask = layout.keep.to(output.logits.device)
-    elif has_pixels(kwargs) or staging is not None:
-        output.visual_keep_mask = torch.ones_like(kwargs["input_ids"], dtype=torch.bool)
 
 
 def _autocast_of(model: Any):
@@ -233,8 +225,13 @@ def _autocast_of(model: Any):
 
 
 def _class_for(cls: Any) -> Any:
-    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
+    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate`` and way of saving."""
+    from . import saving
+    from .patches import WRAPPED
+
     if cls not in _swapped:
+        from .patches.trainer import ASKED_BY_TRAINER, AskedByTrainer
+
         stock = cls.generate
 
         @functools.wraps(stock)
@@ -253,14 +250,39 @@ def _class_for(cls: Any) -> Any:
         def merge(self, default_list, custom_list):
             return merged_as_shown(self, getattr(cls, MERGE)(self, default_list, custom_list), custom_list)
 
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            hook = _hook_of(self)
+            method = None if hook is None else hook.active.of_call(self)
+            if hook is None or method is None:
+                return cls.save_pretrained(self, save_directory, *args, **kwargs)
+            return saving.save_pretrained(self, cls.save_pretrained, method, hook.undo, save_directory, args, kwargs)
+
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            hook = _hook_of(self)
+            state_dict = state_dict if hook is None else saving.state_for(self, hook.undo, state_dict)
+            return cls.load_state_dict(self, state_dict, *args, **kwargs)
+
         def __reduce_ex__(self, protocol):
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        _swapped[cls] = type(
-            cls.__name__, (cls,), {**names, "generate": generate, "extra_repr": extra_repr, MERGE: merge, "__reduce_ex__": __reduce_ex__}
-        )
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
+        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
+        ours |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
+        _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]
+
+
+@functools.cache
+def _class_without(cls: Any) -> Any:
+    """The class that a wrapped model had, or would have if it had not been wrapped.
+
+    What was done since may have made a subclass of ours in place, as ``fully_shard`` does of (FSDPModule, ours).
+    """
+    if cls in _swapped.values():
+        return cls.__mro__[1]
+    bases = tuple(_class_without(base) if set(base.__mro__) & set(_swapped.values()) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 def _rebuild(cls: type) -> Any:

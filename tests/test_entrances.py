@@ -19,6 +19,8 @@ from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogits
 
 import mllm_efficient as me
 
+from .families import FAMILIES, make, tiny
+
 NEW = {"max_new_tokens": 3, "do_sample": False}
 SPEC = "divprune:tokens=9"
 MIXED = ("one image", "two images", "text only", "long text")
@@ -56,7 +58,20 @@ def test_the_base_model_is_compressed_as_the_model_is(tiny_llava, make_batch, sp
     assert torch.equal(tiny_llava.lm_head(states), wanted.logits)
     assert me.last_report(tiny_llava).visual_tokens_kept == report.visual_tokens_kept < report.visual_tokens_full
     if return_dict:
-        assert torch.equal(out.visual_keep_mask, wanted.visual_keep_mask)
+        for name in ("visual_keep_mask", "visual_input_ids", "visual_attention_mask"):
+            assert torch.equal(getattr(out, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "none", "fastv:layer=1,ratio=0.5"])
+@torch.no_grad()
+def test_the_base_model_of_every_family(family, spec):
+    model, batch = tiny(family), make(family, "one image")
+    if spec.startswith("fastv") and family == "qwen3_vl":  # features are added up to a later layer
+        spec = "fastv:layer=2,ratio=0.5"
+    me.wrap(model, spec)
+    assert torch.equal(model.lm_head(model.model(**batch).last_hidden_state), model(**batch).logits)
+    assert (me.last_report(model).visual_tokens_kept < me.last_report(model).visual_tokens_full) == (spec != "none")
 
 
 @torch.no_grad()

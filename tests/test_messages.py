@@ -78,7 +78,7 @@ def test_virtual_tokens_of_peft_are_refused_by_name(tiny_llava, make_batch, kind
     model = peft.get_peft_model(tiny_llava, config)
     tuning = kind.removesuffix("TuningConfig").lower()
     for put_on in (me.wrap, lambda *args: me.compressed(*args).__enter__()):
-        with pytest.raises(me.UnsupportedModelError, match=f"PEFT's {tuning} tuning puts virtual tokens .*: use LoRA"):
+        with pytest.raises(me.UnsupportedModelError, match=f"PEFT's {tuning} tuning puts its own embeddings or cache .*: use LoRA"):
             put_on(model, SPEC)
     assert not me.is_wrapped(model)
 
@@ -87,7 +87,7 @@ def test_embeddings_in_place_of_ids_are_refused_with_the_way_out(tiny_llava, mak
     batch = make_batch("one image")
     embeds = tiny_llava.get_input_embeddings()(batch.input_ids)
     me.wrap(tiny_llava, SPEC)
-    with pytest.raises(me.CountMismatchError, match=r"pass input_ids too \(PEFT's prompt tuning cannot: use LoRA\)"):
+    with pytest.raises(me.CountMismatchError, match=r"pass input_ids, which PEFT's prompt tuning never does \(LoRA does\)"):
         tiny_llava(inputs_embeds=embeds, pixel_values=batch.pixel_values)
 
 
@@ -150,10 +150,14 @@ def test_a_tokenizer_that_cuts_prompts_off_is_one_line(tmp_path, capsys, picture
 
 
 @pytest.mark.parametrize("option, argv", [
-    ("--image", ["generate", "--prompt", "x"]), ("--data", ["eval", "--method", "none"]), ("--import", ["methods"]),
+    ("--data", ["eval", "--method", "none"]), ("--import", ["methods"]),
     ("--config", ["train"]), ("--output", ["show", "--method", "none", "--image", "PICTURE"]),
     ("--output-dir", ["sweep", "--method", "pool", "--keep", "0.5"]),
 ])  # fmt: skip
 def test_a_name_that_is_too_long_is_one_line(capsys, picture_file, option, argv):
     argv = [str(picture_file) if a == "PICTURE" else a for a in argv]
     assert "name too long" in fails(capsys, *argv, option, "x" * 5000 + ".png").lower()
+
+
+def test_an_image_whose_name_is_too_long_is_one_line(capsys):
+    assert "no image file" in fails(capsys, "generate", "--prompt", "x", "--image", "x" * 5000 + ".png")
