@@ -291,7 +291,7 @@ def _base(where: str | Path, kwargs: dict[str, Any], common: dict[str, Any]) -> 
     cls = getattr(transformers, known[0])
     ours = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
     also = list(cls._keys_to_ignore_on_load_unexpected or [])
-    quiet = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
+    quiet: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
     model = quiet.from_pretrained(where, **kwargs)
     model.__class__ = cls
     return model

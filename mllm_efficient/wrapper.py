@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError,
 from .generation import generate as run_generate
 from .generation import within_generate
 from .host import cache_of, parameters_of
-from .installing import install
+from .installing import Undo, install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .plan import check
 from .report import CompressionReport, remember
@@ -85,7 +85,7 @@ def unwrap(model: Model) -> Model:
         for key in [k for k, h in hooks.items() if ours(h)]:
             del hooks[key]
             with_kwargs.pop(key, None)
-    inner.__class__ = _class_without(type(inner))
+    inner.__class__ = _class_without(inner.__class__)
     return model
 
 
@@ -114,7 +114,7 @@ def _hook_of(inner: Any) -> CompressForward | None:
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor, undo: Callable[[], None]):
+    def __init__(self, method: Compressor, undo: Undo):
         self.method, self.undo = method, undo
 
     @torch.compiler.disable(reason="compression chooses by values")
@@ -196,11 +196,13 @@ def _class_for(cls: Any) -> Any:
             assert hook is not None
             return run_generate(self, stock, hook.method if compression is _UNSET else compression, inputs, args, kwargs)
 
+        @functools.wraps(cls.save_pretrained)
         def save_pretrained(self, save_directory, *args, **kwargs):
             hook = _hook_of(self)
             assert hook is not None
             saving.save_pretrained(self, cls.save_pretrained, hook.method, hook.undo, save_directory, args, kwargs)
 
+        @functools.wraps(cls.load_state_dict)
         def load_state_dict(self, state_dict, *args, **kwargs):
             hook = _hook_of(self)
             assert hook is not None

@@ -85,6 +85,7 @@ def plain(folder):
     return AutoModelForImageTextToText.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_answers_as_the_trained_model_did(wrapped, batch, tmp_path):
     wanted, folders = [], []
     for spec in ("divprune:tokens=36", *TRAINED):
