@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import MllmEfficientError
 
@@ -47,7 +47,8 @@ def open_folder(where: str) -> Folder:
         except Exception as error:  # whatever the hub's library raises without network, access or such a repository
             raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
     try:
-        config = read_compression(path).get("trained") if (path / COMPRESSION).is_file() else json.loads((path / CONFIG).read_text())
+        saved = (path / COMPRESSION).is_file()
+        config = read_compression(path).get("trained") if saved else json.loads((path / CONFIG).read_text())
     except OSError:
         raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
     except ValueError:
@@ -77,7 +78,7 @@ def exported(path: Path) -> dict[str, Any] | None:
     return {k: v for k, v in served.items() if k != "allowed_tokens"} if isinstance(served, dict) else None
 
 
-def _describes_a_method(config: Any) -> bool:
+def _describes_a_method(config: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(config, dict) or not isinstance(config.get("method"), str):
         return False
     sizes, base = config.get("sizes"), config.get("base")

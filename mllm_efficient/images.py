@@ -213,7 +213,9 @@ def _to_eight_bits(picture: Picture, image_range: str, name: str) -> Picture:
     if image_range == "auto":
         return Image.fromarray(_stretched(values, name))
     if picture.mode == "F":
-        raise MllmEfficientError(f"{name} has floating-point values, which have no fixed range: convert it, or --image-range auto stretches it")
+        raise MllmEfficientError(
+            f"{name} has floating-point values, which have no fixed range: convert it, or --image-range auto stretches it"
+        )
     values = values.astype(np.int64)
     highest = int(values.max())
     top = next(top for top in TOPS if highest <= top)

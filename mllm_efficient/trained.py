@@ -279,7 +279,7 @@ def _among_the_base(folder: Path) -> dict[str, Tensor]:
     """The weights of the language model that were trained under a method, out of a saved model's own files."""
     from safetensors import safe_open
 
-    out = {}
+    out = dict[str, Tensor]()
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
             names = [name for name in content.keys() if name.startswith(DELTA_KEYS)]  # noqa: SIM118

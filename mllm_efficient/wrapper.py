@@ -182,7 +182,7 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
             for key in [k for k, h in hooks.items() if ours(h)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
-    inner.__class__ = _class_without(type(inner))
+    inner.__class__ = _class_without(inner.__class__)
     taken_off(inner)
 
 
@@ -250,6 +250,7 @@ def _class_for(cls: Any) -> Any:
         def merge(self, default_list, custom_list):
             return merged_as_shown(self, getattr(cls, MERGE)(self, default_list, custom_list), custom_list)
 
+        @functools.wraps(cls.save_pretrained)
         def save_pretrained(self, save_directory, *args, **kwargs):
             hook = _hook_of(self)
             method = None if hook is None else hook.active.of_call(self)
@@ -257,6 +258,7 @@ def _class_for(cls: Any) -> Any:
                 return cls.save_pretrained(self, save_directory, *args, **kwargs)
             return saving.save_pretrained(self, cls.save_pretrained, method, hook.undo, save_directory, args, kwargs)
 
+        @functools.wraps(cls.load_state_dict)
         def load_state_dict(self, state_dict, *args, **kwargs):
             hook = _hook_of(self)
             state_dict = state_dict if hook is None else saving.state_for(self, hook.undo, state_dict)

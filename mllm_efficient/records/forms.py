@@ -136,7 +136,9 @@ def _message(message: Any, number: int, images: list[Any]) -> tuple[str, str]:
     else:
         raise MllmEfficientError(f"message {number} has no text {what!r}, and no list of parts")
     if not text.strip():
-        raise MllmEfficientError(f"message {number} is an empty {'answer' if role == 'assistant' else 'question' if role == 'user' else 'text'}")
+        raise MllmEfficientError(
+            f"message {number} is an empty {'answer' if role == 'assistant' else 'question' if role == 'user' else 'text'}"
+        )
     if role == "assistant":
         text = text.strip()
     _check_text(f"message {number}", text, image=role == "user")
