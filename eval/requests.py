@@ -164,23 +164,6 @@ def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[
 
 
 def _prompt(request: Request, loaded: Loaded) -> str:
-    token, name = loaded.processor.image_token, loaded.options.model
-    if request.messages is not None and not getattr(loaded.processor, "chat_template", None):
-        raise MllmEfficientError(f"{name} has no chat template: give prompt instead of messages")
-    try:
-        if request.messages is None:
-            text = loaded.prompt(request.prompt or "", len(request.images))
-        else:
-            text = loaded.processor.apply_chat_template(list(request.messages), add_generation_prompt=True)
-    except MllmEfficientError:
-        raise
-    except Exception as error:  # whatever a template raises for roles or an order that it does not know
-        raise MllmEfficientError(f"the chat template of {name} does not take this: {error}") from None
-    if text.count(token) != len(request.images):
-        raise MllmEfficientError(f"the prompt has {text.count(token)} {token} and {len(request.images)} image(s) are given")
-    video = getattr(loaded.processor, "video_token", None)
-    if video and video in text:
-        raise MllmEfficientError(f"the prompt has {video}, and requests take no videos")
-    if "<image>" in text and token != "<image>":
-        raise MllmEfficientError(f"<image> is only text to this model: leave it out, or write {token}")
-    return text
+    if request.messages is None:
+        return loaded.prompt(request.prompt or "", len(request.images))
+    return loaded.conversation(request.messages, len(request.images))

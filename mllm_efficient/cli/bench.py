@@ -74,6 +74,10 @@ def bench(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -99,7 +103,8 @@ def bench(
         from ..models import ModelOptions
 
         settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+            options.processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         if of_servers:
             load: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MllmEfficientError
+from ..prompts import content_of, rendered
 from .data import MARKER, Record
 
 IGNORED = -100
@@ -65,7 +66,7 @@ class Chat:
 
     def render(self, record: Record) -> Rendered:
         """Raises ``MllmEfficientError`` naming the record where its answers cannot be found in the template's text."""
-        messages = [message for question, answer in record.turns for message in (_asked(question.rstrip() + self.ending), _said(answer))]
+        messages = [m for question, answer in record.turns for m in (self._asked(question.rstrip() + self.ending, record), _said(answer))]
         text = self._template(messages, False, record)
         if text.count(self.image) != len(record.images):
             raise MllmEfficientError(
@@ -90,6 +91,12 @@ class Chat:
             spans.append((begin, len(out)))
         return Rendered(out, tuple(spans))
 
+    def _asked(self, question: str, record: Record) -> dict[str, Any]:
+        try:
+            return {"role": "user", "content": content_of(self.processor, question, question.count(MARKER))}
+        except MllmEfficientError as error:
+            raise MllmEfficientError(f"{record.name}: {error}") from None
+
     def _find(self, text: str, messages: list[dict[str, Any]], answer: str, record: Record) -> tuple[int, int]:
         """Where the answer to these messages begins, right after the prompt, and where it ends."""
         prompt = self._template(messages, True, record)
@@ -102,18 +109,10 @@ class Chat:
         return len(prompt), begin + len(answer)
 
     def _template(self, messages: list[dict[str, Any]], prompt: bool, record: Record) -> str:
-        if not getattr(self.processor, "chat_template", None):
-            return self._plain(messages) + ("ASSISTANT:" if prompt else "")
         try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
-        except Exception as error:  # whatever a template raises for an order that it does not know
-            raise MllmEfficientError(f"{record.name}: the chat template of {self.name} does not take this: {error}") from None
-
-    def _plain(self, messages: list[dict[str, Any]]) -> str:
-        """``USER: <image>\\nquestion ASSISTANT: answer``, as a model without a template is prompted."""
-        spoken = {"user": "USER", "assistant": "ASSISTANT"}
-        parts = [[part.get("text", f"{self.image}\n") for part in message["content"]] for message in messages]
-        return "".join(f"{spoken[message['role']]}: {''.join(texts)} " for message, texts in zip(messages, parts))
+            return rendered(self.processor, messages, answer=prompt)
+        except MllmEfficientError as error:
+            raise MllmEfficientError(f"{record.name}: {error}") from None
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Row]:
         """The tokens of each conversation, their labels and turns."""
@@ -128,17 +127,6 @@ class Chat:
         images = np.flatnonzero((ids == self.image_id) & (turns == 1))
         turns[: images[-1] + 1 if len(images) else 0] = 0
         return Row(rendered.text, len(ids), ids, np.where(answered, ids, IGNORED), np.maximum.accumulate(turns))
-
-
-def _asked(question: str) -> dict[str, Any]:
-    """The message of a question. Line breaks around a marker go: templates put their own."""
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(question.strip().split(MARKER)):
-        content += [{"type": "image"}] if number else []
-        text = piece.strip("\n")
-        text = text if any("text" in part for part in content) else text.lstrip()
-        content += [{"type": "text", "text": text}] if text else []
-    return {"role": "user", "content": content}
 
 
 def _said(answer: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MllmEfficientError
 from ..images import load_image
+from ..prompts import model_inputs
 from .chat import IGNORED, Chat, Row, joined, single_turns
 from .data import Record
 
@@ -88,10 +89,7 @@ def _encode(
     tokens = iter(chat.tokenize([chat.render(c) for turns in conversations for c in turns]))
     rows = [joined([next(tokens) for _ in turns], record.name) for record, turns in zip(records, conversations)]
     records = [replace(r, images=tuple(load_image(i) if isinstance(i, Path) else i for i in r.images)) for r in records]
-    nested = [list(r.images) for r in records if r.images]
-    batch = dict(
-        chat.processor(images=nested or None, text=[r.text for r in rows], return_tensors="pt", padding=True, padding_side="right")
-    )
+    batch = model_inputs(chat.processor, [r.text for r in rows], [r.images for r in records], padding_side="right")
     encoded = [_spread(row, i, batch, chat, record.name) for i, (row, record) in enumerate(zip(rows, records))]
     fitting = [_fitting(record, row["turns"], max_length) for record, row in zip(records, encoded)]
     if any(len(fit.turns) < len(record.turns) for fit, record in zip(fitting, records)):
