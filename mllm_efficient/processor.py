@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -29,19 +30,34 @@ def open_processor(source: str, config: Any, **common: Any) -> Any:
         return AutoProcessor.from_pretrained(source, **common)
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    cls = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else None
+    cls = PROCESSOR_MAPPING.get(type(config), None)
     if cls is None or "video_processor" not in cls.get_attributes():
         return AutoProcessor.from_pretrained(source, **common)
     return _without_videos(cls).from_pretrained(source, **common)
 
 
+@functools.cache
 def _without_videos(cls: type) -> type:
-    """The class without a video processor, which alone needs torchvision."""
+    """The processor class without a video processor, which alone needs torchvision."""
+    from transformers import ProcessorMixin
 
-    def attributes(of: Any) -> list[str]:
-        return [name for name in cls.get_attributes() if name != "video_processor"]  # type: ignore[attr-defined]
+    class PicturesAlone(ProcessorMixin):
+        """Stands between the class and ``ProcessorMixin``, which wants every part that the class's ``__init__`` names."""
 
-    return type(cls.__name__, (cls,), {"get_attributes": classmethod(attributes)})
+        def __init__(self, *args: Any, **kwargs: Any):
+            parts = dict(zip(super().get_attributes(), args)) | kwargs
+            super().__init__(**{k: v for k, v in parts.items() if k != "video_processor"})
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            found = iter(super()._get_arguments_from_pretrained(*args, **kwargs))
+            return [None if name == "video_processor" else next(found) for name in super().get_attributes()]
+
+    return type(cls.__name__, (cls, PicturesAlone), {})
 
 
 def image_settings(processor: Any) -> dict[str, Any]:

@@ -78,13 +78,13 @@ def flops(
     seen = list(dict.fromkeys(c.pictures for c in baseline))
     options.say(f"{model}: {'; '.join(seen)} before compression")
     if measured:
-        counter = _Counter(
-            shape, ModelOptions(shape.name, "cpu", revision=revision, trust_remote_code=trust_remote_code, processor_kwargs=given)
-        )
+        settings = ModelOptions(shape.name, "cpu", revision=revision, trust_remote_code=trust_remote_code, processor_kwargs=given)
+        counter = _Counter(shape, settings)
         for m, row in zip(methods, rows):
             row["measured"] = counter.row(m, pairs, costs[m], call)
     meta = {
-        **_versions(), "model": model, "processor_kwargs": given, "convention": convention, "counts": MEANING[convention], "pictures": [c.pictures for c in baseline],
+        **_versions(), "model": model, "processor_kwargs": given, "convention": convention, "counts": MEANING[convention],
+        "pictures": [c.pictures for c in baseline],
         "prompts": [{"text_tokens": c.text_tokens, "visual_tokens": c.visual_tokens_full} for c in baseline], **call,
         "kv_cache_dtype": shape.decoder.dtype, "units": {"tflops": TFLOP, "mb": MB}, "methods": [m.to_dict() for m in methods],
     }  # fmt: skip
