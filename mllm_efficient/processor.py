@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,7 +37,7 @@ def open_processor(source: str, config: Any, **common: Any) -> Any:
 
 
 @functools.cache
-def _without_videos(cls: type) -> type:
+def _without_videos(cls: Any) -> Any:
     """The processor class without a video processor, which alone needs torchvision."""
     from transformers import ProcessorMixin
 
@@ -73,6 +73,25 @@ def digest(processor: Any) -> str:
     """A hash of what a processor makes of pictures and conversations."""
     whole = [image_settings(processor), getattr(processor, "chat_template", None)]
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def processor_settings(min_pixels: int | None, max_pixels: int | None, pairs: Sequence[str] | None = None) -> dict[str, Any]:
+    """The image processor's settings of ``--min-pixels``, ``--max-pixels`` and ``--processor-kwargs``, values read as JSON where they are.
+
+    Raises ``MllmEfficientError`` for a text without ``=`` and for a setting that is given twice.
+    """
+    out: dict[str, Any] = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
+    for pair in pairs or ():
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
+            raise MllmEfficientError(f"--processor-kwargs {pair[:80]!r} is not KEY=VALUE, such as max_patches=6")
+        if key in out:
+            raise MllmEfficientError(f"--processor-kwargs: {key} is given twice")
+        try:
+            out[key] = json.loads(text, parse_constant=str)
+        except (ValueError, RecursionError):
+            out[key] = text
+    return out
 
 
 def apply(processor: Any, config: Any, given: Mapping[str, Any]) -> None:

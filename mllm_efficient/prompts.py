@@ -75,7 +75,7 @@ def _without_start(processor: Any, text: str) -> str:
     """The text without a begin-of-sequence token that the tokenizer is going to put in front of it once more."""
     tokenizer = getattr(processor, "tokenizer", None)
     start = getattr(tokenizer, "bos_token", None)
-    if not start or not text.startswith(start):
+    if tokenizer is None or not start or not text.startswith(start):
         return text
     return text.removeprefix(start) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else text
 

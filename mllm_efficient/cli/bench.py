@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options, serving
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def bench(
 
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-            options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         if of_servers:
             load: dict[str, Any] = {

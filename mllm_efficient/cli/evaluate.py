@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def evaluate(
         )  # fmt: skip
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-            options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
@@ -126,7 +127,7 @@ def evaluate(
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     if data is not None:
         return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json)

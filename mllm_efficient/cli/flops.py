@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from ..report import by_layer
 from . import options
 
@@ -66,7 +67,7 @@ def flops(
     methods = list(dict.fromkeys([runnable("none"), *(runnable(m) for m in method or ())]))
     if measured and convention != "exact":
         raise MllmEfficientError(f"--measured counts what runs, so it has no meaning with --convention {convention}")
-    given = options.processor_settings(min_pixels, max_pixels, processor_kwargs)
+    given = processor_settings(min_pixels, max_pixels, processor_kwargs)
     shape = load_shape(model, revision, trust_remote_code, given)
     call: dict[str, Any] = {"images": images, "new_tokens": new_tokens, "batch_size": batch_size}
     costs = {

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 
@@ -48,7 +49,7 @@ def generate(
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))

@@ -68,25 +68,6 @@ def import_files(paths: Sequence[Path] | None) -> None:
             raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {error}") from error
 
 
-def processor_settings(min_pixels: int | None, max_pixels: int | None, pairs: Sequence[str] | None) -> dict[str, Any]:
-    """The image processor's settings of ``--min-pixels``, ``--max-pixels`` and ``--processor-kwargs``, values read as JSON where they are.
-
-    Raises ``MllmEfficientError`` for a text without ``=`` and for a setting that is given twice.
-    """
-    out: dict[str, Any] = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-    for pair in pairs or ():
-        key, equals, text = (part.strip() for part in pair.partition("="))
-        if not equals or not key:
-            raise MllmEfficientError(f"--processor-kwargs {pair[:80]!r} is not KEY=VALUE, such as max_patches=6")
-        if key in out:
-            raise MllmEfficientError(f"--processor-kwargs: {key} is given twice")
-        try:
-            out[key] = json.loads(text, parse_constant=str)
-        except (ValueError, RecursionError):
-            out[key] = text
-    return out
-
-
 def one_method(spec: str) -> Compressor:
     """A method, or several composed, of a specification or YAML file."""
     from ..composed import runnable

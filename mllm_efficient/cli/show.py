@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def show(
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     loaded = load(settings)
     options.announce(loaded, methods)

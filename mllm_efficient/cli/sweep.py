@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
 from .tasks import LEGEND
@@ -113,7 +114,7 @@ def sweep(
     cells = cross(method, budgets)
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        options.processor_settings(min_pixels, max_pixels, processor_kwargs),
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     requests = None if data is None else read_requests(data, limit)
     if requests is not None and not any(r.images for r in requests):

@@ -123,8 +123,8 @@ def _inputs(
     """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
     device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
     modality = pictures[0].shape.modality
-    side = shape.vision.get("image_size")
-    sizes = [(side, side) if adapter.fixed_count and isinstance(side, int) else p.size for p in pictures]
+    side: Any = shape.vision.get("image_size")
+    sizes: list[Any] = [(side, side) if adapter.fixed_count and isinstance(side, int) else p.size for p in pictures]
     processed = None if processor is None or None in sizes else _processed(adapter, processor, sizes)
     lengths = [p.shape.length for p in pictures] if processed is None else processed[1]
     placeholder, text = adapter.placeholders[modality], [_text_id(adapter)] * text_tokens

@@ -64,18 +64,20 @@ class Collator:
         return batch | vision
 
 
-def token_statistics(records: Sequence[Record], processor: Any, sample: int = 256) -> dict[str, Any]:
+def token_statistics(records: Sequence[Record], processor: Any, sample: int = 256, adapter: Any = None) -> dict[str, Any]:
     """Tokens per record: ``{"text_tokens": {"mean", "max"}, "answer_tokens": ..., "visual_tokens": ..., "sampled", "records"}``.
 
     Estimated from an evenly spaced sample. Text tokens are all that are no image placeholders, the answers' included;
-    answer tokens are those with a label.
+    answer tokens are those with a label. With the model's adapter newline columns are none of the visual tokens, as in every report.
     """
     picked = np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).round().astype(int)).tolist()
     chat, counts = Chat(processor), []
     for index in picked:
-        row = _encode([records[index]], chat, None, independent=False)[0][0]
-        visual = int((row["input_ids"] == chat.image_id).sum())
-        counts.append((len(row["input_ids"]) - visual, int((row["labels"] != IGNORED).sum()), visual))
+        (row,), vision = _encode([records[index]], chat, None, independent=False)
+        placeholders = int((row["input_ids"] == chat.image_id).sum())
+        items = [] if adapter is None else adapter.items({"input_ids": row["input_ids"][None], **vision})
+        visual = placeholders if adapter is None else sum(item.shape.n for item in items)
+        counts.append((len(row["input_ids"]) - placeholders, int((row["labels"] != IGNORED).sum()), visual))
     columns = zip(("text_tokens", "answer_tokens", "visual_tokens"), np.array(counts).T)
     statistics: dict[str, Any] = {name: {"mean": float(c.mean()), "max": int(c.max())} for name, c in columns}
     return statistics | {"sampled": len(picked), "records": len(records)}

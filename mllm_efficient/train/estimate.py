@@ -15,7 +15,9 @@ from ..errors import MllmEfficientError
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape
+from ..patches import adapter_for
 from ..plan import check
+from ..processor import apply, open_processor
 from .config import Recipe, StageConfig
 from .encoding import token_statistics
 from .trainer import method_of
@@ -52,12 +54,18 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
 
 def _processor(recipe: Recipe) -> tuple[Any, str | None]:
     """The model's processor, and what stands in for it where there is none."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig
 
     from ..models import BUILTIN, builtin_folder
 
+    source = str(builtin_folder()) if recipe.model == BUILTIN else recipe.model
     try:
-        return AutoProcessor.from_pretrained(builtin_folder() if recipe.model == BUILTIN else recipe.model), None
+        config = AutoConfig.from_pretrained(source)
+        processor = open_processor(source, config)
+        apply(processor, config, recipe.processor_kwargs)
+        return processor, None
+    except MllmEfficientError:
+        raise
     except Exception as error:  # whatever the libraries below raise without the files
         return (
             None,
@@ -100,7 +108,7 @@ def _lora_parameters(recipe: Recipe, model: Any) -> int:
 def _row(
     recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
 ) -> dict[str, Any]:
-    tokens = _counted(records, processor) if processor is not None else _rough(records, shape)
+    tokens = _counted(records, processor, shape) if processor is not None else _rough(records, shape)
     usual = _usual(shape)
     if recipe.counts:
         most, drawn = max(recipe.counts), sum(count * weight for count, weight in recipe.counts.items()) / sum(recipe.counts.values())
@@ -137,8 +145,10 @@ def _usual(shape: ModelShape) -> int:
     return pictures_of(shape).typical()[0].shape.n
 
 
-def _counted(records: Sequence[Any], processor: Any) -> dict[str, float]:
-    found = token_statistics(records, processor)
+def _counted(records: Sequence[Any], processor: Any, shape: ModelShape) -> dict[str, float]:
+    from ..measure.counter import build_on_meta
+
+    found = token_statistics(records, processor, adapter=adapter_for(build_on_meta(shape)))
     return {f"{name}_mean": found[f"{name}_tokens"]["mean"] for name in ("text", "answer", "visual")}
 
 
