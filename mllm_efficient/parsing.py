@@ -73,7 +73,7 @@ def parse_yaml(text: str | bytes) -> Any:
     import yaml
 
     try:
-        value = yaml.load(text, Loader=_yaml_loader())  # noqa: S506 - derived from SafeLoader
+        value = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:
         raise MllmEfficientError(f"not YAML: {_said(error)}") from None
     except RecursionError:

@@ -364,11 +364,12 @@ def test_placeholders_that_do_not_fit_name_the_line_before_anything_is_asked(cap
 
 def test_templates_that_do_not_fit_name_the_line(loaded, data):
     requests = read_requests(data)
-    for template, says in ((None, "has no chat template"), ("{{ raise_exception('no such role') }}", "does not take this: no such role")):
-        other = Loaded(loaded.model, copy.deepcopy(loaded.processor), ModelOptions(model="other"))
-        other.processor.chat_template = template
-        with pytest.raises(me.MllmEfficientError, match=rf"requests.jsonl line \d+: .*{says}"):
-            prompts_of(requests, other, data)
+    other = Loaded(loaded.model, copy.deepcopy(loaded.processor), ModelOptions(model="other"))
+    other.processor.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(
+        me.MllmEfficientError, match=r"requests.jsonl line \d+: the chat template of other does not take this: no such role"
+    ):
+        prompts_of(requests, other, data)
     other.processor.chat_template = "{{ messages[-1]['content'][-1]['text'] }}"  # forgets the images
     with pytest.raises(me.MllmEfficientError, match="line 1: the prompt has 0 <image> and 1 image"):
         prompts_of(requests, other, data)

@@ -52,7 +52,11 @@ def test_skip_leaves_truncated_pictures_out_and_counts_them(data, capsys):
         logged = [json.loads(line) for line in (data.parent / "run" / "log.jsonl").read_text().splitlines()]
         assert sum(entry.get("skipped", 0) for entry in logged if entry["stage"] == stage) == 4
         assert f"{stage}: 4 records could not be used" in err
-    assert {f"skipped: {data}:{i + 1}" for i in (5, 13, 21, 29)} <= {line.rpartition(": /")[0].split(": ", 2)[0] + ": " + line.split(": ", 2)[1] for line in err.splitlines() if line.startswith("skipped: ")}
+    assert {f"skipped: {data}:{i + 1}" for i in (5, 13, 21, 29)} <= {
+        line.rpartition(": /")[0].split(": ", 2)[0] + ": " + line.split(": ", 2)[1]
+        for line in err.splitlines()
+        if line.startswith("skipped: ")
+    }
     with pytest.raises(me.MllmEfficientError, match="holds a training with another data"):
         from mllm_efficient.train.config import read
         from mllm_efficient.train.trainer import run

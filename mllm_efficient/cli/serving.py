@@ -17,7 +17,7 @@ BACKENDS = ("transformers", "vllm")
 OF_SERVERS = ("--server-model", "--concurrency", "--requests", "--serve-args")
 NOT_FOR_BOTH = (
     "--batch-size", "--max-batch", "--max-batch-limit", "--quantized", "--overhead", "--selection", "--threads", "--device-map",
-    "--attn-implementation", "--quantization", "--device",
+    "--attn-implementation", "--quantization", "--device", "--adapter", "--min-pixels", "--max-pixels", "--processor-kwargs",
 )  # fmt: skip
 NOT_FOR_SERVER = ("--random-weights", "--method", "--dtype", "--revision", "--trust-remote-code", "--serve-args")
 

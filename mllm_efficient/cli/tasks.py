@@ -44,6 +44,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
     from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table, unscaled, without_partner
+    from ..eval.lmms.server import tiling_note
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     cells = [] if asked.servers else cells_of(specs)  # before data are read
@@ -63,12 +64,13 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     if run.rank > 0:
         return 0
     rows = rows_of(run, records)
+    note = None if not asked.servers else tiling_note(run.cells, any(a.several for a in run.askers.values()))
     published = [] if reference is None else beside(rows, reference)
     meta = {
         **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
         "on_error": asked.on_error, "meaning": MEANING,
         "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
-        "model_calls": run.calls,
+        "model_calls": run.calls, "note": note,
         "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
         "reference": None if reference is None else {
             "name": asked.reference, "source": reference["source"], "rows": published, "averages": reference.get("averages"),
@@ -97,6 +99,8 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
                 print(line)
             if asked.limit is not None:
                 print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
+    if note is not None:
+        options.say(note)
     for line in unscaled(rows):
         options.say(line)
     alone = [] if asked.servers else without_partner(rows)
@@ -156,6 +160,8 @@ def on_model(
 
     settings = replace(settings, device=rank_device(settings.device) if settings.device_map is None else settings.device)
     loaded = load(settings)
+    for line in loaded.notes:
+        say(line)
     cells, left_out = possible(cells, loaded, say)
     for spec, reason in left_out.items():
         say(f"without {spec}, and so without the hard samples: {reason}")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .. import trained
+from ..adapters import base_of_folder
 from ..base_model import base_of
 from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
@@ -152,8 +153,15 @@ def loaded_for(recipe: Recipe) -> Loaded:
     """The base model of a recipe, on this process's own device."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and recipe.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if several else recipe.device
-    kernel = recipe.attn_implementation
-    return load(ModelOptions(model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=kernel, seed=recipe.seed))
+    base = base_of_folder(recipe.model)
+    if base is not None:
+        raise MllmEfficientError(f"model={recipe.model} is an adapter of {base}: merge it with PEFT first, or train on {base}")
+    return load(
+        ModelOptions(
+            model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation, seed=recipe.seed,
+            processor_kwargs=recipe.processor_kwargs,
+        )
+    )  # fmt: skip
 
 
 def data_of(recipe: Recipe, stage: StageConfig) -> DataConfig:
