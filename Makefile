@@ -3,6 +3,8 @@
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
 # make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval and vLLM (.venv-integration)
+# make test-fresh   what pip gives a user: the newest of everything but torch, as constraints-fresh.txt has it (.venv-fresh);
+#              UPDATE=1 asks the index anew and, if the tests pass, writes that file
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make bench-vllm      servers of vLLM under load on this CPU, uncompressed, divprune and resize, into benchmarks/results/
@@ -15,6 +17,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+UPDATE ?=
+FRESH := .venv-fresh/bin/python
 
 METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
@@ -31,7 +35,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-integration bench bench-gpu bench-vllm bench-vllm-gpu lint clean
+.PHONY: run table test test-integration test-fresh bench bench-gpu bench-vllm bench-vllm-gpu lint clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -46,6 +50,21 @@ test: .venv/.installed-dev
 
 test-integration: .venv-integration/.installed
 	.venv-integration/bin/pytest -n 2 --dist worksteal
+
+# The package is installed as a user installs it, not as a checkout.
+test-fresh:
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "mllm-efficient needs Python 3.11, 3.12 or 3.13 (make PYTHON=... sets another)" >&2; exit 2; }
+	@echo "installing into .venv-fresh (a few minutes)"
+	@$(PYTHON) -m venv --clear .venv-fresh
+	@$(FRESH) -m pip -q --disable-pip-version-check install "$$(grep '^torch==' constraints.txt)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
+	@rm -rf build
+	@$(FRESH) -m pip -q --disable-pip-version-check install '.[eval]' pytest "$$(grep '^torch==' constraints.txt)" $(if $(UPDATE),,-c constraints-fresh.txt)
+	@$(FRESH) -m mllm_efficient.patches.torchvision_cpu
+	$(FRESH) -m pytest -p no:cacheprovider tests/fresh.py
+ifneq ($(strip $(UPDATE)),)
+	@{ echo "# The newest of everything but torch on the day it was last asked for (make test-fresh UPDATE=1); what make test-fresh installs."; \
+	  $(FRESH) -m pip --disable-pip-version-check freeze | grep -v '^mllm-efficient' | sed 's/+cpu$$//'; } > constraints-fresh.txt
+endif
 
 # On a quiet machine: whatever else runs is in the numbers. benchmarks/README.md says what is in each file.
 bench: .venv/.installed
@@ -93,7 +112,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 clean:
-	rm -rf .venv .venv-integration .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integration .venv-fresh .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
 .venv/.installed: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Agreement(Harness):
 
     @property
     def config(self) -> dict[str, Any]:
-        data = str(self.data.resolve()) if self.data is not None else None
+        data = None if self.data is None else os.path.relpath(self.data, self.output_dir or self.data.parent)
         how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
         return {**how, **environment(self.loaded)}
 
@@ -77,11 +78,12 @@ class Agreement(Harness):
 
     def head(self, arm: str, sample: Request) -> dict[str, Any]:
         head = {"method": arm, "id": sample.id, "request": sample.digest, "task": WITH_IMAGES if sample.images else TEXT_ONLY}
-        return head | {
+        head |= {
             "question": short(sample.question, 200),
-            "images": [str(p.absolute()) for p in sample.images],
+            "images": sample.record.shown(self.data.parent if self.data is not None else Path()),
             "expected": list(sample.answers) or None,
         }
+        return head | ({"extra": sample.record.extra} if sample.record.extra else {})
 
     @torch.no_grad()
     def refer(self, arm: str, batch: Sequence[Request]) -> None:

@@ -26,16 +26,20 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
+    "doctor": "checkup", "Checkup": "checkup",
     "prepare": "shrink", "Prepared": "shrink",
-    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "mask_labels": "labels",
+    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "mask_labels": "labels", "from_pretrained": "saving",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
+    "NotFiniteError": "errors", "BadSettingError": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .budget import Budget as Budget
+    from .checkup import Checkup as Checkup
+    from .checkup import doctor as doctor
     from .compressors.base import Compressor as Compressor
     from .compressors.base import Merger as Merger
     from .compressors.base import Projector as Projector
@@ -63,8 +67,10 @@ if TYPE_CHECKING:
     from .compressors.vispruner import VisPruner as VisPruner
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError
+    from .errors import BadSettingError as BadSettingError
     from .errors import CountMismatchError as CountMismatchError
     from .errors import MllmEfficientError as MllmEfficientError
+    from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .labels import mask_labels as mask_labels
@@ -76,6 +82,7 @@ if TYPE_CHECKING:
     from .report import CompressionReport as CompressionReport
     from .report import ImageReport as ImageReport
     from .report import last_report as last_report
+    from .saving import from_pretrained as from_pretrained
     from .shrink import Prepared as Prepared
     from .shrink import prepare as prepare
     from .tokens import CompressedTokens as CompressedTokens

@@ -36,11 +36,10 @@ def cache_name(function: Callable) -> str:
     return found
 
 
-def cache_of(given: Mapping[str, Any] | Any) -> Any:
-    """The cache among a call's arguments or on an output, whatever it is called there; None where there is none."""
-    if isinstance(given, Mapping):
-        return next((given[name] for name in CACHE_NAMES if name in given and given[name] is not None), None)
-    return next((getattr(given, name) for name in CACHE_NAMES if getattr(given, name, None) is not None), None)
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments or in an output, whatever it is called there; None where there is none."""
+    names = list(given)  # an output of 5.24 answers to the old name as well, with a warning
+    return next((given[name] for name in CACHE_NAMES if name in names and given[name] is not None), None)
 
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:

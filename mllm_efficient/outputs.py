@@ -134,6 +134,7 @@ def _same_end(layout: Layout, keep: Any) -> bool:
     return torch.equal(sources(layout)[:, -keep:][read], end[read])
 
 
+@torch.compiler.disable(reason="compression chooses by values")
 def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: puts on the output which columns it belongs to, and the layout on the cache."""
     if within_generate(model):

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MllmEfficientError, UnknownMethodError, did_you_mean
+from .errors import BadSettingError, MllmEfficientError, UnknownMethodError, did_you_mean
 
 if TYPE_CHECKING:
     from .compressors.base import Compressor
@@ -143,13 +143,13 @@ def _from_spec(spec: str) -> Compressor:
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")
         if not equals:
-            raise MllmEfficientError(f"{spec.strip()!r}: {part!r} is not name=value, as in 'divprune:keep=0.1'")
+            raise BadSettingError(f"{spec.strip()!r}: {part!r} is not name=value, as in 'divprune:keep=0.1'")
         if key.strip() in settings:
-            raise MllmEfficientError(f"{spec.strip()!r}: {key.strip()} is given twice")
+            raise BadSettingError(f"{spec.strip()!r}: {key.strip()} is given twice")
         try:
             settings[key.strip()] = _number(value.strip(), yaml.safe_load(value.strip()))
         except yaml.YAMLError:
-            raise MllmEfficientError(f"{spec.strip()!r}: {value.strip()!r} is not a value") from None
+            raise BadSettingError(f"{spec.strip()!r}: {value.strip()!r} is not a value") from None
     return _from_settings(settings)
 
 
@@ -175,7 +175,7 @@ def _from_settings(settings: dict) -> Compressor:
     for key in settings:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            raise MllmEfficientError(f"{name} has no parameter {key!r}{hint} (it takes {', '.join(known)})")
+            raise BadSettingError(f"{name} has no parameter {key!r}{hint} (it takes {', '.join(known)})")
     return cls(**settings)
 
 

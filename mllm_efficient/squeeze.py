@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .compressors._finite import Watch, require_finite
 from .compressors.base import Compressor
 from .errors import CountMismatchError
 from .layout import require
@@ -47,17 +48,30 @@ class Squeezed:
 def squeeze_all(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
 ) -> tuple[list[Squeezed], float]:
-    """Every item compressed as on its own, and the seconds that took on the device, for which the host waits once."""
+    """Every item compressed as on its own, and the seconds that took on the device, for which the host waits once.
+
+    Raises ``NotFiniteError`` where NaN or infinity is among what a method works on; what it leaves alone may hold them.
+    """
     cuda = bool(encodings) and encodings[0].features.is_cuda
     if cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(encodings[0].features.device)
         begin.record(stream)
     started = time.perf_counter()
-    parts = _compress(method, plans, encodings, contexts)
+    with Watch() as watch:
+        for p, e in zip(plans, encodings):
+            if not p.untouched:
+                require_finite(e.features, method.name, "visual tokens")
+                for layer in e.deep:
+                    require_finite(layer, method.name, "visual tokens of a later layer")
+        parts = _compress(method, plans, encodings, contexts)
+        for _, done, _ in (part for of_item in parts for part in of_item):
+            if done.indices is None:
+                require_finite(done.features, method.name, "merged tokens")
     seconds = time.perf_counter() - started
     if cuda:
         end.record(stream)
+    watch.read()
     parts = _indices_on_cpu(parts)
     if cuda:
         end.synchronize()

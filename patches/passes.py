@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.compressors._finite import Watch, require_finite
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.host import cache_of
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
@@ -123,6 +124,7 @@ class Prefill(Pass):
         self.left: list[list[int]] = []
         self.entry: Tensor | None = None
         self.seconds = 0.0
+        self.watch = Watch()
 
     def enter(self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         method = self.staging.method
@@ -134,7 +136,7 @@ class Prefill(Pass):
             if index not in (rater, stage):
                 continue
             self.move(hidden.device)
-            with self.staging.meter():
+            with self.staging.meter(), self.watch:
                 if index == rater and self._takes(number):
                     self.observe(layer, hidden, kwargs["position_embeddings"])
                 if index == stage:
@@ -260,8 +262,10 @@ class Prefill(Pass):
         stay = self.layer_mask.to(hidden.device).clone()
         merged: list[tuple[int, int, Tensor]] = []
         images = self.staging.images
+        name = f"{self.staging.method.name}: layer {self.staging.stages[number]}"
         goes = [i for i, image in enumerate(images) if image.counts[number] < len(self.at[i]) or self.staging.method.merges]
         for i, states in zip(goes, self._states(prompts, [images[i].row for i in goes], [self.at[i] for i in goes])):
+            require_finite(states, name, "states of an image's tokens")
             lengths[images[i].row] -= self._reduce(i, images[i].counts[number], states, prompts, stay, merged)
         self.left.append([len(at) for at in self.at])
         n = self.layer_mask.shape[1]
@@ -324,7 +328,11 @@ class Prefill(Pass):
         return source
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """A column whose token went gets the state of the one before it, which is what predicts the token behind it."""
+        """A column whose token went gets the state of the one before it, which is what predicts the token behind it.
+
+        Raises ``NotFiniteError`` where NaN or infinity was among what a stage looked at: the one time that the host waits for it.
+        """
+        self.watch.read()
         if self.segment is None:
             return hidden
         n = self.layer_mask.shape[1]

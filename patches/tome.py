@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.compressors._finite import require_finite
 from mllm_efficient.compressors.divprune import full_float32
 from mllm_efficient.compressors.tome import match, merged
-from mllm_efficient.errors import CountMismatchError
 
 from .attention import has_class_token
 
@@ -43,6 +43,5 @@ def run_merging(tower: Any, pixels: Tensor, blocks: int, rounds: Sequence[int], 
                 y, size = merged(x.to(full), size, into, stays)
             x, where = y.to(x.dtype), where.gather(1, stays)
         x = x + block.mlp(block.layer_norm2(x))
-    if not x.is_meta and not x.isfinite().all():
-        raise CountMismatchError("tome: the tower's tokens hold NaN or infinity, which has no cosine")
+    require_finite(x, "tome", "tower's tokens")
     return x.gather(1, where.argsort(1)[..., None].expand_as(x))

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,32 @@ def lmms_eval_module() -> Any:
     try:
         import lmms_eval.evaluator as evaluator
         from loguru import logger
+
+        getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)()  # what an evaluation begins with, and fails with alone
     except Exception as error:
-        raise MllmEfficientError(f"lmms-eval {version('lmms_eval')} does not import here: {type(error).__name__}: {error}") from error
+        what = f"lmms-eval {version('lmms_eval')} does not run here: {type(error).__name__}: {error}"
+        raise MllmEfficientError(what + _cure()) from error
     logger.remove()
     logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
     return evaluator
+
+
+def _cure() -> str:
+    """What to install in place of packages that are outside the bounds of this package's ``eval`` extra."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in requires("mllm-efficient") or ():
+        bound = Requirement(text)
+        if bound.marker is None or not bound.marker.evaluate({"extra": "eval"}) or bound.marker.evaluate({"extra": ""}):
+            continue
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(bound.name)
+            if not bound.specifier.contains(found, prereleases=True):
+                wrong.append((f"{bound.name} {found}", f'"{bound.name}{bound.specifier}"'))
+    if not wrong:
+        return ""
+    return f". It cannot run with {' and '.join(w for w, _ in wrong)}: pip install {' '.join(c for _, c in wrong)}"
 
 
 class Host:

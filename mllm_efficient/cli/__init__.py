@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import MllmEfficientError
-from . import bench, evaluate, export, flops, generate, methods, report, show, sweep, train
+from . import bench, doctor, evaluate, export, flops, generate, methods, report, show, sweep, train
 
 app = typer.Typer(
     name="mllm-efficient",
@@ -29,6 +29,7 @@ app.command("sweep")(sweep.sweep)
 app.command("report")(report.report)
 app.command("train")(train.train)
 app.command("export")(export.export)
+app.command("doctor")(doctor.doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

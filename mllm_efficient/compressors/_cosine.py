@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import CountMismatchError
 from ..lazy import torch
+from ._finite import require_finite
 from .divprune import full_float32
 
 if TYPE_CHECKING:
@@ -21,10 +21,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def finite(x: Tensor, name: str, what: str) -> Tensor:
-    """``x`` in float32, or float64 as it is. Raises ``CountMismatchError`` for NaN and infinity."""
+    """``x`` in float32, or float64 as it is. NaN and infinity raise (``require_finite``)."""
     x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if not x.isfinite().all():
-        raise CountMismatchError(f"{name}: the {what} hold NaN or infinity, which have no order")
+    require_finite(x, name, what)
     return x
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..tokens import CompressedTokens, VisualTokens
+from ._finite import require_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,13 +53,13 @@ class Compressor:
     def __post_init__(self):
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
-            raise BadBudgetError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
+            raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
         if self.positions == "keep" and self.merges and self.family != "L":  # inside the decoder it takes the place of one of them
-            raise BadBudgetError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
+            raise BadSettingError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
-            raise BadBudgetError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
+            raise BadSettingError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
         if self.newline not in (None, "keep"):
-            raise BadBudgetError(f"newline={self.newline!r} is not 'keep': leave it out to drop newline columns")
+            raise BadSettingError(f"newline={self.newline!r} is not 'keep': leave it out to drop newline columns")
 
     @property
     def budget(self) -> Budget:
@@ -152,8 +153,7 @@ class Selector(Compressor):
         scores = self.score(v)
         if scores.shape != (len(v),):
             raise CountMismatchError(f"{self.name}: score gave {tuple(scores.shape)} for {len(v)} tokens: one each")
-        if scores.isnan().any():
-            raise CountMismatchError(f"{self.name}: score gave NaN")
+        require_scores(scores, self.name)
         return scores.sort(descending=True, stable=True).indices[:k]
 
     def __init_subclass__(cls, **kwargs):
@@ -280,9 +280,9 @@ class Projector(Compressor):
     def __post_init__(self):
         super().__post_init__()
         if self.per != "image" or self.newline is not None:
-            raise BadBudgetError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")
+            raise BadSettingError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")
         if self.weights is not None and not isinstance(self.weights, str):
-            raise BadBudgetError(f"{self.name}: weights={self.weights!r} is no folder or hub id")
+            raise BadSettingError(f"{self.name}: weights={self.weights!r} is no folder or hub id")
         if self.tokens is not None and math.isqrt(self.tokens) ** 2 != self.tokens:
             near = math.isqrt(self.tokens)
             raise BadBudgetError(f"{self.name}: tokens={self.tokens} is no square: {near**2} and {(near + 1) ** 2} are")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import unit
+from ._finite import require_finite
 from .base import Selector
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class CDPruner(Selector):
     def __post_init__(self):
         super().__post_init__()
         if self.relevance not in ("llm", "clip"):
-            raise BadBudgetError(f"cdpruner: relevance={self.relevance!r} is not one of 'llm', 'clip'")
+            raise BadSettingError(f"cdpruner: relevance={self.relevance!r} is not one of 'llm', 'clip'")
         if self.relevance == "llm" and self.clip is not None:
-            raise BadBudgetError("cdpruner: clip= has no effect without relevance=clip: give both or neither")
+            raise BadSettingError("cdpruner: clip= has no effect without relevance=clip: give both or neither")
         if self.relevance == "clip":
             if not isinstance(self.clip, str) or not self.clip:
-                raise BadBudgetError("cdpruner: relevance='clip' needs clip=DIR, the CLIP model that the tower is from")
+                raise BadSettingError("cdpruner: relevance='clip' needs clip=DIR, the CLIP model that the tower is from")
             object.__setattr__(self, "needs", frozenset({"clip_text"}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,8 +100,8 @@ class CDPruner(Selector):
         # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
         full = torch.float32 if v.features.device.type == "mps" else torch.float64
         x, given, text = (t.detach().to(v.features.device, full) for t in (v.features, given, text))
-        if not (x.isfinite().all() & given.isfinite().all() & text.isfinite().all()):
-            raise CountMismatchError("cdpruner: the visual tokens or the text hold NaN or infinity, which has no cosine")
+        for part in {id(part): part for part in (x, given, text)}.values():
+            require_finite(part, self.name, "visual tokens or the text")
         with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
             if self.relevance == "clip":

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import LayerTokens
+from ._finite import require_finite
 from .reducer import OneStage
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ class Dart(OneStage):
         for field, least in (("pivots", 1), ("text_pivots", 0)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BadBudgetError(f"{self.name}: {field}={value!r} is not a whole number of at least {least}")
+                raise BadSettingError(f"{self.name}: {field}={value!r} is not a whole number of at least {least}")
 
     def select(self, v: LayerTokens, k: int) -> Tensor:
         assert v.keys is not None and v.text_keys is not None
         pivots = strongest(v.keys, min(self.pivots, k))
         states = torch.cat([v.hidden[pivots], v.text[strongest(v.text_keys, min(self.text_pivots, len(v.text)))]]).float()
         similarity = torch.nn.functional.normalize(states, dim=-1) @ torch.nn.functional.normalize(v.hidden.float(), dim=-1).T
+        require_finite(similarity, self.name, "similarities")
         chosen = [pivots]
         for row, share in zip(similarity, shares(k - len(pivots), len(states))):
             row = row.index_fill(0, torch.cat(chosen), float("inf"))

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadSettingError, NotFiniteError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
+from ._finite import ADVICE
 from .base import Selector
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class DivPrune(Selector):
         super().__post_init__()
         for field, values in (("metric", ("cosine", "l2", "l1")), ("order", ("raster", "picked"))):
             if getattr(self, field) not in values:
-                raise BadBudgetError(f"divprune: {field}={getattr(self, field)!r} is not one of {values}")
+                raise BadSettingError(f"divprune: {field}={getattr(self, field)!r} is not one of {values}")
         if self.order == "picked" and self.positions == "keep":
-            raise BadBudgetError("divprune: order='picked' shuffles tokens, so positions='keep' has no meaning")
+            raise BadSettingError("divprune: order='picked' shuffles tokens, so positions='keep' has no meaning")
 
     @property
     def full_is_identity(self) -> bool:
@@ -89,7 +90,7 @@ def distances(x: Tensor, metric: str = "cosine") -> Tensor:
         ordinary = least > 2.0**-50 and most < 2.0**50  # no square overflows or vanishes, and nothing is NaN
         largest = None if ordinary else x.abs().amax(-1, keepdim=True).to(full)
         if largest is not None and not largest.isfinite().all():
-            raise CountMismatchError("divprune: the visual tokens hold NaN or infinity, which has no distance")
+            raise NotFiniteError(f"divprune: the visual tokens hold NaN or infinity: {ADVICE}")
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         if largest is not None:  # rows scaled by powers of two, which is exact; zero rows get a norm of 1

@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..folders import RANDOM, open_folder, shipped
 from ..lazy import torch
 from ..registry import register
 from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
+from ._finite import require_finite
 from .base import Compressor, generator_for
 from .reducer import Reducer
 
@@ -72,33 +73,33 @@ class DPN(Reducer):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _joined(getattr(self, name)))
         if self.at is not None and not all(part.isdigit() for part in self.at.split("/")):
-            raise BadBudgetError(f"dpn: at={self.at} are no decoder layers, such as at=8/16/24")
+            raise BadSettingError(f"dpn: at={self.at} are no decoder layers, such as at=8/16/24")
         for name in ("kernels", "kernel"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, "/".join(f"{r}x{c}" for r, c in _kernels(name, getattr(self, name))))
         if self.pool is not None and self.pool not in POOLS:
-            raise BadBudgetError(f"dpn: pool={self.pool!r} is not one of {', '.join(POOLS)}")
+            raise BadSettingError(f"dpn: pool={self.pool!r} is not one of {', '.join(POOLS)}")
         if self.routing not in ROUTINGS:
-            raise BadBudgetError(f"dpn: routing={self.routing!r} is not one of {', '.join(ROUTINGS)}")
+            raise BadSettingError(f"dpn: routing={self.routing!r} is not one of {', '.join(ROUTINGS)}")
         if (self.kernel is not None) != (self.routing == "fixed"):
-            raise BadBudgetError("dpn: kernel= and routing=fixed go together, as in routing=fixed,kernel=2x2")
+            raise BadSettingError("dpn: kernel= and routing=fixed go together, as in routing=fixed,kernel=2x2")
         number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
         if self.temperature is not None and not (number and 0 < self.temperature < math.inf):
-            raise BadBudgetError(f"dpn: temperature={self.temperature!r} is no positive number")
+            raise BadSettingError(f"dpn: temperature={self.temperature!r} is no positive number")
         if self.scaling is not None and not isinstance(self.scaling, bool):
-            raise BadBudgetError(f"dpn: scaling={self.scaling!r} is not true or false")
+            raise BadSettingError(f"dpn: scaling={self.scaling!r} is not true or false")
         if self.weights is not None and not isinstance(self.weights, str):
-            raise BadBudgetError(f"dpn: weights={self.weights!r} is no folder or hub id")
+            raise BadSettingError(f"dpn: weights={self.weights!r} is no folder or hub id")
         least = self.min_tokens
         if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
             raise BadBudgetError(f"dpn: min_tokens={least!r} is no number of tokens from 1")
         token = self.router_token
         if token is not None and (isinstance(token, bool) or not isinstance(token, int) or token < 0):
-            raise BadBudgetError(f"dpn: router_token={token!r} is no token id")
+            raise BadSettingError(f"dpn: router_token={token!r} is no token id")
         idle = [n for n in ("router_token", "temperature") if getattr(self, n) is not None and self.routing != "learned"]
         idle += ["seed"] if self.seed != 0 and self.routing != "random" else []
         if idle:
-            raise BadBudgetError(f"dpn: {idle[0]}= has no effect with routing={self.routing}")
+            raise BadSettingError(f"dpn: {idle[0]}= has no effect with routing={self.routing}")
 
     @property
     def budget(self) -> Budget:
@@ -118,7 +119,7 @@ class DPN(Reducer):
         stored = {} if folder is None else folder.config
         out = {n: stored.get(n, default) if getattr(self, n) is None else getattr(self, n) for n, default in DEFAULTS.items()}
         if self.has_router and stored and out["kernels"] != stored.get("kernels"):
-            raise BadBudgetError(f"dpn: kernels={out['kernels']} for a router that was trained with {stored.get('kernels')}: leave it out")
+            raise BadSettingError(f"dpn: kernels={out['kernels']} for a router that was trained with {stored.get('kernels')}: leave it out")
         same = all(out[n] == stored.get(n) for n in DEFAULTS)
         return out | {"kept": stored.get("kept") if self.has_router and same else None}
 
@@ -146,7 +147,7 @@ class DPN(Reducer):
     def stages(self, depth: int) -> tuple[int, ...]:
         stages = super().stages(depth)
         if self.kernel is not None and self.kernel.count("/") not in (0, len(stages) - 1):
-            raise BadBudgetError(f"dpn: kernel={self.kernel} for {len(stages)} stages: one, or one for each")
+            raise BadSettingError(f"dpn: kernel={self.kernel} for {len(stages)} stages: one, or one for each")
         return stages
 
     def counts(self, n: int, depth: int, *, fixed: bool = True, grids: Sequence[Grid] | None = None) -> tuple[int, ...]:
@@ -193,6 +194,8 @@ class DPN(Reducer):
         """
         kernels = self.experts(stage)
         allowed = [[self.allows(kernel, g) for kernel in kernels] for g in grids]
+        if logits is not None:
+            require_finite(logits, self.name, "logits of the router")
         fits = torch.tensor(allowed, dtype=torch.bool).view(len(grids), len(kernels))
         stays = ~fits.any(1)
         fits |= stays[:, None]
@@ -278,10 +281,10 @@ def _kernels(name: str, text: str) -> list[Grid]:
     for part in text.split("/"):
         sides = part.split("x")
         if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-            raise BadBudgetError(f"dpn: {name}={text} are no kernels, rows x columns, such as 1x1/1x2/2x2")
+            raise BadSettingError(f"dpn: {name}={text} are no kernels, rows x columns, such as 1x1/1x2/2x2")
         out.append((int(sides[0]), int(sides[-1])))
     if name == "kernels" and len(set(out)) < len(out):
-        raise BadBudgetError(f"dpn: kernels={text} names a kernel twice")
+        raise BadSettingError(f"dpn: kernels={text} names a kernel twice")
     return out
 
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import BadBudgetError
+from ..errors import BadBudgetError, BadSettingError
 from ..lazy import torch
 from ..registry import build, register
 from ..tokens import VisualTokens
@@ -32,14 +32,14 @@ class NoCompression(Selector):
         if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
             raise BadBudgetError("none keeps every token and takes no budget")
         if (self.per, self.newline) != ("image", None):
-            raise BadBudgetError("none keeps every token and newline column: per= and newline= have no effect")
+            raise BadSettingError("none keeps every token and newline column: per= and newline= have no effect")
         super().__post_init__()
         if self.on is not None and re.search(r"(^|[:,])\s*(keep|tokens|prune)\s*=|^$", self.on):
-            raise BadBudgetError(f"none@{self.on}: a method without its budget is wanted, such as none@tokenflex")
+            raise BadSettingError(f"none@{self.on}: a method without its budget is wanted, such as none@tokenflex")
         if self.on is not None and self.positions is not None:
-            raise BadBudgetError(f"none@{self.on}: positions= has no effect where every token stays")
+            raise BadSettingError(f"none@{self.on}: positions= has no effect where every token stays")
         if self.on is not None and self.installs is None:
-            raise BadBudgetError(f"none@{self.on}: {self.on} has no weights of its own")
+            raise BadSettingError(f"none@{self.on}: {self.on} has no weights of its own")
 
     @functools.cached_property
     def installs(self) -> Compressor | None:

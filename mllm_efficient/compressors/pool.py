@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..budget import fit_grid
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
+from ._finite import require_finite
 from .base import Merger
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ class Pooling(Merger):
     def __post_init__(self):
         super().__post_init__()
         if self.op not in OPS:
-            raise BadBudgetError(f"{self.name}: op={self.op!r} is not one of {', '.join(map(repr, OPS))}")
+            raise BadSettingError(f"{self.name}: op={self.op!r} is not one of {', '.join(map(repr, OPS))}")
         if self.op in ("avg", "max") and self.p is not None:
-            raise BadBudgetError(f"{self.name}: p={self.p!r} has no effect with op={self.op}: it is the power of gem and ggem")
+            raise BadSettingError(f"{self.name}: p={self.p!r} has no effect with op={self.op}: it is the power of gem and ggem")
         if self.op == "ggem" and (not isinstance(self.p, str) or "/" not in self.p):
-            raise BadBudgetError(f"{self.name}: op='ggem' needs the power of each group of channels, such as p=1/3/5, not p={self.p!r}")
+            raise BadSettingError(f"{self.name}: op='ggem' needs the power of each group of channels, such as p=1/3/5, not p={self.p!r}")
         self.powers  # noqa: B018  (raises on a bad power)
 
     @property
@@ -63,7 +64,7 @@ class Pooling(Merger):
             powers = (math.nan,)
         if not all(math.isfinite(one) and one > 0 for one in powers):
             like = "p=3" if self.op == "gem" else "p=1/3/5"
-            raise BadBudgetError(f"{self.name}: p={self.p!r} is not a power above 0 of {self.op}, such as {like}")
+            raise BadSettingError(f"{self.name}: p={self.p!r} is not a power above 0 of {self.op}, such as {like}")
         return powers
 
     def pooled(self, v: VisualTokens, size: tuple[int, int]) -> Tensor:
@@ -94,7 +95,7 @@ class Pool(Pooling):
     def __post_init__(self):
         if self.mode is not None:
             if self.op != "avg":
-                raise BadBudgetError(f"pool: op={self.op!r} and mode={self.mode!r} are two names of one setting: give op alone")
+                raise BadSettingError(f"pool: op={self.op!r} and mode={self.mode!r} are two names of one setting: give op alone")
             object.__setattr__(self, "op", self.mode)
             object.__setattr__(self, "mode", None)
         super().__post_init__()
@@ -118,9 +119,8 @@ def generalised_mean(name: str, x: Tensor, grid: tuple[int, int], size: tuple[in
     """(h * w, D) in x's dtype: (mean of x^p)^(1/p) over each cell of adaptive pooling, one power for each group of channels."""
     n, width = x.shape
     if width % len(powers):
-        raise BadBudgetError(f"{name}: {width} channels do not divide into {len(powers)} equal groups, one for each power of p")
-    if not x.isfinite().all():
-        raise CountMismatchError(f"{name}: the visual tokens hold NaN or infinity, which has no generalised mean")
+        raise BadSettingError(f"{name}: {width} channels do not divide into {len(powers)} equal groups, one for each power of p")
+    require_finite(x, name, "visual tokens")
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
     p = torch.tensor(powers, dtype=full).repeat_interleave(width // len(powers)).to(x.device)
     index = cells(grid, size).to(x.device)

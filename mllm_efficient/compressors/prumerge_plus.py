@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
@@ -39,9 +39,9 @@ class PruMergePlus(Merger):
         super().__post_init__()
         share, near = self.uniform, self.neighbours
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise BadBudgetError(f"prumerge_plus: uniform={share!r} is not a share between 0 and 1")
+            raise BadSettingError(f"prumerge_plus: uniform={share!r} is not a share between 0 and 1")
         if isinstance(near, bool) or not isinstance(near, int) or near < 1:
-            raise BadBudgetError(f"prumerge_plus: neighbours={near!r} is not a whole number of at least 1")
+            raise BadSettingError(f"prumerge_plus: neighbours={near!r} is not a whole number of at least 1")
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The cosines of keys, of width d, of kept tokens with all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
@@ -29,7 +29,7 @@ class Random(Selector):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise BadBudgetError(f"random: seed={self.seed!r} is not a whole number")
+            raise BadSettingError(f"random: seed={self.seed!r} is not a whole number")
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         generator = v.generator or generator_for(self, 0)

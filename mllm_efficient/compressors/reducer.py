@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
+from ._finite import read_found, require_scores
 from .base import Compressor
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Reducer(Compressor):
             _share(self.name, "ratio", self.ratio)
         super().__post_init__()
         if self.per != "image":
-            raise BadBudgetError(f"{self.name}: per={self.per!r} has no effect inside the decoder: leave it out")
+            raise BadSettingError(f"{self.name}: per={self.per!r} has no effect inside the decoder: leave it out")
 
     @property
     def budget(self) -> Budget:
@@ -88,6 +89,7 @@ class Reducer(Compressor):
         scores = self.score(v)
         if scores.shape != (len(v),):
             raise CountMismatchError(f"{self.name}: score gave {tuple(scores.shape)} for {len(v)} tokens: one each")
+        require_scores(scores, self.name)
         return scores.sort(descending=True, stable=True).indices[:k]
 
     def reduce(self, v: LayerTokens, k: int) -> ReducedTokens:
@@ -102,6 +104,7 @@ class Reducer(Compressor):
             and not v.hidden.is_meta
             and not bool((ordered.diff() > 0).all() & (ordered[0] >= 0) & (ordered[-1] < len(v)))
         ):
+            read_found()
             raise CountMismatchError(f"{self.name}: select gave an index twice, or one outside 0..{len(v) - 1}")
         return ReducedTokens(ordered)
 
@@ -137,10 +140,10 @@ class Reducer(Compressor):
         layers = tuple(self.layers(depth))
         if not layers or any(not 1 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
             said = ", ".join(map(str, layers)) or "none"
-            raise BadBudgetError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
+            raise BadSettingError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
         for layer in layers:
             if self.rater(layer) not in (layer - 1, layer):
-                raise BadBudgetError(
+                raise BadSettingError(
                     f"{self.name}: layer {self.rater(layer)} cannot rate for a stage at {layer}: use {layer - 1} or {layer}"
                 )
         return layers
@@ -174,7 +177,7 @@ class OneStage(Reducer):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise BadBudgetError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")
+            raise BadSettingError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (self.layer,)

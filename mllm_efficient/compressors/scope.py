@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
@@ -43,7 +43,7 @@ class Scope(Selector):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < float("inf"):
-            raise BadBudgetError(f"scope: alpha={self.alpha!r} is not a number of at least 0")
+            raise BadSettingError(f"scope: alpha={self.alpha!r} is not a number of at least 0")
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The cosines of all tokens."""

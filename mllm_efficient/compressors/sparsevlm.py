@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import LayerTokens, ReducedTokens
+from ._finite import require_finite, require_scores
 from .reducer import Reducer
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class SparseVLM(Reducer):
         for name, value, zero in (("recycle", self.recycle, True), ("clusters", self.clusters, False)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (0 < value <= 1 or (zero and value == 0)):
-                raise BadBudgetError(f"sparsevlm: {name}={value!r} is not a share in {'[' if zero else '('}0, 1]")
+                raise BadSettingError(f"sparsevlm: {name}={value!r} is not a share in {'[' if zero else '('}0, 1]")
         if self.clusters != 0.1 and not self.recycle:
-            raise BadBudgetError("sparsevlm: clusters= has no effect without recycle=")
+            raise BadSettingError("sparsevlm: clusters= has no effect without recycle=")
         super().__post_init__()
 
     @property
@@ -58,6 +59,7 @@ class SparseVLM(Reducer):
     def score(self, v: LayerTokens) -> Tensor:
         assert v.text_attention is not None and v.entry is not None and v.text_entry is not None
         relevance = (v.entry @ v.text_entry.T).float().softmax(-1).mean(0)
+        require_finite(relevance, self.name, "relevances of the text")  # else no token is a rater, and all scores are 0
         raters = relevance >= relevance.mean()
         return (v.text_attention * raters[:, None]).sum(0)
 
@@ -74,7 +76,9 @@ class SparseVLM(Reducer):
         stay, recycled, groups = self.split(len(v), k) if self.recycle and k < len(v) else (k, 0, 0)
         if not groups:
             return super().reduce(v, k)
-        order = self.score(v).sort(descending=True, stable=True).indices
+        scores = self.score(v)
+        require_scores(scores, self.name)
+        order = scores.sort(descending=True, stable=True).indices
         pool = order[stay : stay + recycled]
         peaks, sums = aggregate(v.hidden[pool], groups)
         indices, back = torch.cat([order[:stay], pool[peaks]]).sort()

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import BadBudgetError, CountMismatchError, UnsupportedModelError
+from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from ._cosine import unit
+from ._finite import require_finite
 from ._sums import group_sums
 from .base import Merger, alike
 from .divprune import full_float32
@@ -52,9 +53,9 @@ class ToMe(Merger):
     def __post_init__(self):
         super().__post_init__()
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
-            raise BadBudgetError(f"tome: r={self.r!r} is not a whole number of pairs of at least 1")
+            raise BadSettingError(f"tome: r={self.r!r} is not a whole number of pairs of at least 1")
         if self.at not in ("projector", "tower"):
-            raise BadBudgetError(f"tome: at={self.at!r} is not one of 'projector', 'tower'")
+            raise BadSettingError(f"tome: at={self.at!r} is not one of 'projector', 'tower'")
 
     @property
     def in_tower(self) -> bool:
@@ -116,8 +117,7 @@ class ToMe(Merger):
         device = some[0].features.device.type
         with torch.autocast(device, enabled=False), full_float32(device):
             x = torch.stack([v.features.to(full) for v in some])
-            if not x.isfinite().all():
-                raise CountMismatchError("tome: the visual tokens hold NaN or infinity, which has no cosine")
+            require_finite(x, self.name, "visual tokens")
             size = torch.ones_like(x[..., :1])
             for pairs in self.rounds(x.shape[1], k):
                 into, stays = match(x.detach(), pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
@@ -37,7 +37,7 @@ class VisionZip(Merger):
         super().__post_init__()
         share = self.contextual
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
-            raise BadBudgetError(f"visionzip: contextual={share!r} is not a share from 0 to below 1")
+            raise BadSettingError(f"visionzip: contextual={share!r} is not a share from 0 to below 1")
 
     def targets(self, k: int) -> int:
         """C of a budget of k tokens."""

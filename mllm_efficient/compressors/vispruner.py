@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import BadBudgetError
+from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
@@ -41,7 +41,7 @@ class VisPruner(Selector):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 <= self.r <= 1:
-            raise BadBudgetError(f"vispruner: r={self.r!r} is not a share between 0 and 1")
+            raise BadSettingError(f"vispruner: r={self.r!r} is not a share between 0 and 1")
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The cosines of all tokens; none where importance alone fills the budget."""

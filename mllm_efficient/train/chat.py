@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MllmEfficientError
-from .data import MARKER, Record
+from ..errors import MllmEfficientError, shortened
+from ..records import MARKER, Record
+from ..records.record import messages
 
 IGNORED = -100
 
@@ -65,15 +66,17 @@ class Chat:
 
     def render(self, record: Record) -> Rendered:
         """Raises ``MllmEfficientError`` naming the record where its answers cannot be found in the template's text."""
-        messages = [message for question, answer in record.turns for message in (_asked(question.rstrip() + self.ending), _said(answer))]
-        text = self._template(messages, False, record)
+        turns = record.learned
+        chat = messages(record.system, turns, self.ending)
+        text = self._template(chat, False, record)
         if text.count(self.image) != len(record.images):
             raise MllmEfficientError(
                 f"{record.name}: the prompt has {text.count(self.image)} {self.image} for {len(record.images)} image(s)"
             )
         if self.video is not None and self.video in text:
             raise MllmEfficientError(f"{record.name}: the conversation has {self.video}, and training takes no videos")
-        found = [self._find(text, messages[: 2 * i + 1], answer, record) for i, (_, answer) in enumerate(record.turns)]
+        head = len(chat) - 2 * len(turns)  # the system prompt
+        found = [self._find(text, chat[: head + 2 * i + 1], answer, record) for i, (_, answer) in enumerate(turns)]
         rest = text[found[-1][1] :]
         token = next((t for t in self.special if rest.lstrip().startswith(t)), None)
         ending = None if token is None else rest[: rest.index(token) + len(token)]
@@ -90,30 +93,32 @@ class Chat:
             spans.append((begin, len(out)))
         return Rendered(out, tuple(spans))
 
-    def _find(self, text: str, messages: list[dict[str, Any]], answer: str, record: Record) -> tuple[int, int]:
+    def _find(self, text: str, chat: list[dict[str, Any]], answer: str, record: Record) -> tuple[int, int]:
         """Where the answer to these messages begins, right after the prompt, and where it ends."""
-        prompt = self._template(messages, True, record)
+        prompt = self._template(chat, True, record)
         gap = re.compile(r"\s*").match(text, len(prompt))
         begin = len(prompt) if gap is None else gap.end()
         if not text.startswith(prompt) or not text.startswith(answer, begin):
             raise MllmEfficientError(
-                f"{record.name}: in the chat template of {self.name} the answer {answer[:40]!r} does not follow its prompt unchanged"
+                f"{record.name}: in the chat template of {self.name} the answer {shortened(answer, 40)!r} does not follow its prompt unchanged"
             )
         return len(prompt), begin + len(answer)
 
-    def _template(self, messages: list[dict[str, Any]], prompt: bool, record: Record) -> str:
+    def _template(self, chat: list[dict[str, Any]], prompt: bool, record: Record) -> str:
         if not getattr(self.processor, "chat_template", None):
-            return self._plain(messages) + ("ASSISTANT:" if prompt else "")
+            return self._plain(chat, record) + ("ASSISTANT:" if prompt else "")
         try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
+            return self.processor.apply_chat_template(chat, add_generation_prompt=prompt)
         except Exception as error:  # whatever a template raises for an order that it does not know
             raise MllmEfficientError(f"{record.name}: the chat template of {self.name} does not take this: {error}") from None
 
-    def _plain(self, messages: list[dict[str, Any]]) -> str:
+    def _plain(self, chat: list[dict[str, Any]], record: Record) -> str:
         """``USER: <image>\\nquestion ASSISTANT: answer``, as a model without a template is prompted."""
+        if record.system is not None:
+            raise MllmEfficientError(f"{record.name}: {self.name} has no chat template, so there is no place for a system prompt")
         spoken = {"user": "USER", "assistant": "ASSISTANT"}
-        parts = [[part.get("text", f"{self.image}\n") for part in message["content"]] for message in messages]
-        return "".join(f"{spoken[message['role']]}: {''.join(texts)} " for message, texts in zip(messages, parts))
+        parts = [[part.get("text", f"{self.image}\n") for part in message["content"]] for message in chat]
+        return "".join(f"{spoken[message['role']]}: {''.join(texts)} " for message, texts in zip(chat, parts))
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Row]:
         """The tokens of each conversation, their labels and turns."""
@@ -128,21 +133,6 @@ class Chat:
         images = np.flatnonzero((ids == self.image_id) & (turns == 1))
         turns[: images[-1] + 1 if len(images) else 0] = 0
         return Row(rendered.text, len(ids), ids, np.where(answered, ids, IGNORED), np.maximum.accumulate(turns))
-
-
-def _asked(question: str) -> dict[str, Any]:
-    """The message of a question. Line breaks around a marker go: templates put their own."""
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(question.strip().split(MARKER)):
-        content += [{"type": "image"}] if number else []
-        text = piece.strip("\n")
-        text = text if any("text" in part for part in content) else text.lstrip()
-        content += [{"type": "text", "text": text}] if text else []
-    return {"role": "user", "content": content}
-
-
-def _said(answer: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
 
 
 # ------------------------------------------------------------------------------------------------ independent turns
