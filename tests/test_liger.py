@@ -34,7 +34,7 @@ class Output(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None  # which transformers 5.24 makes of past_key_values
     hidden_states: Any = None
     attentions: Any = None
     image_hidden_states: Any = None

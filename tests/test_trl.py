@@ -43,8 +43,8 @@ def picture(i: int):
 def settings(folder: Path, **own: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True,
-        "save_strategy": "no", "logging_steps": 1, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False, "train_sampling_strategy": "sequential",
-        **own,
+        "save_strategy": "no", "logging_steps": 1, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential", **own,
     }  # fmt: skip
 
 
