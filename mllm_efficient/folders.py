@@ -6,13 +6,13 @@ language model was trained with it, ``base_delta/``: whole weights in ``model.sa
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from .errors import MllmEfficientError
+from .parsing import read_json
 
 CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
 SERVED = "visual_token_compression"  # in a model's config: the method that vLLM serves it with
@@ -44,11 +44,11 @@ def open_folder(where: str) -> Folder:
         except Exception as error:  # whatever the hub's library raises without network, access or such a repository
             raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config = read_json(path / CONFIG)
     except OSError:
         raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
     except ValueError:
-        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON") from None
+        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON that can be read") from None
     if not _describes_a_method(config):
         raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
     return Folder(path, config)
@@ -57,7 +57,7 @@ def open_folder(where: str) -> Folder:
 def exported(path: Path) -> dict[str, Any] | None:
     """The method that a folder of ``mllm-efficient export`` is served with, without what requests may ask for; None for others."""
     try:
-        served = json.loads((path.expanduser() / CONFIG).read_text()).get(SERVED)
+        served = read_json(path.expanduser() / CONFIG).get(SERVED)
     except (OSError, ValueError, AttributeError):
         return None
     return {k: v for k, v in served.items() if k != "allowed_tokens"} if isinstance(served, dict) else None

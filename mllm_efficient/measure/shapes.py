@@ -6,7 +6,6 @@ leaves out are filled in by transformers, which is then imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
+from ..parsing import read_json
 
 FAMILIES = (
     "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"
@@ -134,7 +134,7 @@ def load_shape(model: str, revision: str | None = None, trust_remote_code: bool 
         if revision:
             raise MllmEfficientError(f"--revision has no effect on the folder {folder}: leave it out")
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = read_json(folder / "config.json")
         except (OSError, ValueError) as error:
             raise MllmEfficientError(f"{folder}: no readable config.json ({error})") from None
         if not isinstance(config, dict):

@@ -102,7 +102,9 @@ def _row(
     recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
 ) -> dict[str, Any]:
     found = _surveyed(recipe, stage, records, processor)
-    tokens = _rough(records, shape) if processor is None else {f"{n}_mean": found[f"{n}_tokens"]["mean"] for n in ("text", "answer", "visual")}
+    tokens = (
+        _rough(records, shape) if processor is None else {f"{n}_mean": found[f"{n}_tokens"]["mean"] for n in ("text", "answer", "visual")}
+    )
     usual = _usual(shape)
     if recipe.counts:
         most, drawn = max(recipe.counts), sum(count * weight for count, weight in recipe.counts.items()) / sum(recipe.counts.values())

@@ -21,7 +21,7 @@ from .. import trained
 from ..base_model import base_of
 from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, NotFiniteError
 from ..folders import RANDOM
 from ..installing import install
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
@@ -72,9 +72,14 @@ class CountTrainer(Trainer):
         if SKIPPED in inputs:
             self.skipped = self.skipped + inputs.pop(SKIPPED).sum().to(self.skipped.device)
         seed = [self.draw_seed, *self.micro, self.args.process_index]
-        out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+        try:
+            out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+        except NotFiniteError as error:
+            raise MllmEfficientError(f"stage {self.stage.name}, step {self.micro[0] + 1}: the training diverged: {error}") from error
         if self.stage.objective == "answers" and not int(out["asked"]):
-            raise MllmEfficientError(f"stage {self.stage.name}, step {self.micro[0] + 1}: no token of the batch has a label, so there is nothing to learn")
+            raise MllmEfficientError(
+                f"stage {self.stage.name}, step {self.micro[0] + 1}: no token of the batch has a label, so there is nothing to learn"
+            )
         loss = out["loss"].detach().double()
         now = torch.stack([loss, torch.ones_like(loss), out["right"].to(loss), out["asked"].to(loss)])
         key = count or 0
