@@ -15,6 +15,8 @@ from .errors import MllmEfficientError
 from .parsing import read_json
 
 CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
+COMPRESSION = "compression.json"  # in the folder of a model that was saved while it was wrapped
+PART_KEYS, DELTA_KEYS = "compressor.", "base_delta."  # begin the names of trained weights among those of such a model
 SERVED = "visual_token_compression"  # in a model's config: the method that vLLM serves it with
 RANDOM = "random"  # in place of a folder: weights that are drawn, for timing alone
 
@@ -29,7 +31,7 @@ class Folder:
     @property
     def delta(self) -> Path | None:
         """The weights of the language model that were trained with it."""
-        path = self.path / DELTA
+        path = self.path if self.config.get("delta") else self.path / DELTA
         return path if path.is_dir() else None
 
 
@@ -44,7 +46,7 @@ def open_folder(where: str) -> Folder:
         except Exception as error:  # whatever the hub's library raises without network, access or such a repository
             raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
     try:
-        config = read_json(path / CONFIG)
+        config = read_compression(path).get("trained") if (path / COMPRESSION).is_file() else read_json(path / CONFIG)
     except OSError:
         raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
     except ValueError:
@@ -52,6 +54,17 @@ def open_folder(where: str) -> Folder:
     if not _describes_a_method(config):
         raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
     return Folder(path, config)
+
+
+def read_compression(path: Path) -> dict[str, Any]:
+    """What ``compression.json`` in a folder says. Raises ``MllmEfficientError`` for one that is damaged."""
+    try:
+        about = read_json(path / COMPRESSION)
+    except (OSError, ValueError) as error:
+        raise MllmEfficientError(f"{path / COMPRESSION} cannot be read ({error})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("method"), dict):
+        raise MllmEfficientError(f"{path / COMPRESSION} names no method")
+    return about
 
 
 def exported(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .plan import check
 from .report import CompressionReport, remember
+from .sharding import gathered
 from .shrink import Prepared, has_pixels, keeps_all, prepare
 
 _generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
@@ -140,7 +142,7 @@ def _prepare_generate(
         k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None
     }
     with torch.no_grad():
-        return prepare(model, method, input_ids=ids, attention_mask=mask, past=layout, **vision)
+        return gathered(model, functools.partial(prepare, model, method, past=layout), input_ids=ids, attention_mask=mask, **vision)
 
 
 def _vision_keys(model: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
 from .errors import MllmEfficientError, UnsupportedModelError, shortened
-from .folders import CONFIG, DELTA, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
+from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
 from .parsing import read_json
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -76,7 +76,12 @@ def load(where: str | Path, **settings: Any) -> Compressor:
         MllmEfficientError: no such folder, or settings the method does not take.
     """
     from .registry import build, get_method
+    from .saving import method_in
 
+    if (Path(where).expanduser() / COMPRESSION).is_file():
+        own = method_in(Path(where).expanduser()).to_dict()
+        given = {"keep", "tokens", "prune"} & set(settings)
+        return build({**{k: v for k, v in own.items() if not given or k not in ("keep", "tokens", "prune")}, **settings})
     served = exported(Path(where))
     if served is not None:
         name = str(served["method"])
@@ -259,7 +264,9 @@ def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
     own = dict(model.named_parameters())
     if any(".lora_" in name for name in own):
         raise UnsupportedModelError(f"the model has a LoRA, and {folder} brings weights of its own: merge or unload the LoRA first")
-    if (folder / FULL_DELTA).is_file():
+    if (folder / COMPRESSION).is_file():
+        new, path = _among_the_base(folder), folder
+    elif (folder / FULL_DELTA).is_file():
         new, path = _read(folder / FULL_DELTA), folder / FULL_DELTA
     else:
         new, path = _merged_lora(own, folder), folder / LORA_DELTA
@@ -271,6 +278,18 @@ def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
         if old.is_meta or not old.dtype.is_floating_point or type(old.data) is not Tensor:
             raise UnsupportedModelError(f"{name} is offloaded or quantized, and {path} would take its place: load the model without that")
         out[name] = value.to(old.device, old.dtype)
+    return out
+
+
+def _among_the_base(folder: Path) -> dict[str, Tensor]:
+    """The weights of the language model that were trained under a method, out of a saved model's own files."""
+    from safetensors import safe_open
+
+    out = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as content:
+            names = [name for name in content.keys() if name.startswith(DELTA_KEYS)]  # noqa: SIM118
+            out |= {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names}
     return out
 
 

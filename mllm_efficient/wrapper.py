@@ -16,15 +16,16 @@ import torch
 
 from .composed import inside_of, runnable
 from .compressors.base import Compressor
-from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError
+from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError, UnsupportedModelError
 from .generation import generate as run_generate
 from .generation import within_generate
 from .host import cache_of, parameters_of
 from .installing import install
 from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on
-from .outputs import call_of, check_length, mark_output
+from .outputs import call_of, check_length, held_back, mark_output
 from .plan import check
 from .report import CompressionReport, remember
+from .sharding import has_shards
 from .shrink import has_pixels, keeps_all, prepare
 
 Model = TypeVar("Model")
@@ -83,6 +84,10 @@ def unwrap(model: Model) -> Model:
     hook = _hook_of(inner)
     if hook is None:
         raise MllmEfficientError("this model is not wrapped")
+    if hook.undo.parts and has_shards(inner):
+        raise UnsupportedModelError(
+            f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
+        )
     hook.undo()
     if inside_of(hook.method) is not None:
         adapter.let_go_inside()
@@ -93,7 +98,7 @@ def unwrap(model: Model) -> Model:
         for key in [k for k, h in hooks.items() if ours(h)]:
             del hooks[key]
             with_kwargs.pop(key, None)
-    inner.__class__ = type(inner).__mro__[1]
+    inner.__class__ = _class_without(type(inner))
     return model
 
 
@@ -125,6 +130,7 @@ class CompressForward:
     def __init__(self, method: Compressor, undo: Callable[[], None], logits: str = "short"):
         self.method, self.undo, self.logits = method, undo, logits
 
+    @torch.compiler.disable(reason="compression chooses by values")
     def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
         from .patches import adapter_for
 
@@ -150,10 +156,12 @@ class CompressForward:
             if keeps_all(adapter, self.method, kwargs):
                 return None
             raise CountMismatchError(UNCOMPRESSED_CACHE)
+        back = held_back(kwargs)
         with _autocast_of(model):
-            prepared = prepare(model, self.method, **kwargs)
+            prepared = prepare(model, self.method, **{**kwargs, **back})
         remember(model, prepared.report)
-        return (), call_of(prepared, self.logits)
+        call = call_of(prepared, self.logits)
+        return (), {name: value for name, value in call.items() if name not in back}
 
 
 def _autocast_of(model: Any):
@@ -170,7 +178,10 @@ def _autocast_of(model: Any):
 
 
 def _class_for(cls: Any) -> Any:
-    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate``."""
+    """The subclass a wrapped model is an instance of: same name, module and behaviour, another ``generate`` and way of saving."""
+    from . import saving
+    from .patches import WRAPPED
+
     if cls not in _swapped:
         from .patches.trainer import ASKED_BY_TRAINER, AskedByTrainer
 
@@ -182,13 +193,37 @@ def _class_for(cls: Any) -> Any:
             assert hook is not None
             return run_generate(self, stock, hook.method if compression is _UNSET else compression, inputs, args, kwargs)
 
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            hook = _hook_of(self)
+            assert hook is not None
+            saving.save_pretrained(self, cls.save_pretrained, hook.method, hook.undo, save_directory, args, kwargs)
+
+        def load_state_dict(self, state_dict, *args, **kwargs):
+            hook = _hook_of(self)
+            assert hook is not None
+            return cls.load_state_dict(self, saving.state_for(self, hook.undo, state_dict), *args, **kwargs)
+
         def __reduce_ex__(self, protocol):
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        ours = {"generate": generate, "__reduce_ex__": __reduce_ex__, ASKED_BY_TRAINER: AskedByTrainer(cls)}
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
+        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, __reduce_ex__)}
+        ours[ASKED_BY_TRAINER] = AskedByTrainer(cls)
         _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]
+
+
+@functools.cache
+def _class_without(cls: Any) -> Any:
+    """The class that a wrapped model had, or would have if it had not been wrapped.
+
+    What was done since may have made a subclass of ours in place, as ``fully_shard`` does of (FSDPModule, ours).
+    """
+    if cls in _swapped.values():
+        return cls.__mro__[1]
+    bases = tuple(_class_without(base) if set(base.__mro__) & set(_swapped.values()) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, own)
 
 
 def _rebuild(cls: type) -> Any:

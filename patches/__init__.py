@@ -25,6 +25,7 @@ _WRAPPERS = {
 }  # fmt: skip
 
 
+WRAPPED = "compresses_visual_tokens"  # an attribute of the classes that ``wrap`` makes
 NEWEST_TESTED = (5, 24)
 
 
@@ -46,7 +47,7 @@ def inner_model(model: Any) -> Any:
     for name, what in _WRAPPERS.items():
         if name in kinds:
             raise UnsupportedModelError(f"this is a {what} wrapper: wrap the model inside it first, then apply {what}")
-    if "FSDPModule" in kinds:
+    if "FSDPModule" in kinds and not getattr(type(model), WRAPPED, False):
         raise UnsupportedModelError("this model is sharded by FSDP: wrap it first, then shard")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return inner_model(model.get_base_model())

@@ -37,6 +37,7 @@ class EnterLayer:
     def __init__(self, index: int):
         self.index = index
 
+    @torch.compiler.disable(reason="methods in the decoder choose by values")
     def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         # Another thread's call can come between the two steps of registering a hook, and then passes no kwargs.
         kwargs = dict(kwargs or {})
@@ -52,6 +53,7 @@ class EnterLayer:
         return (hidden, *args[1:]), kwargs
 
 
+@torch.compiler.disable(reason="methods in the decoder choose by values")
 def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
     """The hook behind the language model: its states at every column of the prompt."""
     this: Pass | None = None if output is None else kwargs.get(PASS)
@@ -63,6 +65,7 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     return output
 
 
+@torch.compiler.disable(reason="methods in the decoder choose by values")
 def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
     """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
     kwargs = kwargs or {}
@@ -115,8 +118,6 @@ def _refuse(layer: Any) -> None:
     """What cannot work is said before it goes wrong."""
     from . import transformers_version
 
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError("in-decoder methods choose by values, which torch.compile cannot trace: use family P there")
     if getattr(layer, "gradient_checkpointing", False) and layer.training and transformers_version() < (5, 23):
         raise UnsupportedModelError("in-decoder methods with gradient checkpointing need transformers 5.23 or newer")
 
@@ -184,9 +185,9 @@ def _check_untested(adapter: Any) -> None:
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
     layers = decoder_of(adapter.model).layers
-    kind = type(layers[0]).__name__
-    if kind not in LAYERS:
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    kinds = [cls.__name__ for cls in type(layers[0]).__mro__]  # of a sharded layer its own is the second or third
+    if not LAYERS & set(kinds):
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kinds[0]}")
     check_layer(type(layers[0]))
     _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
