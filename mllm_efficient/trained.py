@@ -120,6 +120,8 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
         raise MllmEfficientError(f"{folder.path} is a {part} {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
     if odd:
         raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
+    if isinstance(method, Projector):
+        _check_sizes(adapter, method, {k: v for k, v in sizes.items() if k not in ("inputs", "outputs")}, folder.path / WEIGHTS)
     return folder
 
 
@@ -153,7 +155,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         if folder is not None and method.has_router and config != sizes:
             raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
         config = config or sizes
-    if folder is not None:
+    if folder is not None and method.family == "L":
         _check_sizes(adapter, method, config, folder.path / WEIGHTS)
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
         if not like.is_meta:

@@ -16,7 +16,7 @@ from ..errors import MllmEfficientError, shortened
 from . import bench, doctor, evaluate, export, flops, generate, methods, report, show, sweep, train
 
 QUOTED = re.compile(r"""(['"])([^'"]{81,})\1""")  # a value of the user's in a message, however long it is
-LONG = re.compile(r"[^\s/\\]{81,}")  # a word, or a part of a path
+LONG = re.compile(r"[^\s/\\]{91,}")  # a word, or a part of a path
 
 app = typer.Typer(
     name="mllm-efficient",

@@ -35,6 +35,12 @@ ImagePadding = Annotated[str | None, typer.Option("--image-padding", help="With 
 PromptFormat = Annotated[
     str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
 ]
+ImageRange = Annotated[
+    str,
+    typer.Option(
+        "--image-range", help="Pictures of more than 8 bits: full (the default: 65,535 is white), or auto (lowest to highest value)."
+    ),
+]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")]
 Limit = Annotated[
     int | None,
