@@ -46,7 +46,7 @@ def open_folder(where: str) -> Folder:
         except Exception as error:  # whatever the hub's library raises without network, access or such a repository
             raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
     try:
-        config = read_compression(path).get("trained") if (path / COMPRESSION).is_file() else read_json(path / CONFIG)
+        config: Any = read_compression(path).get("trained") if (path / COMPRESSION).is_file() else read_json(path / CONFIG)
     except OSError:
         raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
     except ValueError:

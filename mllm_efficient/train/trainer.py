@@ -106,7 +106,8 @@ class CountTrainer(Trainer):
             self.routed = None
         if self.data.on_bad == "skip":
             logs["skipped"] = int(self.accelerator.reduce(self.skipped.to(self.accelerator.device), "sum"))
-            self.skipped, self.skipped_in_all = torch.zeros_like(self.skipped), self.skipped_in_all + logs["skipped"]
+            self.skipped_in_all += int(logs["skipped"])
+            self.skipped = torch.zeros_like(self.skipped)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:

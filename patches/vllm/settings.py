@@ -13,7 +13,7 @@ from mllm_efficient.compressors.base import Compressor, Projector, Resizer, para
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from mllm_efficient.folders import SERVED as KEY  # in the model's config and in --hf-overrides
-from mllm_efficient.registry import build, get_method, list_methods
+from mllm_efficient.registry import BUILTIN, build, get_method
 
 REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
@@ -72,9 +72,9 @@ def require_served(method: Compressor) -> None:
 
 
 def servable() -> list[str]:
-    """The names of the methods that can be served as they are by default."""
+    """The names of this package's methods that can be served as they are by default."""
     built = []
-    for name in list_methods():
+    for name in sorted(BUILTIN):
         cls: Any = get_method(name)
         known = parameters(cls)
         try:
