@@ -28,6 +28,7 @@ from mllm_efficient.measure.flops import Cost
 from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
+from mllm_efficient.parsing import parse_yaml, read_yaml
 from mllm_efficient.plan import check, describe
 from mllm_efficient.registry import get_method
 
@@ -115,13 +116,11 @@ def _with_budget(spec: str, budget: str) -> Compressor:
         return runnable([part if own_budget(part) is not None else _with_budget(part.strip(), budget) for part in spec.split("|")])
     if not spec.endswith((".yaml", ".yml")):
         return runnable(f"{spec}{',' if ':' in spec else ':'}{budget}")
-    import yaml
-
     name, _, value = budget.partition("=")
-    content = yaml.safe_load(Path(spec).read_text())
+    content = read_yaml(Path(spec))
     if not isinstance(content, dict) or "stages" in content:
         raise MllmEfficientError(f"{spec}: give each of its stages a budget")
-    return runnable({**content, name: yaml.safe_load(value)})
+    return runnable({**content, name: parse_yaml(value)})
 
 
 def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) -> tuple[list[Cell], dict[str, str]]:

@@ -7,13 +7,13 @@ language model was trained with it, ``base_delta/``: whole weights in ``model.sa
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from .errors import MllmEfficientError
+from .parsing import read_json
 
 CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
 COMPRESSION = "compression.json"  # in the folder of a model that was saved while it was wrapped
@@ -47,12 +47,11 @@ def open_folder(where: str) -> Folder:
         except Exception as error:  # whatever the hub's library raises without network, access or such a repository
             raise MllmEfficientError(f"weights={where}: no such folder, and not on the hub either ({type(error).__name__})") from error
     try:
-        saved = (path / COMPRESSION).is_file()
-        config = read_compression(path).get("trained") if saved else json.loads((path / CONFIG).read_text())
+        config: Any = read_compression(path).get("trained") if (path / COMPRESSION).is_file() else read_json(path / CONFIG)
     except OSError:
         raise MllmEfficientError(f"weights={where}: no {CONFIG} there; mllm-efficient train writes such a folder") from None
     except ValueError:
-        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON") from None
+        raise MllmEfficientError(f"weights={where}: {CONFIG} is not JSON that can be read") from None
     if not _describes_a_method(config):
         raise MllmEfficientError(f"weights={where}: {CONFIG} describes no trained method")
     return Folder(path, config)
@@ -61,7 +60,7 @@ def open_folder(where: str) -> Folder:
 def read_compression(path: Path) -> dict[str, Any]:
     """What ``compression.json`` in a folder says. Raises ``MllmEfficientError`` for one that is damaged."""
     try:
-        about = json.loads((path / COMPRESSION).read_text())
+        about = read_json(path / COMPRESSION)
     except (OSError, ValueError) as error:
         raise MllmEfficientError(f"{path / COMPRESSION} cannot be read ({error})") from None
     if not isinstance(about, dict) or not isinstance(about.get("method"), dict):
@@ -72,7 +71,7 @@ def read_compression(path: Path) -> dict[str, Any]:
 def exported(path: Path) -> dict[str, Any] | None:
     """The method that a folder of ``mllm-efficient export`` is served with, without what requests may ask for; None for others."""
     try:
-        served = json.loads((path.expanduser() / CONFIG).read_text()).get(SERVED)
+        served = read_json(path.expanduser() / CONFIG).get(SERVED)
     except (OSError, ValueError, AttributeError):
         return None
     return {k: v for k, v in served.items() if k != "allowed_tokens"} if isinstance(served, dict) else None

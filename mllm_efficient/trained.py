@@ -16,8 +16,9 @@ from . import __version__
 from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
-from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError
+from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError, shortened
 from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
+from .parsing import read_json
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
@@ -131,6 +132,8 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
         raise MllmEfficientError(f"{folder.path} is a {part} {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
     if odd:
         raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
+    if isinstance(method, Projector):
+        _check_sizes(adapter, method, {k: v for k, v in sizes.items() if k not in ("inputs", "outputs")}, folder.path / WEIGHTS)
     return folder
 
 
@@ -160,12 +163,14 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         if folder is not None and method.has_router and config != sizes:
             raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
         config = config or sizes
+    if folder is not None and method.family == "L":
+        _check_sizes(adapter, method, config, folder.path / WEIGHTS)
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
         if not like.is_meta:
             torch.manual_seed(0)
         module = method.module(*adapter.widths(method), **config)
     if folder is not None:
-        _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
+        module.load_state_dict(_read(folder.path / WEIGHTS))
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
     delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
     return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta)
@@ -242,15 +247,25 @@ def module_of(adapter: Any, method: Projector) -> nn.Module:
     return made.module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Loads a state; every key must be there and none may be left over."""
-    own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    odd = [k for k in own if k in state and own[k].shape != state[k].shape]
+def _check_sizes(adapter: Any, method: Any, config: dict[str, Any], path: Path) -> None:
+    """Raises where what a folder's configuration describes is not what its weights are, before any memory is taken for it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with torch.device("meta"):
+            own = {k: list(v.shape) for k, v in method.module(*adapter.widths(method), **config).state_dict().items()}
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise MllmEfficientError(f"{path.parent / CONFIG}: no {method.name} has these sizes: {shortened(error, 160)}") from error
+    try:
+        with safe_open(path, "pt") as file:
+            there = {k: list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    missing, extra = sorted(set(own) - set(there)), sorted(set(there) - set(own))
+    odd = [k for k in own if k in there and own[k] != there[k]]
     if missing or extra or odd:
         wrong = {"lacks": missing, "has unknown": extra, "has a wrong size of": odd}
         raise MllmEfficientError(f"{path} " + " and ".join(f"{what} {', '.join(keys)}" for what, keys in wrong.items() if keys))
-    module.load_state_dict(state)
 
 
 def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -291,9 +306,9 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """W + alpha / r B A for every matrix of a LoRA, as PEFT saves one."""
     state = _read(folder / LORA_DELTA)
     try:
-        config = json.loads((folder / LORA_CONFIG).read_text())
+        config = read_json(folder / LORA_CONFIG)
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise MllmEfficientError(f"{folder / LORA_CONFIG} is not a LoRA's configuration ({error})") from None
     left, out = set(state), {}
     for key, a in state.items():

@@ -333,10 +333,12 @@ def test_an_image_or_a_text_that_changed_is_not_mixed_in(loaded, data, tmp_path)
     ('{"messages": [{"role": "user", "content": 3}]}', "no text 'content', and no list of parts"),
     ('{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', "no image file"),
     ('{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "has a part 'video': parts are"),
-    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "answer": "z"}', "both an answer and a last message"),
+    ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "answer": "z"}',
+     "both an answer and a last message"),
     ('{"images": ["0.png"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}]}',
      "2 <image> in the questions, and 1 image(s) are given"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]}', "1 <image> in the questions, and 0 image(s) are given"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]}',
+     "1 <image> in the questions, and 0 image(s) are given"),
 ])  # fmt: skip
 def test_a_bad_line_is_one_line_that_names_it_before_a_model_is_loaded(capsys, data, line, says, monkeypatch):
     monkeypatch.setattr("mllm_efficient.models.load", lambda *a: pytest.fail("a model was loaded"))

@@ -76,7 +76,8 @@ def test_every_cell_has_what_eval_says_and_its_flops(finished, data, capsys):
     assert "accuracy" not in rows[2]["agreement"] and rows[2]["metric"] == "normalised_match"
     assert rows[2]["score"] == found["normalised_match"]["score"] < 100 and rows[2]["visual_tokens_kept"] == 9
     assert rows[0]["flops_ratio"] == 1 and all(r["flops_ratio"] < 1 for r in rows[1:])
-    same = ("suite", "data", "questions", "questions_fingerprint", "text_only", "with_answer", "max_new_tokens", "normalisation", "weights")
+    assert meta["data"] == "../requests.jsonl" and theirs["meta"]["data"] == "requests.jsonl"  # from the run's folder, if it has one
+    same = ("suite", "questions", "questions_fingerprint", "text_only", "with_answer", "max_new_tokens", "normalisation", "weights")
     assert {k: meta[k] for k in same} == {k: theirs["meta"][k] for k in same} and (meta["questions"], meta["text_only"]) == (7, 1)
 
 
@@ -170,7 +171,7 @@ def test_a_picture_that_has_moved_is_a_line_in_the_report_of_sweep_and_eval(tmp_
     capsys.readouterr()
     for run, name in (("sweep", "report.json"), ("eval", "results.json")):
         entries = json.loads((tmp_path / run / name).read_text())["meta"]["worst"]
-        gone = Path(entries[0]["images"][0])
+        gone = tmp_path / entries[0]["images"][0]
         there = gone.read_bytes()
         for content in (None, b"no picture"):
             gone.unlink(missing_ok=True)
@@ -178,7 +179,7 @@ def test_a_picture_that_has_moved_is_a_line_in_the_report_of_sweep_and_eval(tmp_
                 gone.write_bytes(content)
             assert main(["report", str(tmp_path / run), "--format", "html"]) == 0
             html = capsys.readouterr().out
-            assert html.count(f"picture not found: {gone}") == 1
+            assert html.count(f"picture not found: {gone.name}") == 1
             assert html.count("data:image/jpeg;base64,") == len({e["id"] for e in entries}) - 1
         gone.write_bytes(there)
 
@@ -207,7 +208,7 @@ def test_a_run_of_eval_without_images_is_one_line(tmp_path, capsys):
         (["--split", "test"], "--split has no effect with --data"),
         (["--turns", "2"], "No such option: --turns"),
         (["--limit", "0"], "--limit"),
-        (["--data", "absent.jsonl"], "--data: no file absent.jsonl"),
+        (["--data", "absent.jsonl"], "cannot read the data absent.jsonl: No such file"),
         (["--data", "words.jsonl"], "has an image, so there is nothing to compress"),
         (["--data", "broken.jsonl"], "broken.jsonl line 1: not JSON"),
     ],

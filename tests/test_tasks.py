@@ -45,6 +45,21 @@ def light(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
+def test_pictures_of_a_sample_are_read_by_the_package_before_its_task_converts_them():
+    from PIL import Image
+
+    from mllm_efficient.eval.lmms.adapter import content_of, upright
+
+    deep = Image.fromarray(np.full((20, 20), 4000, np.uint16))
+    doc = {"image": Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "more": [deep], "question": "what ?", "id": 3}
+    asked = [upright(doc), upright(doc, "auto")]
+    for found, dark in zip(asked, (15, 0)):
+        pictures = [p.convert("RGB") for p in (found["image"], found["more"][0])]  # as stock tasks do
+        messages = [{"role": "user", "content": [{"type": "image", "url": p} for p in pictures]}]
+        seen = [p.getpixel((0, 0)) for p in content_of(messages, "x").pictures]
+        assert seen == [(255, 255, 255), (dark,) * 3] and (found["question"], found["id"]) == ("what ?", 3)
+
+
 # ------------------------------------------------------------------------------------------------------ equal scores
 
 

@@ -83,7 +83,8 @@ class Asker:
     """Answers requests in batches of alike ones, out of the cache where it holds them; a subclass says how a batch is answered.
 
     on_error: "raise" stops at the first request that fails; "record" answers it with nothing and says why. A batch that
-    fails as a whole is asked again one by one, which ``say`` is told. progress: called with the number answered.
+    fails as a whole is asked again one by one, which ``say`` is told. progress: called with the number answered. image_range: of
+    pictures of more than 8 bits.
     """
 
     batch_size: int = 1
@@ -92,6 +93,7 @@ class Asker:
     cache: AnswerCache | None = None
     progress: Callable[[int], Any] = lambda n: None
     say: Callable[[str], Any] = lambda text: None
+    image_range: str = "full"
 
     @property
     def settings(self) -> dict[str, Any]:

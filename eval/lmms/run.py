@@ -49,6 +49,7 @@ class TaskOptions:
     reference: str | None = None
     servers: tuple[str, ...] = ()
     server_model: str | None = None
+    image_range: str = "full"
 
 
 @dataclass
@@ -221,6 +222,7 @@ def run_of(
         return ModelAsker(
             asked.batch_size, asked.max_new_tokens or MAX_NEW_TOKENS, asked.on_error, cache,
             loaded=loaded, method=cell.method, image_padding=asked.image_padding, prompt_format=asked.prompt_format,
+            image_range=asked.image_range,
         )  # fmt: skip
 
     return TaskRun(

@@ -48,6 +48,7 @@ def sweep(
     tasks: options.Tasks = None,
     data_root: options.DataRoot = None,
     image_padding: options.ImagePadding = None,
+    image_range: options.ImageRange = "full",
     prompt_format: options.PromptFormat = None,
     data: Annotated[Path | None, typer.Option("--data", help="Your own requests, as eval takes them; answers are not needed.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="test (the default), or val for tuning.")] = None,
@@ -101,6 +102,8 @@ def sweep(
         raise MllmEfficientError(f"--match {match} is not known: flops is")
     if max_drop != max_drop:
         raise MllmEfficientError("--max-drop is a number of points, such as 1.0")
+    if data is None and not public and image_range != "full":
+        raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
     size = picture_size(image_size)
 
     from ..eval.asked import Benchmark, OwnRequests
@@ -116,7 +119,7 @@ def sweep(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
         processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
-    requests = None if data is None else read_requests(data, limit)
+    requests = None if data is None else read_requests(data, limit, image_range)
     if requests is not None and not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
     wanted: Any = None
@@ -130,7 +133,7 @@ def sweep(
         limit = limit or usual
         wanted = TaskOptions(
             names, limit, batch_size or 1, data_root, image_padding=image_padding, prompt_format=prompt_format or "template",
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens, image_range=image_range,
         )  # fmt: skip
         host, named = checked(wanted)
     plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)

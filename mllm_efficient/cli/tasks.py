@@ -190,6 +190,7 @@ def on_servers(
         ("--cache", asked.cache is not None, "a server does not say what it compresses, so its answers cannot be told apart later"),
         ("--image-padding", asked.image_padding is not None, "the server processes the images"),
         ("--prompt-format", asked.prompt_format != "template", "the server writes the prompt"),
+        ("--image-range", asked.image_range != "full", "the server gets pictures of 8 bits by the usual rule"),
     ):
         if given:
             raise MllmEfficientError(f"{name} has no effect with --server: {why}")

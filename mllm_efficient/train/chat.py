@@ -101,7 +101,7 @@ class Chat:
         begin = len(prompt) if gap is None else gap.end()
         if not text.startswith(prompt) or not text.startswith(answer, begin):
             raise MllmEfficientError(
-                f"{record.name}: in the chat template of {self.name} the answer {shortened(answer, 40)!r} does not follow its prompt unchanged"
+                f"{record.name}: in the chat template of {self.name} the answer {shortened(answer, 40)!r} does not follow its prompt"
             )
         return len(prompt), begin + len(answer)
 

@@ -124,9 +124,7 @@ def _cut(row: dict[str, Tensor], max_length: int | None, chat: Chat, name: str) 
     out = {key: value[:max_length] for key, value in row.items()}
     if not (out["labels"] != IGNORED).any():
         begins = 1 + int((row["labels"] != IGNORED).nonzero()[0])
-        raise MllmEfficientError(
-            f"{name}: max_length={max_length} cuts all of its answers, the first of which begins at token {begins}: raise it"
-        )
+        raise MllmEfficientError(f"{name}: max_length={max_length} cuts all of its answers, the first of which begins at token {begins}")
     return out
 
 

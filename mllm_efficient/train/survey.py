@@ -90,7 +90,7 @@ class _Tokens:
 
 
 def _spread(chat: Chat, sizes: tuple[tuple[int, int], ...], adapter: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(images,) columns that each image's token becomes, and those of them that are visual tokens, in a prompt with images of these sizes."""
+    """(images,) columns that each image's token becomes in a prompt with images of these sizes, and how many are visual tokens."""
     from PIL import Image
 
     if not sizes:

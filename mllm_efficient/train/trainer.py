@@ -75,7 +75,10 @@ class CountTrainer(Trainer):
         if SKIPPED in inputs:
             self.skipped = self.skipped + inputs.pop(SKIPPED).sum().to(self.skipped.device)
         seed = [self.draw_seed, *self.micro, self.args.process_index]
-        out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+        try:
+            out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+        except NotFiniteError as error:
+            raise MllmEfficientError(f"stage {self.stage.name}, step {self.micro[0] + 1}: the training diverged: {error}") from error
         if self.stage.objective == "answers" and not int(out["asked"]):
             raise MllmEfficientError(
                 f"stage {self.stage.name}, step {self.micro[0] + 1}: no token of the batch has a label, so there is nothing to learn"
@@ -106,7 +109,8 @@ class CountTrainer(Trainer):
             self.routed = None
         if self.data.on_bad == "skip":
             logs["skipped"] = int(self.accelerator.reduce(self.skipped.to(self.accelerator.device), "sum"))
-            self.skipped, self.skipped_in_all = torch.zeros_like(self.skipped), self.skipped_in_all + logs["skipped"]
+            self.skipped_in_all += int(logs["skipped"])
+            self.skipped = torch.zeros_like(self.skipped)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
