@@ -351,6 +351,13 @@ def test_the_ceiling_is_what_the_text_alone_takes_with_the_tower_still_running()
     assert ceiling(base, text, batch_size=1, output_tokens=32) is None
 
 
+def test_a_ceiling_below_1_is_not_measurable():
+    base = arm_with(e2e_ms=[10.0], ttft_ms=[8.0], vision_ms=[2.0], prefill_ms=[3.0])
+    text = arm_with(TEXT_ONLY, "text-only", e2e_ms=[9.0], ttft_ms=[5.0])
+    found = ceiling(base, text, batch_size=1, output_tokens=4)
+    assert found["gain_at_most"] < 1 and "you gain at most not measurable (to the first token 1.1x; 1.1x end to end" in found["line"]
+
+
 def test_the_ceiling_is_measured_on_the_text_only_prompt(charged):
     loaded, clock = charged
     _, meta = run(loaded, clock=clock)

@@ -43,7 +43,18 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table, unscaled, without_partner
+    from ..eval.lmms.rows import (
+        MEANING,
+        beside,
+        detail_table,
+        missing,
+        reference_table,
+        rows_of,
+        task_table,
+        unscaled,
+        without_interval,
+        without_partner,
+    )
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     cells = [] if asked.servers else cells_of(specs)  # before data are read
@@ -66,7 +77,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     published = [] if reference is None else beside(rows, reference)
     meta = {
         **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
-        "on_error": asked.on_error, "meaning": MEANING,
+        "on_error": asked.on_error, "interval": "95%, 2000 paired resamples of images", "meaning": MEANING,
         "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
         "model_calls": run.calls,
         "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
@@ -97,7 +108,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
                 print(line)
             if asked.limit is not None:
                 print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
-    for line in unscaled(rows):
+    for line in [*unscaled(rows), *without_interval(rows)]:
         options.say(line)
     alone = [] if asked.servers else without_partner(rows)
     if alone:

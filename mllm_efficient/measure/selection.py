@@ -79,7 +79,7 @@ MEANING = {
     "naive_loop_ms": "that loop on distances that are there",
     "batch_ms": f"on CUDA: {BATCH} images at once, features gathered too",
     "torch_loop_ms": "on CUDA: the picks of loop_ms without the fused kernel",
-    "select_over_product": "paired ratio, median with the central 95% of resampled medians; the others alike",
+    "select_over_product": "paired ratio, median, and 95% over medians of resampled repeats; the others alike",
 }
 
 

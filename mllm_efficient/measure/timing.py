@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from mllm_efficient.eval.stats import interval, picks
+
 T = TypeVar("T")
-RESAMPLES = 2000
 
 
 class Clock:
@@ -188,13 +189,12 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int] |
 def paired(over: Sequence[float], under: Sequence[float], seed: int = 0) -> dict[str, float | int] | None:
     """The median of ratios over / under of the same repeat: ``{median, low, high, n}``.
 
-    low, high: the central 95% of the medians of resampled repeats. None where a side has no samples.
+    low, high: 95% over resampled repeats, of their medians. None where a side has no samples.
     """
     if not over or not under:
         return None
     if len(over) != len(under):
         raise ValueError(f"{len(over)} and {len(under)} samples are not pairs")
     ratios = np.asarray(over, dtype=float) / np.asarray(under, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
-    return {"median": round(float(np.median(ratios)), 5), "low": round(float(low), 5), "high": round(float(high), 5), "n": len(ratios)}
+    low, high = interval(np.concatenate([np.median(ratios[drawn], axis=1) for drawn in picks(len(ratios), seed)]), len(ratios))
+    return {"median": round(float(np.median(ratios)), 5), "low": round(low, 5), "high": round(high, 5), "n": len(ratios)}
