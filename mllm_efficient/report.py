@@ -58,7 +58,8 @@ class CompressionReport:
     """One call. ``images`` in prompt order; ``stages`` are the methods that ran, as ``to_dict()`` gives them.
 
     ``tokens_per_layer``: visual tokens of the whole batch at each decoder layer. ``compress_seconds`` is the method's
-    own time, without the vision tower (0.0 where nothing was compressed). An empty ``images`` is a text-only call.
+    own time, without the vision tower (0.0 where nothing was compressed): the device's on CUDA, elsewhere the
+    host's. An empty ``images`` is a text-only call.
     """
 
     images: tuple[ImageReport, ...] = ()

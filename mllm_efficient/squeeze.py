@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from .compressors.base import Compressor
 from .errors import CountMismatchError
 from .layout import require
 from .plan import Group, Plan
+from .stopwatch import Stopwatch
 from .tokens import CompressedTokens, Plane, VisualTokens
 
 
@@ -47,21 +47,12 @@ class Squeezed:
 def squeeze_all(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
 ) -> tuple[list[Squeezed], float]:
-    """Every item compressed as on its own, and the seconds that took on the device, for which the host waits once."""
-    cuda = bool(encodings) and encodings[0].features.is_cuda
-    if cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(encodings[0].features.device)
-        begin.record(stream)
-    started = time.perf_counter()
+    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the host waits once."""
+    watch = Stopwatch(encodings[0].features.device if encodings else None)
     parts = _compress(method, plans, encodings, contexts)
-    seconds = time.perf_counter() - started
-    if cuda:
-        end.record(stream)
+    watch.stop()
     parts = _indices_on_cpu(parts)
-    if cuda:
-        end.synchronize()
-        seconds = begin.elapsed_time(end) / 1000
+    seconds = watch.seconds()
     return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
 
 

@@ -79,7 +79,7 @@ def measure(
             turns[arm.name] += 1  # the same requests for all, new ones in every repeat
             return _run(arm, load, concurrency, load.seed + turns[arm.name], ask)
 
-        interleave(arms, turn, warmup=load.warmup, repeats=load.repeats, done=done)
+        interleave(arms, turn, warmup=load.warmup, repeats=load.repeats, seed=load.seed, done=done)
         base = arms[0]
         for arm in arms:
             if arm.failed is None:

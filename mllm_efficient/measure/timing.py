@@ -119,21 +119,39 @@ class Series:
 S = TypeVar("S", bound=Series)
 
 
-def interleave(
-    arms: Sequence[S], turn: Callable[[S], dict[str, float]], *, warmup: int, repeats: int, done: Callable[[], object] = lambda: None
-) -> None:
-    """One turn of each arm after the other, again and again (A B A B); the first ``warmup`` rounds are thrown away.
+ORDER = "in turn in every repeat, each order drawn by the seed and then taken backwards"
 
-    An arm that raises is marked failed and left out from then on; the others go on. Garbage is collected between
-    turns and never within one.
+
+def interleave(
+    arms: Sequence[S],
+    turn: Callable[[S], dict[str, float]],
+    *,
+    warmup: int,
+    repeats: int,
+    seed: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """One turn of each arm after the other, again and again; the first ``warmup`` rounds are thrown away.
+
+    A round's order is drawn, and the next round takes it backwards: what becomes slower from turn to turn (a machine that warms up)
+    is as often before another as behind it. An arm that raises is marked failed and left out from then on; the others go on. Garbage
+    is collected between turns and never within one.
     """
-    for round_ in range(warmup + repeats):
-        for arm in arms:
+    for round_, order in enumerate(orders(len(arms), warmup + repeats, seed)):
+        for arm in (arms[i] for i in order):
             if arm.failed is None:
                 sample = attempt(arm, partial(turn, arm))
                 if sample is not None and round_ >= warmup:
                     arm.add(sample)
             done()
+
+
+def orders(arms: int, rounds: int, seed: int = 0) -> Iterator[list[int]]:
+    """The places of the arms in each round."""
+    rng, order = np.random.default_rng(seed), list[int]()
+    for round_ in range(rounds):
+        order = order[::-1] if round_ % 2 else rng.permutation(arms).tolist()
+        yield order
 
 
 def attempt(arm: Series, work: Callable[[], T]) -> T | None:
@@ -191,7 +209,7 @@ def paired(over: Sequence[float], under: Sequence[float], seed: int = 0) -> dict
 
     low, high: 95% over resampled repeats, of their medians. None where a side has no samples.
     """
-    if not over or not under:
+    if not len(over) or not len(under):
         return None
     if len(over) != len(under):
         raise ValueError(f"{len(over)} and {len(under)} samples are not pairs")
