@@ -15,7 +15,7 @@ from ..sweep import Cell
 from ..table import OVERALL
 from .host import Task
 from .run import TaskRun
-from .scores import RIGHT, known, primary, top_of
+from .scores import RIGHT, YES_NO, known, neither, primary, top_of
 from .server import ServerCell
 
 MEANING = {
@@ -23,6 +23,7 @@ MEANING = {
     "difference": "score minus the baseline's, in points; difference_interval: 95% over 2,000 paired resamples of images, of the metric "
     "that counts; interval_missing says why there is none",
     "retention": "percent of the baseline's score; overall: the mean over tasks",
+    "neither": "answers to questions of yes or no that begin with another word",
     "hard": "score on the samples that the baseline gets right and resize at the same budget gets wrong, of which there are hard_n",
 }
 Samples = dict[str, dict[str, Any]]
@@ -84,7 +85,7 @@ def _row(
         "retention": _round(100 * value / other) if higher and value is not None and other else None,
         "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
-        "prompt_tokens": _mean(samples, "input_tokens"),
+        "prompt_tokens": _mean(samples, "input_tokens"), "neither": _neither(samples),
     }  # fmt: skip
 
 
@@ -177,6 +178,13 @@ def _scores(rows: Samples, metric: str) -> dict[str, float]:
     return {i: r["scores"][metric] for i, r in rows.items() if metric in r["scores"]}
 
 
+def _neither(samples: Samples) -> int | None:
+    """Answers to questions of yes or no that are neither; None for other tasks."""
+    if not samples or any(str(r.get("expected")).strip().lower() not in YES_NO for r in samples.values()):
+        return None
+    return neither([r["answer"] or "" for r in samples.values()])
+
+
 def _mean(rows: Samples, key: str) -> float | None:
     values = [r[key] for r in rows.values() if r.get(key) is not None]
     return _round(sum(values) / len(values)) if values else None
@@ -207,6 +215,11 @@ def without_interval(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{task} has no interval: {why}" for task, why in found if why is not None]
 
 
+def notes(tasks: Sequence[str]) -> list[str]:
+    """What a reader of the tasks' numbers should know, a line each."""
+    return [f"{title(t)}: {known()[t].note}" for t in tasks if t in known() and known()[t].note]
+
+
 def without_partner(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The arms of a model that have no ``resize`` at the same budget, and so no hard samples."""
     arms = dict.fromkeys(r["method"] for r in rows if r["role"] == METHOD and r["task"] == OVERALL)
@@ -220,7 +233,21 @@ def without_partner(rows: Sequence[dict[str, Any]]) -> list[str]:
 def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: the metric that counts of every arm, task after task. Columns that nothing fills are left out."""
     rows = [r for r in rows if r["primary"]]
-    header = ["task", "metric", "method", "tokens", "prompt", "value", "score", "vs baseline [95%]", "retention", "hard", "n", "failed"]
+    header = [
+        "task",
+        "metric",
+        "method",
+        "tokens",
+        "prompt",
+        "value",
+        "score",
+        "vs baseline [95%]",
+        "retention",
+        "hard",
+        "n",
+        "neither",
+        "failed",
+    ]
     lines = []
     for r in rows:
         base = r["role"] == "baseline"
@@ -229,7 +256,7 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             [
                 title(r["task"]), r["metric"], r["method"], _one(r["visual_tokens_kept"], "g"), _one(r["prompt_tokens"], ".0f"),
                 _one(r["value"], ".4g"), _one(r["score"]), "" if base else _signed(r), "" if base else _one(r["retention"], ".1f", "%"),
-                hard, str(r["n"]), str(r["failures"] or ""),
+                hard, str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
             ]
         )  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]

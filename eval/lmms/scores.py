@@ -16,6 +16,7 @@ import numpy as np
 from ..stats import grouped, picks
 
 RIGHT = 0.5  # a sample's score above which it counts as right
+YES_NO = ("yes", "no")
 SAID = ("pred", "prediction", "parsed_pred")
 CIRCLE = 1_000_000  # what MMBench adds to a question's index for each other order of its choices
 WHOLE = ("average", "overall", "total", "_all")
@@ -25,13 +26,15 @@ CLOSE = 1e-5  # some tasks round their metric to so much
 @dataclass(frozen=True)
 class Known:
     """A task whose scale is known. metric: the one that counts. top: of each metric the value that is 100 percent. per: what the
-    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together."""
+    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together. note: what a
+    reader of its numbers should know."""
 
     metric: str
     title: str
     top: dict[str, float]
     pairs: bool = False
     per: int | None = None
+    note: str | None = None
 
 
 @functools.cache
@@ -40,7 +43,7 @@ def known() -> dict[str, Known]:
     import yaml
 
     content = yaml.safe_load((files("mllm_efficient.configs") / "benchmarks.yaml").read_text())
-    return {name: Known(e["metric"], e["title"], e.get("top", {}), e.get("pairs", False), e.get("per")) for name, e in content.items()}
+    return {name: Known(**{"top": {}, **entry}) for name, entry in content.items()}
 
 
 def primary(task: str, higher: dict[str, bool]) -> str:
@@ -84,6 +87,13 @@ def sample_score(value: Any) -> float | None:
     if circular(value):
         return float(_choice(value) == answer)
     return float(str(said).strip().lower() == answer.strip().lower())
+
+
+def neither(answers: Sequence[str]) -> int:
+    """How many answers begin with another word than yes or no. Some tasks count "None" and "Not sure" as no."""
+    from ..runner import first_word
+
+    return sum(first_word(a) not in YES_NO for a in answers)
 
 
 def circular(item: Any) -> bool:
