@@ -64,6 +64,7 @@ class Agreement(Harness):
     def config(self) -> dict[str, Any]:
         data = str(self.data.resolve()) if self.data is not None else None
         how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
+        how["batch_size"] = self.batch_size
         return {**how, **environment(self.loaded)}
 
     @property

@@ -122,6 +122,11 @@ def test_a_stopped_sweep_says_how_far_it_came_and_goes_on(finished, data, tmp_pa
 
     monkeypatch.setattr(Agreement, "answers", stops)
     assert main(sweep(data, tmp_path)) == 130
+    said = capsys.readouterr().err
+    assert (
+        f"stopped: 32 of 49 answers are finished: the same command goes on from what {tmp_path} holds" in said
+        and "there already" not in said
+    )
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"method": "none", "id"')  # torn by a kill
     capsys.readouterr()
@@ -132,7 +137,10 @@ def test_a_stopped_sweep_says_how_far_it_came_and_goes_on(finished, data, tmp_pa
     assert len(err.strip().splitlines()) == 1
     monkeypatch.setattr(Agreement, "answers", real)
     before = (tmp_path / "samples.jsonl").read_text().rpartition("\n")[0]
+    assert main(sweep(data, tmp_path, "--batch-size", "3")) == 2
+    assert "batch_size: 4 there, 3 now" in capsys.readouterr().err
     assert main(sweep(data, tmp_path)) == 0
+    assert "32 of 49 answers are there already" in capsys.readouterr().err
     assert (tmp_path / "samples.jsonl").read_text().startswith(before) and report(tmp_path)["rows"] == report(finished)["rows"]
 
 

@@ -110,7 +110,14 @@ class TaskRun:
     @property
     def config(self) -> dict[str, Any]:
         harness = {"lmms_eval": version("lmms_eval"), "datasets": version("datasets")}
-        return {"suite": "tasks", "limit": self.limit, "resampled_by": "image", **self.how, "harness": harness}
+        return {
+            "suite": "tasks",
+            "limit": self.limit,
+            "resampled_by": "image",
+            "batch_size": self.batch_size,
+            **self.how,
+            "harness": harness,
+        }
 
     @property
     def arms(self) -> list[str]:
@@ -127,6 +134,11 @@ class TaskRun:
     @property
     def total(self) -> int:
         return len(self.cells) * sum(self.asked_of(t) for t in self.tasks)
+
+    @property
+    def done(self) -> int:
+        """Answers that are recorded already."""
+        return sum(self.asked_of(t) for t in self.tasks for c in self.cells if (c.spec, t.name) in self.records)
 
     def answer_all(self) -> list[dict[str, Any]]:
         """Runs what is not finished yet; the records of this run's samples. ``summary`` has the scores."""
