@@ -67,6 +67,7 @@ class Agreement(Harness):
     def config(self) -> dict[str, Any]:
         data = None if self.data is None else os.path.relpath(self.data, self.output_dir or self.data.parent)
         how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
+        how["batch_size"] = self.batch_size
         return {**how, **environment(self.loaded)}
 
     @property

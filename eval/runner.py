@@ -50,7 +50,8 @@ class Run(Harness):
     @property
     def config(self) -> dict[str, Any]:
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
-        return {"suite": "builtin", **form, "image_size": self.size, "max_new_tokens": self.max_new_tokens, **environment(self.loaded)}
+        how = {"image_size": self.size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        return {"suite": "builtin", **form, **how, **environment(self.loaded)}
 
     @property
     def named_arms(self) -> list[tuple[str, Compressor | None]]:

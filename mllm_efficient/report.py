@@ -58,8 +58,9 @@ class CompressionReport:
     """One call. ``images`` in prompt order; ``stages`` are the methods that ran, as ``to_dict()`` gives them.
 
     ``tokens_per_layer``: visual tokens of the whole batch at each decoder layer. ``compress_seconds`` is the method's
-    own time, without the vision tower (0.0 where nothing was compressed). An empty ``images`` is a text-only call, or one with
-    ``compression=None``, which is ``off``. unwrapped: the method was taken off the model since, so that nothing is compressed now.
+    own time, without the vision tower (0.0 where nothing was compressed): the device's on CUDA, elsewhere the host's. An empty
+    ``images`` is a text-only call, or one with ``compression=None``, which is ``off``. unwrapped: the method was taken off the
+    model since, so that nothing is compressed now.
     """
 
     images: tuple[ImageReport, ...] = ()

@@ -243,12 +243,24 @@ def _data(
 
 
 def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
-    """Every answer, with a progress bar where it is shown and there is a terminal."""
+    """Every answer, with a progress bar where it is shown and there is a terminal.
+
+    Says how many are there from before; on Ctrl-C, how to go on.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
-        run.progress = bar.update
-        return run.answer_all()
+    if shown and run.done:
+        options.say(f"{run.done} of {run.total} answers are there already")
+    try:
+        with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
+            run.progress = bar.update
+            return run.answer_all()
+    except KeyboardInterrupt:
+        kept = f"{run.done} of {run.total} answers are finished: the same command goes on from what {run.output_dir} holds"
+        lost = "nothing is kept without --output-dir"
+        if shown:
+            options.say(f"stopped: {lost if run.output_dir is None else kept}")
+        raise
 
 
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:

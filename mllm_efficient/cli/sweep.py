@@ -31,8 +31,8 @@ OF_TASKS = """\
 prompt of --image-size, --text-tokens and --output-tokens; ratios are paired with the 95% interval."""
 OF_PROMPT = """\
 FLOPs (percent of none's) and times (medians; quartiles are in the report) are of one prompt of --image-size, --text-tokens
-and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound is what stands
-in brackets. The requests that are farthest from the uncompressed model are in the report."""
+and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound, for all cells at
+once, is what stands in brackets. The requests that are farthest from the uncompressed model are in the report."""
 
 
 def sweep(
@@ -201,7 +201,7 @@ def run(
     """Rows, meta, and eval's table of categories."""
     from tqdm import tqdm
 
-    from ..eval.report.recommend import recommend
+    from ..eval.report.recommend import bounded, decided_by, recommend
     from ..eval.sweep import BenchFile, begin, bench_config, time_all, write_json
     from ..measure.machine import busy
 
@@ -221,6 +221,8 @@ def run(
         if warning:
             options.say(warning)
     rows = [_row(c, scores.get(c.spec), records, flops, timings.get(c.spec), bool(plan)) for c in cells]
+    if rows[0]["failed"] is None:
+        bounded(rows, asked.differences(records, decided_by(rows[0])))
     budget = middle(rows)
     shown = [c for c in able if c.asked == budget and not next(r for r in rows if r["method"] == c.spec)["failed"]]
     pictures = asked.pictures(records, [c.method for c in shown])
