@@ -218,7 +218,8 @@ def sliding(kind, **settings):
 
 
 @pytest.mark.parametrize(("kind", "settings", "windows"), [
-    ("Mistral", {"sliding_window": 8}, (8, 8, 8)), ("Mistral", {"sliding_window": None}, ()), ("Mistral", {"sliding_window": 400}, (400,) * 3),
+    ("Mistral", {"sliding_window": 8}, (8, 8, 8)), ("Mistral", {"sliding_window": None}, ()),
+    ("Mistral", {"sliding_window": 400}, (400,) * 3),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (0, 8, 8)), ("Qwen2", {"sliding_window": 8}, ()),
     ("Gemma2", {"sliding_window": 8}, (8, 0, 8)),
 ])  # fmt: skip
