@@ -111,6 +111,19 @@ def test_pictures_go_to_the_prompt_that_has_their_placeholders():
         model_inputs(processor, prompts, pictures[:2])
 
 
+def test_servers_that_tile_in_another_way_are_named_beside_the_numbers(folder):
+    """A LLaVA-OneVision, by the folder that the server says it has the model from, or by name, asked with several pictures at once."""
+    from mllm_efficient.eval.lmms.server import ServerCell, tiling_note
+
+    def cell(**about):
+        return ServerCell(me.build("none"), "baseline", name="full", url="http://localhost:1/v1", **about)
+
+    by_folder, by_name = cell(model="m", root=str(folder("llava_onevision"))), cell(model="llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    for one in (by_folder, by_name):
+        assert tiling_note([one], True).startswith("full: vLLM tiles every one of several pictures") and tiling_note([one], False) is None
+    assert tiling_note([cell(model="onevision", root=str(folder("qwen2_vl"))), cell(model="tiny")], True) is None
+
+
 # ------------------------------------------------------------------------------------------------ pixel budgets
 
 
@@ -218,7 +231,8 @@ def sliding(kind, **settings):
 
 
 @pytest.mark.parametrize(("kind", "settings", "windows"), [
-    ("Mistral", {"sliding_window": 8}, (8, 8, 8)), ("Mistral", {"sliding_window": None}, ()), ("Mistral", {"sliding_window": 400}, (400,) * 3),
+    ("Mistral", {"sliding_window": 8}, (8, 8, 8)), ("Mistral", {"sliding_window": None}, ()),
+    ("Mistral", {"sliding_window": 400}, (400,) * 3),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (0, 8, 8)), ("Qwen2", {"sliding_window": 8}, ()),
     ("Gemma2", {"sliding_window": 8}, (8, 0, 8)),
 ])  # fmt: skip
