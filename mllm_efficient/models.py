@@ -233,7 +233,7 @@ def environment(loaded: Loaded) -> dict[str, Any]:
     return {
         "model": options.model,
         "weights": fingerprint(loaded),
-        "adapter": None if adapter is None else {"folder": adapter, "weights": adapters.fingerprint(adapter)},
+        "adapter": None if adapter is None else {"name": Path(adapter).name, "weights": adapters.fingerprint(adapter)},
         "device": f"{model.device} ({device}, {os.cpu_count()} cores)",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config.get_text_config()._attn_implementation,

@@ -282,7 +282,7 @@ def test_a_lora_folder_is_a_model_and_an_adapter(capsys, folder, lora, picture):
         assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[3], atol=0.1)
         torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
     about = environment(by_model)["adapter"]
-    assert about == environment(by_option)["adapter"] and about["folder"] == str(lora) and environment(plain)["adapter"] is None
+    assert about == environment(by_option)["adapter"] and about["name"] == lora.name and environment(plain)["adapter"] is None
     assert main(["generate", "--model", str(lora), "--image", str(picture), "--prompt", "what ?", "--max-new-tokens", "1"]) == 0
     capsys.readouterr()
     counts = [cost(load_shape(str(f)), image_size=(70, 50)) for f in (base, lora)]
