@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ class Agreement(Harness):
         for request in self.samples:
             for arm in self.arms:
                 old = self.records.rows.get((arm, request.id))
+                if old is not None and old["error"] is None and request.answers:  # by the rule of today
+                    old["correct"] = matches(old["answer"], request.answers)
                 if old is not None and old["request"] != request.digest:
                     self.records.close()
                     raise MllmEfficientError(
@@ -62,8 +65,9 @@ class Agreement(Harness):
 
     @property
     def config(self) -> dict[str, Any]:
-        data = str(self.data.resolve()) if self.data is not None else None
+        data = None if self.data is None else os.path.relpath(self.data, self.output_dir or self.data.parent)
         how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
+        how["batch_size"] = self.batch_size
         return {**how, **environment(self.loaded)}
 
     @property
@@ -77,11 +81,12 @@ class Agreement(Harness):
 
     def head(self, arm: str, sample: Request) -> dict[str, Any]:
         head = {"method": arm, "id": sample.id, "request": sample.digest, "task": WITH_IMAGES if sample.images else TEXT_ONLY}
-        return head | {
+        head |= {
             "question": short(sample.question, 200),
-            "images": [str(p.absolute()) for p in sample.images],
+            "images": sample.record.shown(self.data.parent if self.data is not None else Path()),
             "expected": list(sample.answers) or None,
         }
+        return head | ({"extra": sample.record.extra} if sample.record.extra else {})
 
     @torch.no_grad()
     def refer(self, arm: str, batch: Sequence[Request]) -> None:

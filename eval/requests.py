@@ -1,155 +1,82 @@
-"""A user's own requests: one JSON object a line, with the paths of its images, its prompt or messages, perhaps its answer."""
+"""A user's own requests: the records of a file with what identifies each, and the prompt that each is for a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_efficient.errors import MllmEfficientError, did_you_mean
+from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.images import load_image
 from mllm_efficient.models import Loaded
+from mllm_efficient.records import MARKER, Record, read
 
-KEYS = ("id", "images", "prompt", "messages", "answer")
-ROLES = ("system", "user", "assistant")
+BETWEEN = " line "  # the words between file and line in messages
 
 
 @dataclass(frozen=True)
 class Request:
-    """One line of a file. images: in prompt order. prompt or messages: one of them. answers: what is right, if known.
+    """A record that is asked its last question. digest: a hash of all that is asked and right, the contents of the images included.
 
-    digest: a hash of all of it, the contents of the images included.
+    image_range: of pictures with more than 8 bits.
     """
 
-    id: str
-    line: int
-    images: tuple[Path, ...] = ()
-    prompt: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
-    answers: tuple[str, ...] = ()
+    record: Record
     digest: str = ""
+    image_range: str = "full"
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """Files, or bytes of files, in prompt order."""
+        return self.record.images
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What is right, if known."""
+        return self.record.answers
 
     @property
     def question(self) -> str:
         """What the user asks last, for tables."""
-        if self.prompt is not None:
-            return self.prompt
-        assert self.messages is not None
-        return " ".join(part["text"] for part in self.messages[-1]["content"] if part["type"] == "text")
+        return self.record.turns[-1][0].replace(MARKER, " ").strip()
 
     def pictures(self) -> list[Any]:
-        return [load_image(path) for path in self.images]
+        return [load_image(image, self.image_range) for image in self.images]
 
 
-def read_requests(path: Path, limit: int | None = None) -> list[Request]:
-    """The first ``limit`` requests of a file. Every line is checked, and every image of these requests is read.
+def read_requests(path: Path, limit: int | None = None, image_range: str = "full") -> list[Request]:
+    """The first ``limit`` requests of a file. Every record is checked, and every image of these requests is read.
 
-    Raises ``MllmEfficientError`` naming the line: no JSON object, unknown keys, neither or both of prompt and messages, an
-    image that is missing or cannot be read, messages with another number of images, an id that stands twice.
+    Raises ``MllmEfficientError`` naming the line of what is wrong (see ``records.read``), an image that cannot be read, an id that
+    stands twice.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise MllmEfficientError(f"--data: no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MllmEfficientError(f"--data: {path} cannot be read: {error}") from None
-    found: list[Request] = []
-    seen: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        wanted = limit is None or len(found) < limit
-        try:
-            request = _request(line, number, path.parent, wanted)
-            if request.id in seen:
-                raise MllmEfficientError(f"the id {request.id!r} stands on line {seen[request.id]} too")
-        except MllmEfficientError as error:
-            raise MllmEfficientError(f"{path} line {number}: {error}") from None
-        seen[request.id] = number
-        found += [request] if wanted else []
-    if not found:
-        raise MllmEfficientError(f"--data: {path} holds no request")
+    seen: dict[str, str] = {}
+    found = list[Request]()
+    for record in read(path, between=BETWEEN):
+        if record.id in seen:
+            raise MllmEfficientError(f"{record.name}: the id {record.id!r} stands on{seen[record.id].removeprefix(str(path))} too")
+        seen[record.id] = record.name
+        if limit is None or len(found) < limit:
+            found.append(Request(record, _digest(record, image_range), image_range))
     return found
 
 
-def _request(line: str, number: int, folder: Path, read: bool) -> Request:
-    """A line's request. read: whether its images are opened, or only looked for."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise MllmEfficientError(f"not JSON: {error}") from None
-    if not isinstance(entry, dict):
-        raise MllmEfficientError(f"not a JSON object with {', '.join(KEYS)}")
-    for key in entry:
-        if key not in KEYS:
-            raise MllmEfficientError(f"unknown key {key!r}{did_you_mean(key, KEYS)} (a request has {', '.join(KEYS)})")
-    prompt, messages, images = entry.get("prompt"), entry.get("messages"), entry.get("images") or []
-    if not isinstance(images, list) or not all(isinstance(i, str) and i for i in images):
-        raise MllmEfficientError("images must be a list of paths")
-    if (prompt is None) == (messages is None):
-        raise MllmEfficientError("neither prompt nor messages" if prompt is None else "both prompt and messages: give one of them")
-    if prompt is not None and (not isinstance(prompt, str) or not prompt.strip()):
-        raise MllmEfficientError("prompt must be a text")
-    chat = None if messages is None else tuple(_messages(messages, len(images)))
-    named = entry.get("id", f"line {number}")
-    if isinstance(named, bool) or not isinstance(named, (str, int)) or named == "":
-        raise MllmEfficientError("id must be a text or a whole number")
-    paths, answers = tuple(folder / i for i in images), tuple(_answers(entry.get("answer")))
-    digest = hashlib.sha256(json.dumps([prompt, chat, answers]).encode())
-    for path in paths:
-        if read:
-            load_image(path)
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        elif not path.is_file():
-            raise MllmEfficientError(f"no image file {path}")
-    return Request(str(named), number, paths, prompt, chat, answers, digest.hexdigest()[:16])
-
-
-def _answers(given: Any) -> Iterator[str]:
-    """``answer`` is a text or a number, or a list of those, any of which is right."""
-    if given is None:
-        return
-    for one in given if isinstance(given, list) and given else [given]:
-        if isinstance(one, bool) or not isinstance(one, (str, int, float)) or not str(one).strip():
-            raise MllmEfficientError("answer must be a text or a number, or a list of them")
-        yield str(one)
-
-
-def _messages(given: Any, images: int) -> Iterator[dict[str, Any]]:
-    """Messages as chat templates take them, each content a list of parts. Without image parts the images come first."""
-    if not isinstance(given, list) or not given:
-        raise MllmEfficientError('messages must be a list such as [{"role": "user", "content": "..."}]')
-    messages = [_message(m) for m in given]
-    if messages[-1]["role"] != "user":
-        raise MllmEfficientError("the last message must be the user's")
-    there = sum(part["type"] == "image" for m in messages for part in m["content"])
-    if not there and images:
-        first = next(m for m in messages if m["role"] == "user")
-        first["content"] = [*[{"type": "image"}] * images, *first["content"]]
-    elif there != images:
-        raise MllmEfficientError(f"messages have {there} image(s), and images lists {images}")
-    yield from messages
-
-
-def _message(given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict) or given.get("role") not in ROLES or "content" not in given:
-        raise MllmEfficientError(f"each message must have a role ({', '.join(ROLES)}) and content")
-    content = [{"type": "text", "text": given["content"]}] if isinstance(given["content"], str) else given["content"]
-    if not isinstance(content, list):
-        raise MllmEfficientError("the content of a message must be a text or a list of parts")
-    parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image" and set(part) == {"type"}:
-            parts.append({"type": "image"})
-        else:
-            raise MllmEfficientError('a part must be {"type": "text", "text": "..."} or {"type": "image"}, whose files images lists')
-    return {"role": given["role"], "content": parts}
+def _digest(record: Record, image_range: str) -> str:
+    digest = hashlib.sha256(json.dumps([record.system, record.turns, record.answers, image_range]).encode())
+    for image in record.images:
+        try:
+            load_image(image, image_range)
+            digest.update(hashlib.sha256(image if isinstance(image, bytes) else Path(image).read_bytes()).digest())
+        except (MllmEfficientError, OSError) as error:
+            raise MllmEfficientError(f"{record.name}: {error}") from None
+    return digest.hexdigest()[:16]
 
 
 def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[str]:
@@ -157,13 +84,13 @@ def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[
     out = []
     for request in requests:
         try:
-            out.append(_prompt(request, loaded))
+            out.append(_prompt(request.record, loaded))
         except MllmEfficientError as error:
-            raise MllmEfficientError(f"{path} line {request.line}: {error}") from None
+            raise MllmEfficientError(f"{request.record.name}: {error}") from None
     return out
 
 
-def _prompt(request: Request, loaded: Loaded) -> str:
-    if request.messages is None:
-        return loaded.prompt(request.prompt or "", len(request.images))
-    return loaded.conversation(request.messages, len(request.images))
+def _prompt(record: Record, loaded: Loaded) -> str:
+    if record.system is None and len(record.turns) == 1:
+        return loaded.prompt(record.turns[0][0], len(record.images))
+    return loaded.conversation(record.asked, len(record.images))

@@ -50,7 +50,8 @@ class Run(Harness):
     @property
     def config(self) -> dict[str, Any]:
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
-        return {"suite": "builtin", **form, "image_size": self.size, "max_new_tokens": self.max_new_tokens, **environment(self.loaded)}
+        how = {"image_size": self.size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        return {"suite": "builtin", **form, **how, **environment(self.loaded)}
 
     @property
     def named_arms(self) -> list[tuple[str, Compressor | None]]:
@@ -68,6 +69,14 @@ class Run(Harness):
         q = sample.question
         head = {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
         return head | ({"turns": 2, "first": sample.first.question.text} if isinstance(sample, FollowUp) else {})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for sample in (s for group in self.groups for s in group):
+            for arm in self.arms:
+                old = self.records.rows.get((arm, sample.id))
+                if old is not None and old["error"] is None:  # by the rule of today
+                    old["answer"], old["correct"] = self.judged(sample, old.get("text", old["answer"]))
 
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
         firsts = None

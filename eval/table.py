@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from mllm_efficient.compressors.base import Compressor
 
 from .runner import NO_IMAGE
-from .stats import Hits, accuracy, draws, interval
+from .stats import Estimate, Scores, points
 
 OVERALL = "overall"
 
@@ -24,18 +22,11 @@ def rows_of(
     second of a conversation have rows of their own behind all others (``turns`` 2): their baseline is the uncompressed
     model in its second turn, and ``first_turn`` is the method's score on the same questions asked alone.
     """
-    images = sorted({r["image"] for r in records})
-    weights = np.concatenate([np.ones((1, len(images))), draws(len(images), seed)])
     out, alone = [], {(r["method"], r["image"], r["task"]): r for r in records if r.get("turns", 1) == 1}
     for turns in sorted({r.get("turns", 1) for r in records}):
-        by_arm: dict[str, list[dict[str, Any]]] = {}
-        first: dict[str, list[dict[str, Any]]] = {}
-        for record in records:
-            if record.get("turns", 1) == turns:
-                by_arm.setdefault(record["method"], []).append(record)
-                first.setdefault(record["method"], []).append(alone[record["method"], record["image"], record["task"]])
-        scores = {arm: accuracy(Hits(rows, images, tasks), weights) for arm, rows in by_arm.items()}
-        before = {arm: accuracy(Hits(rows, images, tasks), weights) for arm, rows in first.items()} if turns > 1 else {}
+        by_arm = _by_arm(records, turns)
+        first = {_first(arm): [alone[arm, r["image"], r["task"]] for r in rows] for arm, rows in by_arm.items()} if turns > 1 else {}
+        scores = _scores({**by_arm, **first}, records, tasks, seed)
         for method in methods:
             arm = method.spec()
             for i, task in enumerate([*tasks, OVERALL]):
@@ -44,36 +35,61 @@ def rows_of(
                     continue
                 row = _row(method, turns, task, mine, scores, i)
                 if turns > 1:
-                    change = scores[arm][:, i] - before[arm][:, i]
-                    row |= {"first_turn": _round(before[arm][0, i]), "turn_difference": _round(change[0])}
-                    row["turn_interval"] = interval(change[1:])
+                    change = scores.of(arm, i, _first(arm))
+                    row |= {"first_turn": _round(scores.values[_first(arm)][i]), "turn_difference": _round(change.value)}
+                    row["turn_interval"] = points(change.interval())
                 if against is not None:
-                    values, other = scores[arm][:, i], scores[against][:, i]
-                    row |= {"against": against, "against_difference": _round(values[0] - other[0])}
-                    row["against_interval"] = interval((values - other)[1:])
+                    row |= {"against": against, **_against(scores, arm, against, i)}
                 out.append(row)
     return out
 
 
-def _row(
-    method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any]], scores: dict[str, np.ndarray], i: int
-) -> dict[str, Any]:
-    """One row. i: the column of the task in the scores, whose first line is the estimate and the others its resamples."""
+def differences(
+    records: Sequence[dict[str, Any]], methods: Sequence[Compressor], tasks: Sequence[str], *, seed: int = 0
+) -> dict[str, Estimate]:
+    """Of each method the macro mean less the baseline's, on the questions asked alone. ``methods`` begins with the baseline."""
+    scores = _scores(_by_arm(records, 1), records, tasks, seed)
+    return {m.spec(): scores.of(m.spec(), len(tasks), "none") for m in methods}
+
+
+def _by_arm(records: Sequence[dict[str, Any]], turns: int) -> dict[str, list[dict[str, Any]]]:
+    out: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record.get("turns", 1) == turns:
+            out.setdefault(record["method"], []).append(record)
+    return out
+
+
+def _first(arm: str) -> str:
+    return f"{arm} in the first turn"
+
+
+def _scores(by_arm: dict[str, Any], records: Sequence[dict[str, Any]], tasks: Sequence[str], seed: int) -> Scores:
+    return Scores(by_arm, sorted({r["image"] for r in records}), tasks, seed)
+
+
+def _against(scores: Scores, arm: str, other: str, i: int) -> dict[str, Any]:
+    change = scores.of(arm, i, other)
+    return {"against_difference": _round(change.value), "against_interval": (0.0, 0.0) if arm == other else points(change.interval())}
+
+
+def _row(method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any]], scores: Scores, i: int) -> dict[str, Any]:
+    """One row. i: the column of the task in the scores."""
     arm = method.spec()
-    values, base = scores[arm][:, i], scores["none"][:, i]
+    score, base, change = scores.of(arm, i), scores.of("none", i), scores.of(arm, i, "none")
     row = {
         "method": arm, "keep": method.fraction, "tokens": method.tokens, "turns": turns, "task": task, "metric": "exact_match",
-        "score": _round(values[0]), "score_interval": interval(values[1:]),
-        "baseline": _round(base[0]), "difference": _round(values[0] - base[0]),
-        "difference_interval": interval((values - base)[1:]),
-        "retention": _round(100 * values[0] / base[0]) if base[0] else None,
-        "n": len(mine), "failures": sum(r["error"] is not None for r in mine),
-        "floor": _round(scores[NO_IMAGE][0, i]) if NO_IMAGE in scores else None,
+        "score": _round(score.value), "score_interval": points(score.interval()),
+        "baseline": _round(base.value), "difference": _round(change.value),
+        "difference_interval": (0.0, 0.0) if arm == "none" else points(change.interval()),
+        "retention": _round(100 * score.value / base.value) if base.value else None,
+        "n": len(mine), "clusters": score.clusters, "failures": sum(r["error"] is not None for r in mine),
+        "floor": _round(scores.values[NO_IMAGE][i]) if NO_IMAGE in scores.values else None,
         "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
         "positions": next((r["positions"] for r in mine if r.get("positions")), method.positions or "renumber"),
         "region_share": _mean(mine, "region_share", 3), "region_kept": _mean(mine, "region_kept", 3),
     }  # fmt: skip
-    return row | ({"micro": _round(scores[arm][0, -1])} if task == OVERALL else {})
+    return row | ({"micro": _round(scores.values[arm][-1])} if task == OVERALL else {})
 
 
 def _round(value: float, digits: int = 2) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MllmEfficientError
-from .patches.rules import read_json
+from .patches.rules import read_object
 
 CONFIG = "adapter_config.json"
 
@@ -26,7 +26,7 @@ def base_of_folder(folder: str | Path) -> str | None:
     """
     if not is_adapter(folder):
         return None
-    base = read_json(Path(folder).expanduser() / CONFIG).get("base_model_name_or_path")
+    base = read_object(Path(folder).expanduser() / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise MllmEfficientError(f"{folder}/{CONFIG} does not name its base model: give --model BASE --adapter {folder}")
     beside = Path(folder).expanduser() / base
@@ -69,7 +69,7 @@ def attach(model: Any, folder: str) -> None:
 def fingerprint(folder: str) -> str:
     """A hash of an adapter's settings and weights."""
     path, digest = Path(folder).expanduser(), hashlib.sha256()
-    digest.update(json.dumps(read_json(path / CONFIG), sort_keys=True).encode())
+    digest.update(json.dumps(read_object(path / CONFIG), sort_keys=True).encode())
     for file in sorted([*path.glob("adapter_model*.safetensors"), *path.glob("adapter_model*.bin")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

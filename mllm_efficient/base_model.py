@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def base_of(model: Any) -> dict[str, Any]:
+def base_of(model: Any, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """What a base model is known by: its sizes and two values of every weight but the projector's, bare or under PEFT.
 
-    Weights that are quantized or offloaded are left out.
+    weights: those to look at, by name, the model's own if None. Weights that are quantized or offloaded are left out.
     """
     from .patches import inner_model
 
@@ -21,7 +22,7 @@ def base_of(model: Any) -> dict[str, Any]:
     for part, config in (("text", text), ("vision", vision)):
         sizes |= {f"{part}.{name}": getattr(config, name, None) for name in names}
     sample = {}
-    for name, weight in inner.named_parameters():
+    for name, weight in inner.named_parameters() if weights is None else weights.items():
         plain = type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta and weight.numel()
         if plain and "lora_" not in name and "multi_modal_projector" not in name:
             flat, n = weight.detach().flatten(), weight.numel()

@@ -42,3 +42,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` - did you mean 'x' or 'y'?`` for the nearest known words, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=2)
     return f" - did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def shortened(value: object, length: int = 80) -> str:
+    """A value of the user's in one line of at most so many characters, for a message."""
+    text = " ".join(str(value).split()) if not isinstance(value, bytes) else f"{len(value):,} bytes"
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def quoted(value: object, length: int = 80) -> str:
+    """A value as Python writes it, in one line of at most so many characters, for a message."""
+    try:
+        return shortened(repr(value), length)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
+        return f"a {type(value).__name__} that is too long to show"

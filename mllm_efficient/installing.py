@@ -35,6 +35,33 @@ class Undo:
             store[name] = old
         self.parts.clear()
 
+    def _named(self, model: Any) -> dict[str, Any]:
+        """What was taken out by its full name in the model; None where there was nothing."""
+        of_store: dict[int, list[tuple[str, Any]]] = {}
+        for store, name, old in self.parts:
+            of_store.setdefault(id(store), []).append((name, old))
+        out = dict[str, Any]()
+        for path, module in model.named_modules():
+            for store in (module._modules, module._parameters):
+                out |= {f"{path}.{name}" if path else name: old for name, old in of_store.get(id(store), [])}
+        return out
+
+    def part_of(self, model: Any) -> tuple[str, nn.Module | None, nn.Module]:
+        """The full name of the projector or router that was put in, what was there before, and what is there now."""
+        ((name, old),) = ((name, old) for name, old in self._named(model).items() if not isinstance(old, Tensor))
+        return name, old, model.get_submodule(name)
+
+    def tensors_of(self, model: Any) -> dict[str, Tensor]:
+        """The weights of the language model that were taken out, by their full names."""
+        return {name: old.detach() for name, old in self._named(model).items() if isinstance(old, Tensor)}
+
+    def originals(self, model: Any) -> dict[str, Tensor]:
+        """Every weight that was taken out, by its full name."""
+        if not self.parts:
+            return {}
+        name, old, _ = self.part_of(model)
+        return self.tensors_of(model) | ({} if old is None else {f"{name}.{key}": value for key, value in old.state_dict().items()})
+
 
 def _follow(old: Any, now: Tensor) -> None:
     """Takes a part to where a tensor is."""

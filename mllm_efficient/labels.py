@@ -1,8 +1,8 @@
 """Which labels of a prompt enter a loss where its visual tokens are compressed, and what that loss is divided by.
 
-One rule for all methods: labels on visual placeholders, on padding and on a token right behind padding are ignored. The
-first because a placeholder that went has no logits and one that stayed is no word; the last because it would be predicted from
-padding. Where nothing is compressed labels pass untouched.
+One rule for all methods: labels on visual placeholders, on padding and on the first token of a row are ignored. A placeholder
+that went has no logits and one that stayed is no word; in front of a row's first token there is nothing, or padding. Where
+nothing is compressed labels pass untouched.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def entering(labels: Tensor, mask: Tensor, visual: Tensor, repacked: bool) -> Te
     """The labels (B, L) that enter the loss of a compressed prompt; -100 elsewhere.
 
     mask: (B, L) bool, where there is no padding. visual: (B, L) bool, the placeholders. repacked: whether the decoder gets the
-    prompt without what is masked, so that padding is in front of a row's first token only.
+    prompt without what is masked; else a token behind a hole in the mask is a first one too.
     """
     mask = mask.to(labels.device)
-    after_padding = torch.zeros_like(mask)
-    after_padding[:, 1:] = (mask.cumsum(1) == 1)[:, 1:] if repacked else ~mask[:, :-1]
-    return of_text(labels, visual).masked_fill(~mask | after_padding, IGNORE)
+    first = mask.cumsum(1) == 1
+    if not repacked:
+        first[:, 1:] |= ~mask[:, :-1]
+    return of_text(labels, visual).masked_fill(~mask | first, IGNORE)
 
 
 def count_for(given: Any, labels: Tensor, entered: Tensor) -> Any:

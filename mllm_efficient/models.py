@@ -87,12 +87,24 @@ class Loaded:
         self, prompts: Sequence[str], pictures: Sequence[Any] = (), videos: Sequence[Sequence[Picture]] | None = None
     ) -> dict[str, Any]:
         """Left-padded model inputs on the model's device, as ``prompts.model_inputs`` makes them."""
-        batch = model_inputs(self.processor, prompts, pictures, videos)
+        try:
+            batch = model_inputs(self.processor, prompts, pictures, videos)
+        except MllmEfficientError:
+            raise
+        except Exception as error:  # whatever a processor of any family raises for pictures and prompts that it does not take
+            raise MllmEfficientError(f"the processor of {self.options.model} fails: {_first_line(error)}{self._cuts_off()}") from error
         batch = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
         for name in ("pixel_values", "pixel_values_videos"):
             if name in batch:
                 batch[name] = batch[name].to(self.model.dtype)
         return batch
+
+    def _cuts_off(self) -> str:
+        """The usual cause of placeholders that are missing, where the tokenizer's settings have it."""
+        settings = getattr(self.processor.tokenizer, "init_kwargs", {})
+        if not settings.get("truncation"):
+            return ""
+        return f" (its tokenizer_config.json has truncation, to max_length={settings.get('max_length')}: remove both)"
 
 
 def builtin_folder() -> Path:
@@ -117,7 +129,7 @@ def load(options: ModelOptions) -> Loaded:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
     device = pick_device(options)
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -132,8 +144,9 @@ def load(options: ModelOptions) -> Loaded:
         settings["quantization_config"] = quantization_config(options.quantization, device)
         settings["device_map"] = options.device_map or device
     try:
+        content, _ = PretrainedConfig.get_config_dict(source, revision=options.revision)
+        _require_family(options.model, content)  # before gigabytes are read
         config = AutoConfig.from_pretrained(source, **common)
-        _require_family(options.model, config)  # before gigabytes are read
         processor = open_processor(source, config, **common)
         apply(processor, config, options.processor_kwargs)
         model = AutoModelForImageTextToText.from_pretrained(source, config=config, use_safetensors=True, **settings, **common)
@@ -148,16 +161,20 @@ def load(options: ModelOptions) -> Loaded:
     return Loaded(model.eval(), processor, options)
 
 
-def _require_family(name: str, config: Any) -> None:
-    from .patches import FAMILIES
+def _require_family(name: str, config: dict[str, Any]) -> None:
+    """config: the content of ``config.json``, which transformers need not know."""
+    from .patches import FAMILIES, advice_on
     from .patches.vllm import PREFIX
 
-    made_for = [name.removeprefix(PREFIX) for name in getattr(config, "architectures", None) or []]
+    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     if made_for and not set(made_for) & set(FAMILIES):
-        no_vision = "" if hasattr(config, "vision_config") else " and takes no images"
-        raise UnsupportedModelError(
-            f"{name} is a {made_for[0]}, which is not supported{no_vision}: the model must be one of {', '.join(FAMILIES)}"
-        )
+        no_vision = "" if _has_vision(config) else " and takes no images"
+        raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0])}")
+
+
+def _has_vision(config: Any) -> bool:
+    """Whether a part of a configuration is about vision, however deep."""
+    return isinstance(config, dict) and any("vision" in key or _has_vision(value) for key, value in config.items())
 
 
 def pick_device(options: ModelOptions) -> str:

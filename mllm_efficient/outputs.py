@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .active import active_on
 from .errors import CountMismatchError, MllmEfficientError
 from .generation import within_generate
 from .layout import IGNORE, Layout, leave_on
@@ -24,7 +25,17 @@ from .shrink import Prepared, has_pixels
 from .staged import report_of
 
 LENGTHS = ("short", "full")
-_beside_labels: contextvars.ContextVar[bool] = contextvars.ContextVar("beside_labels", default=False)
+
+
+@dataclass
+class Reading:
+    """What a trainer does around the calls of a step. full: it sets logits beside the labels it holds. labels: (B, L) of the step."""
+
+    full: bool
+    labels: Tensor | None = None
+
+
+_reading: contextvars.ContextVar[Reading | None] = contextvars.ContextVar("reading", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,31 @@ def check_length(logits: str) -> None:
 
 
 @contextlib.contextmanager
-def full_length(wanted: bool) -> Iterator[None]:
-    """While it is open, logits have the prompt's length: a trainer reads them beside the labels it holds."""
-    token = _beside_labels.set(_beside_labels.get() or wanted)
+def reading(full: bool) -> Iterator[None]:
+    """While it is open, a trainer runs a step: with ``full`` logits have the prompt's length."""
+    token = _reading.set(Reading(full))
     try:
         yield
     finally:
-        _beside_labels.reset(token)
+        _reading.reset(token)
+
+
+def holds(labels: Tensor | None) -> None:
+    """Says which labels (B, L) belong to the next call of the trainer that is reading, if one is."""
+    now = _reading.get()
+    if now is not None:
+        now.labels = labels
+
+
+def held_back(call: dict[str, Any]) -> dict[str, Tensor]:
+    """The labels that a trainer did not pass to a call of its step, because it computes the loss itself; empty if it did.
+
+    Methods that read the question see by them where the answer begins.
+    """
+    now, ids = _reading.get(), call.get("input_ids")
+    if now is None or now.labels is None or call.get("labels") is not None or ids is None or now.labels.shape != ids.shape:
+        return {}
+    return {"labels": now.labels}
 
 
 def call_of(prepared: Prepared, logits: str) -> dict[str, Any]:
@@ -62,8 +91,9 @@ def call_of(prepared: Prepared, logits: str) -> dict[str, Any]:
     encoded, keep = call.get("mm_encoder_outputs"), call.get("logits_to_keep", 0)
     if layout is None or encoded is None:
         return call
+    now = _reading.get()
     every = keep is None or (not torch.is_tensor(keep) and keep == 0)
-    if logits == "full" or _beside_labels.get():
+    if logits == "full" or (now is not None and now.full):
         columns = torch.arange(layout.full_length)
         columns = columns if every else columns[keep.cpu() if torch.is_tensor(keep) else slice(-keep, None)]
         source = sources(layout)[:, columns]
@@ -105,9 +135,11 @@ def _same_end(layout: Layout, keep: Any) -> bool:
     return torch.equal(sources(layout)[:, -keep:][read], end[read])
 
 
+@torch.compiler.disable(reason="compression chooses by values")
 def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: puts on the output which columns it belongs to, and the layout on the cache."""
-    if within_generate(model):
+    active = active_on(model)
+    if within_generate(model) or active is None or active.here(model) is None:
         return None
     encoded = kwargs.get("mm_encoder_outputs")
     layout, staging, full = (getattr(encoded, name, None) for name in ("layout", "staging", "full"))

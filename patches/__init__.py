@@ -19,12 +19,18 @@ FAMILIES = {
     "Qwen3VLForConditionalGeneration": "qwen_vl:Qwen3VLAdapter",
     "InternVLForConditionalGeneration": "internvl:InternVLAdapter",
 }
+# Checkpoints in the format of a model's own repository, and one of those that transformers reads.
+ORIGINALS = {
+    "LlavaLlamaForCausalLM": "llava-hf/llava-1.5-7b-hf", "LlavaMistralForCausalLM": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "LlavaQwenForCausalLM": "llava-hf/llava-onevision-qwen2-7b-ov-hf", "InternVLChatModel": "OpenGVLab/InternVL3-8B-hf",
+}  # fmt: skip
 _WRAPPERS = {
     "DistributedDataParallel": "DDP", "DataParallel": "DataParallel", "FullyShardedDataParallel": "FSDP",
     "OptimizedModule": "torch.compile",
 }  # fmt: skip
 
 
+WRAPPED = "compresses_visual_tokens"  # an attribute of the classes that ``wrap`` makes
 NEWEST_TESTED = (5, 24)
 
 
@@ -46,7 +52,7 @@ def inner_model(model: Any) -> Any:
     for name, what in _WRAPPERS.items():
         if name in kinds:
             raise UnsupportedModelError(f"this is a {what} wrapper: wrap the model inside it first, then apply {what}")
-    if "FSDPModule" in kinds:
+    if "FSDPModule" in kinds and not getattr(type(model), WRAPPED, False):
         raise UnsupportedModelError("this model is sharded by FSDP: wrap it first, then shard")
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return inner_model(model.get_base_model())
@@ -61,4 +67,12 @@ def adapter_for(model: Any):
         if cls.__name__ in FAMILIES:
             module, _, name = FAMILIES[cls.__name__].partition(":")
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)(inner)
-    raise UnsupportedModelError(f"{type(inner).__name__} is not supported: the model must be one of {', '.join(FAMILIES)}")
+    raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
+
+
+def advice_on(name: str) -> str:
+    """What to use instead of a model of an unknown class, behind "is not supported"."""
+    twin = ORIGINALS.get(name)
+    if twin is not None:
+        return f": it is in the format of its own repository, so use its twin for transformers, whose name ends in -hf (such as {twin})"
+    return f": the model must be one of {', '.join(FAMILIES)}"

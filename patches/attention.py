@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mllm_efficient.errors import UnsupportedModelError
 
-from .base import hooking
+from .base import at_hand, hooking, uncompiled
 
+Result = TypeVar("Result")
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
 
 
@@ -23,8 +25,38 @@ def tower_of(model: Any) -> Any:
     return getattr(tower, "vision_model", tower)
 
 
+@contextlib.contextmanager
+def positions_at_hand(tower: Any) -> Iterator[None]:
+    """The tower's position embeddings loaded: to interpolate them for a smaller picture the host reads their weight, which an
+    offloaded module has only while it is called itself."""
+    with at_hand(getattr(tower.embeddings, "position_embedding", None)):
+        yield
+
+
 def has_class_token(tower: Any) -> bool:
     return hasattr(tower.embeddings, "class_embedding")
+
+
+_compiled: weakref.WeakSet[Any] = weakref.WeakSet()  # towers whose compiled code does not run hooks
+
+
+def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, needs: frozenset[str]) -> tuple[Result, dict[str, Tensor]]:
+    """What ``call`` gives, in which the host runs its tower, and what ``needs`` names of it (see ``captured``).
+
+    A tower that was compiled before is run uncompiled. Raises ``UnsupportedModelError`` for one that cannot be watched even so.
+    """
+    seen: dict[str, Tensor] = {}
+    if tower not in _compiled:
+        with captured(tower, seen, layer, strategy, needs):
+            out = call()
+        if seen:
+            return out, seen
+    with uncompiled(), captured(tower, seen, layer, strategy, needs):
+        out = call()
+    if not seen:
+        raise UnsupportedModelError(f"the vision tower cannot be watched for {', '.join(sorted(needs))}: use it as transformers loads it")
+    _compiled.add(tower)
+    return out, seen
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.tokens import Box, Plane, VisualShape
 
 Grid = tuple[int, int]
@@ -121,6 +122,10 @@ class Adapter:
         """Decoder layers behind which visual features are added (deepstack)."""
         vision = self.config.vision_config
         return len(vision.deepstack_visual_indexes) if self.deepstack else 0
+
+    def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with tensors for what some processors and callers give as lists."""
+        return inputs
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The images of a call in prompt order, then its videos, before any pixel is looked at.
@@ -263,11 +268,42 @@ def input_of(module: Any, call: Callable[[], Any]) -> Tensor:
     try:
         with contextlib.suppress(_Reached):
             call()
+        if not found:
+            with uncompiled(), contextlib.suppress(_Reached):
+                call()
     finally:
         _reaching.reset(reset)
         with hooking:
             handle.remove()
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is run by something that passes no hooks by: use the model as transformers loads it"
+        )
     return found[0]
+
+
+_eager_users = 0
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Everything that torch.compile has compiled runs as it is written, inside the block.
+
+    Code that was compiled before a hook was registered does not run the hook. The switch is torch's and for the whole process
+    (other threads are slower meanwhile, and as right), so users are counted and the last one puts it back.
+    """
+    global _eager_users
+    with hooking:
+        _eager_users += 1
+        if _eager_users == 1:
+            torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with hooking:
+            _eager_users -= 1
+            if _eager_users == 0:
+                torch.compiler.set_stance("default")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Shortening the visual part of the sequence between the layers of a transformers decoder, by kwargs pre-hooks.
 
-What one call does travels in ``**kwargs`` from the top model to every layer, and what later calls have to know sits on the
+What one call does travels in ``**kwargs`` from the base model to every layer, and what later calls have to know sits on the
 cache object. Layer 0 sees the whole sequence, so all of ``generate``'s bookkeeping, which reads layer 0, stays right; every
 later layer's cache has a length of its own. Each row is shortened by itself and padded on the left, and behind the last
 layer the states are put back to the length of the prompt.
@@ -37,6 +37,7 @@ class EnterLayer:
     def __init__(self, index: int):
         self.index = index
 
+    @torch.compiler.disable(reason="methods in the decoder choose by values")
     def __call__(self, layer: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         # Another thread's call can come between the two steps of registering a hook, and then passes no kwargs.
         kwargs = dict(kwargs or {})
@@ -52,6 +53,7 @@ class EnterLayer:
         return (hidden, *args[1:]), kwargs
 
 
+@torch.compiler.disable(reason="methods in the decoder choose by values")
 def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
     """The hook behind the language model: its states at every column of the prompt."""
     this: Pass | None = None if output is None else kwargs.get(PASS)
@@ -63,8 +65,9 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
     return output
 
 
+@torch.compiler.disable(reason="methods in the decoder choose by values")
 def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
-    """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
+    """The pre-hook of the base model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
     kwargs = kwargs or {}
     cache = cache_of(kwargs)
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
@@ -85,14 +88,14 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         if seen:
             raise CountMismatchError("new images on a cache that holds a conversation: start with an empty cache")
         new = _new_columns(kwargs.get("attention_mask"), len(ids), staging.length, total, ids.device)
-        return args, {**kwargs, PASS: Prefill(staging, new, decoder_of(model))}
+        return args, {**kwargs, PASS: Prefill(staging, new, model.language_model)}
     if seen == 0:
         return None
     assert state is not None
     if seen < state.length:
         raise CountMismatchError("the cache was cut inside its shortened prompt: start with an empty cache")
     new = _new_columns(kwargs.get("attention_mask"), len(ids), state.length, total, ids.device)
-    return args, {**kwargs, PASS: Pass(state, new, decoder_of(model))}
+    return args, {**kwargs, PASS: Pass(state, new, model.language_model)}
 
 
 def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.device) -> Tensor:
@@ -115,8 +118,6 @@ def _refuse(layer: Any) -> None:
     """What cannot work is said before it goes wrong."""
     from . import transformers_version
 
-    if torch.compiler.is_compiling():
-        raise UnsupportedModelError("in-decoder methods choose by values, which torch.compile cannot trace: use family P there")
     if getattr(layer, "gradient_checkpointing", False) and layer.training and transformers_version() < (5, 23):
         raise UnsupportedModelError("in-decoder methods with gradient checkpointing need transformers 5.23 or newer")
 
@@ -130,7 +131,7 @@ _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of 
 
 
 def attach(model: Any) -> None:
-    """Puts the hooks on a top model: on itself, in front of every decoder layer, and behind the language model.
+    """Puts the hooks on a top model: on its base model, in front of every decoder layer, and behind the language model.
 
     Counted: calls in several threads may each want them, and the last to ``detach`` takes them off.
     """
@@ -140,14 +141,14 @@ def attach(model: Any) -> None:
         if users:
             return
         decoder = decoder_of(model)
-        model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+        model.model.register_forward_pre_hook(begin_pass, with_kwargs=True)
         for index, layer in enumerate(decoder.layers):
             layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
         decoder.register_forward_hook(leave_decoder, with_kwargs=True)
 
 
 def attached(model: Any) -> bool:
-    return begin_pass in model._forward_pre_hooks.values()
+    return begin_pass in model.model._forward_pre_hooks.values()
 
 
 def detach(model: Any) -> None:
@@ -158,7 +159,7 @@ def detach(model: Any) -> None:
             _users[model] = users
             return
         decoder = decoder_of(model)
-        for module in (model, *decoder.layers):
+        for module in (model.model, *decoder.layers):
             _remove(
                 module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer)
             )
@@ -184,9 +185,9 @@ def _check_untested(adapter: Any) -> None:
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
     layers = decoder_of(adapter.model).layers
-    kind = type(layers[0]).__name__
-    if kind not in LAYERS:
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    kinds = [cls.__name__ for cls in type(layers[0]).__mro__]  # of a sharded layer its own is the second or third
+    if not LAYERS & set(kinds):
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kinds[0]}")
     check_layer(type(layers[0]))
     _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:

@@ -15,8 +15,8 @@ from mllm_efficient.compressors.tome import blocks_of
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .attention import captured, has_class_token, tower_of
-from .base import OF_TOWER, Adapter, Encoding, Grid, Item, input_of, smaller_pixels, uncropped
+from .attention import has_class_token, positions_at_hand, tower_of, watched
+from .base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels, uncropped
 from .tome import run_merging
 
 
@@ -94,10 +94,16 @@ class LlavaAdapter(Adapter):
             pixels = smaller_pixels(pixels, grid[0] * patch, grid[1] * patch)
             call["interpolate_pos_encoding"] = True
             shapes = [self.shape_at(i, grid) for i in items]
+
+        def run_host() -> Any:
+            return self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
+
         capture: dict[str, Tensor] = {}
-        hook = captured(self.tower, capture, *self._settings(call), needs) if needs & OF_TOWER else contextlib.nullcontext()
-        with hook:
-            features = self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
+        if needs & OF_TOWER:
+            features, capture = watched(self.tower, run_host, *self._settings(call), needs)
+        else:
+            with positions_at_hand(self.tower) if grid is not None else contextlib.nullcontext():
+                features = run_host()
         out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
         if not capture:
             return out
@@ -126,7 +132,7 @@ class LlavaAdapter(Adapter):
         embeddings, vision = self.tower.embeddings, self.config.vision_config
         height, width = (cells * vision.patch_size for cells in grid)
         old = embeddings.position_embedding
-        with torch.no_grad():
+        with torch.no_grad(), at_hand(old):
             stand_in = torch.zeros(1, 1, old.weight.shape[1], device=old.weight.device, dtype=old.weight.dtype)
             rows = embeddings.interpolate_pos_encoding(stand_in, height, width)[0]
         embeddings.position_embedding = torch.nn.Embedding.from_pretrained(rows.clone(), freeze=not old.weight.requires_grad)

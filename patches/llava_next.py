@@ -13,7 +13,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Plane, VisualShape
 
-from .attention import captured, has_class_token, tower_of
+from .attention import has_class_token, positions_at_hand, tower_of, watched
 from .base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
 
 
@@ -149,16 +149,16 @@ class LlavaNextAdapter(Adapter):
                 pixels = smaller_pixels(item.arguments["pixel_values"], *(side * self.config.vision_config.patch_size,) * 2)
                 small.append(Item({**item.arguments, "pixel_values": pixels}, self.shape_at(item, grid)))
             host = self.resized_host(side, small[0].arguments)
-            features = self.features(host, small, interpolate_pos_encoding=True)
+            with positions_at_hand(tower_of(self.model)):
+                features = self.features(host, small, interpolate_pos_encoding=True)
             out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
         return [out[i] for i in range(len(items))]
 
     def _watched(self, items: list[Item], needs: frozenset[str]) -> list[Encoding]:
         """Features, and what else is needed of every tile's tokens packed as the host packs their features."""
-        first, capture = items[0].arguments, dict[str, Tensor]()
+        first = items[0].arguments
         layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.settings)
-        with captured(tower_of(self.model), capture, layer, str(strategy), needs):
-            features = self.features(self.model.model, items)
+        features, capture = watched(tower_of(self.model), lambda: self.features(self.model.model, items), layer, str(strategy), needs)
         captures = {name: value[..., None] if value.ndim == 2 else value for name, value in capture.items()}
         beside = torch.cat([value.float() for value in captures.values()], dim=2)[:, -(self.side**2) :]
         widths = [value.shape[2] for value in captures.values()]

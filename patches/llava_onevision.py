@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Plane, VisualShape
 
+from .attention import positions_at_hand, tower_of
 from .base import OF_TOWER, Encoding, Grid, Item, at_hand, smaller_pixels, uncropped
 from .llava_next import LlavaNextAdapter
 from .ragged import ragged_output
@@ -67,7 +69,7 @@ class VideoFrames(LlavaNextAdapter):
             host, more = self.resized_host(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
-        with at_hand(host):
+        with at_hand(host), contextlib.nullcontext() if grid is None else positions_at_hand(tower_of(self.model)):
             features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
         # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
         return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]

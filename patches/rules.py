@@ -8,13 +8,13 @@ released checkpoints count.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.parsing import read_json
 
 Size = tuple[int, int]  # (width, height) in pixels
 Grid = tuple[int, int]  # (rows, columns)
@@ -46,16 +46,16 @@ def settings_of(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings in a model's folder; ``{}`` where it has no processor. Raises ``MllmEfficientError`` for a file that is no JSON."""
-    return settings_of([read_json(folder / name) for name in FILES])
+    return settings_of([read_object(folder / name) for name in FILES])
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object in a file; ``{}`` where there is no file."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except OSError as error:
         raise MllmEfficientError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise MllmEfficientError(f"{path} is not a JSON object")

@@ -4,7 +4,8 @@ Trainer divides the losses of a step by the labels it counts in the step's batch
 before the model sees the first of them; and for label smoothing, ``compute_loss_func`` and ``compute_metrics`` it sets the
 model's logits beside the batch's labels. Neither can be put right from inside ``forward``. So four of Trainer's methods are
 wrapped, for all trainers derived from it: batches reach the count, and everything behind it, with the labels that
-``mask_labels`` leaves, and the model gives logits of the prompt's length where Trainer reads them. For a model that is not
+``mask_labels`` leaves, the model gives logits of the prompt's length where Trainer reads them, and methods that read the
+question know where the answer begins even when Trainer keeps the labels to itself. For a model that is not
 wrapped by this package the methods do what they did; ``release`` takes the wrapping off again.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.labels import mask_labels
-from mllm_efficient.outputs import full_length
+from mllm_efficient.outputs import holds, reading
 
 from .base import hooking
 
@@ -102,17 +103,19 @@ def _count(stock: Callable, trainer: Any, model: Any, batch_samples: list, *args
 
 
 def _inputs(stock: Callable, trainer: Any, model: Any, *args, **kwargs) -> Any:
-    return _masked(model, stock(trainer, *args, **kwargs))
+    inputs = _masked(model, stock(trainer, *args, **kwargs))
+    holds(inputs.get("labels") if hasattr(inputs, "keys") else None)
+    return inputs
 
 
 def _step(stock: Callable, trainer: Any, model: Any, *args, **kwargs) -> Any:
-    with full_length(trainer.label_smoother is not None or trainer.compute_loss_func is not None):
+    with reading(trainer.label_smoother is not None or trainer.compute_loss_func is not None):
         return stock(trainer, *args, **kwargs)
 
 
 def _evaluation(stock: Callable, trainer: Any, model: Any, dataloader: Any, description: str, prediction_loss_only=None, **kwargs) -> Any:
     only = trainer.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-    with full_length(not only or trainer.label_smoother is not None or trainer.compute_loss_func is not None):
+    with reading(not only or trainer.label_smoother is not None or trainer.compute_loss_func is not None):
         return stock(trainer, dataloader, description, prediction_loss_only, **kwargs)
 
 

@@ -500,6 +500,7 @@ def test_rows_begin_with_none_and_have_the_units_they_say(capsys):
         assert pruned[f"{phase}_tflops"] == pytest.approx(getattr(closed, phase) / 1e12, rel=1e-12)
     assert pruned["kv_cache_mb"] == pytest.approx((64 + 56 + 19) * 32 * 2 * 4096 * 2 / 1e6)
     assert pruned["ratio"] == pytest.approx(100 * pruned["total_tflops"] / none["total_tflops"])
+    assert pruned["flops_ratio"] == pytest.approx(pruned["ratio"] / 100) and none["flops_ratio"] == 1
     assert none["prefill_tflops"] == pytest.approx(8.504, abs=5e-4)
 
 

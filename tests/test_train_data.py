@@ -14,7 +14,8 @@ import mllm_efficient as me
 from mllm_efficient.eval.builtin.architecture import build_processor
 from mllm_efficient.models import Loaded, ModelOptions
 from mllm_efficient.train.data import Record, builtin_records, read
-from mllm_efficient.train.encoding import Collator, encode, token_statistics
+from mllm_efficient.train.encoding import Collator, encode
+from mllm_efficient.train.survey import survey
 
 from .families import FAMILIES, noise, tiny
 
@@ -194,9 +195,10 @@ def test_images_of_left_out_turns_go_too():
 
 
 def test_a_first_turn_that_does_not_fit_loses_its_end_and_images_that_do_not_are_named():
-    full = Collator(build_processor())([ONE.first(1)])
+    long = record(("<image>\nwhat is the big ring ?", "2 , 3"), ("is the ring blue ?", "no"), seed=1)
+    full = Collator(build_processor())([long.first(1)])
     length = full["labels"].shape[1] - 2
-    cut = Collator(build_processor(), max_length=length)([ONE])
+    cut = Collator(build_processor(), max_length=length)([long])
     assert all(torch.equal(cut[name], full[name][:, :length]) for name in ("input_ids", "labels", "attention_mask"))
     with pytest.raises(me.MllmEfficientError, match="d.json:1: its images go beyond max_length=30"):
         Collator(build_processor(), max_length=30)([ONE])
@@ -293,19 +295,20 @@ BAD = {
     "image must be a path": {"image": ["a.png", 3], "conversations": talk("<image>", "A")},
     "both image and images": {"image": "a.png", "images": ["b.png"], "conversations": talk("<image>", "A")},
     "a video": {"video": "a.mp4", "conversations": talk("Q", "A")},
-    "no conversations": {"image": "a.png"},
+    "neither prompt nor messages nor conversations": {"image": "a.png"},
     "the conversation is empty": {"conversations": []},
-    "message 1 has the unknown role 'system'": {"conversations": [{"from": "system", "value": "Be good"}, *talk("Q", "A")]},
+    "message 1 has the unknown role 'tool'": {"conversations": [{"from": "tool", "value": "Be good"}, *talk("Q", "A")]},
+    "message 2 is of the system": {"conversations": [*talk("Q"), {"from": "system", "value": "Be good"}, *talk("Q", "A")]},
     "message 2 has the unknown role None": {"conversations": [*talk("Q"), {"value": "A"}]},
-    "message 1 is of 'gpt': human and gpt must take turns": {"conversations": talk("Q", "A")[1:]},
-    "message 2 is of 'human': human and gpt must take turns": {"conversations": [*talk("Q"), *talk("Q", "A")]},
+    "message 1 is of the assistant: user (human) and assistant (gpt) must take turns": {"conversations": talk("Q", "A")[1:]},
+    "message 2 is of the user: user (human) and assistant (gpt) must take turns": {"conversations": [*talk("Q"), *talk("Q", "A")]},
     "ends with a question": {"conversations": talk("Q", "A", "Q")},
     "message 2 is an empty answer": {"conversations": talk("Q", " \n")},
     "message 3 is an empty question": {"conversations": talk("Q", "A", "", "A")},
-    "message 2 is an answer with <image>": {"image": "a.png", "conversations": talk("Q", "<image>")},
+    "message 2 has <image>: images belong to questions": {"image": "a.png", "conversations": talk("Q", "<image>")},
     "message 1 has no text 'value'": {"conversations": [{"from": "human", "value": 3}]},
     "message 2 has no text 'content'": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant"}]},
-    "message 1 is not valid Unicode": {"conversations": talk("\ud800", "A")},
+    "a text is not valid Unicode": {"conversations": talk("\ud800", "A")},
     "2 <image> in the questions, and 1 image": {"image": "a.png", "conversations": talk("<image> <image>", "A")},
     "1 <image> in the questions, and 2 image": {"image": ["a.png", "b.png"], "conversations": talk("<image>", "A")},
     "1 <image> in the questions, and 0 image": {"conversations": talk("<image>", "A")},
@@ -328,20 +331,20 @@ def test_five_problems_are_shown_and_all_counted(folder):
     path, places = write(folder, "jsonl", [GOOD[0], *[BAD["the conversation is empty"]] * 7])
     with pytest.raises(me.MllmEfficientError) as error:
         read(path)
-    shown = "; ".join(f"{place}: the conversation is empty" for place in places[1:6])
+    shown = "; ".join(f"{place}: conversations: the conversation is empty" for place in places[1:6])
     assert str(error.value) == f"7 problems in the data, the first 5: {shown}"
-    path, places = write(folder, "jsonl", [BAD["no conversations"], BAD["the conversation is empty"]])
-    with pytest.raises(me.MllmEfficientError, match=r"^2 problems in the data, .*:1: no conv.*; .*:2: the conversation is empty$"):
+    path, places = write(folder, "jsonl", [{"image": "a.png"}, BAD["the conversation is empty"]])
+    with pytest.raises(me.MllmEfficientError, match=r"^2 problems .*:1: neither prompt.*; .*:2: conversations: the conversation is empty$"):
         read(path)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     (
-        ('{"a": 1}\n{"a": \n', r":1: no conversations.*:2: not JSON: .*column"),
+        ('{"a": 1}\n{"a": \n', r":1: neither prompt.*:2: not JSON: .*column"),
         ('[{"conversations": [\n', r":1 \(record 1\): not JSON: .*line 2"),
-        ("[\n{} {}\n]", r":2 \(record 1\): no conversations.*:2 \(record 1\): not JSON: no ',' or '\]'"),
-        ("[\n{},\n]", r":2 \(record 1\): no conv.*:3 \(record 2\): not JSON"),
+        ("[\n{} {}\n]", r":2 \(record 1\): neither prompt.*:2 \(record 1\): not JSON: no ',' or '\]'"),
+        ("[\n{},\n]", r":2 \(record 1\): neither prompt.*:3 \(record 2\): not JSON"),
         ("[]\n[]", r":1: not JSON: the list ends here"),
         ("[ ]", "data holds no record"),
         ("", "data holds no record"),
@@ -406,12 +409,53 @@ def test_scenes_that_there_are_not(split, scenes, questions):
         builtin_records(split, scenes, questions)
 
 
-def test_token_statistics():
+# ------------------------------------------------------------------------------------------------ surveys
+
+
+def test_a_survey_counts_tokens():
     records = [ONE, TEXT] * 5
-    statistics = token_statistics(records, build_processor(), sample=100)
+    found = survey(records, build_processor())
     lengths = [int((encode(r, build_processor())["input_ids"] != 4).sum()) for r in (ONE, TEXT)]
-    assert statistics["visual_tokens"] == {"mean": 72.0, "max": 144}
-    assert statistics["text_tokens"] == {"mean": sum(lengths) / 2, "max": max(lengths)}
-    assert statistics["answer_tokens"] == {"mean": 7.5, "max": 8}
-    assert (statistics["sampled"], statistics["records"]) == (10, 10)
-    assert token_statistics(records, build_processor(), sample=3)["sampled"] == 3
+    assert found["visual_tokens"] == {"mean": 72.0, "max": 144}
+    assert found["text_tokens"] == {"mean": sum(lengths) / 2, "max": max(lengths)}
+    assert found["answer_tokens"] == {"mean": 7.5, "max": 8}
+    assert (found["surveyed"], found["records"], found["cut_answers"], found["lost_answers"]) == (10, 10, 0, 0)
+    assert survey(records, build_processor(), sample=3)["surveyed"] == 3
+
+
+@pytest.mark.parametrize("independent", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_survey_cuts_what_the_collator_cuts(kind, independent):
+    """Of every length from nothing to everything, the records that lose a label and those that are refused."""
+    processor = processor_of(kind)
+    records = [r for r in (ONE, TEXT, LATER) if not (independent and r is LATER)]
+
+    def labels(record, longest):
+        try:
+            return int((Collator(processor, longest, independent)([record])["labels"] != -100).sum())
+        except me.MllmEfficientError as error:
+            assert record.name in str(error) and f"max_length={longest}" in str(error)
+            return 0
+
+    full = [labels(r, None) for r in records]
+    whole = [Collator(processor, None, independent)([r])["labels"].shape[1] for r in records]
+    for longest in {*range(5, max(whole) + 2, 23), *(n + d for n in whole for d in (-1, 0, 1)), 8}:
+        left = [labels(r, longest) for r in records]
+        found = survey(records, processor, longest, independent)
+        assert found["cut_answers"] == sum(a < b for a, b in zip(left, full)), longest
+        assert found["lost_answers"] == left.count(0), longest
+
+
+def test_a_survey_reads_headers_alone(folder):
+    (folder / "text.png").write_text("no picture")
+    Image.new("RGB", (20, 7)).save(folder / "tiny.png")
+    Image.effect_noise((64, 64), 50).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:900])  # has a header, and only decoding it will fail
+    path, _ = write(folder, "jsonl", [{"image": n, "conversations": talk("Q", "A")} for n in ("a.png", "text.png", "tiny.png", "cut.jpg")])
+    found = survey(read(path), build_processor())
+    assert (found["unreadable"], found["tiny"], found["records"]) == (1, 1, 4)
+
+
+def test_a_length_that_cuts_every_answer_names_the_record_and_the_numbers():
+    with pytest.raises(me.MllmEfficientError, match=r"^d.json:3: max_length=7 cuts all .*, the first of which begins at token 11$"):
+        encode(TEXT, build_processor(), max_length=7)

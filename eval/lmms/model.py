@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.images import RANGES
 from mllm_efficient.prompts import PLAIN, TEMPLATE, has_template, plain, require_pictures
 
 from .asking import FORMATS, PADDINGS, Answer, Asker, Content, before
@@ -59,6 +60,8 @@ class ModelAsker(Asker):
             raise MllmEfficientError(f"image padding {self.image_padding!r} has no effect on {whole}: leave it out")
         if self.image_padding not in (None, *PADDINGS):
             raise MllmEfficientError(f"image padding {self.image_padding!r} is not one of {', '.join(PADDINGS)}")
+        if self.image_range not in RANGES:
+            raise MllmEfficientError(f"image range {self.image_range!r} is not one of {', '.join(RANGES)}")
         if self.prompt_format not in FORMATS:
             raise MllmEfficientError(f"prompt format {self.prompt_format!r} is not one of {', '.join(FORMATS)}")
         if self.prompt_format == LLAVA_V1 and type(processor).__name__ != "LlavaProcessor":
@@ -70,7 +73,8 @@ class ModelAsker(Asker):
     @property
     def how(self) -> dict[str, Any]:
         """What answers depend on besides the method and the request, for reports."""
-        return {**self._environment, "image_padding": self.padding, "prompt": self.format, "default_max_new_tokens": self.max_new_tokens}
+        how = {**self._environment, "image_padding": self.padding, "prompt": self.format, "default_max_new_tokens": self.max_new_tokens}
+        return how if self.image_range == "full" else how | {"image_range": self.image_range}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD
-from mllm_efficient.patches.rules import read_json
+from mllm_efficient.patches.rules import read_object
 
 from ..sweep import Cell
 from .asking import RAISE, Answer, Asker, Content, before, line
@@ -39,7 +39,7 @@ class ServerCell(Cell):
     @property
     def is_onevision(self) -> bool:
         """Whether the model is a LLaVA-OneVision, by its config.json if that lies here, else by its name."""
-        kind = read_json(Path(self.root) / "config.json").get("model_type") if self.root else None
+        kind = read_object(Path(self.root) / "config.json").get("model_type") if self.root else None
         return kind == "llava_onevision" if kind else "onevision" in f"{self.root} {self.model}".lower()
 
     @property

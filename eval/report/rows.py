@@ -15,25 +15,26 @@ PHASES = ("vision", "compress", "prefill", "decode", "total")
 TIMES = ("vision_ms", "compress_ms", "prefill_ms", "ttft_ms", "tpot_ms", "e2e_ms", "tokens_per_s")
 BENCH = (*TIMES, "ttft_ratio", "e2e_ratio", "free_choice_reached", "peak_memory_mb", "kv_cache_mb")
 ACCURACY = (
-    "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "failures", "floor",
+    "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "clusters", "failures", "floor",
     "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept",
 )  # fmt: skip
-TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "failures")
+TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "clusters", "failures")
 WORDS, RIGHT = "normalised_match", "accuracy"  # what ``score`` is of a user's own requests
 MEANING = {
     "score": "percent right, unweighted mean of the categories; tasks: each category by itself",
-    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of images",
+    "difference": "paired difference to none in points, 95% over 2,000 resamples of images; exact (Clopper-Pearson) where few differ",
+    "bound": "lower 95% bound of the difference that decides, for all cells that cost less at once (bound_cells of them)",
     "retention": "percent of the baseline's score",
     "flops_ratio": "FLOPs of tower, projector, method, prefill and decoding over the baseline's (convention exact, *_tflops in 10^12)",
     "prefill_flops_ratio": "FLOPs of the language model's prefill over the baseline's; prefill_flops_ratio_asked: of a pure token drop "
     "at the budget asked for",
-    "ttft_ratio": "time to first token over the baseline's of the same repeat: median, and the central 95% of resampled medians",
+    "ttft_ratio": "time to first token over the baseline's of the same repeat: median, and 95% over medians of resampled repeats",
     "*_ms": "{median, q1, q3, n} in milliseconds, batch 1; tokens_per_s: new tokens over e2e_ms",
     "peak_memory_mb": "MB = 10^6 bytes; kv_cache_mb: keys and values after the last token",
 }
 DATA_MEANING = MEANING | {
     "score": "accuracy where every request with an image has an answer, otherwise normalised_match; metric says which",
-    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of requests",
+    "difference": "paired difference to none in points, 95% over 2,000 resamples of requests; exact (Clopper-Pearson) where few differ",
     "agreement": "exact_match: percent of the requests answered by the uncompressed model's text, normalised_match: apart from case, "
     "punctuation, articles and numbers spelled out; first_divergence: the token at which other answers part, on average; kl: of the next "
     "token along the uncompressed model's answer, nats; accuracy: percent right of the requests that have an answer",
@@ -59,10 +60,10 @@ def row_of(
     row["prefill_flops_ratio_asked"] = _ratio(asked_prefill, base.prefill) if asked_prefill is not None and base else None
     row["kv_cache_mb_computed"] = None if cost is None else round(cost.kv_cache_bytes / MB, 3)
     row |= {name: (bench or {}).get(name) for name in BENCH}
-    row["tasks"] = {t: {k: r[k] for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
+    row["tasks"] = {t: {k: r.get(k) for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
     if "agreement" in total:
         row["metric"] = total["metric"]
-        row["agreement"] = {name: {k: r[k] for k in TASK} for name, r in total["agreement"].items()}
+        row["agreement"] = {name: {k: r.get(k) for k in TASK} for name, r in total["agreement"].items()}
     return row | {"failed": failed}
 
 

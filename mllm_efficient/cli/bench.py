@@ -40,7 +40,9 @@ def bench(
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits with each method (CUDA).")] = False,
     max_batch_limit: Annotated[int | None, typer.Option("--max-batch-limit", min=1, help=f"Try none above; default {MAX_BATCH}.")] = None,
     quantized: Annotated[str | None, typer.Option("--quantized", help="int8 or int4: the same arms on quantized weights too.")] = None,
-    overhead: Annotated[bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, keep=1 against the bare model.")] = False,
+    overhead: Annotated[
+        bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, against the bare model and against the same work by hand.")
+    ] = False,
     selection: Annotated[
         bool, typer.Option("--selection", help="Instead: methods alone (no budgets); by default DivPrune's steps.")
     ] = False,
@@ -211,9 +213,11 @@ def _latency(
 def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from tqdm import tqdm
 
-    from ..measure.overhead import overhead
+    from ..measure.overhead import METHODS, overhead
 
-    with tqdm(total=2 * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None) as bar:
+    with tqdm(
+        total=2 * len(METHODS) * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None
+    ) as bar:
         return overhead(loaded, plan, bar.update)
 
 
@@ -254,12 +258,13 @@ def _small_table(rows: Sequence[dict[str, Any]], selection: bool) -> tuple[list[
         from ..measure.selection import methods_table, selection_table
 
         return (methods_table if "over_product" in rows[0] else selection_table)(rows)
-    header, lines = ["batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead"], []
+    header, lines = ["method", "batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead", "overhead ms"], []
     for r in rows:
         ratio = r["ratio"]
         said = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]" if ratio else "failed"
         ms = [f"{r[name]['median']:.1f}" if r[name] else "" for name in ("bare_ms", "wrapped_ms")]
-        lines.append([str(r["batch_size"]), *ms, said, f"{100 * r['overhead']:+.2f}%" if ratio else ""])
+        own = f"{r['overhead_ms']['median']:.2f}" if r["overhead_ms"] else ""
+        lines.append([r["method"], str(r["batch_size"]), *ms, said, f"{100 * r['overhead']:+.2f}%" if ratio else "", own])
     return header, lines
 
 

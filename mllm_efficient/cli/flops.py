@@ -138,7 +138,8 @@ def _row(costs: list[Cost], baseline: list[Cost]) -> dict[str, Any]:
         row[name] = _mean([getattr(c, name) for c in costs])
     for phase in PHASES:
         row[f"{phase}_tflops"] = sum(getattr(c, phase) for c in costs) / len(costs) / TFLOP
-    row["ratio"] = sum(c.ratio(b) for c, b in zip(costs, baseline)) / len(costs)
+    row["ratio"] = sum(c.ratio(b) for c, b in zip(costs, baseline)) / len(costs)  # in percent, for one release more
+    row["flops_ratio"] = row["ratio"] / 100
     layers = list(zip(*(c.visual_per_layer for c in costs)))
     row["visual_tokens_per_layer"] = [_mean(list(each)) for each in layers] or None
     row["kv_cache_mb"] = sum(c.kv_cache_bytes for c in costs) / len(costs) / MB

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,10 +13,11 @@ from . import options
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="The question; pictures stand where it says <image>, or in front.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file. Repeatable.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable.")] = None,
     model: options.Model = "builtin",
     method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    image_range: options.ImageRange = "full",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -42,7 +42,7 @@ def generate(
     if not image:
         raise MllmEfficientError("no image: give at least one --image FILE")
     compressor = options.one_method(method)
-    pictures = [load_image(path) for path in image]
+    pictures = [load_image(path, image_range) for path in image]
 
     from .. import wrapper
     from ..models import ModelOptions, environment, load

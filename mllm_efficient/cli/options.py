@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, shortened
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
@@ -41,6 +42,12 @@ ImagePadding = Annotated[str | None, typer.Option("--image-padding", help="With 
 PromptFormat = Annotated[
     str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
 ]
+ImageRange = Annotated[
+    str,
+    typer.Option(
+        "--image-range", help="Pictures of more than 8 bits: full (the default: 65,535 is white), or auto (lowest to highest value)."
+    ),
+]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")]
 Limit = Annotated[
     int | None,
@@ -53,7 +60,7 @@ Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python fi
 def import_files(paths: Sequence[Path] | None) -> None:
     """Runs the user's method files."""
     for path in paths or ():
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise MllmEfficientError(f"--import: no file {path}")
         spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
         if spec is None or spec.loader is None:
@@ -64,8 +71,8 @@ def import_files(paths: Sequence[Path] | None) -> None:
             spec.loader.exec_module(module)
         except MllmEfficientError:
             raise
-        except Exception as error:
-            raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {shortened(error, 200)}") from error
 
 
 def one_method(spec: str) -> Compressor:

@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 def show(
     output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
     method: Annotated[list[str], typer.Option("--method", help="Specification or YAML file. Repeatable.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file. Repeatable: all in one prompt, each drawn.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable: all in one prompt, each drawn.")
+    ] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Folder of frames, or an animated GIF, WebP or APNG.")] = None,
     frames: Annotated[int, typer.Option("--frames", min=1, help="How many frames of the video, evenly spread.")] = 8,
     prompt: Annotated[str, typer.Option("--prompt", help="The question, for methods that look at it.")] = "Describe this.",
+    image_range: options.ImageRange = "full",
     dim: Annotated[str, typer.Option("--dim", help="How dropped tokens look: light or dark.")] = "light",
     caption: Annotated[str | None, typer.Option("--caption", help="Small print below, instead of the legend; '' for none.")] = None,
     model: options.Model = "builtin",
@@ -49,7 +52,7 @@ def show(
 ) -> None:
     """Draws which tokens of a picture or video each method keeps, as one figure for papers and slides."""
     from .. import figures, viz
-    from ..images import load_image
+    from ..images import load_image, name_of
     from ..video import load_frames
 
     options.import_files(imports)
@@ -59,7 +62,7 @@ def show(
         raise MllmEfficientError(f"--dim {dim} is not one of {', '.join(viz.DIMS)}")
     figures.check_target(output)
     methods = list(dict.fromkeys(options.one_method(m) for m in method))
-    pictures = [(path, load_image(path)) for path in image or ()]
+    pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
     clip = load_frames(video, frames) if video is not None else ([], [])
 
     from ..models import BUILTIN, ModelOptions, environment, load

@@ -26,8 +26,10 @@ def train(
 
     With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
     """
+    from ..launching import check_launch
     from ..train.config import read
 
+    check_launch(distributed_on_cpu=False)
     options.import_files(imports)
     recipe = read(config, overrides or ())
     if dry_run:
@@ -49,7 +51,7 @@ def _dry_run(recipe, json: bool) -> None:
     from ..train.estimate import estimate
     from ..train.trainer import records_of
 
-    found = estimate(recipe, {s.name: records_of(recipe, s, keep=False) for s in recipe.stages})
+    found = estimate(recipe, {s.name: records_of(recipe, s, keep=False, look=False) for s in recipe.stages})
     if json:
         options.print_json(found["rows"], found["meta"])
         return
@@ -62,6 +64,9 @@ def _dry_run(recipe, json: bool) -> None:
         "text",
         "visual",
         "drawn",
+        "cut",
+        "unreadable",
+        "tiny",
         "trained M",
         "weights GB",
         "optimizer GB",
@@ -70,12 +75,23 @@ def _dry_run(recipe, json: bool) -> None:
     lines = [
         [
             r["stage"], "+".join(r["train"]), f"{r['records']:,}", f"{r['steps']:,}", str(r["batch"]), f"{r['text_tokens']:g}",
-            f"{r['visual_tokens_full']:g}", f"{r['visual_tokens_drawn']:g}", f"{r['trained_parameters'] / 1e6:,.2f}",
+            f"{r['visual_tokens_full']:g}", f"{r['visual_tokens_drawn']:g}",
+            *("" if r[k] is None else f"{r[k]:,}" for k in ("cut_answers", "unreadable", "tiny")), f"{r['trained_parameters'] / 1e6:,.2f}",
             f"{r['weights_gb']:g}", f"{r['optimizer_gb']:g}", f"{r['memory_gb']:g}",
         ]
         for r in found["rows"]
     ]  # fmt: skip
     options.print_table(header, lines, left=2)
+    for row in found["rows"]:
+        _say_what_stops(row)
     meta = found["meta"]
     print(f"Tokens per record: {meta['tokens']}.")
     print(f"Memory: {meta['memory']}. Nothing was trained.")
+
+
+def _say_what_stops(row) -> None:
+    """What of the data a training would stop at."""
+    told = {"unreadable": "unreadable pictures", "tiny": "below 8 pixels", "lost_answers": "records that max_length leaves no answer"}
+    there = [f"{row[key]:,} {what}" for key, what in told.items() if row[key]]
+    if there:
+        print(f"Stage {row['stage']}: {', '.join(there)}: training stops at the first, or leaves such records out with data.on_bad=skip.")

@@ -6,7 +6,6 @@ leaves out are filled in by transformers, which is then imported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
-from ..patches.rules import FILES, merged, read_json, read_settings, require_counting, settings_of
+from ..parsing import read_json
+from ..patches.rules import FILES, merged, read_object, read_settings, require_counting, settings_of
 
 FAMILIES = (
     "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"
@@ -161,7 +161,7 @@ def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelSha
         if revision:
             raise MllmEfficientError(f"--revision has no effect on the folder {folder}: leave it out")
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = read_json(folder / "config.json")
         except (OSError, ValueError) as error:
             raise MllmEfficientError(f"{folder}: no readable config.json ({error})") from None
         if not isinstance(config, dict):
@@ -186,7 +186,7 @@ def _of_hub(model: str, revision: str | None) -> dict[str, Any]:
 
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     paths = [cached_file(model, name, revision=revision, **missing) for name in FILES]
-    return settings_of([{} if path is None else read_json(Path(path)) for path in paths])
+    return settings_of([{} if path is None else read_object(Path(path)) for path in paths])
 
 
 def shape_of(config: Any, name: str = "model", processor: Mapping[str, Any] | None = None) -> ModelShape:

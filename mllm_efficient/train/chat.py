@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MllmEfficientError
-from ..prompts import content_of, rendered
-from .data import MARKER, Record
+from ..errors import MllmEfficientError, shortened
+from ..prompts import rendered
+from ..records import MARKER, Record
+from ..records.record import messages
 
 IGNORED = -100
 
@@ -66,15 +67,17 @@ class Chat:
 
     def render(self, record: Record) -> Rendered:
         """Raises ``MllmEfficientError`` naming the record where its answers cannot be found in the template's text."""
-        messages = [m for question, answer in record.turns for m in (self._asked(question.rstrip() + self.ending, record), _said(answer))]
-        text = self._template(messages, False, record)
+        turns = record.learned
+        chat = messages(record.system, turns, self.ending)
+        text = self._template(chat, False, record)
         if text.count(self.image) != len(record.images):
             raise MllmEfficientError(
                 f"{record.name}: the prompt has {text.count(self.image)} {self.image} for {len(record.images)} image(s)"
             )
         if self.video is not None and self.video in text:
             raise MllmEfficientError(f"{record.name}: the conversation has {self.video}, and training takes no videos")
-        found = [self._find(text, messages[: 2 * i + 1], answer, record) for i, (_, answer) in enumerate(record.turns)]
+        head = len(chat) - 2 * len(turns)  # the system prompt
+        found = [self._find(text, chat[: head + 2 * i + 1], answer, record) for i, (_, answer) in enumerate(turns)]
         rest = text[found[-1][1] :]
         token = next((t for t in self.special if rest.lstrip().startswith(t)), None)
         ending = None if token is None else rest[: rest.index(token) + len(token)]
@@ -91,26 +94,20 @@ class Chat:
             spans.append((begin, len(out)))
         return Rendered(out, tuple(spans))
 
-    def _asked(self, question: str, record: Record) -> dict[str, Any]:
-        try:
-            return {"role": "user", "content": content_of(self.processor, question, question.count(MARKER))}
-        except MllmEfficientError as error:
-            raise MllmEfficientError(f"{record.name}: {error}") from None
-
-    def _find(self, text: str, messages: list[dict[str, Any]], answer: str, record: Record) -> tuple[int, int]:
+    def _find(self, text: str, chat: list[dict[str, Any]], answer: str, record: Record) -> tuple[int, int]:
         """Where the answer to these messages begins, right after the prompt, and where it ends."""
-        prompt = self._template(messages, True, record)
+        prompt = self._template(chat, True, record)
         gap = re.compile(r"\s*").match(text, len(prompt))
         begin = len(prompt) if gap is None else gap.end()
         if not text.startswith(prompt) or not text.startswith(answer, begin):
             raise MllmEfficientError(
-                f"{record.name}: in the chat template of {self.name} the answer {answer[:40]!r} does not follow its prompt unchanged"
+                f"{record.name}: in the chat template of {self.name} the answer {shortened(answer, 40)!r} does not follow its prompt"
             )
         return len(prompt), begin + len(answer)
 
-    def _template(self, messages: list[dict[str, Any]], prompt: bool, record: Record) -> str:
+    def _template(self, chat: list[dict[str, Any]], prompt: bool, record: Record) -> str:
         try:
-            return rendered(self.processor, messages, answer=prompt)
+            return rendered(self.processor, chat, answer=prompt, name=self.name)
         except MllmEfficientError as error:
             raise MllmEfficientError(f"{record.name}: {error}") from None
 
@@ -127,10 +124,6 @@ class Chat:
         images = np.flatnonzero((ids == self.image_id) & (turns == 1))
         turns[: images[-1] + 1 if len(images) else 0] = 0
         return Row(rendered.text, len(ids), ids, np.where(answered, ids, IGNORED), np.maximum.accumulate(turns))
-
-
-def _said(answer: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]}
 
 
 # ------------------------------------------------------------------------------------------------ independent turns

@@ -10,25 +10,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import MllmEfficientError, did_you_mean
+from ..errors import MllmEfficientError, did_you_mean, quoted, shortened
+from ..images import RANGES
+from ..parsing import parse_yaml, read_yaml
 
 PARTS = ("projector", "router", "language_model", "lora", "vision_tower")
 OBJECTIVES = ("answers", "distil")
 LOSSES = ("hinge", "expected", "removed", "released")
 ESTIMATORS = ("scaling", "straight_through", "gumbel", "reinforce")
+LARGEST = 2**63 - 1
+ON_BAD = ("stop", "skip")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """path: LLaVA-format JSON or JSONL, images: the folder its image paths are in; or builtin: a split of the embedded
-    benchmark's generator, with so many scenes and questions per scene."""
+    """path: records in JSON or JSONL, images: the folder its image paths are in; or builtin: a split of the embedded
+    benchmark's generator, with so many scenes and questions per scene.
+
+    on_bad: "stop" at the first record that cannot be used, or "skip" it and count it in the log. image_range: "full", or "auto",
+    which stretches pictures of more than 8 bits."""
 
     path: str | None = None
     images: str | None = None
     builtin: str | None = None
     scenes: int = 20_000
     questions: int = 12
+    on_bad: str = "stop"
+    image_range: str = "full"
 
 
 @dataclass(frozen=True)
@@ -137,15 +146,11 @@ def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
 
     Raises ``MllmEfficientError`` naming the key that is wrong, and the nearest that is known.
     """
-    import yaml
-
     path = path if path.exists() or path.suffix else _shipped(path.name)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
         raise MllmEfficientError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MllmEfficientError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise MllmEfficientError(f"{path}: a recipe is a mapping with model, method, output_dir, data and stages")
     for override in overrides:
@@ -153,9 +158,10 @@ def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         if not equals:
             raise MllmEfficientError(f"{override!r} is not key=value, as in seed=1 or stages.0.steps=10")
         try:
-            _put(content, key.strip().split("."), yaml.safe_load(value), override)
-        except yaml.YAMLError:
-            raise MllmEfficientError(f"{override!r}: {value!r} is not a value") from None
+            read = parse_yaml(value)
+        except MllmEfficientError as error:
+            raise MllmEfficientError(f"{shortened(override)!r}: {error}") from None
+        _put(content, key.strip().split("."), read, shortened(override))
     recipe = _make(Recipe, content, "")
     _check(recipe)
     return recipe
@@ -174,7 +180,7 @@ def _shipped(name: str) -> Path:
 def _put(content: Any, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         if isinstance(content, list):
-            if not key.isdigit() or int(key) >= len(content):
+            if not _number(key) or int(key) >= len(content):
                 raise MllmEfficientError(f"{override!r}: there is no stage {key}, they are numbered 0 to {len(content) - 1}")
             content = content[int(key)]
         else:
@@ -183,23 +189,27 @@ def _put(content: Any, keys: list[str], value: Any, override: str) -> None:
             raise MllmEfficientError(f"{override!r}: {key} has no settings of its own")
     last: Any = keys[-1]
     if isinstance(content, list):
-        if not last.isdigit() or int(last) >= len(content):
+        if not _number(last) or int(last) >= len(content):
             raise MllmEfficientError(f"{override!r}: there is no entry {last}")
         last = int(last)
-    elif last.isdigit():
+    elif _number(last):
         last = int(last)
     content[last] = value
+
+
+def _number(key: str) -> bool:
+    return key.isascii() and key.isdigit() and len(key) < 10
 
 
 def _make(cls: Any, content: Any, where: str) -> Any:
     """A dataclass from plain data, every value checked for its type."""
     if not isinstance(content, dict):
-        raise MllmEfficientError(f"{where.rstrip('.')}: a mapping is wanted, not {content!r}")
+        raise MllmEfficientError(f"{where.rstrip('.')}: a mapping is wanted, not {quoted(content)}")
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in content:
         if key not in fields:
             hint = did_you_mean(str(key), fields)
-            raise MllmEfficientError(f"the recipe has no setting {where}{key}{hint}")
+            raise MllmEfficientError(f"the recipe has no setting {where}{shortened(key)}{hint}")
     missing = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in content]
     if missing:
         raise MllmEfficientError(f"the recipe lacks {', '.join(where + name for name in missing)}")
@@ -216,11 +226,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _make(kind, value, f"{where}.")
     if origin is tuple:
         if not isinstance(value, list):
-            raise MllmEfficientError(f"{where}={value!r}: a list is wanted")
+            raise MllmEfficientError(f"{where}={quoted(value)}: a list is wanted")
         return tuple(_value(inner[0], v, f"{where}.{i}") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise MllmEfficientError(f"{where}={value!r}: a mapping is wanted")
+            raise MllmEfficientError(f"{where}={quoted(value)}: a mapping is wanted")
         return {_value(inner[0], k, where): _value(inner[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is Any:
         return value
@@ -228,13 +238,15 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         try:
             value = float(value)
         except ValueError:
-            raise MllmEfficientError(f"{where}={value!r}: a number is wanted") from None
+            raise MllmEfficientError(f"{where}={quoted(value)}: a number is wanted") from None
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise MllmEfficientError(f"{where}={quoted(value)}: a number that large has no use here")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise MllmEfficientError(f"{where}={value!r}: {kind.__name__} is wanted")
+        raise MllmEfficientError(f"{where}={quoted(value)}: {kind.__name__} is wanted")
     if isinstance(value, float) and not math.isfinite(value):
-        raise MllmEfficientError(f"{where}={value!r}: a finite number is wanted")
+        raise MllmEfficientError(f"{where}={quoted(value)}: a finite number is wanted")
     return value
 
 
@@ -334,11 +346,14 @@ def _check_routed(recipe: Recipe) -> None:
 
 def _check_data(data: DataConfig, where: str) -> None:
     if (data.path is None) == (data.builtin is None):
-        raise MllmEfficientError(f"{where}: give path (LLaVA-format JSON) or builtin (train or val), one of them")
+        raise MllmEfficientError(f"{where}: give path (records in JSON or JSONL) or builtin (train or val), one of them")
     if data.builtin is not None and data.builtin not in ("train", "val"):
         raise MllmEfficientError(f"{where}.builtin={data.builtin}: train or val; test questions are for testing")
-    if data.builtin is not None and data.images is not None:
-        raise MllmEfficientError(f"{where}.images has no effect on generated data")
+    if data.on_bad not in ON_BAD or data.image_range not in RANGES:
+        raise MllmEfficientError(f"{where}: on_bad is one of {', '.join(ON_BAD)} and image_range one of {', '.join(RANGES)}")
+    idle = [name for name in ("images", "on_bad", "image_range") if getattr(data, name) != getattr(DataConfig, name)]
+    if data.builtin is not None and idle:
+        raise MllmEfficientError(f"{where}.{idle[0]} has no effect on generated data")
     if data.scenes < 1 or data.questions < 1:
         raise MllmEfficientError(f"{where}: scenes and questions are at least 1")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import MllmEfficientError
 from ..images import load_image
 from ..prompts import model_inputs
+from ..records import Record
 from .chat import IGNORED, Chat, Row, joined, single_turns
-from .data import Record
 
 PADDING = {"labels": IGNORED, "turns": -1, "attention_mask": 0, "mm_token_type_ids": 0}
 SAID_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -29,8 +28,8 @@ def encode(record: Record, processor: Any, max_length: int | None = None) -> dic
     ``turns`` (L,), 0 up to the end of the first question's images and the number of the turn after that (a conversation
     that begins without images has no 0), ``mm_token_type_ids`` (L,) if the processor gives them, and the processor's
     vision tensors as they come. Turns that go beyond ``max_length`` are left out, and the end of the first one; raises
-    ``MllmEfficientError`` if its images do, or if the template or the processor makes something of the conversation that
-    cannot be labelled.
+    ``MllmEfficientError`` if its images or all of its answer do, or if the template or the processor makes something of the
+    conversation that cannot be labelled.
     """
     rows, vision = _encode([record], Chat(processor), max_length, independent=False)
     return rows[0] | vision
@@ -46,14 +45,18 @@ class Collator:
     alone, without the beginning that it shares with the others. ``turns`` (batch, L) tells which is which: 0 for the
     shared beginning, then the number of the turn, -1 on padding. All images must stand at the beginning.
 
-    ending: a token that is put behind every question.
+    ending: a token that is put behind every question. image_range: of pictures with more than 8 bits (see ``images``).
     """
 
-    def __init__(self, processor: Any, max_length: int | None = None, independent_turns: bool = False, ending: int | None = None):
+    def __init__(
+        self, processor: Any, max_length: int | None = None, independent_turns: bool = False, ending: int | None = None,
+        image_range: str = "full",
+    ):  # fmt: skip
         self.chat, self.max_length, self.independent_turns = Chat(processor, ending), max_length, independent_turns
+        self.image_range = image_range
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Tensor]:
-        rows, vision = _encode(records, self.chat, self.max_length, self.independent_turns)
+        rows, vision = _encode(records, self.chat, self.max_length, self.independent_turns, self.image_range)
         for row in rows:
             row["attention_mask"] = torch.ones_like(row["input_ids"])
             if not self.independent_turns:
@@ -64,38 +67,24 @@ class Collator:
         return batch | vision
 
 
-def token_statistics(records: Sequence[Record], processor: Any, sample: int = 256, adapter: Any = None) -> dict[str, Any]:
-    """Tokens per record: ``{"text_tokens": {"mean", "max"}, "answer_tokens": ..., "visual_tokens": ..., "sampled", "records"}``.
-
-    Estimated from an evenly spaced sample. Text tokens are all that are no image placeholders, the answers' included;
-    answer tokens are those with a label. With the model's adapter newline columns are none of the visual tokens, as in every report.
-    """
-    picked = np.unique(np.linspace(0, len(records) - 1, min(sample, len(records))).round().astype(int)).tolist()
-    chat, counts = Chat(processor), []
-    for index in picked:
-        (row,), vision = _encode([records[index]], chat, None, independent=False)
-        placeholders = int((row["input_ids"] == chat.image_id).sum())
-        items = [] if adapter is None else adapter.items({"input_ids": row["input_ids"][None], **vision})
-        visual = placeholders if adapter is None else sum(item.shape.n for item in items)
-        counts.append((len(row["input_ids"]) - placeholders, int((row["labels"] != IGNORED).sum()), visual))
-    columns = zip(("text_tokens", "answer_tokens", "visual_tokens"), np.array(counts).T)
-    statistics: dict[str, Any] = {name: {"mean": float(c.mean()), "max": int(c.max())} for name, c in columns}
-    return statistics | {"sampled": len(picked), "records": len(records)}
+def tokens_of(records: Sequence[Record], chat: Chat, independent: bool) -> list[Row]:
+    """Each record's tokens before its images are spread out, with labels and turns."""
+    conversations = [single_turns(r) if independent else [r] for r in records]
+    tokens = iter(chat.tokenize([chat.render(c) for turns in conversations for c in turns]))
+    return [joined([next(tokens) for _ in turns], record.name) for record, turns in zip(records, conversations)]
 
 
 def _encode(
-    records: Sequence[Record], chat: Chat, max_length: int | None, independent: bool
+    records: Sequence[Record], chat: Chat, max_length: int | None, independent: bool, image_range: str = "full"
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Each record's tensors (L,), and the vision tensors of them all."""
-    conversations = [single_turns(r) if independent else [r] for r in records]
-    tokens = iter(chat.tokenize([chat.render(c) for turns in conversations for c in turns]))
-    rows = [joined([next(tokens) for _ in turns], record.name) for record, turns in zip(records, conversations)]
-    records = [replace(r, images=tuple(load_image(i) if isinstance(i, Path) else i for i in r.images)) for r in records]
+    rows = tokens_of(records, chat, independent)
+    records = [_opened(record, image_range) for record in records]
     batch = model_inputs(chat.processor, [r.text for r in rows], [r.images for r in records], padding_side="right")
     encoded = [_spread(row, i, batch, chat, record.name) for i, (row, record) in enumerate(zip(rows, records))]
     fitting = [_fitting(record, row["turns"], max_length) for record, row in zip(records, encoded)]
     if any(len(fit.turns) < len(record.turns) for fit, record in zip(fitting, records)):
-        return _encode(fitting, chat, max_length, independent)  # anew, because images may have gone with their turns
+        return _encode(fitting, chat, max_length, independent, image_range)  # anew, because images may have gone with their turns
     encoded = [_cut(row, max_length, chat, record.name) for row, record in zip(encoded, records)]
     return encoded, {name: value for name, value in batch.items() if name not in SAID_OF_TOKENS}
 
@@ -132,4 +121,16 @@ def _cut(row: dict[str, Tensor], max_length: int | None, chat: Chat, name: str) 
         return row
     if (row["input_ids"][max_length:] == chat.image_id).any():
         raise MllmEfficientError(f"{name}: its images go beyond max_length={max_length}: raise it")
-    return {key: value[:max_length] for key, value in row.items()}
+    out = {key: value[:max_length] for key, value in row.items()}
+    if not (out["labels"] != IGNORED).any():
+        begins = 1 + int((row["labels"] != IGNORED).nonzero()[0])
+        raise MllmEfficientError(f"{name}: max_length={max_length} cuts all of its answers, the first of which begins at token {begins}")
+    return out
+
+
+def _opened(record: Record, image_range: str) -> Record:
+    """The record with its images as pictures. Raises ``MllmEfficientError`` naming the record of one that cannot be read."""
+    try:
+        return replace(record, images=tuple(i if hasattr(i, "getpixel") else load_image(i, image_range) for i in record.images))
+    except MllmEfficientError as error:
+        raise MllmEfficientError(f"{record.name}: {error}") from error

@@ -19,10 +19,11 @@ from ..patches import adapter_for
 from ..plan import check
 from ..processor import apply, open_processor
 from .config import Recipe, StageConfig
-from .encoding import token_statistics
-from .trainer import method_of
+from .survey import survey
+from .trainer import data_of, method_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SAMPLE = 256  # generated scenes, all of which have one size
 CHARACTERS = 4  # of a token of English text, where no tokenizer is at hand
 GB = 1e9
 
@@ -44,7 +45,7 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
         "rows": rows,
         "meta": {
             "model": recipe.model, "shape": shape.name, "method": recipe.method, "parameters": parameters, "processes": world,
-            "tokens": why or "counted by the model's processor on a sample of the records",
+            "tokens": why or f"counted by the model's processor on all records (of generated scenes on {SAMPLE} of them)",
             "memory": "weights, gradients and two Adam moments in the weights' dtype (float32 for projector and LoRA under bf16), "
             "34 bytes x tokens x width per decoder layer in half precision (Korthikanti et al., arXiv 2205.05198, attention "
             "matrices not kept), and the logits; of one process, nothing sharded",
@@ -108,7 +109,10 @@ def _lora_parameters(recipe: Recipe, model: Any) -> int:
 def _row(
     recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
 ) -> dict[str, Any]:
-    tokens = _counted(records, processor, shape) if processor is not None else _rough(records, shape)
+    found = _surveyed(recipe, stage, records, processor, shape)
+    tokens = (
+        _rough(records, shape) if processor is None else {f"{n}_mean": found[f"{n}_tokens"]["mean"] for n in ("text", "answer", "visual")}
+    )
     usual = _usual(shape)
     if recipe.counts:
         most, drawn = max(recipe.counts), sum(count * weight for count, weight in recipe.counts.items()) / sum(recipe.counts.values())
@@ -137,6 +141,7 @@ def _row(
         "visual_tokens_drawn": round(drawn * tokens["visual_mean"] / usual, 1),
         "trained_parameters": trained, "weights_gb": round(everything * size / GB, 2), "optimizer_gb": round(3 * moving / GB, 2),
         "activations_gb": round((activations + logits) / GB, 2),
+        **{name: found.get(name) for name in ("cut_answers", "lost_answers", "unreadable", "tiny")},
         "memory_gb": round((everything * size + 3 * moving + activations + logits) / GB, 1),
     }  # fmt: skip
 
@@ -145,11 +150,17 @@ def _usual(shape: ModelShape) -> int:
     return pictures_of(shape).typical()[0].shape.n
 
 
-def _counted(records: Sequence[Any], processor: Any, shape: ModelShape) -> dict[str, float]:
+def _surveyed(recipe: Recipe, stage: StageConfig, records: Sequence[Any], processor: Any, shape: ModelShape) -> dict[str, Any]:
+    """``survey`` of a stage's records, with a progress bar where there is a terminal."""
+    from tqdm import tqdm
+
     from ..measure.counter import build_on_meta
 
-    found = token_statistics(records, processor, adapter=adapter_for(build_on_meta(shape)))
-    return {f"{name}_mean": found[f"{name}_tokens"]["mean"] for name in ("text", "answer", "visual")}
+    sample = None if data_of(recipe, stage).builtin is None else SAMPLE
+    independent = recipe.independent_turns and stage.objective == "answers"
+    adapter = None if processor is None else adapter_for(build_on_meta(shape))
+    with tqdm(total=len(records) if sample is None else min(sample, len(records)), desc=stage.name, unit="record", disable=None) as bar:
+        return survey(records, processor, recipe.max_length, independent, sample, bar.update, adapter)
 
 
 def _rough(records: Sequence[Any], shape: ModelShape) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,17 +23,20 @@ from ..adapters import base_of_folder
 from ..base_model import base_of
 from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, NotFiniteError
 from ..folders import RANDOM
 from ..installing import install
+from ..locking import owned
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..plan import check
+from ..records import read_all
+from ..records.files import fail
 from ..registry import get_method
 from .callbacks import Bar, LogFile
-from .config import Recipe, StageConfig
+from .config import DataConfig, Recipe, StageConfig
 from .data import builtin_records
-from .data import read as read_data
 from .encoding import Collator
+from .feed import SKIPPED, feed
 from .model import TrainingModel
 from .routing import routing_log
 
@@ -45,12 +50,14 @@ class CountTrainer(Trainer):
     Without counts it logs what a router did instead.
     """
 
-    def __init__(self, *args: Any, counts: dict[int, float], stage: StageConfig, seed: int, **kwargs: Any):
+    def __init__(self, *args: Any, counts: dict[int, float], stage: StageConfig, data: DataConfig, seed: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.counts, self.stage, self.draw_seed = counts, stage, seed
+        self.counts, self.stage, self.data, self.draw_seed = counts, stage, data, seed
         self.model_accepts_loss_kwargs = False
         self.seen: dict[int, torch.Tensor] = {}  # by count: sum of losses, batches, answer tokens guessed, answer tokens
         self.routed: torch.Tensor | None = None  # the sum of ``routing_sums``
+        self.skipped = torch.zeros((), dtype=torch.long)  # records that could not be used, since the last log
+        self.skipped_in_all = 0
         self.micro = (-1, -1)
 
     def draw(self) -> int | None:
@@ -64,9 +71,18 @@ class CountTrainer(Trainer):
         return list(self.counts)[chosen]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        count = self.draw()
+        inputs, count = dict(inputs), self.draw()
+        if SKIPPED in inputs:
+            self.skipped = self.skipped + inputs.pop(SKIPPED).sum().to(self.skipped.device)
         seed = [self.draw_seed, *self.micro, self.args.process_index]
-        out = model(self.stage.objective, count, dict(inputs), self.stage.routing, seed)
+        try:
+            out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+        except NotFiniteError as error:
+            raise MllmEfficientError(f"stage {self.stage.name}, step {self.micro[0] + 1}: the training diverged: {error}") from error
+        if self.stage.objective == "answers" and not int(out["asked"]):
+            raise MllmEfficientError(
+                f"stage {self.stage.name}, step {self.micro[0] + 1}: no token of the batch has a label, so there is nothing to learn"
+            )
         loss = out["loss"].detach().double()
         now = torch.stack([loss, torch.ones_like(loss), out["right"].to(loss), out["asked"].to(loss)])
         key = count or 0
@@ -91,6 +107,10 @@ class CountTrainer(Trainer):
             total = self.accelerator.reduce(sums.to(self.accelerator.device, torch.float32), "sum").tolist()
             logs.update(routing_log(total, *model.routing_names) if total[0] else {})
             self.routed = None
+        if self.data.on_bad == "skip":
+            logs["skipped"] = int(self.accelerator.reduce(self.skipped.to(self.accelerator.device), "sum"))
+            self.skipped_in_all += int(logs["skipped"])
+            self.skipped = torch.zeros_like(self.skipped)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -148,15 +168,27 @@ def loaded_for(recipe: Recipe) -> Loaded:
     )  # fmt: skip
 
 
-def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True) -> Sequence[Any]:
-    """The conversations of a stage, all checked. keep: generated pictures, in a folder ``data`` beside the output folder."""
-    data = stage.data or recipe.data
+def data_of(recipe: Recipe, stage: StageConfig) -> DataConfig:
+    """What a stage is trained on."""
+    return stage.data or recipe.data
+
+
+def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True, look: bool = True) -> Sequence[Any]:
+    """The conversations of a stage, all checked, without those that ``on_bad`` leaves out, which are told.
+
+    keep: generated pictures, in a folder ``data`` beside the output folder. look: whether the images of records must be there.
+    """
+    data = data_of(recipe, stage)
     if data.builtin is not None:
         folder, natural = Path(recipe.output_dir).parent / "data" if keep else None, recipe.model != BUILTIN
         records: Sequence[Any] = builtin_records(data.builtin, data.scenes, data.questions, folder, natural, recipe.seed)
     else:
         assert data.path is not None
-        records = read_data(Path(data.path), None if data.images is None else Path(data.images))
+        records, bad = read_all(Path(data.path), None if data.images is None else Path(data.images), learned=True, look=look)
+        if bad and (data.on_bad == "stop" or not records):
+            fail(bad)
+        if bad and int(os.environ.get("RANK", 0)) == 0:
+            print(f"left out: {len(bad)} of {len(bad) + len(records)} records; the first: {bad[0].said}", file=sys.stderr, flush=True)
     least = stage.batch_size * stage.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     if len(records) < least:
         raise MllmEfficientError(
@@ -224,10 +256,16 @@ def run(recipe: Recipe) -> Path:
     """Trains what is not trained yet and returns the trained method's folder.
 
     The same call goes on after an interruption: finished stages are loaded, the one at hand from its newest checkpoint.
-    Raises ``MllmEfficientError`` for a folder that another recipe wrote in.
+    Raises ``MllmEfficientError`` for a folder that another recipe wrote in, or that another process is writing to.
     """
     folder = Path(recipe.output_dir)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
+    first = int(os.environ.get("RANK", 0)) == 0  # which owns the folder for all
+    with owned(folder, ".lock", "output_dir") if first else contextlib.nullcontext():
+        return _run(recipe, records, folder)
+
+
+def _run(recipe: Recipe, records: dict[str, Any], folder: Path) -> Path:
     loaded = loaded_for(recipe)
     base = base_of(loaded.model)
     model = build_model(recipe, loaded)
@@ -252,10 +290,12 @@ def run(recipe: Recipe) -> Path:
 @torch.no_grad()
 def _settle(recipe: Recipe, loaded: Loaded, model: TrainingModel, records: Any, folder: Path) -> None:
     """Finds what the router does after training, with the likeliest kernels, on up to ``SETTLED`` records; it goes into log and folder."""
-    collate, total = _collator(recipe, loaded, model, recipe.independent_turns), torch.zeros(model.routing_size)
+    items, collate = _fed(recipe, recipe.stages[-1], loaded, model, records)
+    total = torch.zeros(model.routing_size)
     model.eval()
-    for low in range(0, min(len(records), SETTLED), 8):
-        batch = collate([records[i] for i in range(low, min(len(records), SETTLED, low + 8))])
+    for low in range(0, min(len(items), SETTLED), 8):
+        batch = collate([items[i] for i in range(low, min(len(items), SETTLED, low + 8))])
+        batch.pop(SKIPPED, None)
         out = model("answers", None, {k: v.to(loaded.model.device) for k, v in batch.items()})
         total += out.get("routed", 0)
     found = routing_log(total.tolist(), *model.routing_names) if total[0] else {}
@@ -287,6 +327,10 @@ def _own(folder: Path, recipe: Recipe) -> None:
 def _lasting(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe the weights depend on: everything but where and how fast it runs."""
     every = json.loads(json.dumps(asdict(recipe)))
+    for data in [every["data"], *(s["data"] for s in every["stages"] if s["data"])]:
+        for name in ("on_bad", "image_range"):  # which recipes did not have at first
+            if data[name] == getattr(DataConfig, name):
+                del data[name]
     return {k: v for k, v in every.items() if k not in ("output_dir", "shape", "device", "workers", "logging_steps")}
 
 
@@ -310,10 +354,10 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     if stage.gradient_checkpointing:
         _checkpointing(loaded.model, "enable", {"use_reentrant": False})
     bar = Bar(stage.name)
+    items, collate = _fed(recipe, stage, loaded, model, records)
     trainer = CountTrainer(
-        model=model, args=arguments(recipe, stage, folder), train_dataset=records,
-        data_collator=_collator(recipe, loaded, model, recipe.independent_turns and stage.objective == "answers"),
-        counts=recipe.counts, stage=stage, seed=recipe.seed,
+        model=model, args=arguments(recipe, stage, folder), train_dataset=items, data_collator=collate,
+        counts=recipe.counts, stage=stage, data=data_of(recipe, stage), seed=recipe.seed,
         callbacks=[LogFile(folder / LOG, stage.name), bar],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -324,10 +368,14 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     else:
         try:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"stage {stage.name}: the training diverged, a smaller learning rate may help ({error})") from error
         except MllmEfficientError as error:  # a loader's worker puts its traceback before the line
             raise MllmEfficientError(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.")) from error
         finally:
             bar.close()
+    if trainer.skipped_in_all and trainer.is_world_process_zero():
+        print(f"{stage.name}: {trainer.skipped_in_all:,} records could not be used and were skipped", file=sys.stderr, flush=True)
     if stage.gradient_checkpointing:
         _checkpointing(loaded.model, "disable")
     if trainer.is_world_process_zero():
@@ -338,8 +386,11 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     trainer.accelerator.wait_for_everyone()
 
 
-def _collator(recipe: Recipe, loaded: Loaded, model: TrainingModel, independent_turns: bool) -> Collator:
-    return Collator(loaded.processor, recipe.max_length, independent_turns, getattr(model.method, "read_token", None))
+def _fed(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: TrainingModel, records: Sequence[Any]) -> tuple[Sequence[Any], Any]:
+    """What the Trainer draws from, and the collator of what it drew."""
+    data, independent = data_of(recipe, stage), recipe.independent_turns and stage.objective == "answers"
+    ending = getattr(model.method, "read_token", None)
+    return feed(Collator(loaded.processor, recipe.max_length, independent, ending, data.image_range), records, data.on_bad)
 
 
 def _newest(checkpoints: Path) -> tuple[Path | None, dict[str, Any]]:
