@@ -91,4 +91,6 @@ def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[
 
 
 def _prompt(record: Record, loaded: Loaded) -> str:
+    if record.system is None and len(record.turns) == 1:
+        return loaded.prompt(record.turns[0][0], len(record.images))
     return loaded.conversation(record.asked, len(record.images))

@@ -64,7 +64,8 @@ class Loaded:
         """What is known of how its processor sees pictures: its own settings, or without one those of the model's folder."""
         if self.processor is not None:
             return image_settings(self.processor)
-        return merged(read_settings(Path(self.options.model).expanduser()), self.options.processor_kwargs)
+        folder = Path(adapters.resolved(self.options.model, self.options.adapter)[0]).expanduser()
+        return merged(read_settings(folder), self.options.processor_kwargs)
 
     @property
     def notes(self) -> list[str]:
@@ -249,7 +250,7 @@ def environment(loaded: Loaded) -> dict[str, Any]:
     return {
         "model": options.model,
         "weights": fingerprint(loaded),
-        "adapter": None if adapter is None else {"folder": adapter, "weights": adapters.fingerprint(adapter)},
+        "adapter": None if adapter is None else {"name": Path(adapter).name, "weights": adapters.fingerprint(adapter)},
         "device": f"{model.device} ({device}, {os.cpu_count()} cores)",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config.get_text_config()._attn_implementation,

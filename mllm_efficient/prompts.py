@@ -89,31 +89,37 @@ def content_of(processor: Any, question: str, images: int, videos: int = 0) -> l
     Line breaks around a placeholder go, because templates put their own. Raises ``MllmEfficientError`` where the question has
     another number of placeholders than there are pictures.
     """
-    pattern, kinds = _marks(processor, question)
-    pieces = re.split(pattern, question.strip())
-    found = [kinds[mark] for mark in pieces[1::2]]
-    wanted = ["image"] * images + ["video"] * videos
+    content = parts_at(question, _marks(processor, question))
+    found = [part["type"] for part in content if part["type"] != "text"]
     if not found:
-        return [*({"type": kind} for kind in wanted), {"type": "text", "text": question}]
+        return [{"type": kind} for kind in ["image"] * images + ["video"] * videos] + content
     _require_counts({k: found.count(k) for k in ("image", "video")}, images, videos, _tokens(processor))
-    content: list[dict[str, Any]] = []
-    for i, piece in enumerate(pieces):
-        if i % 2:
-            content.append({"type": kinds[piece]})
-            continue
-        text = piece.strip("\n")
-        text = text if any("text" in part for part in content) else text.lstrip()
-        content += [{"type": "text", "text": text}] if text else []
     return content
 
 
-def _marks(processor: Any, question: str) -> tuple[str, dict[str, str]]:
-    """A pattern of what may stand for pictures in a question, longest first, and the kind of each."""
+def parts_at(question: str, marks: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A question's parts. marks: what stands for a picture, and its kind. Without one the question is one text, as it is."""
+    pieces = re.split("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")", question.strip())
+    if len(pieces) == 1:
+        return [{"type": "text", "text": question}]
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            parts.append({"type": marks[piece]})
+            continue
+        text = piece.strip("\n")
+        text = text if any("text" in part for part in parts) else text.lstrip()
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def _marks(processor: Any, question: str) -> dict[str, str]:
+    """What may stand for pictures in a question, and the kind of each."""
     kinds = {MARKER: "image"}
     for kind, token in _tokens(processor).items():
         if token and token in question:
             kinds |= {token: kind, _framed(processor, kind, token): kind}
-    return "(" + "|".join(map(re.escape, sorted(kinds, key=len, reverse=True))) + ")", kinds
+    return kinds
 
 
 def _framed(processor: Any, kind: str, token: str) -> str:

@@ -111,6 +111,19 @@ def test_pictures_go_to_the_prompt_that_has_their_placeholders():
         model_inputs(processor, prompts, pictures[:2])
 
 
+def test_servers_that_tile_in_another_way_are_named_beside_the_numbers(folder):
+    """A LLaVA-OneVision, by the folder that the server says it has the model from, or by name, asked with several pictures at once."""
+    from mllm_efficient.eval.lmms.server import ServerCell, tiling_note
+
+    def cell(**about):
+        return ServerCell(me.build("none"), "baseline", name="full", url="http://localhost:1/v1", **about)
+
+    by_folder, by_name = cell(model="m", root=str(folder("llava_onevision"))), cell(model="llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    for one in (by_folder, by_name):
+        assert tiling_note([one], True).startswith("full: vLLM tiles every one of several pictures") and tiling_note([one], False) is None
+    assert tiling_note([cell(model="onevision", root=str(folder("qwen2_vl"))), cell(model="tiny")], True) is None
+
+
 # ------------------------------------------------------------------------------------------------ pixel budgets
 
 
@@ -269,7 +282,7 @@ def test_a_lora_folder_is_a_model_and_an_adapter(capsys, folder, lora, picture):
         assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[3], atol=0.1)
         torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
     about = environment(by_model)["adapter"]
-    assert about == environment(by_option)["adapter"] and about["folder"] == str(lora) and environment(plain)["adapter"] is None
+    assert about == environment(by_option)["adapter"] and about["name"] == lora.name and environment(plain)["adapter"] is None
     assert main(["generate", "--model", str(lora), "--image", str(picture), "--prompt", "what ?", "--max-new-tokens", "1"]) == 0
     capsys.readouterr()
     counts = [cost(load_shape(str(f)), image_size=(70, 50)) for f in (base, lora)]

@@ -12,7 +12,7 @@ from . import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="The question; put in the model's chat template unless it holds <image>.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="The question; pictures stand where it says <image>, or in front.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable.")] = None,
     model: options.Model = "builtin",
     method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
@@ -53,6 +53,8 @@ def generate(
     )  # fmt: skip
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))
+    if text == prompt:
+        options.say("the prompt is in the model's chat template already: taken as it is")
     options.announce(loaded, [compressor])
     inputs = loaded.inputs([text], pictures)
     with wrapper.compressed(loaded.model, compressor):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..adapters import base_of_folder
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..models import BUILTIN, DTYPES, Loaded, ModelOptions, builtin_folder, environment, pick_device, quantization_config
 from ..patches.rules import SHARED, require_counting
@@ -24,6 +25,7 @@ def config_of(source: str) -> Any:
 
     from ..patches import FAMILIES
 
+    source = base_of_folder(source) or source
     if source == BUILTIN:
         source = str(builtin_folder())
     try:
