@@ -117,6 +117,13 @@ class Adapter:
         check_decoder(self, method)
 
     @property
+    def decoder(self) -> str:
+        """The class of the decoder's layers."""
+        from .decoder import decoder_of
+
+        return type(decoder_of(self.model).layers[0]).__name__
+
+    @property
     def deep_layers(self) -> int:
         """Decoder layers behind which visual features are added (deepstack)."""
         vision = self.config.vision_config

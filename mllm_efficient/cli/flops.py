@@ -75,6 +75,8 @@ def flops(
         counter = _Counter(shape, model, revision, trust_remote_code)
         for m, row in zip(methods, rows):
             row["measured"] = counter.row(m, pairs, costs[m], call)
+            if unknown := row["measured"]["unknown_operations"]:
+                options.say(f"{m.spec()} uses {', '.join(unknown)}, whose FLOPs torch's counter takes for 0: counted is too low")
     meta = {
         **_versions(), "model": model, "convention": convention, "counts": MEANING[convention], "pictures": [c.pictures for c in baseline],
         "prompts": [{"text_tokens": c.text_tokens, "visual_tokens": c.visual_tokens_full} for c in baseline], **call,
@@ -161,6 +163,7 @@ class _Counter:
 
         counted = [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
         row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
+        row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
         row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])
         return row
 
