@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.resize import Resize
 
+from .calibration import calibration
 from .runner import NO_IMAGE
 from .stats import Estimate, Scores, points
 
 OVERALL = "overall"
+MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table behind the others
 
 
 def rows_of(
@@ -40,8 +43,44 @@ def rows_of(
                     row["turn_interval"] = points(change.interval())
                 if against is not None:
                     row |= {"against": against, **_against(scores, arm, against, i)}
+                if task == OVERALL:
+                    row |= calibration(mine, seed) | hard_and_broken(method, methods, by_arm)
                 out.append(row)
     return out
+
+
+def hard_and_broken(method: Compressor, methods: Sequence[Compressor], by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a method does beside the smaller picture of its budget, in percent (VTC-Bench, its groups A and B).
+
+    ``hard``: right, of the ``hard_n`` questions that the baseline gets right and ``resize`` wrong. ``broken``: wrong, of the
+    ``broken_n`` that both get right. None without such a ``resize`` among the methods.
+    """
+    nothing = dict.fromkeys(("hard", "hard_n", "broken", "broken_n"))
+    rival = next((m.spec() for m in methods if m.name == Resize.name and budget_of(m) == budget_of(method)), None)
+    if rival is None or budget_of(method) is None or method.name == Resize.name:
+        return nothing
+    right = {arm: {r["id"]: bool(r["correct"]) for r in by_arm[arm]} for arm in (methods[0].spec(), rival, method.spec())}
+    base, small, mine = right.values()
+    return shares(
+        {i: float(v) for i, v in mine.items()}, {i for i in base if base[i] and not small[i]}, {i for i in base if base[i] and small[i]}
+    )
+
+
+def shares(scores: dict[str, float], hard: set[str], easy: set[str]) -> dict[str, Any]:
+    """``hard``, ``hard_n``, ``broken`` and ``broken_n`` of scores in [0, 1] by sample."""
+    hard, easy = hard & set(scores), easy & set(scores)
+    lost = 100 * (1 - sum(scores[i] for i in easy) / len(easy)) if easy else None
+    return {
+        "hard": _round(100 * sum(scores[i] for i in hard) / len(hard)) if hard else None, "hard_n": len(hard),
+        "broken": None if lost is None else _round(lost), "broken_n": len(easy),
+    }  # fmt: skip
+
+
+def budget_of(method: Compressor) -> tuple[Any, ...] | None:
+    """What two methods have alike that keep as many tokens; None where the budget is no count or share of all tokens."""
+    if method.name == "none" or (method.tokens is None and method.fraction is None):
+        return None
+    return method.fraction, method.tokens, method.min_tokens, method.max_tokens
 
 
 def differences(
@@ -107,6 +146,8 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
     against = any("against" in r for r in rows)
     header = ["method", "tokens", *tasks, "macro", "vs none [95%]", "retention", "in region"]
     header += [f"vs {rows[0]['against']} [95%]"] if against else []
+    more = [n for n in MORE if any(r.get(MORE[n]) is not None for r in rows)]
+    header += more
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     second: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -118,7 +159,7 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
     first = next(iter(by_method.values()))
     lines = []
     if first[OVERALL]["floor"] is not None:
-        lines.append([NO_IMAGE, "0", *(_one(first[t]["floor"]) for t in [*tasks, OVERALL]), "", "", ""] + [""] * against)
+        lines.append([NO_IMAGE, "0", *(_one(first[t]["floor"]) for t in [*tasks, OVERALL]), "", "", ""] + [""] * (against + len(more)))
         lines[0] += [_one(second["none"]["floor"]), ""] if second else []
     for method, by_task in by_method.items():
         total = by_task[OVERALL]
@@ -128,6 +169,7 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
         line += [_one(total["retention"]) + "%" if total["retention"] is not None else "", share]
         if against:
             line.append("" if method == total["against"] else _signed(total["against_difference"], total["against_interval"]))
+        line += [_one(total[MORE[n]]) for n in more]
         line += [_one(second[method]["score"]), _change(second[method])] if second else []
         lines.append(line)
     return header, lines

@@ -22,13 +22,10 @@ from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 
 from .base import hooking
 from .passes import Pass, Prefill
+from .rules import check_reducer
 from .staging import Shortened, Staging
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
-LAYERS = frozenset({
-    "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer",
-    "Qwen3VLTextDecoderLayer",
-})  # fmt: skip
 
 
 class EnterLayer:
@@ -184,24 +181,8 @@ def _check_untested(adapter: Any) -> None:
 
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
-    layers = decoder_of(adapter.model).layers
-    kinds = [cls.__name__ for cls in type(layers[0]).__mro__]  # of a sharded layer its own is the second or third
-    if not LAYERS & set(kinds):
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kinds[0]}")
-    check_layer(type(layers[0]))
+    check_reducer(adapter, method)
+    check_layer(type(decoder_of(adapter.model).layers[0]))
     _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
-    if not adapter.mrope:
-        return
-    if method.merges:
-        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
-    if method.positions == "renumber":
-        raise UnsupportedModelError(
-            f"{method.name}: positions='renumber' has no meaning inside {adapter.name}, whose positions have three rows"
-        )
-    first, deep = method.stages(len(layers))[0], adapter.deep_layers
-    if first < deep:
-        raise UnsupportedModelError(
-            f"{method.name} drops tokens at layer {first}, and {adapter.name} adds visual features up to layer {deep}: drop there or later"
-        )

@@ -1,8 +1,9 @@
-"""What a processor's settings make of a picture's size: pixels, tiles, canvases. Numbers alone: no torch, no transformers, no pixels.
+"""What is known of a family from its kind, sizes and settings alone: no torch, no transformers, no pixels.
 
-Settings are those of the image processor, as ``preprocessor_config.json`` has them or ``processor_config.json`` under
-``image_processor``, with ``vision_aspect_ratio`` of the processor itself. Where a model's files say nothing, the family's
-released checkpoints count.
+What a processor's settings make of a picture's size (pixels, tiles, canvases), and what a model can be asked at all: the same for
+an adapter (``wrap``) and for a shape (``flops``). Settings are those of the image processor, as ``preprocessor_config.json`` has
+them or ``processor_config.json`` under ``image_processor``, with ``vision_aspect_ratio`` of the processor itself. Where a model's
+files say nothing, the family's released checkpoints count.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.parsing import read_json
+
+if TYPE_CHECKING:
+    from mllm_efficient.compressors.reducer import Reducer
 
 Size = tuple[int, int]  # (width, height) in pixels
 Grid = tuple[int, int]  # (rows, columns)
@@ -165,3 +169,35 @@ def canvas_of(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
 def most_tiles(ratio: str) -> int:
     """The 9 of "anyres_max_9": a map of more than about so many tiles is shrunk."""
     return int(ratio.removeprefix("anyres_max_"))
+
+
+# ------------------------------------------------------------------------------------------------ what a decoder can be asked
+
+# kind of a text model: the class of its layers, in which in-decoder methods work
+DECODERS = {
+    "llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer", "qwen3": "Qwen3DecoderLayer",
+    "qwen2_vl": "Qwen2VLDecoderLayer", "qwen2_5_vl": "Qwen2_5_VLDecoderLayer", "qwen3_vl": "Qwen3VLTextDecoderLayer",
+}  # fmt: skip
+
+
+def check_reducer(host: Any, method: Reducer) -> None:
+    """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in.
+
+    host: whatever says ``name``, ``decoder`` (the class of its layers), ``mrope``, ``deep_layers`` and ``decoder_layers``.
+    """
+    if host.decoder not in DECODERS.values():
+        kind = host.decoder
+        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+    if not host.mrope:
+        return
+    if method.merges:
+        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {host.name}")
+    if method.positions == "renumber":
+        raise UnsupportedModelError(
+            f"{method.name}: positions='renumber' has no meaning inside {host.name}, whose positions have three rows"
+        )
+    first, deep = method.stages(host.decoder_layers)[0], host.deep_layers
+    if first < deep:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens at layer {first}, and {host.name} adds visual features up to layer {deep}: drop there or later"
+        )

@@ -7,8 +7,10 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
+import torch
 
 from mllm_efficient.eval import stats
+from mllm_efficient.eval.calibration import calibration, confidences
 from mllm_efficient.eval.lmms.scores import clustered
 from mllm_efficient.eval.report.recommend import bounded, recommend
 
@@ -290,3 +292,48 @@ def test_the_card_of_the_report_has_the_warning(tmp_path):
     text = page(Finished.read(finish(tmp_path / "run", rows, **own_meta())))
     card = text[text.index('id="recommendation"') :]
     assert "Measured on only 60 requests" in card[: card.index("</section>")]
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+def answers(n: int, sure, right, per_image: int = 3) -> list[dict]:
+    return [{"image": i // per_image, "confidence": float(c), "correct": bool(r)} for i, (c, r) in enumerate(zip(sure, right)) if i < n]
+
+
+def test_calibration_equals_a_slow_count():
+    rng = np.random.default_rng(3)
+    sure = rng.random(60)
+    rows = answers(60, sure, rng.random(60) < sure)
+    found = calibration(rows, seed=5)
+    bags = [[r for i in drawn for r in rows[3 * i : 3 * i + 3]] for block in stats.picks(20, 5) for drawn in block]
+
+    def ece(bag):
+        bins = {}
+        for r in bag:
+            bins.setdefault(min(int(10 * r["confidence"]), 9), []).append(r)
+        gaps = [abs(np.mean([r["confidence"] for r in b]) - np.mean([r["correct"] for r in b])) * len(b) for b in bins.values()]
+        return 100 * sum(gaps) / len(bag)
+
+    def aurc(bag):
+        ranked = [not r["correct"] for r in sorted(bag, key=lambda r: -r["confidence"])]
+        return 100 * np.mean([np.mean(ranked[: k + 1]) for k in range(len(ranked))])
+
+    for name, slow in (("ece", ece), ("aurc", aurc)):
+        assert found[name] == pytest.approx(slow(rows), abs=0.006)
+        tail = 100 * stats.widened(0.025, 20)
+        some = [slow(bag) for bag in bags]
+        assert found[f"{name}_interval"] == pytest.approx(np.percentile(some, [tail, 100 - tail]), abs=0.3)
+
+
+def test_who_knows_when_it_is_wrong_is_better_calibrated():
+    right = [True] * 80 + [False] * 20
+    knows, boasts = (calibration(answers(100, sure, right)) for sure in ([1.0] * 80 + [0.0] * 20, [1.0] * 100))
+    assert knows["ece"] == 0 and boasts["ece"] == 20 and knows["aurc"] < boasts["aurc"]
+    assert calibration([{"image": 0, "correct": True}])["ece"] is None
+
+
+def test_confidence_is_the_geometric_mean_up_to_the_end():
+    steps = [torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])), torch.log(torch.tensor([[0.1, 0.8, 0.1], [0.9, 0.05, 0.05]]))]
+    ids = torch.tensor([[0, 1], [2, 0]])  # 2 ends the second answer
+    assert confidences(steps, ids, {2}) == pytest.approx([math.sqrt(0.5 * 0.8), 0.8])

@@ -12,7 +12,7 @@ from mllm_efficient.measure.arms import METHOD
 
 from ..stats import Estimate, estimate, mean_of, points, sums
 from ..sweep import Cell
-from ..table import OVERALL
+from ..table import OVERALL, shares
 from .host import Task
 from .run import TaskRun
 from .scores import RIGHT, YES_NO, known, neither, primary, top_of
@@ -25,6 +25,7 @@ MEANING = {
     "retention": "percent of the baseline's score; overall: the mean over tasks",
     "neither": "answers to questions of yes or no that begin with another word",
     "hard": "score on the samples that the baseline gets right and resize at the same budget gets wrong, of which there are hard_n",
+    "broken": "percent wrong of the broken_n samples that the baseline and resize at the same budget get right",
 }
 Samples = dict[str, dict[str, Any]]
 
@@ -95,17 +96,17 @@ def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
         "method": cell.spec, "role": cell.role, "keep": cell.method.fraction if here else None,
         "tokens": cell.method.tokens if here else None, "task": task, "metric": metric, "primary": False, "higher_is_better": True,
         "score_interval": None, "difference_interval": None, "interval_missing": None, "clusters": None, "floor": None,
-        "hard": None, "hard_n": None,
+        "hard": None, "hard_n": None, "broken": None, "broken_n": None,
     }  # fmt: skip
 
 
 def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
-    """The score on the samples that the baseline gets right and ``resize`` gets wrong; nothing for arms without such a partner."""
+    """``hard`` and ``broken`` beside ``resize`` at the same budget; nothing for arms without such a partner."""
     scores, right, wrong = (_scores(rows, metric) for rows in (mine, base, resized))
     if cell.method.name == Resize.name or not wrong or not scores:
         return {}
-    chosen = [i for i in scores if right.get(i, 0) > RIGHT and wrong.get(i, 1) <= RIGHT]
-    return {"hard": _round(100 * sum(scores[i] for i in chosen) / len(chosen)) if chosen else None, "hard_n": len(chosen)}
+    known = {i for i in right if right[i] > RIGHT and i in wrong}
+    return shares(scores, {i for i in known if wrong[i] <= RIGHT}, {i for i in known if wrong[i] > RIGHT})
 
 
 def estimates(run: TaskRun, arm: str, task: str, top: float | None) -> tuple[Estimate, Estimate] | str:
@@ -256,7 +257,7 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             [
                 title(r["task"]), r["metric"], r["method"], _one(r["visual_tokens_kept"], "g"), _one(r["prompt_tokens"], ".0f"),
                 _one(r["value"], ".4g"), _one(r["score"]), "" if base else _signed(r), "" if base else _one(r["retention"], ".1f", "%"),
-                hard, str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
+                hard, _one(r["broken"], ".1f", "%"), str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
             ]
         )  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]

@@ -16,7 +16,8 @@ TIMES = ("vision_ms", "compress_ms", "prefill_ms", "ttft_ms", "tpot_ms", "e2e_ms
 BENCH = (*TIMES, "ttft_ratio", "e2e_ratio", "free_choice_reached", "peak_memory_mb", "kv_cache_mb")
 ACCURACY = (
     "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "clusters", "failures", "floor",
-    "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept",
+    "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept", "hard", "hard_n", "broken", "broken_n",
+    "ece", "ece_interval", "aurc", "aurc_interval",
 )  # fmt: skip
 TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "clusters", "failures")
 WORDS, RIGHT = "normalised_match", "accuracy"  # what ``score`` is of a user's own requests
@@ -86,7 +87,7 @@ def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 HEADER = (
     "method", "tokens", "score", "vs none [95%]", "retention",
     "same answer", "same words [95%]", "first other token", "KL nats [95%]", "right", "right vs none [95%]",
-    "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
+    "hard", "broken", "ECE", "AURC", "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
     "prefill ms", "e2e ms", "tok/s", "peak MB", "KV MB",
 )  # fmt: skip
 NOTES = {
@@ -100,6 +101,10 @@ NOTES = {
     "KL nats [95%]": "of the next token along the uncompressed model's answer",
     "right": "percent of the requests that have an answer",
     "right vs none [95%]": "paired difference to the uncompressed model in points",
+    "hard": "percent right of the questions that the uncompressed model gets right and the smaller picture of the same budget wrong",
+    "broken": "percent wrong of the questions that both get right",
+    "ECE": "expected calibration error: how far confidence and accuracy are apart, in percent; lower is better",
+    "AURC": "area under the risk-coverage curve, in percent: wrong answers among the most confident; lower is better",
     "FLOPs": "percent of the uncompressed model's: tower, projector, method, prefill, decoding",
     "prefill FLOPs": "percent of the uncompressed model's, language model's prefill alone",
     "asked": "prefill FLOPs of a pure token drop at the budget asked for, which --match flops solves for",
@@ -138,7 +143,7 @@ def _line(r: dict[str, Any], timed: Callable[[dict[str, float] | None], str]) ->
     name = f"{r['method']} (failed)" if r["failed"] else r["method"]
     paired = "" if base or ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     return [
-        name, number(r["visual_tokens_kept"], "g"), *_scores(r),
+        name, number(r["visual_tokens_kept"], "g"), *_scores(r), *(number(r.get(n)) for n in ("hard", "broken", "ece", "aurc")),
         percent(r["flops_ratio"]), percent(r["prefill_flops_ratio"]), percent(r["prefill_flops_ratio_asked"]),
         timed(r["ttft_ms"]), paired, timed(r["prefill_ms"]), timed(r["e2e_ms"]), median(r["tokens_per_s"]),
         number(r["peak_memory_mb"], ",.0f"), number(r["kv_cache_mb"], ",.2f"),

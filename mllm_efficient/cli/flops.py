@@ -83,6 +83,8 @@ def flops(
         counter = _Counter(shape, settings)
         for m, row in zip(methods, rows):
             row["measured"] = counter.row(m, pairs, costs[m], call)
+            if unknown := row["measured"]["unknown_operations"]:
+                options.say(f"{m.spec()} uses {', '.join(unknown)}, whose FLOPs torch's counter takes for 0: counted is too low")
     meta = {
         **_versions(), "model": model, "processor_kwargs": given, "convention": convention, "counts": MEANING[convention],
         "pictures": [c.pictures for c in baseline],
@@ -172,6 +174,7 @@ class _Counter:
         call = {**call, "processor": self.processor}
         counted = [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
         row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
+        row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
         row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])
         return row
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LEGEND = """\
 'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
 kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and resize at the same budget gets
-wrong, and how many those are; 'neither': answers to questions of yes or no that are neither. A failed sample counts as wrong."""
+wrong, and how many those are; 'broken': percent wrong of those that both get right; 'neither': answers to questions of yes or no
+that are neither. A failed sample counts as wrong."""
 
 
 def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], int | None]:

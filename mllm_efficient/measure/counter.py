@@ -7,7 +7,7 @@ there; a method chooses by values, so it runs on the CPU, on random features of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,12 +27,13 @@ from .shapes import ModelShape
 
 @dataclass(frozen=True)
 class Counted:
-    """FLOPs of a call, as ``flops.Cost`` has them."""
+    """FLOPs of a call, as ``flops.Cost`` has them. unknown: operations of the method whose FLOPs torch's counter takes for 0."""
 
     vision: int
     compress: int
     prefill: int
     decode: int
+    unknown: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -92,13 +93,16 @@ def count(
                 raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
-        with flop_counter() as compress:
+        unknown = Uncounted()
+        with flop_counter() as compress, unknown:
             prepared = prepare(model, method, encoded=encoded, **prompt)
         choosing: list[FlopCounterMode] = []
 
-        def meter() -> FlopCounterMode:
+        @contextlib.contextmanager
+        def meter() -> Iterator[None]:
             choosing.append(flop_counter())
-            return choosing[-1]
+            with choosing[-1], unknown:
+                yield
 
         if prepared.staging is not None:
             prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
@@ -114,7 +118,26 @@ def count(
                 model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
     inside_prefill = sum(c.get_total_flops() for c in choosing)
     phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
-    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3])
+    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3], tuple(sorted(unknown.seen)))
+
+
+class Uncounted(TorchDispatchMode):
+    """Notes the operations that multiply and that ``FlopCounterMode`` does not know (torch 2.13). seen: their names."""
+
+    NAMES = frozenset({
+        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_grouped_mm", "_scaled_grouped_mm",
+        "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "ger", "addr",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 def _inputs(
