@@ -80,7 +80,12 @@ class Agreement(Harness):
         self._references.clear()
 
     def head(self, arm: str, sample: Request) -> dict[str, Any]:
-        head = {"method": arm, "id": sample.id, "request": sample.digest, "task": WITH_IMAGES if sample.images else TEXT_ONLY}
+        head: dict[str, Any] = {
+            "method": arm,
+            "id": sample.id,
+            "request": sample.digest,
+            "task": WITH_IMAGES if sample.images else TEXT_ONLY,
+        }
         head |= {
             "question": short(sample.question, 200),
             "images": sample.record.shown(self.data.parent if self.data is not None else Path()),

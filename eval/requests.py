@@ -73,7 +73,8 @@ def _digest(record: Record, image_range: str) -> str:
     for image in record.images:
         try:
             load_image(image, image_range)
-            digest.update(hashlib.sha256(image if isinstance(image, bytes) else Path(image).read_bytes()).digest())
+            content = image if isinstance(image, bytes) else Path(image).read_bytes() if isinstance(image, Path) else image.tobytes()
+            digest.update(hashlib.sha256(content).digest())
         except (MllmEfficientError, OSError) as error:
             raise MllmEfficientError(f"{record.name}: {error}") from None
     return digest.hexdigest()[:16]

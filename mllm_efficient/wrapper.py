@@ -268,7 +268,7 @@ def _class_for(cls: Any) -> Any:
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
-        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
+        ours: dict[str, Any] = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
         ours |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
         _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]

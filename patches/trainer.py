@@ -49,7 +49,7 @@ def watch_if_there() -> None:
         return
     with hooking:
         for name, around in AROUND.items():
-            stock = trainer.__dict__.get(name)
+            stock: Any = trainer.__dict__.get(name)
             if stock is not None and not hasattr(stock, "visual"):
                 setattr(trainer, name, _wrapped(stock, around))
 
@@ -59,7 +59,7 @@ def release() -> None:
     trainer = getattr(sys.modules.get(_TRAINER), "Trainer", None)
     with hooking:
         for name in AROUND:
-            ours = getattr(trainer, "__dict__", {}).get(name)
+            ours: Any = getattr(trainer, "__dict__", {}).get(name)
             if hasattr(ours, "visual"):
                 setattr(trainer, name, ours.__wrapped__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,10 +119,12 @@ def test_servers_that_tile_in_another_way_are_named_beside_the_numbers(folder):
     def cell(**about):
         return ServerCell(me.build("none"), "baseline", name="full", url="http://localhost:1/v1", **about)
 
+    asked = SimpleNamespace(several=True)
     by_folder, by_name = cell(model="m", root=str(folder("llava_onevision"))), cell(model="llava-hf/llava-onevision-qwen2-7b-ov-hf")
     for one in (by_folder, by_name):
-        assert tiling_note([one], True).startswith("full: vLLM tiles every one of several pictures") and tiling_note([one], False) is None
-    assert tiling_note([cell(model="onevision", root=str(folder("qwen2_vl"))), cell(model="tiny")], True) is None
+        assert tiling_note([one], [asked]).startswith("full: vLLM tiles every one of several pictures")
+        assert tiling_note([one], [SimpleNamespace(several=False)]) is None
+    assert tiling_note([cell(model="onevision", root=str(folder("qwen2_vl"))), cell(model="tiny")], [asked]) is None
 
 
 # ------------------------------------------------------------------------------------------------ pixel budgets

@@ -297,7 +297,7 @@ def _own_draws() -> Iterator[None]:
 
 def _lacks_answer_ids(task: Any, docs: Any) -> bool:
     """Whether VQAv2's metric would take equal answers of different people for one: it tells them apart by all that stands beside them."""
-    answers = docs[0].get("answers") if "vqav2" in getattr(task.config.process_results, "__name__", "") else None
+    answers: Any = docs[0].get("answers") if "vqav2" in getattr(task.config.process_results, "__name__", "") else None
     return bool(answers) and isinstance(answers[0], dict) and "answer_id" not in answers[0]
 
 

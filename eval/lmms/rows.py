@@ -111,7 +111,7 @@ def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Sample
 
 def estimates(run: TaskRun, arm: str, task: str, top: float | None) -> tuple[Estimate, Estimate] | str:
     """A task's score under an arm and its difference to the baseline's, on the same resamples; or why there are none."""
-    parts = [run.summary(a, task).get("clustered") for a in (arm, run.arms[0])]
+    parts: list[Any] = [run.summary(a, task).get("clustered") for a in (arm, run.arms[0])]
     missing = next((p["why"] if p else "the task failed" for p in parts if not p or p["why"] is not None), None)
     if missing is not None or top is None:
         return missing or "the metric's best value is not known"

@@ -154,7 +154,7 @@ def clustered(
         return Clustered([], [], why="there is no score of a single answer")
     members = grouped(clusters)
     units = [_units([items[i] for i in m], [known[i] for i in m]) for m in members]
-    asked, right = [float(len(u)) for u in units], [float(sum(u)) for u in units]
+    asked, right = [float(len(u)) for u in units], [float(sum(u, 0.0)) for u in units]
     if top is not None and sum(asked) and abs(sum(right) / sum(asked) * top - value) < CLOSE * top:
         return Clustered(asked, right)
     if aggregate is None or "args" in inspect.signature(aggregate).parameters:

@@ -6,7 +6,7 @@ import base64
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,10 @@ def served(cells: Sequence[ServerCell]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tiling_note(cells: Sequence[ServerCell], several: bool) -> str | None:
-    """What to say beside the numbers of servers that do not see pictures as transformers does. several: in one prompt."""
+def tiling_note(cells: Iterable[Any], askers: Iterable[Any]) -> str | None:
+    """What to say beside the numbers of servers (``ServerCell``) that do not see several pictures of a prompt as transformers does."""
     names = [c.name for c in cells if c.is_onevision]
-    if not names or not several:
+    if not names or not any(a.several for a in askers):
         return None
     return (
         f"{', '.join(names)}: vLLM tiles every one of several pictures of a LLaVA-OneVision prompt (up to anyres_max_9), transformers "

@@ -77,7 +77,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     if run.rank > 0:
         return 0
     rows = rows_of(run, records)
-    note = None if not asked.servers else tiling_note(run.cells, any(a.several for a in run.askers.values()))
+    note = None if not asked.servers else tiling_note(run.cells, run.askers.values())
     published = [] if reference is None else beside(rows, reference)
     meta = {
         **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
