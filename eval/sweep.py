@@ -9,11 +9,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_efficient import locking
 from mllm_efficient.composed import Composed, before_of, inside_of, runnable
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.none import NoCompression
@@ -27,6 +28,7 @@ from mllm_efficient.measure.flops import Cost
 from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.models import Loaded, environment, require_supported
+from mllm_efficient.parsing import parse_yaml, read_yaml
 from mllm_efficient.plan import check, describe
 from mllm_efficient.registry import get_method
 
@@ -114,13 +116,11 @@ def _with_budget(spec: str, budget: str) -> Compressor:
         return runnable([part if own_budget(part) is not None else _with_budget(part.strip(), budget) for part in spec.split("|")])
     if not spec.endswith((".yaml", ".yml")):
         return runnable(f"{spec}{',' if ':' in spec else ':'}{budget}")
-    import yaml
-
     name, _, value = budget.partition("=")
-    content = yaml.safe_load(Path(spec).read_text())
+    content = read_yaml(Path(spec))
     if not isinstance(content, dict) or "stages" in content:
         raise MllmEfficientError(f"{spec}: give each of its stages a budget")
-    return runnable({**content, name: yaml.safe_load(value)})
+    return runnable({**content, name: parse_yaml(value)})
 
 
 def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) -> tuple[list[Cell], dict[str, str]]:
@@ -292,28 +292,9 @@ def unfinished(folder: Path) -> str | None:
     return f"unfinished: {min(done, answers)} of {answers} answers; run the same sweep again: {command}"
 
 
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
     """The folder belongs to this process inside; another process that owns it is named in the error."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
-    with handle:
-        with contextlib.suppress(ImportError):  # Windows has no advisory locks: two processes are the user's care there
-            import fcntl
-
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                owner = handle.read().strip() or "another one"
-                raise MllmEfficientError(f"process {owner} is writing to {folder}: wait for it or use another --output-dir") from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
+    return locking.owned(folder, LOCK_FILE, "--output-dir")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -65,7 +65,7 @@ def find(source: Any, folder: Path | None = None, look: bool = True) -> Path | b
     except (OSError, RuntimeError, ValueError):  # a name that is too long, a ~user who is not there
         there = False
     if not there:
-        raise MllmEfficientError(f"no image file {shortened(text if folder is None else os.path.join(folder, text), 200)}")
+        raise MllmEfficientError(f"no image file {name_of(text if folder is None else os.path.join(folder, text))}")
     return path
 
 
@@ -88,7 +88,7 @@ def name_of(image: Any, folder: Path | None = None) -> str:
     if not isinstance(image, str | os.PathLike):
         return f"a picture ({type(image).__name__})"
     if folder is None:
-        return shortened(image, 200)
+        return os.sep.join(shortened(part) for part in str(image)[:1000].split(os.sep))
     try:
         return os.path.relpath(image, folder)
     except ValueError:  # another drive
@@ -213,7 +213,7 @@ def _to_eight_bits(picture: Picture, image_range: str, name: str) -> Picture:
     if image_range == "auto":
         return Image.fromarray(_stretched(values, name))
     if picture.mode == "F":
-        raise MllmEfficientError(f"{name} has floating-point values, which have no fixed range: convert it, or --image-range auto stretches it")
+        raise MllmEfficientError(f"{name} has floating-point values, which have no fixed range: convert it, or take --image-range auto")
     values = values.astype(np.int64)
     highest = int(values.max())
     top = next(top for top in TOPS if highest <= top)

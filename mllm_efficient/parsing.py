@@ -73,8 +73,9 @@ def parse_yaml(text: str | bytes) -> Any:
     import yaml
 
     try:
-        value = yaml.load(text, Loader=_yaml_loader())  # noqa: S506 - derived from SafeLoader
-    except yaml.YAMLError as error:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = yaml.load(text, Loader=_yaml_loader())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MllmEfficientError(f"not YAML: {_said(error)}") from None
     except RecursionError:
         raise MllmEfficientError(f"not YAML that can be read: more than {DEPTH} levels") from None

@@ -14,7 +14,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadSettingError, MllmEfficientError, UnknownMethodError, did_you_mean
+from .errors import BadSettingError, MllmEfficientError, UnknownMethodError, did_you_mean, quoted
+from .parsing import parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from .compressors.base import Compressor
@@ -122,7 +123,7 @@ def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
         return _from_settings(what)
     if isinstance(what, Iterable):
         return _compose([build(part) for part in what])
-    raise MllmEfficientError(f"cannot build a method from {what!r}: give 'divprune:keep=0.1', a dict or a YAML file")
+    raise MllmEfficientError(f"cannot build a method from {quoted(what)}: give 'divprune:keep=0.1', a dict or a YAML file")
 
 
 def _compose(parts: list[Compressor]) -> Compressor:
@@ -134,8 +135,6 @@ def _compose(parts: list[Compressor]) -> Compressor:
 
 
 def _from_spec(spec: str) -> Compressor:
-    import yaml
-
     if spec.strip().startswith("none@"):
         return _from_settings({"method": "none", "on": spec.strip().removeprefix("none@")})
     name, _, rest = spec.strip().partition(":")
@@ -147,8 +146,8 @@ def _from_spec(spec: str) -> Compressor:
         if key.strip() in settings:
             raise BadSettingError(f"{spec.strip()!r}: {key.strip()} is given twice")
         try:
-            settings[key.strip()] = _number(value.strip(), yaml.safe_load(value.strip()))
-        except yaml.YAMLError:
+            settings[key.strip()] = _number(value.strip(), parse_yaml(value.strip()))
+        except MllmEfficientError:
             raise BadSettingError(f"{spec.strip()!r}: {value.strip()!r} is not a value") from None
     return _from_settings(settings)
 
@@ -180,14 +179,10 @@ def _from_settings(settings: dict) -> Compressor:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
         raise MllmEfficientError(f"cannot read the method file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MllmEfficientError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, (dict, list)):
         raise MllmEfficientError(f"{path}: expected 'method: divprune' and its settings, or a list of such")
     return build(content)

@@ -16,12 +16,14 @@ from . import __version__
 from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
-from .errors import MllmEfficientError, UnsupportedModelError
-from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
+from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError, shortened
+from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
+from .parsing import read_json
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
 MARK = "_installed_as"  # attribute of a projector or router that was put into a model
-_kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, dict[str, tuple[str, Parts]]] = weakref.WeakKeyDictionary()  # beside the state of their files
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -63,9 +65,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return _sound(path, load_file(path))
     except (OSError, SafetensorError) as error:
         raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _sound(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights out of a file, all finite and of a dtype that training writes."""
+    for name, value in found.items():
+        if value.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise MllmEfficientError(f"{path}: {name} is of {str(value.dtype).removeprefix('torch.')}, and weights are of {known}")
+        if not value.isfinite().all():
+            raise NotFiniteError(f"{path}: {name} holds NaN or infinity: the training diverged, or the file is damaged")
+    return found
 
 
 def load(where: str | Path, **settings: Any) -> Compressor:
@@ -119,6 +132,8 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
         raise MllmEfficientError(f"{folder.path} is a {part} {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
     if odd:
         raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
+    if isinstance(method, Projector):
+        _check_sizes(adapter, method, {k: v for k, v in sizes.items() if k not in ("inputs", "outputs")}, folder.path / WEIGHTS)
     return folder
 
 
@@ -127,14 +142,10 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name.
-
-    made_of: names the folder's state, so that a folder written anew is read anew.
-    """
+    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name."""
 
     module: nn.Module
     delta: dict[str, Tensor] = field(default_factory=dict)
-    made_of: tuple[str, float] = ("", 0.0)
 
 
 def parts_of(adapter: Any, method: Any) -> Parts:
@@ -152,15 +163,17 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         if folder is not None and method.has_router and config != sizes:
             raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
         config = config or sizes
+    if folder is not None and method.family == "L":
+        _check_sizes(adapter, method, config, folder.path / WEIGHTS)
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
         if not like.is_meta:
             torch.manual_seed(0)
         module = method.module(*adapter.widths(method), **config)
     if folder is not None:
-        _fill(module, _read(folder.path / WEIGHTS), folder.path / WEIGHTS)
+        module.load_state_dict(_read(folder.path / WEIGHTS))
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
     delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
-    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, _state_of(method))
+    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta)
 
 
 def _replaced(adapter: Any, method: Projector) -> Tensor:
@@ -175,13 +188,11 @@ def _replaced(adapter: Any, method: Projector) -> Tensor:
     return like
 
 
-def _state_of(method: Compressor) -> tuple[str, float]:
-    """The weights' name and when they were written."""
+def _state_of(method: Compressor) -> str:
+    """A hash of every file that a method's weights are in."""
     weights = weights_of(method)
-    if weights in (None, RANDOM):
-        return mark(method), 0.0
-    path = Path(str(weights)).expanduser() / CONFIG
-    return mark(method), path.stat().st_mtime if path.is_file() else 0.0
+    folder = Path(str(weights)).expanduser()
+    return "" if weights in (None, RANDOM) or not folder.is_dir() else contents_of(folder)
 
 
 def weights_of(method: Compressor) -> str | None:
@@ -226,24 +237,35 @@ def module_of(adapter: Any, method: Projector) -> nn.Module:
         require_held(adapter, method)
         return getattr(owner, name)
     cache = _kept.setdefault(adapter.model, {})
-    if mark(method) not in cache or cache[mark(method)].made_of != _state_of(method):
+    state, (made_of, made) = _state_of(method), cache.get(mark(method), ("", None))
+    if made is None or made_of != state:
         made = parts_of(adapter, method)
         if made.delta:
             raise MllmEfficientError(f"{method.spec()} was trained with the language model: use wrap or compressed, which put both in")
-        cache[mark(method)] = made
+        cache[mark(method)] = state, made
     like = next(getattr(owner, name).parameters())
-    return cache[mark(method)].module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
+    return made.module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Loads a state; every key must be there and none may be left over."""
-    own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    odd = [k for k in own if k in state and own[k].shape != state[k].shape]
+def _check_sizes(adapter: Any, method: Any, config: dict[str, Any], path: Path) -> None:
+    """Raises where what a folder's configuration describes is not what its weights are, before any memory is taken for it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with torch.device("meta"):
+            own = {k: list(v.shape) for k, v in method.module(*adapter.widths(method), **config).state_dict().items()}
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise MllmEfficientError(f"{path.parent / CONFIG}: no {method.name} has these sizes: {shortened(error, 160)}") from error
+    try:
+        with safe_open(path, "pt") as file:
+            there = {k: list(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    missing, extra = sorted(set(own) - set(there)), sorted(set(there) - set(own))
+    odd = [k for k in own if k in there and own[k] != there[k]]
     if missing or extra or odd:
         wrong = {"lacks": missing, "has unknown": extra, "has a wrong size of": odd}
         raise MllmEfficientError(f"{path} " + " and ".join(f"{what} {', '.join(keys)}" for what, keys in wrong.items() if keys))
-    module.load_state_dict(state)
 
 
 def delta_weights(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -272,11 +294,11 @@ def _among_the_base(folder: Path) -> dict[str, Tensor]:
     """The weights of the language model that were trained under a method, out of a saved model's own files."""
     from safetensors import safe_open
 
-    out = {}
+    out = dict[str, Tensor]()
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
             names = [name for name in content.keys() if name.startswith(DELTA_KEYS)]  # noqa: SIM118
-            out |= {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names}
+            out |= _sound(file, {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names})
     return out
 
 
@@ -284,9 +306,9 @@ def _merged_lora(own: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """W + alpha / r B A for every matrix of a LoRA, as PEFT saves one."""
     state = _read(folder / LORA_DELTA)
     try:
-        config = json.loads((folder / LORA_CONFIG).read_text())
+        config = read_json(folder / LORA_CONFIG)
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise MllmEfficientError(f"{folder / LORA_CONFIG} is not a LoRA's configuration ({error})") from None
     left, out = set(state), {}
     for key, a in state.items():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_efficient.cli import main
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.images import load_image
+from mllm_efficient.images import find, load_image, size_of
 
 RED, BLUE = (220, 30, 30), (30, 40, 200)
 
@@ -104,3 +110,138 @@ def test_missing_folder_text_truncated_and_empty_files(tmp_path):
         with pytest.raises(MllmEfficientError) as caught:
             load_image(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ one rule for every mode
+
+
+def levels(mode: str, value) -> Image.Image:
+    """A picture of one value, with black in a corner."""
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
+    if dtype is None:
+        return Image.new(mode, (32, 32), value)
+    array = np.full((32, 32), value, dtype)
+    array[:16, :16] = 0
+    return Image.fromarray(array)
+
+
+RULE = {  # mode and value, and what is seen at the other corner
+    "16 bits that fit in 8": (("I;16", 200), (200,) * 3),
+    "16 bits, dark": (("I;16", 4000), (15,) * 3),
+    "16 bits, half": (("I;16", 32768), (127,) * 3),
+    "16 bits, white": (("I;16", 65535), (255,) * 3),
+    "32 bits that fit in 8": (("I", 200), (200,) * 3),
+    "32 bits that fit in 16": (("I", 32768), (127,) * 3),
+    "32 bits": (("I", 2**30), (127,) * 3),
+    "transparent red": (("RGBA", (255, 0, 0, 0)), (255,) * 3),
+    "red": (("RGBA", (255, 0, 0, 255)), (255, 0, 0)),
+    "transparent grey": (("LA", (10, 0)), (255,) * 3),
+    "palette": (("P", 0), (0, 0, 0)),
+    "cmyk": (("CMYK", (0, 0, 0, 255)), (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_every_mode_by_one_rule_however_it_comes(tmp_path, name):
+    (mode, value), seen = RULE[name]
+    picture = levels(mode, value)
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    picture.save(path)
+    data = path.read_bytes()
+    sources = [path, str(path), path.as_uri(), data, picture, "data:;base64," + base64.b64encode(data).decode()]
+    sources += [np.asarray(picture)] if mode in ("I;16", "I", "RGBA") else []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [load_image(source) for source in sources]
+    assert {out.mode for out in found} == {"RGB"} and {out.getpixel((31, 31)) for out in found} == {seen}
+    dark = [w for w in said if "is nearly black" in str(w.message)]
+    assert len(dark) == (len(sources) if name == "16 bits, dark" else 0)
+    if dark:
+        assert "its values go to 4,000, and 65,535 is white (--image-range auto stretches them)" in str(dark[0].message)
+
+
+def test_auto_stretches_lowest_to_highest():
+    assert load_image(levels("I;16", 4000), "auto").getpixel((31, 31)) == (255,) * 3
+    ramp = np.linspace(-1, 1, 1024, dtype=np.float32).reshape(32, 32)
+    out = np.asarray(load_image(Image.fromarray(ramp), "auto"))[..., 0]
+    assert np.array_equal(out, np.rint((ramp.astype(np.float64) + 1) * 127.5).astype(np.uint8))
+    assert load_image(np.full((9, 9), 3.0), "auto").getpixel((0, 0)) == (0, 0, 0)
+    with pytest.raises(MllmEfficientError, match="NaN or infinite"):
+        load_image(np.full((9, 9), np.nan), "auto")
+    with pytest.raises(MllmEfficientError, match=r"floating-point values, which have no fixed range: .*--image-range auto"):
+        load_image(levels("F", 0.5))
+    with pytest.raises(MllmEfficientError, match="image range 'half' is not one of full, auto"):
+        load_image(levels("L", 3), "half")
+
+
+def test_a_picture_object_is_turned_upright_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    halves().transpose(Image.Transpose.ROTATE_90).save(buffer, format="JPEG", exif=exif, quality=95)
+    lying = Image.open(buffer)
+    assert lying.size == (20, 40) and size_of(buffer.getvalue()) == (40, 20)
+    assert near(load_image(lying).getpixel((5, 10)), RED)
+    assert near(load_image(lying.convert("RGB")).getpixel((5, 10)), RED)  # as a task of lmms-eval hands it on
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("https://x.org/" + "a" * 5000, "is not fetched: download it"), ("s3://bucket/a.png", "is not fetched"),
+        ("data:image/png;base64,%%", "is no data: URI"),
+        ("data:image/png;base64," + "A" * 5000 + "*", "is no data: URI"), ("data:nothing", "no comma"), ("a" * 5000, "no image file"),
+        ("/".join("ab" * 3000), "no image file"), ("~nobody-of-that-name/a.png", "no image file"),
+        ("file://elsewhere/a.png", "on another machine"),
+        ("a\0b", "no image file"), ("", "must be a path"), (3, "must be a path"), (b"\xff\xd8\xff\xe0" + b"0" * 50, "image of 54 bytes"),
+        (np.zeros((3, 20, 20), np.uint8), r"array of shape \(3, 20, 20\)"), (np.zeros((20, 20, 3), np.float32), "array of float32"),
+        (np.zeros((4, 20), np.uint8), "at least 8"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_one_short_line(source, says):
+    with pytest.raises(MllmEfficientError, match=says) as caught:
+        load_image(source)
+    assert len(str(caught.value)) < 1200 and "\n" not in str(caught.value)
+    assert max(map(len, str(caught.value).replace("/", " ").split())) <= 80
+
+
+def test_home_is_the_users_folder(tmp_path, monkeypatch):
+    halves().save(tmp_path / "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/a.png") == tmp_path / "a.png" and load_image("~/a.png").size == (40, 20)
+
+
+MODES = {"I;16": 4000, "I": 200, "RGBA": (255, 0, 0, 0), "LA": (10, 0), "P": 0, "CMYK": (0, 255, 255, 0)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
+    """generate, show, eval --data and training hand the processor what ``load_image`` gives."""
+    from mllm_efficient.eval.builtin.architecture import build_processor
+    from mllm_efficient.train.data import read
+    from mllm_efficient.train.encoding import Collator
+
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    levels(mode, MODES[mode]).resize((144, 144)).save(path)
+    (tmp_path / "r.jsonl").write_text(json.dumps({"image": path.name, "prompt": "what is it ?", "answer": "a ring"}))
+    processor = build_processor()
+    seen = []
+    kind = type(processor.image_processor)
+    real = kind.preprocess
+
+    def spy(self, images, *args, **kwargs):
+        flat = [i for part in (images if isinstance(images, list) else [images]) for i in (part if isinstance(part, list) else [part])]
+        seen.extend(np.asarray(i).tobytes() for i in flat if hasattr(i, "getpixel"))
+        return real(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "preprocess", spy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = np.asarray(load_image(path)).tobytes()
+        assert main(["generate", "--image", str(path), "--prompt", "what is it ?", "--max-new-tokens", "1"]) == 0
+        assert main(["show", "--image", str(path), "--method", "divprune:keep=0.5", "--output", str(tmp_path / "o.png")]) == 0
+        assert main(["eval", "--data", str(tmp_path / "r.jsonl"), "--method", "divprune:keep=0.5", "--max-new-tokens", "1"]) == 0
+        assert len(seen) >= 3
+        before = len(seen)
+        Collator(processor)(read(tmp_path / "r.jsonl"))
+    assert len(seen) > before and set(seen) == {wanted}

@@ -80,7 +80,10 @@ def _tex_line(cells: Sequence[str]) -> str:
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each cell and every number in a column of its own; categories and intervals are flattened."""
+    """A line for each cell and every number in a column of its own; categories and intervals are flattened.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     tasks = tasks_of(rows)
     flat = [_flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
     columns = list(dict.fromkeys(k for f in flat for k in f))
@@ -88,8 +91,12 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({k: _no_formula(v) for k, v in row.items()} for row in flat)
     return out.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

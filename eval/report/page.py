@@ -71,7 +71,7 @@ def page(run: Finished, max_drop: float | None = None) -> str:
         failed=[r for r in run.rows if r["failed"]], left_out={k: v for m in run.metas for k, v in (m.get("left_out") or {}).items()},
         details=_details(run), meaning=next((m["meaning"] for m in run.metas if m.get("meaning")), {}),
         notes=_notes(run), ceiling=_ceiling(run), series=plots.series_of, measure=SCORES[decided_by(best)],
-        agreement=metric_of(run.rows) == WORDS, decides=_plot_decides(run), worst=worst_requests(run.metas),
+        agreement=metric_of(run.rows) == WORDS, decides=_plot_decides(run), worst=worst_requests(run.metas, run.names),
     )  # fmt: skip
 
 

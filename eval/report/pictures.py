@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
@@ -61,15 +62,19 @@ def interesting(samples: Sequence[Any], specs: Sequence[str], answers: dict[tupl
     return chosen
 
 
-def worst_requests(metas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def worst_requests(metas: Sequence[dict[str, Any]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The requests on which any method is farthest from the uncompressed model, farthest first, of what runs keep in ``worst``.
 
     Each: id, question, expected, baseline_answer, answers (``worst``'s entries, of each method one), pictures (a JPEG as
-    base64, or None, and the path) and more, the number of pictures that are not shown.
+    base64, or None, and the path) and more, the number of pictures that are not shown. names: the folder of each run, from where its
+    data are named; the paths of pictures are relative to the data.
     """
     by_id: dict[str, dict[str, dict[str, Any]]] = {}
-    for entry in (e for m in metas for e in m.get("worst") or ()):
-        by_id.setdefault(entry["id"], {}).setdefault(entry["method"], entry)
+    folders: dict[str, Path] = {}
+    for meta, name in zip(metas, names or [""] * len(metas)):
+        for entry in meta.get("worst") or ():
+            by_id.setdefault(entry["id"], {}).setdefault(entry["method"], entry)
+            folders.setdefault(entry["id"], (Path(name) / (meta.get("data") or "")).parent)
     out = []
     for name, by_method in by_id.items():
         answers = sorted(by_method.values(), key=lambda e: -(e["kl"] or 0.0))
@@ -77,12 +82,12 @@ def worst_requests(metas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         out.append({**{k: first[k] for k in ("question", "expected", "baseline_answer", "images", "kl")}, "id": name, "answers": answers})
     out = sorted(out, key=lambda r: -(r["kl"] or 0.0))[:REQUESTS]
     for request in out:
-        paths = request["images"]
-        request |= {"pictures": [(_thumbnail(path), path) for path in paths[:EACH]], "more": max(0, len(paths) - EACH)}
+        paths, folder = request["images"], folders[request["id"]]
+        request |= {"pictures": [(_thumbnail(folder / path), path) for path in paths[:EACH]], "more": max(0, len(paths) - EACH)}
     return out
 
 
-def _thumbnail(path: str) -> str | None:
+def _thumbnail(path: Path) -> str | None:
     """A picture's JPEG as base64; None where its file is gone or no picture any more."""
     try:
         return _jpeg(load_image(path))

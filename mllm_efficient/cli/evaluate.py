@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def evaluate(
         Path | None, typer.Option("--cache", help="With tasks: a folder of answers for several runs; default the output folder.")
     ] = None,
     image_padding: options.ImagePadding = None,
+    image_range: options.ImageRange = "full",
     prompt_format: options.PromptFormat = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="With tasks: published numbers beside ours: divprune-table1.")
@@ -79,6 +81,10 @@ def evaluate(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -99,16 +105,20 @@ def evaluate(
     )  # fmt: skip
     if public:
         from ..eval.lmms.run import TaskOptions
+        from ..launching import check_launch
         from ..models import ModelOptions
         from .tasks import evaluate_tasks, task_names
+
+        check_launch(distributed_on_cpu=True)
 
         names, usual = task_names(tasks, suite)
         asked = TaskOptions(
             names, limit or usual, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
-            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model,
+            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range,
         )  # fmt: skip
         settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
@@ -117,13 +127,16 @@ def evaluate(
         raise MllmEfficientError(f"--against {against} is not among the methods of this run: add --method {against}")
 
     check_source(data, suite, split, max_new_tokens, turns)
+    if data is None and image_range != "full":
+        raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
     from ..models import ModelOptions
 
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     if data is not None:
-        return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json)
+        return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json, image_range)
     return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
 
 
@@ -192,7 +205,9 @@ def _builtin(
     if not json:
         options.print_table(*text_table(rows, CATEGORIES))
         print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")
-        last = "tokens on what the question is about."
+        last = "tokens on what the question is about; 'ECE', 'AURC': calibration of the answers' confidence, in percent (lower is better)."
+        if any(r.get("hard_n") is not None for r in rows):
+            print("'hard': right of what none gets right and resize at the same budget wrong; 'broken': wrong of what both get right.")
         if turns > 1:
             print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
             last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
@@ -202,7 +217,7 @@ def _builtin(
 
 def _data(
     data: Path, settings: ModelOptions, chosen: Sequence[Compressor], against: str | None, limit: int | None, batch_size: int,
-    max_new_tokens: int | None, output_dir: Path | None, json: bool,
+    max_new_tokens: int | None, output_dir: Path | None, json: bool, image_range: str,
 ) -> int:  # fmt: skip
     """A user's own requests."""
     from ..eval.agreement_rows import agreement_rows, agreement_table, worst_table
@@ -210,7 +225,7 @@ def _data(
     from ..eval.requests import read_requests
     from ..models import load
 
-    requests = read_requests(data, limit)
+    requests = read_requests(data, limit, image_range)
     loaded = load(settings)
     options.announce(loaded, chosen)
     asked = OwnRequests(loaded, chosen, requests, data, batch_size, max_new_tokens, output_dir)
@@ -230,12 +245,24 @@ def _data(
 
 
 def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
-    """Every answer, with a progress bar where it is shown and there is a terminal."""
+    """Every answer, with a progress bar where it is shown and there is a terminal.
+
+    Says how many are there from before; on Ctrl-C, how to go on.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
-        run.progress = bar.update
-        return run.answer_all()
+    if shown and run.done:
+        options.say(f"{run.done} of {run.total} answers are there already")
+    try:
+        with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
+            run.progress = bar.update
+            return run.answer_all()
+    except KeyboardInterrupt:
+        kept = f"{run.done} of {run.total} answers are finished: the same command goes on from what {run.output_dir} holds"
+        lost = "nothing is kept without --output-dir"
+        if shown:
+            options.say(f"stopped: {lost if run.output_dir is None else kept}")
+        raise
 
 
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:

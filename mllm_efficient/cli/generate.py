@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="The question; put in the model's chat template unless it holds <image>.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file. Repeatable.")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="The question; pictures stand where it says <image>, or in front.")],
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable.")] = None,
     model: options.Model = "builtin",
     method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    image_range: options.ImageRange = "full",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     device_map: options.DeviceMap = None,
@@ -25,6 +26,10 @@ def generate(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -37,16 +42,19 @@ def generate(
     if not image:
         raise MllmEfficientError("no image: give at least one --image FILE")
     compressor = options.one_method(method)
-    pictures = [load_image(path) for path in image]
+    pictures = [load_image(path, image_range) for path in image]
 
     from .. import wrapper
     from ..models import ModelOptions, environment, load
 
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))
+    if text == prompt:
+        options.say("the prompt is in the model's chat template already: taken as it is")
     options.announce(loaded, [compressor])
     inputs = loaded.inputs([text], pictures)
     with wrapper.compressed(loaded.model, compressor):

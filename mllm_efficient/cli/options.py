@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, shortened
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
@@ -26,6 +27,13 @@ Quantization = Annotated[str | None, typer.Option("--quantization", help="int8 o
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of torch and of the bootstrap; methods have their own.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA for the model; such a folder is also a --model.")]
+MinPixels = Annotated[int | None, typer.Option("--min-pixels", help="Fewest pixels of a picture (Qwen-VL); default the model's own.")]
+MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Most pixels of a picture (Qwen-VL); default the model's own.")]
+ProcessorKwargs = Annotated[
+    list[str] | None,
+    typer.Option("--processor-kwargs", help="KEY=VALUE of the image processor, such as max_patches=6; JSON or text. Repeatable."),
+]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
@@ -33,6 +41,12 @@ DataRoot = Annotated[
 ImagePadding = Annotated[str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")]
 PromptFormat = Annotated[
     str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")
+]
+ImageRange = Annotated[
+    str,
+    typer.Option(
+        "--image-range", help="Pictures of more than 8 bits: full (the default: 65,535 is white), or auto (lowest to highest value)."
+    ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="With --data, and for tasks that name none: default 64.")]
 Limit = Annotated[
@@ -46,7 +60,7 @@ Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python fi
 def import_files(paths: Sequence[Path] | None) -> None:
     """Runs the user's method files."""
     for path in paths or ():
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise MllmEfficientError(f"--import: no file {path}")
         spec = importlib.util.spec_from_file_location(f"_imported_{path.stem}", path)
         if spec is None or spec.loader is None:
@@ -57,8 +71,8 @@ def import_files(paths: Sequence[Path] | None) -> None:
             spec.loader.exec_module(module)
         except MllmEfficientError:
             raise
-        except Exception as error:
-            raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {shortened(error, 200)}") from error
 
 
 def one_method(spec: str) -> Compressor:
@@ -79,6 +93,8 @@ def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     from ..plan import check, describe
 
     adapter = require_supported(loaded)
+    for line in loaded.notes:
+        say(line)
     for method in methods:
         check(adapter, method)
         if method.installs is not None:

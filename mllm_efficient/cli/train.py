@@ -26,8 +26,10 @@ def train(
 
     With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
     """
+    from ..launching import check_launch
     from ..train.config import read
 
+    check_launch(distributed_on_cpu=False)
     options.import_files(imports)
     recipe = read(config, overrides or ())
     if dry_run:
@@ -89,7 +91,7 @@ def _dry_run(recipe, json: bool) -> None:
 
 def _say_what_stops(row) -> None:
     """What of the data a training would stop at."""
-    told = {"unreadable": "pictures that cannot be read", "tiny": "pictures below 8 pixels", "lost_answers": "records that max_length cuts to nothing"}
+    told = {"unreadable": "unreadable pictures", "tiny": "below 8 pixels", "lost_answers": "records that max_length leaves no answer"}
     there = [f"{row[key]:,} {what}" for key, what in told.items() if row[key]]
     if there:
-        print(f"Stage {row['stage']}: {' and '.join(there)}: training stops at the first, or leaves them out with data.on_bad=skip.")
+        print(f"Stage {row['stage']}: {', '.join(there)}: training stops at the first, or leaves such records out with data.on_bad=skip.")

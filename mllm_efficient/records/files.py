@@ -26,7 +26,8 @@ def read(path: Path, image_folder: Path | None = None, between: str = ":", learn
     """The records of a file. Images are looked for, but not opened.
 
     image_folder: where the paths of images begin; the folder of the file if None. between: what stands between file and line in
-    messages. learned: whether the last question must have an answer. Raises ``MllmEfficientError`` in one line with the places of the first five problems and the number of all.
+    messages. learned: whether the last question must have an answer. Raises ``MllmEfficientError`` in one line with the places of the
+    first five problems and the number of all.
     """
     records, bad = read_all(path, image_folder, between, learned)
     if bad:
@@ -44,7 +45,7 @@ def fail(bad: Sequence[Bad]) -> NoReturn:
 def read_all(
     path: Path, image_folder: Path | None = None, between: str = ":", learned: bool = False, look: bool = True
 ) -> tuple[list[Record], list[Bad]]:
-    """The records of a file that can be used, and what is wrong with the others. look: whether images must be there; the rest is ``read``'s.
+    """The records of a file that can be used, and what is wrong with the others. look: whether images must be there.
 
     Raises ``MllmEfficientError`` for a file that cannot be read or holds nothing.
     """

@@ -16,6 +16,7 @@ TALKS = ("prompt", "messages", "conversations")
 KNOWN = {"id", "custom_id", "body", "image", "images", "video", "videos", "system", "system_prompt", "answer", *TALKS}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system"}
 SOURCES = ("image", "url", "path", "base64", "image_url")
+KINDS = {"user": "question", "assistant": "answer", "system": "text"}
 UNUSABLE = ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning_content", "weight")  # of a message
 RESIZED = ("min_pixels", "max_pixels", "resized_height", "resized_width")  # of a part
 VIDEO = "<video>"
@@ -136,7 +137,7 @@ def _message(message: Any, number: int, images: list[Any]) -> tuple[str, str]:
     else:
         raise MllmEfficientError(f"message {number} has no text {what!r}, and no list of parts")
     if not text.strip():
-        raise MllmEfficientError(f"message {number} is an empty {'answer' if role == 'assistant' else 'question' if role == 'user' else 'text'}")
+        raise MllmEfficientError(f"message {number} is an empty {KINDS[role]}")
     if role == "assistant":
         text = text.strip()
     _check_text(f"message {number}", text, image=role == "user")
@@ -157,7 +158,7 @@ def _joined(content: list[Any], number: int, role: str, images: list[Any]) -> st
             out += MARKER
         else:
             raise MllmEfficientError(
-                f"message {number} has a part {shortened(repr(kind))}: parts are text with text, image with image, url or path, and image_url"
+                f"message {number} has a part {shortened(repr(kind))}: parts are text, image (with image, url or path) and image_url"
             )
         last = kind
     return out

@@ -9,11 +9,11 @@ from typing import Any
 
 from mllm_efficient import __version__
 from mllm_efficient.composed import Composed
-from mllm_efficient.compressors.base import Compressor, Projector, Resizer
+from mllm_efficient.compressors.base import Compressor, Projector, Resizer, parameters
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from mllm_efficient.folders import SERVED as KEY  # in the model's config and in --hf-overrides
-from mllm_efficient.registry import build
+from mllm_efficient.registry import BUILTIN, build, get_method
 
 REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
@@ -40,7 +40,8 @@ class Settings:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens not in self.allowed:
             known = f"{', '.join(map(str, self.allowed))} are allowed" if self.allowed else f"this server allows none ({ALLOWED} of {KEY})"
             raise BadBudgetError(f"{REQUEST}={tokens!r}: {known}")
-        return replace(self.method, keep=None, prune=None, tokens=tokens)
+        # The bounds are those of a fraction; what a request may ask for is in the list of the server.
+        return replace(self.method, keep=None, prune=None, min_tokens=None, max_tokens=None, tokens=tokens)
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -66,7 +67,28 @@ def settings_of(config: Any) -> Settings | None:
 
 def require_served(method: Compressor) -> None:
     """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can."""
-    instead = "divprune, uniform, pool and tokenflex can be served"
+    why = _why_not(method)
+    if why is not None:
+        raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {', '.join(servable())} can be served")
+
+
+def servable() -> list[str]:
+    """The names of this package's methods that can be served as they are by default."""
+    built = []
+    for name in sorted(BUILTIN):
+        cls: Any = get_method(name)
+        known = parameters(cls)
+        try:
+            method = cls(**({"tokens": 64} if "tokens" in known else {}), **({"weights": "random"} if cls.trained else {}))
+        except MllmEfficientError:  # needs a setting of its own, and none of those is served
+            continue
+        built += [name] if method.name != "none" and _why_not(method) is None else []
+    return built
+
+
+def _why_not(method: Compressor) -> str | None:
+    """Why a method cannot be served; None where it can."""
+    why: str | None
     if isinstance(method, Composed):
         why = "runs several methods one after the other, and vLLM one"
     elif isinstance(method, Reducer):
@@ -86,8 +108,8 @@ def require_served(method: Compressor) -> None:
     elif method.newline == "keep":
         why = "with newline='keep' leaves newline columns, which are not counted as tokens here"
     else:
-        return
-    raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {instead}")
+        why = None
+    return why
 
 
 def is_projector(settings: Settings | None) -> bool:

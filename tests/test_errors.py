@@ -1,0 +1,144 @@
+"""Whatever goes wrong in a command is one line and exit code 2, and ``--traceback`` shows where."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import mllm_efficient as me
+from mllm_efficient import cli
+from mllm_efficient.cli import main
+from mllm_efficient.eval.builtin.questions import CATEGORIES
+from mllm_efficient.eval.report.formats import csv_text
+from mllm_efficient.launching import check_launch
+from mllm_efficient.models import builtin_folder
+
+LONG = "a" * 5000
+
+
+def said(capsys) -> str:
+    out, err = capsys.readouterr()
+    (line,) = err.strip().splitlines()
+    assert line.startswith("mllm-efficient: ") and max(map(len, line.replace("/", " ").split())) <= 90 and not out
+    return line
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a.json"), "out/a.json: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied"),
+        (RuntimeError("first\nsecond"), "RuntimeError: first (--traceback shows where)"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth"),
+        (KeyError("rows"), "KeyError: 'rows'"),
+        (MemoryError(), "MemoryError: no message"),
+        (ValueError(LONG), "ValueError: aaa"),
+        (SystemExit(3), "a library ended the command (exit code 3)"),
+        (me.MllmEfficientError(f"no method {LONG!r} here"), "' here"),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_one_line(capsys, monkeypatch, error, says):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert main(["methods"]) == 2
+    assert says in said(capsys)
+    assert main(["methods", "--traceback"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err and "in fails" in err and says in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [("import sys\nsys.exit(4)", "SystemExit: 4"), ("raise RuntimeError('x' * 5000)", "RuntimeError: xxx"), ("def", "SyntaxError")],
+)
+def test_a_method_file_that_ends_the_process_is_one_line(capsys, tmp_path, code, says):
+    (tmp_path / "m.py").write_text(code)
+    assert main(["methods", "--import", str(tmp_path / "m.py")]) == 2
+    assert says in said(capsys)
+
+
+@pytest.mark.parametrize("argv", [
+    ["generate", "--image", LONG, "--prompt", "x"], ["flops", "--method", LONG], ["flops", "--method", f"divprune:keep={LONG}"],
+    ["flops", "--model", LONG], ["train", "--config", LONG + ".yaml"], ["eval", "--data", LONG], ["eval", "--method", f"divprune:{LONG}=1"],
+    ["show", "--image", LONG, "--method", "none", "--output", "o.png"], ["methods", "--import", LONG], ["report", LONG],
+    ["flops", "--method", "divprune:keep=" + "1" * 5000], ["train", "--config", "tokenflex_builtin", "seed=0x" + "f" * 5000],
+    ["train", "--config", "tokenflex_builtin", "seed=&a [*a]"], ["train", "--config", "tokenflex_builtin", f"{LONG}=1"],
+])  # fmt: skip
+def test_long_values_are_cut(capsys, argv):
+    assert main(argv) == 2
+    said(capsys)
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 5000, "seed: 1\nseed: 2", "method: !!int x", "method: " + "1" * 5000])
+def test_yaml_that_no_loader_survives_is_one_line(capsys, tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    for argv in (["train", "--config", str(tmp_path / "r.yaml")], ["flops", "--method", str(tmp_path / "r.yaml")]):
+        assert main(argv) == 2
+        assert "r.yaml is not YAML" in said(capsys)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"method": ' * 5000, '{"sizes": ' + "1" * 5000 + "}", "NaN", '{"a": 1, "a": 2}', "\xff"])
+def test_json_that_no_loader_survives_is_one_line(capsys, tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    for argv in (["flops", "--model", str(tmp_path)], ["eval", "--method", f"tokenflex:tokens=36,weights={tmp_path}", "--limit", "1"]):
+        assert main(argv) == 2
+        assert "config.json" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": 10**12}, {"layers": "x"}, {"odd": 1}, {"pooling": [1]}])
+def test_sizes_in_a_trained_folder_are_checked_before_they_take_memory(capsys, tmp_path, sizes):
+    ours = builtin_folder().parent / "trained" / "tokenflex"
+    config = json.loads((ours / "config.json").read_text())
+    config["sizes"] |= sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(ours / "compressor.safetensors"), tmp_path / "compressor.safetensors")
+    assert main(["eval", "--method", f"tokenflex:tokens=36,weights={tmp_path}", "--limit", "1"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_csv_cells_never_begin_a_formula():
+    row = {"method": "=cmd()", "asked": "+1", "positions": "@x", "score": -1.5, "tasks": {}, "failed": "-x"}
+    (found,) = csv.DictReader(io.StringIO(csv_text([row])))
+    assert (found["method"], found["asked"], found["positions"], found["failed"]) == ("'=cmd()", "'+1", "'@x", "'-x")
+    assert found["score"] == "-1.5"
+
+
+def test_answers_are_judged_again_on_resume(tmp_path, capsys):
+    argv = ["eval", "--limit", "7", "--output-dir", str(tmp_path), "--json", "--device", "cpu"]
+    assert main(argv) == 0
+    before = json.loads(capsys.readouterr().out)["rows"]
+    file = tmp_path / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "correct": not row["correct"]}) + "\n" for row in rows))
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == before and len(before) >= len(CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "several processes on a CPU need ACCELERATE_USE_CPU=true"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, None),
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one process, not several"),
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, None),
+        ({}, None),
+    ],
+)
+def test_launchers_that_do_something_else_in_silence_are_told(monkeypatch, environment, says):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if says is None:
+        check_launch(distributed_on_cpu=True)
+        return
+    with pytest.raises(me.MllmEfficientError, match=says):
+        check_launch(distributed_on_cpu=True)
