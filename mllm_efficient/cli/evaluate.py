@@ -100,11 +100,12 @@ def evaluate(
     if public:
         from ..eval.lmms.run import TaskOptions
         from ..models import ModelOptions
-        from .tasks import evaluate_tasks, task_names
+        from .tasks import evaluate_tasks, even, task_names
 
         names, usual = task_names(tasks, suite)
+        count = even(names, limit or usual, suite)
         asked = TaskOptions(
-            names, limit or usual, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
+            names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
             prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model,
         )  # fmt: skip
         settings = ModelOptions(
