@@ -64,7 +64,7 @@ def release() -> None:
                 setattr(trainer, name, ours.__wrapped__)
 
 
-def _wrapped(stock: Callable, around: Callable) -> Callable:
+def _wrapped(stock: Any, around: Callable) -> Callable:
     @functools.wraps(stock)
     def method(self, *args, **kwargs):
         model = _wrapped_inside(getattr(self, "model", None))

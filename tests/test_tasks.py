@@ -854,3 +854,30 @@ def test_a_run_with_captions_can_be_reported(finished, capsys, tmp_path, format)
     assert main(["report", str(tmp_path), "--format", format, "--output", str(out)]) == 0
     if format == "md":
         assert "a task without intervals (captions) is among these, so nothing is sure" in out.read_text()
+
+
+def test_a_limit_of_a_suite_is_even_where_a_task_asks_in_pairs(capsys):
+    from mllm_efficient.cli.tasks import even
+
+    assert even(["me_gqa", "me_mme"], 25, "quick") == 26 and "--limit 26: a task of quick asks in pairs" in capsys.readouterr().err
+    assert even(["me_gqa"], 25, "quick") == 25 and even(["me_mme"], 24, "quick") == 24
+    assert even(["me_mme"], 25, None) == 25  # which is refused by the task's name
+
+
+def test_a_reference_says_which_settings_differ():
+    from types import SimpleNamespace
+
+    from mllm_efficient.cli.tasks import unlike_protocol
+    from mllm_efficient.eval.lmms import suites
+
+    reference = suites.read(suites.REFERENCES, "divprune-table1")
+
+    def lines(prompt, spec):
+        config = {"prompt": prompt, "image_padding": "pad", "batch_size": 1}
+        return unlike_protocol(SimpleNamespace(config=config, methods=[me.build("none"), me.build(spec)]), reference)
+
+    assert lines("llava_v1", "divprune:tokens=56,order=picked") == []
+    assert lines("template", "divprune:tokens=56") == [
+        "Not the same setting: prompt is template here and llava_v1 there.",
+        "Not the same setting: divprune:tokens=56: order=raster here and picked there.",
+    ]

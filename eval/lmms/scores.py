@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import io
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -154,8 +155,9 @@ def clustered(
         return Clustered([], [], why="there is no score of a single answer")
     members = grouped(clusters)
     units = [_units([items[i] for i in m], [known[i] for i in m]) for m in members]
-    asked, right = [float(len(u)) for u in units], [float(sum(u, 0.0)) for u in units]
-    if top is not None and sum(asked) and abs(sum(right) / sum(asked) * top - value) < CLOSE * top:
+    asked: list[float] = [float(len(u)) for u in units]
+    right: list[float] = [math.fsum(u) for u in units]
+    if top is not None and sum(asked) and abs(math.fsum(right) / sum(asked) * top - value) < CLOSE * top:
         return Clustered(asked, right)
     if aggregate is None or "args" in inspect.signature(aggregate).parameters:
         return Clustered(asked, right, why=f"the metric is {value:.6g} and its samples' scores do not come to that")

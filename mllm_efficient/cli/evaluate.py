@@ -107,13 +107,14 @@ def evaluate(
         from ..eval.lmms.run import TaskOptions
         from ..launching import check_launch
         from ..models import ModelOptions
-        from .tasks import evaluate_tasks, task_names
+        from .tasks import evaluate_tasks, even, task_names
 
         check_launch(distributed_on_cpu=True)
 
         names, usual = task_names(tasks, suite)
+        count = even(names, limit or usual, suite)
         asked = TaskOptions(
-            names, limit or usual, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
+            names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
             prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range,
         )  # fmt: skip
         settings = ModelOptions(

@@ -127,10 +127,10 @@ def sweep(
         raise MllmEfficientError("a sweep runs in one process: eval --tasks takes several")
     if public:
         from ..eval.lmms.run import TaskOptions
-        from .tasks import checked, task_names
+        from .tasks import checked, even, task_names
 
         names, usual = task_names(tasks, suite)
-        limit = limit or usual
+        limit = even(names, limit or usual, suite)
         wanted = TaskOptions(
             names, limit, batch_size or 1, data_root, image_padding=image_padding, prompt_format=prompt_format or "template",
             max_new_tokens=max_new_tokens, image_range=image_range,

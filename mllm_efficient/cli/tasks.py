@@ -40,6 +40,26 @@ def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], i
     return found, None
 
 
+def even(names: Sequence[str], limit: int | None, suite: str | None) -> int | None:
+    """A suite's limit, which is one for all of its tasks: the next even number where one of them asks in pairs."""
+    from ..eval.lmms.scores import known
+
+    if suite is None or limit is None or limit % 2 == 0 or not any(n in known() and known()[n].pairs for n in names):
+        return limit
+    say(f"--limit {limit + 1}: a task of {suite} asks in pairs")
+    return limit + 1
+
+
+def unlike_protocol(run: TaskRun, reference: dict[str, Any]) -> list[str]:
+    """A line for each setting in which a run is not what the published numbers were made with."""
+    config, protocol = run.config, reference.get("protocol", {})
+    out = [f"{k} is {config[k]} here and {v} there" for k, v in protocol.items() if k in config and config[k] != v]
+    for method in run.methods:
+        wanted = reference.get("methods", {}).get(method.name, {})
+        out += [f"{method.spec()}: {k}={getattr(method, k)} here and {v} there" for k, v in wanted.items() if getattr(method, k, v) != v]
+    return [f"Not the same setting: {line}." for line in out]
+
+
 def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOptions, output_dir: Path | None, json: bool) -> int:
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
@@ -88,6 +108,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
         "reference": None if reference is None else {
             "name": asked.reference, "source": reference["source"], "rows": published, "averages": reference.get("averages"),
+            "differs": unlike_protocol(run, reference),
         },
     }  # fmt: skip
     if output_dir is not None:
@@ -109,7 +130,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
             if "averages" in reference:
                 said = ", ".join(f"{name} {value}" for name, value in reference["averages"].items())
                 print(f"Its averages over all of its sets, in percent of the uncompressed model: {said}")
-            for line in dict.fromkeys(filter(None, map(_unlike, published))):
+            for line in dict.fromkeys([*unlike_protocol(run, reference), *filter(None, map(_unlike, published))]):
                 print(line)
             if asked.limit is not None:
                 print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
