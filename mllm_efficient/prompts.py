@@ -152,7 +152,11 @@ def is_prompt(processor: Any, question: str, pictures: int) -> bool:
     """Whether a text is a whole prompt: it ends in what the template puts before an answer, and has placeholders if there are pictures."""
     if pictures and not any(token and token in question for token in _tokens(processor).values()):
         return False
-    ending = rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]).partition(PROBE)[2].strip()
+    try:
+        probed = rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+    except MllmEfficientError:  # which rendering the question itself will say
+        return False
+    ending = probed.partition(PROBE)[2].strip()
     return bool(ending) and question.rstrip().endswith(ending)
 
 

@@ -85,13 +85,14 @@ def asked_as_a_task(capsys, folder, loaded, paths):
 
 
 def trained(capsys, folder, loaded, paths):
-    from mllm_efficient.train.data import Record
-    from mllm_efficient.train.encoding import Collator, token_statistics
+    from mllm_efficient.records import Record
+    from mllm_efficient.train.encoding import Collator
+    from mllm_efficient.train.survey import survey
 
     record = Record(tuple(paths), (("<image>\n" * len(paths) + QUESTION, "red"),), "record 1")
     adapter = adapter_for(loaded.model)
     seen = sum(item.shape.n for item in adapter.items(Collator(loaded.processor)([record])))
-    assert token_statistics([record], loaded.processor, adapter=adapter)["visual_tokens"] == {"mean": seen, "max": seen}
+    assert survey([record], loaded.processor, adapter=adapter)["visual_tokens"] == {"mean": seen, "max": seen}
     return seen
 
 

@@ -139,8 +139,13 @@ def load_shape(
     processor: settings on top of those, such as ``{"max_pixels": 1003520}``. Raises ``MllmEfficientError`` for a model that is
     not there and for settings without effect on its tokens, ``UnsupportedModelError`` for a model of another kind.
     """
-    shape, given = _load(model, revision, trust_remote_code), processor or {}
-    require_counting(shape.family, given, model)
+    shape = _load(model, revision, trust_remote_code)
+    require_counting(shape.family, processor or {}, model)
+    return with_settings(shape, processor or {})
+
+
+def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
+    """The shape with settings of its image processor on top of those that it has."""
     for name in given:
         if name in shape.config:  # what the model's own config says of pictures too
             shape = replace(shape, config={**shape.config, name: given[name]})

@@ -14,7 +14,7 @@ from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
-from ..measure.shapes import ModelShape
+from ..measure.shapes import ModelShape, with_settings
 from ..patches import adapter_for
 from ..plan import check
 from ..processor import apply, open_processor
@@ -33,7 +33,7 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
 
     Raises ``MllmEfficientError`` where neither the model nor a shape of it is at hand.
     """
-    shape = load_shape(recipe.shape or recipe.model)
+    shape = with_settings(load_shape(recipe.shape or recipe.model), recipe.processor_kwargs)
     method = method_of(recipe)
     for each in [replace(method, tokens=count) for count in recipe.counts] or [method]:
         check(pictures_of(shape), each)
