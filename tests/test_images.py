@@ -188,9 +188,11 @@ def test_a_picture_object_is_turned_upright_too():
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("https://x.org/" + "a" * 5000, "is not fetched: download it"), ("s3://bucket/a.png", "is not fetched"), ("data:image/png;base64,%%", "is no data: URI"),
+        ("https://x.org/" + "a" * 5000, "is not fetched: download it"), ("s3://bucket/a.png", "is not fetched"),
+        ("data:image/png;base64,%%", "is no data: URI"),
         ("data:image/png;base64," + "A" * 5000 + "*", "is no data: URI"), ("data:nothing", "no comma"), ("a" * 5000, "no image file"),
-        ("/".join("ab" * 3000), "no image file"), ("~nobody-of-that-name/a.png", "no image file"), ("file://elsewhere/a.png", "on another machine"),
+        ("/".join("ab" * 3000), "no image file"), ("~nobody-of-that-name/a.png", "no image file"),
+        ("file://elsewhere/a.png", "on another machine"),
         ("a\0b", "no image file"), ("", "must be a path"), (3, "must be a path"), (b"\xff\xd8\xff\xe0" + b"0" * 50, "image of 54 bytes"),
         (np.zeros((3, 20, 20), np.uint8), r"array of shape \(3, 20, 20\)"), (np.zeros((20, 20, 3), np.float32), "array of float32"),
         (np.zeros((4, 20), np.uint8), "at least 8"),
@@ -215,14 +217,14 @@ MODES = {"I;16": 4000, "I": 200, "RGBA": (255, 0, 0, 0), "LA": (10, 0), "P": 0, 
 @pytest.mark.parametrize("mode", MODES)
 def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
     """generate, show, eval --data and training hand the processor what ``load_image`` gives."""
-    from mllm_efficient.eval.builtin.architecture import build_processor
+    from mllm_efficient.models import ModelOptions, load
     from mllm_efficient.train.data import read
     from mllm_efficient.train.encoding import Collator
 
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     levels(mode, MODES[mode]).resize((144, 144)).save(path)
     (tmp_path / "r.jsonl").write_text(json.dumps({"image": path.name, "prompt": "what is it ?", "answer": "a ring"}))
-    processor = build_processor()
+    processor = load(ModelOptions(device="cpu")).processor
     seen = []
     kind = type(processor.image_processor)
     real = kind.preprocess
