@@ -67,6 +67,7 @@ class Agreement(Harness):
     def config(self) -> dict[str, Any]:
         data = None if self.data is None else os.path.relpath(self.data, self.output_dir or self.data.parent)
         how = {"suite": "data", "data": data, "normalisation": NORMALISATION, "max_new_tokens": self.max_new_tokens}
+        how["batch_size"] = self.batch_size
         return {**how, **environment(self.loaded)}
 
     @property
@@ -128,10 +129,7 @@ class Agreement(Harness):
         """The processor's output for a batch and its images as items, made once for all methods."""
         key = tuple(r.id for r in batch)
         if key not in self._inputs:
-            rows: list[Any] = [r.pictures() for r in batch]
-            # OneVision tiles an image that is alone in its prompt, and is told so by the nesting
-            pictures = [p for p in rows if p] if "batch_num_images" in self.adapter.encode_keys else [p for row in rows for p in row]
-            inputs = self.loaded.inputs([self._prompt[r.id] for r in batch], pictures)
+            inputs = self.loaded.inputs([self._prompt[r.id] for r in batch], [r.pictures() for r in batch])
             self._inputs[key] = inputs, self.adapter.items(inputs)
         return self._inputs[key]
 

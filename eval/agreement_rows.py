@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from mllm_efficient.errors import MllmEfficientError
 from .agreement import TEXT_ONLY, WITH_IMAGES, short
 from .records import fingerprint_of
 from .requests import Request
-from .stats import draws, interval
+from .stats import Estimate, estimate, interval, points, sums
 from .table import OVERALL
 
 WORST = 20
@@ -49,14 +50,15 @@ def agreement_rows(
 ) -> list[dict[str, Any]]:
     """Rows for each method: ``overall`` (all that the table shows), then one for each metric; the baseline first.
 
-    ``unit`` is percent, nats or tokens. Intervals are 95% over 2,000 paired resamples of requests. Requests without an
-    image, in which nothing can be compressed, stand under a task of their own.
+    ``unit`` is percent, nats or tokens. Intervals are 95% over 2,000 paired resamples of requests, and exact (Clopper-Pearson) where
+    few answers differ. Requests without an image, in which nothing can be compressed, stand under a task of their own.
     """
     out = []
+    compared = {(kind, metric): Compared(records, kind, metric, seed) for _, kind, metric in ASKED}
     for method in methods:
         mine: list[dict[str, Any]] = []
         for task, kind, metric in ASKED:
-            row = _row(records, method, methods[0], task, kind, metric, against, seed)
+            row = _row(compared[kind, metric], method, methods[0], task, metric, against)
             mine += [row] if row is not None else []
         if mine and mine[0]["task"] == OVERALL:
             found = _by_metric(mine)
@@ -83,63 +85,96 @@ def cell_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {OVERALL: {**found["accuracy" if all_answered else "normalised_match"], "agreement": found}}
 
 
-def _row(
-    records: Sequence[dict[str, Any]],
-    method: Compressor,
-    base: Compressor,
-    task: str,
-    kind: str,
-    metric: str,
-    against: str | None,
-    seed: int,
-) -> dict[str, Any] | None:
-    """One row, or None where no request has the metric."""
-    by_arm: dict[str, list[dict[str, Any]]] = {}
-    for r in records:
-        if r["task"] == kind:
-            by_arm.setdefault(r["method"], []).append(r)
-    arm, (unit, value) = method.spec(), METRICS[metric]
-    if arm not in by_arm:
-        return None
-    weights = np.concatenate([np.ones((1, len(by_arm[arm]))), draws(len(by_arm[arm]), seed)])
+class Compared:
+    """A metric of several arms on the requests of a kind, on the same resamples of requests.
 
-    def means(name: str) -> np.ndarray:
-        """The mean and its resamples, NaN where no request of a resample has the metric."""
-        values = [value(r) for r in by_arm[name]]
-        there = np.array([v is not None for v in values], dtype=float)
+    values: by arm one for each request, NaN where it has none.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]], kind: str, metric: str, seed: int):
+        (self.unit, value), self.seed = METRICS[metric], seed
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        for r in records:
+            if r["task"] == kind:
+                self.rows.setdefault(r["method"], []).append(r)
+        found = {arm: [value(r) for r in rows] for arm, rows in self.rows.items()}
+        self.values = {arm: np.array([np.nan if v is None else v for v in of]) for arm, of in found.items()}
+
+    def mean(self, arm: str) -> float:
+        """NaN where no request has the metric."""
+        there = self.values[arm][~np.isnan(self.values[arm])]
+        return float(there.mean()) if len(there) else math.nan
+
+    def drawn(self, arm: str) -> np.ndarray:
+        """The mean in every resample, NaN where no request of it has the metric."""
+        there = ~np.isnan(self.values[arm])
+        total, n = sums(np.stack([np.where(there, self.values[arm], 0.0), there.astype(float)], 1), self.seed).T
         with np.errstate(invalid="ignore", divide="ignore"):
-            return weights @ np.array([v or 0.0 for v in values]) / (weights @ there)
+            return total / n
 
-    found, reference = means(arm), means(base.spec())
-    if np.isnan(found[0]) and metric != "first_divergence":
+    def of(self, arm: str, base: str | None = None) -> Estimate:
+        """A percentage, or its difference to another arm's. Both arms have it for the same requests."""
+        there = ~np.isnan(self.values[arm])
+        n = int(there.sum())
+        mine = self.values[arm][there] / (100 * n)
+        drawn, value = self.drawn(arm), self.mean(arm)
+        if base is None:
+            return estimate(value, drawn, np.full(n, 1 / n), mine)
+        theirs = self.values[base][there] / (100 * n)
+        return estimate(value - self.mean(base), drawn - self.drawn(base), np.full(n, 1 / n), mine, theirs)
+
+    def bounds(self, arm: str, base: str | None = None) -> tuple[float, ...] | None:
+        """The 95% interval of a mean or of a difference; None where most resamples have no value or all have the same, and it is no
+        percentage, of which exact bounds are known."""
+        if self.unit == "percent":
+            return points(self.of(arm, base).interval())
+        drawn = self.drawn(arm) - (0.0 if base is None else self.drawn(base))
+        if np.isnan(drawn).mean() > 0.5 or np.nanmin(drawn) == np.nanmax(drawn):
+            return None
+        n = int((~np.isnan(self.values[arm])).sum())
+        return tuple(round(v, 6 if self.unit == "nats" else 2) for v in interval(drawn, n))
+
+
+def differences(records: Sequence[dict[str, Any]], methods: Sequence[Compressor], metric: str, *, seed: int = 0) -> dict[str, Estimate]:
+    """Of each method a percentage less the baseline's, on the requests with an image. ``methods`` begins with the baseline."""
+    compared = Compared(records, WITH_IMAGES, metric, seed)
+    return {m.spec(): compared.of(m.spec(), methods[0].spec()) for m in methods if m.spec() in compared.values}
+
+
+def _row(compared: Compared, method: Compressor, base: Compressor, task: str, metric: str, against: str | None) -> dict[str, Any] | None:
+    """One row, or None where no request has the metric."""
+    arm, reference = method.spec(), base.spec()
+    if arm not in compared.rows:
         return None
-    mine = by_arm[arm]
+    score, baseline, unit, mine = compared.mean(arm), compared.mean(reference), compared.unit, compared.rows[arm]
+    if np.isnan(score) and metric != "first_divergence":
+        return None
+
+    def apart(other: str) -> tuple[float | None, Any]:
+        """The difference to another arm and its interval, which to itself is none."""
+        none = (0.0, 0.0) if unit == "percent" else None
+        return _round(score - compared.mean(other), unit), none if arm == other else compared.bounds(arm, other)
+
+    difference, between = apart(reference)
+    by_itself = arm == reference and metric in ("exact_match", "normalised_match")  # which is no measurement
     row = {
         "method": arm, "keep": method.fraction, "tokens": method.tokens, "turns": 1, "task": task, "metric": metric, "unit": unit,
-        "score": _round(found[0], unit), "score_interval": _interval(found[1:], unit), "baseline": _round(reference[0], unit),
-        "difference": _round(found[0] - reference[0], unit), "difference_interval": _interval((found - reference)[1:], unit),
-        "retention": _round(100 * found[0] / reference[0], unit) if unit == "percent" and reference[0] else None,
-        "n": sum(value(r) is not None for r in mine), "failures": sum(r["error"] is not None for r in mine), "floor": None,
+        "score": _round(score, unit), "score_interval": (score, score) if by_itself else compared.bounds(arm),
+        "baseline": _round(baseline, unit),
+        "difference": difference, "difference_interval": between,
+        "retention": _round(100 * score / baseline, unit) if unit == "percent" and baseline else None,
+        "n": int((~np.isnan(compared.values[arm])).sum()), "failures": sum(r["error"] is not None for r in mine), "floor": None,
         "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
         "positions": next((r["positions"] for r in mine if r.get("positions")), None),
     }  # fmt: skip
+    row["clusters"] = row["n"]
     if against is not None:
-        change = found - means(against)
-        row |= {"against": against, "against_difference": _round(change[0], unit), "against_interval": _interval(change[1:], unit)}
+        row |= dict(zip(("against", "against_difference", "against_interval"), (against, *apart(against))))
     return row
 
 
 def _round(value: float, unit: str) -> float | None:
     return None if np.isnan(value) else round(float(value), 6 if unit == "nats" else 2)
-
-
-def _interval(values: np.ndarray, unit: str) -> list[float] | None:
-    """The central 95%; None where most resamples have no value."""
-    if np.isnan(values).mean() > 0.5:
-        return None
-    if unit != "nats":
-        return list(interval(values))
-    return [round(float(v), 6) for v in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:

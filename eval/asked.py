@@ -11,6 +11,7 @@ from mllm_efficient.models import Loaded
 
 from .agreement import MAX_NEW_TOKENS, Agreement
 from .agreement_rows import about, agreement_rows, cell_of
+from .agreement_rows import differences as agreement_differences
 from .builtin.questions import CATEGORIES
 from .builtin.suite import samples
 from .records import fingerprint_of
@@ -18,7 +19,8 @@ from .report.pictures import kept_pictures
 from .report.rows import DATA_MEANING, MEANING
 from .requests import Request, prompts_of
 from .runner import Run
-from .table import rows_of, text_table
+from .stats import Estimate
+from .table import differences, rows_of, text_table
 
 Records = Sequence[dict[str, Any]]
 Scores = dict[str, dict[str, dict[str, Any]]]
@@ -34,6 +36,10 @@ class Asked:
     def scores(self, records: Records) -> Scores:
         """Of each method eval's rows by task, as ``row_of`` of the report takes them."""
         raise TypeError(f"{type(self).__name__} must define scores")
+
+    def differences(self, records: Records, metric: str | None) -> dict[str, Estimate]:
+        """Of each method the difference to the baseline by which it is recommended. metric: of a user's own requests."""
+        raise TypeError(f"{type(self).__name__} must define differences")
 
     def about(self, records: Records) -> dict[str, Any]:
         """What a results file says of what was asked."""
@@ -63,6 +69,9 @@ class Benchmark(Asked):
     def scores(self, records: Records) -> Scores:
         rows = rows_of(records, self.run.methods, CATEGORIES, seed=self.run.loaded.options.seed)
         return {m.spec(): {r["task"]: r for r in rows if r["method"] == m.spec()} for m in self.run.methods}
+
+    def differences(self, records: Records, metric: str | None) -> dict[str, Estimate]:
+        return differences(records, self.run.methods, CATEGORIES, seed=self.run.loaded.options.seed)
 
     def about(self, records: Records) -> dict[str, Any]:
         return {
@@ -98,6 +107,10 @@ class OwnRequests(Asked):
     def scores(self, records: Records) -> Scores:
         rows = agreement_rows(records, self.run.methods, seed=self.run.loaded.options.seed)
         return {m.spec(): cell_of([r for r in rows if r["method"] == m.spec()]) for m in self.run.methods}
+
+    def differences(self, records: Records, metric: str | None) -> dict[str, Estimate]:
+        assert metric is not None
+        return agreement_differences(records, self.run.methods, metric, seed=self.run.loaded.options.seed)
 
     def about(self, records: Records) -> dict[str, Any]:
         return about(self.run.samples, records)

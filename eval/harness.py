@@ -77,6 +77,11 @@ class Harness:
     def total(self) -> int:
         return len(self.arms) * len(self.asked)
 
+    @property
+    def done(self) -> int:
+        """Answers that are recorded already."""
+        return sum((arm, s.id) in self.records for arm in self.arms for s in self.asked)
+
     def answer_all(self) -> list[dict[str, Any]]:
         """Runs what is not recorded yet; returns the records of this run's methods and samples."""
         try:

@@ -91,29 +91,6 @@ def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[
 
 
 def _prompt(record: Record, loaded: Loaded) -> str:
-    token, name = loaded.processor.image_token, loaded.options.model
-    try:
-        if getattr(loaded.processor, "chat_template", None):
-            text = loaded.processor.apply_chat_template(record.asked, add_generation_prompt=True)
-        else:
-            text = loaded.prompt(_alone(record, name), len(record.images))
-    except MllmEfficientError:
-        raise
-    except Exception as error:  # whatever a template raises for roles or an order that it does not know
-        raise MllmEfficientError(f"the chat template of {name} does not take this: {error}") from None
-    if text.count(token) != len(record.images):
-        raise MllmEfficientError(f"the prompt has {text.count(token)} {token} and {len(record.images)} image(s) are given")
-    video = getattr(loaded.processor, "video_token", None)
-    if video and video in text:
-        raise MllmEfficientError(f"the prompt has {video}, and requests take no videos")
-    return text
-
-
-def _alone(record: Record, name: str) -> str:
-    """The question of a record without its images, all of which stand before it. Raises for a conversation, which needs a template."""
-    question = record.turns[0][0].strip()
-    while question.startswith(MARKER):
-        question = question.removeprefix(MARKER).lstrip()
-    if len(record.turns) > 1 or record.system is not None or MARKER in question:
-        raise MllmEfficientError(f"{name} has no chat template: ask one question behind its images, without a system prompt")
-    return question
+    if record.system is None and len(record.turns) == 1:
+        return loaded.prompt(record.turns[0][0], len(record.images))
+    return loaded.conversation(record.asked, len(record.images))

@@ -17,7 +17,8 @@ from mllm_efficient.shrink import Prepared, prepare
 from .answers import NORMALISATION, judge
 from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
-from .harness import Harness
+from .calibration import confidences
+from .harness import Harness, endings
 from .turns import FollowUp, converse, follow_ups
 
 NO_IMAGE = "no-image"  # the floor: the same questions without the image
@@ -50,7 +51,8 @@ class Run(Harness):
     @property
     def config(self) -> dict[str, Any]:
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
-        return {"suite": "builtin", **form, "image_size": self.size, "max_new_tokens": self.max_new_tokens, **environment(self.loaded)}
+        how = {"image_size": self.size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        return {"suite": "builtin", **form, **how, **environment(self.loaded)}
 
     @property
     def named_arms(self) -> list[tuple[str, Compressor | None]]:
@@ -78,20 +80,24 @@ class Run(Harness):
                     old["answer"], old["correct"] = self.judged(sample, old.get("text", old["answer"]))
 
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
-        firsts = None
+        firsts = sure = None
         if isinstance(batch[0], FollowUp):
             firsts, texts, prepared = converse(self, method, batch)
         else:
             inputs = self.inputs(batch, images=method is not None)
             prepared = None if method is None else self.prepared(method, batch, inputs)
             call = inputs if prepared is None else prepared.model_kwargs
-            texts = self.decoded(self.generate(call)[:, call["input_ids"].shape[1] :])
+            out = self.generate(call, return_dict_in_generate=True, output_logits=True)
+            ids = out.sequences[:, call["input_ids"].shape[1] :]
+            texts, sure = self.decoded(ids), confidences(out.logits, ids, endings(self.loaded.model))
         rows = []
         for i, (sample, text) in enumerate(zip(batch, texts)):
             answer, right = self.judged(sample, text)
             row = {**self.head(arm, sample), "answer": answer, "correct": right, "error": None}
             if not self.builtin:
                 row["text"] = text.strip()
+            if sure is not None:
+                row["confidence"] = round(sure[i], 6)
             if firsts is not None:
                 row["first_answer"] = firsts[i].strip()
             if prepared is not None:

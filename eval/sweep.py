@@ -9,11 +9,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_efficient import locking
 from mllm_efficient.composed import Composed, before_of, inside_of, runnable
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.none import NoCompression
@@ -291,28 +292,9 @@ def unfinished(folder: Path) -> str | None:
     return f"unfinished: {min(done, answers)} of {answers} answers; run the same sweep again: {command}"
 
 
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
     """The folder belongs to this process inside; another process that owns it is named in the error."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / LOCK_FILE).open("a+")
-    except OSError as error:
-        raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
-    with handle:
-        with contextlib.suppress(ImportError):  # Windows has no advisory locks: two processes are the user's care there
-            import fcntl
-
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                owner = handle.read().strip() or "another one"
-                raise MllmEfficientError(f"process {owner} is writing to {folder}: wait for it or use another --output-dir") from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
+    return locking.owned(folder, LOCK_FILE, "--output-dir")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.resize import Resize
 
+from .calibration import calibration
 from .runner import NO_IMAGE
-from .stats import Hits, accuracy, draws, interval
+from .stats import Estimate, Scores, points
 
 OVERALL = "overall"
+MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table behind the others
 
 
 def rows_of(
@@ -24,18 +25,11 @@ def rows_of(
     second of a conversation have rows of their own behind all others (``turns`` 2): their baseline is the uncompressed
     model in its second turn, and ``first_turn`` is the method's score on the same questions asked alone.
     """
-    images = sorted({r["image"] for r in records})
-    weights = np.concatenate([np.ones((1, len(images))), draws(len(images), seed)])
     out, alone = [], {(r["method"], r["image"], r["task"]): r for r in records if r.get("turns", 1) == 1}
     for turns in sorted({r.get("turns", 1) for r in records}):
-        by_arm: dict[str, list[dict[str, Any]]] = {}
-        first: dict[str, list[dict[str, Any]]] = {}
-        for record in records:
-            if record.get("turns", 1) == turns:
-                by_arm.setdefault(record["method"], []).append(record)
-                first.setdefault(record["method"], []).append(alone[record["method"], record["image"], record["task"]])
-        scores = {arm: accuracy(Hits(rows, images, tasks), weights) for arm, rows in by_arm.items()}
-        before = {arm: accuracy(Hits(rows, images, tasks), weights) for arm, rows in first.items()} if turns > 1 else {}
+        by_arm = _by_arm(records, turns)
+        first = {_first(arm): [alone[arm, r["image"], r["task"]] for r in rows] for arm, rows in by_arm.items()} if turns > 1 else {}
+        scores = _scores({**by_arm, **first}, records, tasks, seed)
         for method in methods:
             arm = method.spec()
             for i, task in enumerate([*tasks, OVERALL]):
@@ -44,36 +38,97 @@ def rows_of(
                     continue
                 row = _row(method, turns, task, mine, scores, i)
                 if turns > 1:
-                    change = scores[arm][:, i] - before[arm][:, i]
-                    row |= {"first_turn": _round(before[arm][0, i]), "turn_difference": _round(change[0])}
-                    row["turn_interval"] = interval(change[1:])
+                    change = scores.of(arm, i, _first(arm))
+                    row |= {"first_turn": _round(scores.values[_first(arm)][i]), "turn_difference": _round(change.value)}
+                    row["turn_interval"] = points(change.interval())
                 if against is not None:
-                    values, other = scores[arm][:, i], scores[against][:, i]
-                    row |= {"against": against, "against_difference": _round(values[0] - other[0])}
-                    row["against_interval"] = interval((values - other)[1:])
+                    row |= {"against": against, **_against(scores, arm, against, i)}
+                if task == OVERALL:
+                    row |= calibration(mine, seed) | hard_and_broken(method, methods, by_arm)
                 out.append(row)
     return out
 
 
-def _row(
-    method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any]], scores: dict[str, np.ndarray], i: int
-) -> dict[str, Any]:
-    """One row. i: the column of the task in the scores, whose first line is the estimate and the others its resamples."""
+def hard_and_broken(method: Compressor, methods: Sequence[Compressor], by_arm: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a method does beside the smaller picture of its budget, in percent (VTC-Bench, its groups A and B).
+
+    ``hard``: right, of the ``hard_n`` questions that the baseline gets right and ``resize`` wrong. ``broken``: wrong, of the
+    ``broken_n`` that both get right. None without such a ``resize`` among the methods.
+    """
+    nothing = dict.fromkeys(("hard", "hard_n", "broken", "broken_n"))
+    rival = next((m.spec() for m in methods if m.name == Resize.name and budget_of(m) == budget_of(method)), None)
+    if rival is None or budget_of(method) is None or method.name == Resize.name:
+        return nothing
+    right = {arm: {r["id"]: bool(r["correct"]) for r in by_arm[arm]} for arm in (methods[0].spec(), rival, method.spec())}
+    base, small, mine = right.values()
+    return shares(
+        {i: float(v) for i, v in mine.items()}, {i for i in base if base[i] and not small[i]}, {i for i in base if base[i] and small[i]}
+    )
+
+
+def shares(scores: dict[str, float], hard: set[str], easy: set[str]) -> dict[str, Any]:
+    """``hard``, ``hard_n``, ``broken`` and ``broken_n`` of scores in [0, 1] by sample."""
+    hard, easy = hard & set(scores), easy & set(scores)
+    lost = 100 * (1 - sum(scores[i] for i in easy) / len(easy)) if easy else None
+    return {
+        "hard": _round(100 * sum(scores[i] for i in hard) / len(hard)) if hard else None, "hard_n": len(hard),
+        "broken": None if lost is None else _round(lost), "broken_n": len(easy),
+    }  # fmt: skip
+
+
+def budget_of(method: Compressor) -> tuple[Any, ...] | None:
+    """What two methods have alike that keep as many tokens; None where the budget is no count or share of all tokens."""
+    if method.name == "none" or (method.tokens is None and method.fraction is None):
+        return None
+    return method.fraction, method.tokens, method.min_tokens, method.max_tokens
+
+
+def differences(
+    records: Sequence[dict[str, Any]], methods: Sequence[Compressor], tasks: Sequence[str], *, seed: int = 0
+) -> dict[str, Estimate]:
+    """Of each method the macro mean less the baseline's, on the questions asked alone. ``methods`` begins with the baseline."""
+    scores = _scores(_by_arm(records, 1), records, tasks, seed)
+    return {m.spec(): scores.of(m.spec(), len(tasks), "none") for m in methods}
+
+
+def _by_arm(records: Sequence[dict[str, Any]], turns: int) -> dict[str, list[dict[str, Any]]]:
+    out: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record.get("turns", 1) == turns:
+            out.setdefault(record["method"], []).append(record)
+    return out
+
+
+def _first(arm: str) -> str:
+    return f"{arm} in the first turn"
+
+
+def _scores(by_arm: dict[str, Any], records: Sequence[dict[str, Any]], tasks: Sequence[str], seed: int) -> Scores:
+    return Scores(by_arm, sorted({r["image"] for r in records}), tasks, seed)
+
+
+def _against(scores: Scores, arm: str, other: str, i: int) -> dict[str, Any]:
+    change = scores.of(arm, i, other)
+    return {"against_difference": _round(change.value), "against_interval": (0.0, 0.0) if arm == other else points(change.interval())}
+
+
+def _row(method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any]], scores: Scores, i: int) -> dict[str, Any]:
+    """One row. i: the column of the task in the scores."""
     arm = method.spec()
-    values, base = scores[arm][:, i], scores["none"][:, i]
+    score, base, change = scores.of(arm, i), scores.of("none", i), scores.of(arm, i, "none")
     row = {
         "method": arm, "keep": method.fraction, "tokens": method.tokens, "turns": turns, "task": task, "metric": "exact_match",
-        "score": _round(values[0]), "score_interval": interval(values[1:]),
-        "baseline": _round(base[0]), "difference": _round(values[0] - base[0]),
-        "difference_interval": interval((values - base)[1:]),
-        "retention": _round(100 * values[0] / base[0]) if base[0] else None,
-        "n": len(mine), "failures": sum(r["error"] is not None for r in mine),
-        "floor": _round(scores[NO_IMAGE][0, i]) if NO_IMAGE in scores else None,
+        "score": _round(score.value), "score_interval": points(score.interval()),
+        "baseline": _round(base.value), "difference": _round(change.value),
+        "difference_interval": (0.0, 0.0) if arm == "none" else points(change.interval()),
+        "retention": _round(100 * score.value / base.value) if base.value else None,
+        "n": len(mine), "clusters": score.clusters, "failures": sum(r["error"] is not None for r in mine),
+        "floor": _round(scores.values[NO_IMAGE][i]) if NO_IMAGE in scores.values else None,
         "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
         "positions": next((r["positions"] for r in mine if r.get("positions")), method.positions or "renumber"),
         "region_share": _mean(mine, "region_share", 3), "region_kept": _mean(mine, "region_kept", 3),
     }  # fmt: skip
-    return row | ({"micro": _round(scores[arm][0, -1])} if task == OVERALL else {})
+    return row | ({"micro": _round(scores.values[arm][-1])} if task == OVERALL else {})
 
 
 def _round(value: float, digits: int = 2) -> float:
@@ -91,6 +146,8 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
     against = any("against" in r for r in rows)
     header = ["method", "tokens", *tasks, "macro", "vs none [95%]", "retention", "in region"]
     header += [f"vs {rows[0]['against']} [95%]"] if against else []
+    more = [n for n in MORE if any(r.get(MORE[n]) is not None for r in rows)]
+    header += more
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     second: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -102,7 +159,7 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
     first = next(iter(by_method.values()))
     lines = []
     if first[OVERALL]["floor"] is not None:
-        lines.append([NO_IMAGE, "0", *(_one(first[t]["floor"]) for t in [*tasks, OVERALL]), "", "", ""] + [""] * against)
+        lines.append([NO_IMAGE, "0", *(_one(first[t]["floor"]) for t in [*tasks, OVERALL]), "", "", ""] + [""] * (against + len(more)))
         lines[0] += [_one(second["none"]["floor"]), ""] if second else []
     for method, by_task in by_method.items():
         total = by_task[OVERALL]
@@ -112,6 +169,7 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
         line += [_one(total["retention"]) + "%" if total["retention"] is not None else "", share]
         if against:
             line.append("" if method == total["against"] else _signed(total["against_difference"], total["against_interval"]))
+        line += [_one(total[MORE[n]]) for n in more]
         line += [_one(second[method]["score"]), _change(second[method])] if second else []
         lines.append(line)
     return header, lines

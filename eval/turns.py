@@ -20,6 +20,7 @@ from mllm_efficient.generation import with_prompt
 from mllm_efficient.host import cache_of, with_cache
 from mllm_efficient.layout import leave_on
 from mllm_efficient.models import Loaded
+from mllm_efficient.prompts import rendered
 from mllm_efficient.shrink import Prepared
 
 from .builtin.questions import Question
@@ -118,22 +119,17 @@ def next_turn(loaded: Loaded, first: str, second: str, images: int) -> list[int]
     """The tokens between the first answer and the second: the end of the answer, the second question, the way to its answer."""
     processor = loaded.processor
     tokenizer = processor.tokenizer
-    if getattr(processor, "chat_template", None):
-        picture, question, again = ({"type": "text", "text": t} if t else {"type": "image"} for t in ("", first, second))
-        text = processor.apply_chat_template(
-            [
-                {"role": "user", "content": [*[picture] * images, question]},
-                {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
-                {"role": "user", "content": [again]},
-            ],
-            add_generation_prompt=True,
-        )
-        behind = text.find(ANSWER, text.find(first) + len(first))
-        if first not in text or behind < 0 or second not in text[behind:]:
-            raise MllmEfficientError("this model's chat template does not hold a conversation of two questions: leave --turns out")
-        text = text[behind + len(ANSWER) :]
-    else:
-        text = f"{tokenizer.eos_token or ''} USER: {second} ASSISTANT:"
+    picture, question, again = ({"type": "text", "text": t} if t else {"type": "image"} for t in ("", first, second))
+    messages = [
+        {"role": "user", "content": [*[picture] * images, question]},
+        {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+        {"role": "user", "content": [again]},
+    ]
+    text = rendered(processor, messages, name=loaded.options.model)
+    behind = text.find(ANSWER, text.find(first) + len(first))
+    if first not in text or behind < 0 or second not in text[behind:]:
+        raise MllmEfficientError("this model's chat template does not hold a conversation of two questions: leave --turns out")
+    text = text[behind + len(ANSWER) :]
     # behind a word, because some tokenizers treat the beginning of a text in their own way
     word = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     whole = tokenizer(ANSWER + text, add_special_tokens=False)["input_ids"]

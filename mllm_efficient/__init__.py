@@ -28,7 +28,8 @@ _HOME = {
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "doctor": "checkup", "Checkup": "checkup",
     "prepare": "shrink", "Prepared": "shrink",
-    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "mask_labels": "labels", "from_pretrained": "saving",
+    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "is_wrapped": "wrapper",
+    "mask_labels": "labels", "from_pretrained": "saving",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from .tokens import VisualTokens as VisualTokens
     from .trained import load as load
     from .wrapper import compressed as compressed
+    from .wrapper import is_wrapped as is_wrapped
     from .wrapper import unwrap as unwrap
     from .wrapper import wrap as wrap
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapters import resolved
 from .base_model import base_of
 from .compressors.base import Compressor, Projector, Resizer
 from .errors import MllmEfficientError
@@ -20,6 +21,7 @@ from .patches.vllm import PREFIX, PROJECTOR
 from .patches.vllm import SERVED as FAMILIES
 from .patches.vllm.settings import ALLOWED, Settings, require_served
 from .plan import check
+from .processor import NEEDS_VIDEO
 from .trained import move, parts_of, save
 
 TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's CLIP and SigLIP have the second behind the first
@@ -34,6 +36,11 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     a folder that holds something.
     """
     adapter = require_supported(loaded)
+    base, lora = resolved(loaded.options.model, loaded.options.adapter)
+    if lora is not None:
+        raise MllmEfficientError(f"{lora} is an adapter of {base}, and a served folder has whole weights: merge it with PEFT first")
+    if getattr(loaded.processor, "video_token", None) and getattr(loaded.processor, "video_processor", None) is None:
+        raise MllmEfficientError(f"a served folder of {adapter.name} has a video processor: {NEEDS_VIDEO}")
     if adapter.name not in FAMILIES:
         raise MllmEfficientError(f"{adapter.name} is not served: {', '.join(FAMILIES)} are")
     plain = method if isinstance(method, Resizer) and adapter.usual() is not None else None

@@ -6,10 +6,11 @@ language model was trained with it, ``base_delta/``: whole weights in ``model.sa
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import MllmEfficientError
 from .parsing import read_json
@@ -76,7 +77,7 @@ def exported(path: Path) -> dict[str, Any] | None:
     return {k: v for k, v in served.items() if k != "allowed_tokens"} if isinstance(served, dict) else None
 
 
-def _describes_a_method(config: Any) -> bool:
+def _describes_a_method(config: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(config, dict) or not isinstance(config.get("method"), str):
         return False
     sizes, base = config.get("sizes"), config.get("base")
@@ -85,6 +86,27 @@ def _describes_a_method(config: Any) -> bool:
     return all(isinstance(sizes.get(k), int) for k in ("inputs", "outputs")) and all(
         isinstance(base.get(k), dict) for k in ("sizes", "sample")
     )
+
+
+_hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+
+def contents_of(folder: Path) -> str:
+    """A hash of every file of a method in its folder. Those whose inode, size and times are as before are not read again."""
+    out = hashlib.sha256()
+    for path in (folder / CONFIG, folder / COMPRESSION, folder / WEIGHTS, *sorted((folder / DELTA).rglob("*"))):
+        try:
+            if not path.is_file():
+                continue
+            found = path.stat()
+            now = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)  # nobody can set the last one back
+            if _hashes.get(path, ((), ""))[0] != now:
+                with path.open("rb") as file:
+                    _hashes[path] = now, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MllmEfficientError(f"cannot read {path}: {error.strerror}") from None
+        out.update(f"{path.relative_to(folder)}/{_hashes[path][1]}".encode())
+    return out.hexdigest()
 
 
 def shipped(name: str) -> Folder | None:

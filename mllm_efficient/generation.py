@@ -15,6 +15,8 @@ from .errors import CountMismatchError, MllmEfficientError
 from .host import cache_of, parameters_of
 from .installing import inside
 from .layout import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
+from .locate import warn_without_pixels
+from .original_prompt import OriginalPrompt, allowed_behind, shown_the_prompt, with_prompt
 from .plan import check
 from .report import CompressionReport, remember
 from .sharding import gathered
@@ -41,23 +43,26 @@ def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: t
 
 
 def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from .patches import adapter_for
+
     kwargs, args = {**dict(zip(parameters_of(stock)[1:], args)), **kwargs}, ()
     if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
         kwargs, inputs = {**kwargs, "input_ids": inputs}, None
+    kwargs = adapter_for(model).as_tensors(kwargs)
     ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
     layout, prepared = layout_on(cache), None
     if method is not None:
-        from .patches import adapter_for
-
         check(adapter_for(model), method)
     if method is None and layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
     config = kwargs.get("generation_config")
+    if not has_pixels(kwargs) and not (cache is not None and int(cache.get_seq_length())):
+        warn_without_pixels(adapter_for(model).placeholders, kwargs)
     if method is not None and kwargs.get("mm_encoder_outputs") is None:
         prepared = _prepare_generate(model, method, ids, layout, kwargs, config)
     if prepared is None or (prepared.layout is None and prepared.staging is None):
         out = _run(model, stock, inputs, args, kwargs)
-        return _finish(model, out, prepared.report if prepared else CompressionReport())
+        return _finish(model, out, prepared.report if prepared else CompressionReport(off=method is None))
 
     assert ids is not None
     call = {k: v for k, v in kwargs.items() if k not in prepared.tensors and k not in _vision_keys(model)}
@@ -76,19 +81,24 @@ def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: 
     for name in ("max_length", "min_length"):
         wanted = _setting(name, kwargs, config, model)
         if wanted is not None:
+            if name == "max_length" and wanted <= ids.shape[1] and _setting("max_new_tokens", kwargs, config, model) is None:
+                raise CountMismatchError(
+                    f"the prompt is {ids.shape[1]} tokens long, and max_length={wanted} leaves no room for an answer: give max_new_tokens"
+                )
             call[name] = max(wanted - removed, 0)
     if chunks and transformers_version() < (5, 23):
         raise MllmEfficientError("prefill_chunk_size with images needs transformers 5.23 or newer: leave it out")
     gaps = prepared.layout.positions == "keep" and not prepared.layout.mrope
     if gaps and _setting("use_cache", kwargs, config, model) is False:
         raise MllmEfficientError("positions='keep' needs the cache: without it gaps are read as packed sequences")
-    if kwargs.get("streamer") is not None:
-        call["streamer"] = _OriginalPrompt(kwargs["streamer"], ids)
     length = prepared.layout.reduced_length
-    if kwargs.get("stopping_criteria") is not None:
-        watch = [_SeesOriginalPrompt(c, ids, length) for c in kwargs["stopping_criteria"]]
-        call["stopping_criteria"] = type(kwargs["stopping_criteria"])(watch)
-    out = _run(model, stock, None, args, call)
+    if kwargs.get("streamer") is not None:
+        call["streamer"] = OriginalPrompt(kwargs["streamer"], ids)
+    if kwargs.get("prefix_allowed_tokens_fn") is not None:
+        beams, returned = (_setting(name, kwargs, config, model) or 1 for name in ("num_beams", "num_return_sequences"))
+        call["prefix_allowed_tokens_fn"] = allowed_behind(kwargs["prefix_allowed_tokens_fn"], ids, length, returned if beams == 1 else 1)
+    with shown_the_prompt(model, ids, length):
+        out = _run(model, stock, None, args, call)
     sequences = out if torch.is_tensor(out) else out.sequences
     layout = prepared.layout.repeated(len(sequences) // len(ids))
     leave_on(cache, layout)
@@ -159,44 +169,8 @@ def _infer_mask(ids: Tensor, pad: int | None, eos: Any) -> Tensor:
     return (ids != pad).long()
 
 
-def with_prompt(sequences: Tensor, ids: Tensor, reduced_length: int) -> Tensor:
-    """The original prompt in front of the new tokens, because callers slice by its length."""
-    times = sequences.shape[0] // ids.shape[0]
-    prompt = ids.repeat_interleave(times, 0).to(sequences.device)
-    return torch.cat([prompt, sequences[:, reduced_length:]], 1)
-
-
 def _finish(model: Any, out: Any, report: CompressionReport) -> Any:
     remember(model, report)
     if not torch.is_tensor(out):
         out.compression = report
     return out
-
-
-class _OriginalPrompt:
-    """Passes a stream on, with the original prompt in place of the reduced one that ``generate`` sends first."""
-
-    def __init__(self, streamer: Any, ids: Tensor):
-        self.streamer = streamer
-        self.ids: Tensor | None = ids
-
-    def put(self, value: Tensor) -> None:
-        if self.ids is not None:
-            value, self.ids = self.ids.cpu(), None
-        self.streamer.put(value)
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-class _SeesOriginalPrompt:
-    """A caller's stopping criterion, which sees sequences as long as the caller's own prompt makes them."""
-
-    def __init__(self, criterion: Any, ids: Tensor, reduced_length: int):
-        self.criterion, self.ids, self.reduced_length = criterion, ids, reduced_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self.criterion(with_prompt(input_ids, self.ids, self.reduced_length), scores, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.criterion, name)

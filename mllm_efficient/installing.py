@@ -40,7 +40,7 @@ class Undo:
         of_store: dict[int, list[tuple[str, Any]]] = {}
         for store, name, old in self.parts:
             of_store.setdefault(id(store), []).append((name, old))
-        out = {}
+        out = dict[str, Any]()
         for path, module in model.named_modules():
             for store in (module._modules, module._parameters):
                 out |= {f"{path}.{name}" if path else name: old for name, old in of_store.get(id(store), [])}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, adapters
 from .errors import MllmEfficientError, UnsupportedModelError
+from .patches.rules import merged, read_settings
+from .processor import apply, digest, image_settings, open_processor
+from .prompts import PLAIN, TEMPLATE, has_template, model_inputs, note, question_prompt, rendered, require_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -25,7 +28,11 @@ QUANTIZATIONS = ("int8", "int4")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options every model command takes."""
+    """The options every model command takes.
+
+    model: a folder, hub id or "builtin"; of a folder with an adapter (LoRA) its base is loaded and the adapter put on it. adapter:
+    such a folder, for ``model``. processor_kwargs: settings of the image processor, such as ``{"max_pixels": 1003520}``.
+    """
 
     model: str = BUILTIN
     device: str = "auto"
@@ -36,6 +43,8 @@ class ModelOptions:
     revision: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    adapter: str | None = None
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,37 +59,52 @@ class Loaded:
     def device(self):
         return self.model.device
 
+    @property
+    def picture_settings(self) -> dict[str, Any]:
+        """What is known of how its processor sees pictures: its own settings, or without one those of the model's folder."""
+        if self.processor is not None:
+            return image_settings(self.processor)
+        folder = Path(adapters.resolved(self.options.model, self.options.adapter)[0]).expanduser()
+        return merged(read_settings(folder), self.options.processor_kwargs)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to tell the reader of how this model is asked."""
+        line = None if self.processor is None else note(self.processor, self.options.model)
+        return [] if line is None else [line]
+
     def prompt(self, question: str, images: int, videos: int = 0) -> str:
-        """The chat prompt of a question about images, then videos. A question with their placeholders in it is taken as it is."""
-        tokens = {"image": self.processor.image_token, "video": getattr(self.processor, "video_token", None)}
-        wanted = {"image": images, "video": videos}
-        if any(token and token in question for token in tokens.values()):
-            for kind, token in tokens.items():
-                found = question.count(token) if token else 0
-                if found != wanted[kind]:
-                    raise MllmEfficientError(f"the prompt has {found} {token} and {wanted[kind]} {kind}(s) are given")
-            return question
-        kinds = ["image"] * images + ["video"] * videos
-        if not getattr(self.processor, "chat_template", None):
-            return f"USER: {''.join(f'{tokens[kind]}{chr(10)}' for kind in kinds)}{question} ASSISTANT:"
-        content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        """The chat prompt of a question about images, then videos, which stand where its placeholders do, or in front."""
+        return question_prompt(self.processor, question, images, videos, self.options.model)
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]], images: int) -> str:
+        """The chat prompt of messages, ``{"type": "image"}`` where a picture stands. Raises where those are not ``images``."""
+        text = rendered(self.processor, messages, name=self.options.model)
+        require_pictures(self.processor, text, images)
+        return text
 
     def inputs(
-        self, prompts: Sequence[str], images: Sequence[Picture] = (), videos: Sequence[Sequence[Picture]] | None = None
+        self, prompts: Sequence[str], pictures: Sequence[Any] = (), videos: Sequence[Sequence[Picture]] | None = None
     ) -> dict[str, Any]:
-        """Left-padded model inputs on the model's device. videos: the frames of each, all of which the model is to see."""
-        self.processor.tokenizer.padding_side = "left"
-        call: dict[str, Any] = {"images": list(images) or None, "text": list(prompts), "return_tensors": "pt", "padding": True}
-        if videos:
-            import numpy as np
-
-            call |= {"videos": [np.stack([np.asarray(frame) for frame in video]) for video in videos], "do_sample_frames": False}
-        batch = self.processor(**call).to(self.device)
+        """Left-padded model inputs on the model's device, as ``prompts.model_inputs`` makes them."""
+        try:
+            batch = model_inputs(self.processor, prompts, pictures, videos)
+        except MllmEfficientError:
+            raise
+        except Exception as error:  # whatever a processor of any family raises for pictures and prompts that it does not take
+            raise MllmEfficientError(f"the processor of {self.options.model} fails: {_first_line(error)}{self._cuts_off()}") from error
+        batch = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
         for name in ("pixel_values", "pixel_values_videos"):
             if name in batch:
                 batch[name] = batch[name].to(self.model.dtype)
-        return dict(batch)
+        return batch
+
+    def _cuts_off(self) -> str:
+        """The usual cause of placeholders that are missing, where the tokenizer's settings have it."""
+        settings = getattr(self.processor.tokenizer, "init_kwargs", {})
+        if not settings.get("truncation"):
+            return ""
+        return f" (its tokenizer_config.json has truncation, to max_length={settings.get('max_length')}: remove both)"
 
 
 def builtin_folder() -> Path:
@@ -90,7 +114,8 @@ def builtin_folder() -> Path:
 
 def load(options: ModelOptions) -> Loaded:
     """Loads a model by folder, hub id or ``builtin``. Raises ``MllmEfficientError`` with one line on any failure."""
-    source = str(builtin_folder()) if options.model == BUILTIN else options.model
+    base, adapter = adapters.resolved(options.model, options.adapter)
+    source = str(builtin_folder()) if base == BUILTIN else base
     looks_local = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
     if looks_local:
         source = str(Path(source).expanduser())
@@ -104,7 +129,7 @@ def load(options: ModelOptions) -> Loaded:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
     device = pick_device(options)
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -119,29 +144,37 @@ def load(options: ModelOptions) -> Loaded:
         settings["quantization_config"] = quantization_config(options.quantization, device)
         settings["device_map"] = options.device_map or device
     try:
+        content, _ = PretrainedConfig.get_config_dict(source, revision=options.revision)
+        _require_family(options.model, content)  # before gigabytes are read
         config = AutoConfig.from_pretrained(source, **common)
-        _require_family(options.model, config)  # before gigabytes are read
-        processor = AutoProcessor.from_pretrained(source, **common)
-        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **settings, **common)
+        processor = open_processor(source, config, **common)
+        apply(processor, config, options.processor_kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(source, config=config, use_safetensors=True, **settings, **common)
         if "device_map" not in settings:
             model = model.to(device)
-    except UnsupportedModelError:
+        if adapter is not None:
+            adapters.attach(model, adapter)
+    except MllmEfficientError:
         raise
     except Exception as error:  # whatever the libraries below raise for damaged or unfitting files, or a full device
         raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}") from error
     return Loaded(model.eval(), processor, options)
 
 
-def _require_family(name: str, config: Any) -> None:
-    from .patches import FAMILIES
+def _require_family(name: str, config: dict[str, Any]) -> None:
+    """config: the content of ``config.json``, which transformers need not know."""
+    from .patches import FAMILIES, advice_on
     from .patches.vllm import PREFIX
 
-    made_for = [name.removeprefix(PREFIX) for name in getattr(config, "architectures", None) or []]
+    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     if made_for and not set(made_for) & set(FAMILIES):
-        no_vision = "" if hasattr(config, "vision_config") else " and takes no images"
-        raise UnsupportedModelError(
-            f"{name} is a {made_for[0]}, which is not supported{no_vision}: the model must be one of {', '.join(FAMILIES)}"
-        )
+        no_vision = "" if _has_vision(config) else " and takes no images"
+        raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0])}")
+
+
+def _has_vision(config: Any) -> bool:
+    """Whether a part of a configuration is about vision, however deep."""
+    return isinstance(config, dict) and any("vision" in key or _has_vision(value) for key, value in config.items())
 
 
 def pick_device(options: ModelOptions) -> str:
@@ -194,7 +227,8 @@ def fingerprint(loaded: Loaded) -> str:
     commit = getattr(loaded.model.config, "_commit_hash", None)
     if commit:
         return str(commit)
-    folder = builtin_folder() if loaded.options.model == BUILTIN else Path(loaded.options.model).expanduser()
+    base, _ = adapters.resolved(loaded.options.model, loaded.options.adapter)
+    folder = builtin_folder() if base == BUILTIN else Path(base).expanduser()
     digest = hashlib.sha256()
     for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
         if file.is_file():
@@ -205,20 +239,25 @@ def fingerprint(loaded: Loaded) -> str:
 
 
 def environment(loaded: Loaded) -> dict[str, Any]:
-    """What a result depends on besides the method: versions, device, dtype, kernel, image backend, seed."""
+    """What a result depends on besides the method: weights, versions, device, dtype, kernel, how prompts are made, seed."""
     import torch
 
     versions = {"mllm_efficient": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
     model, options = loaded.model, loaded.options
+    _, adapter = adapters.resolved(options.model, options.adapter)
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "model": options.model,
         "weights": fingerprint(loaded),
+        "adapter": None if adapter is None else {"name": Path(adapter).name, "weights": adapters.fingerprint(adapter)},
         "device": f"{model.device} ({device}, {os.cpu_count()} cores)",
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config.get_text_config()._attn_implementation,
         "image_processor": type(loaded.processor.image_processor).__name__,
+        "processor_kwargs": dict(options.processor_kwargs),
+        "processor": digest(loaded.processor),
+        "prompt": TEMPLATE if has_template(loaded.processor) else PLAIN,
         "quantization": options.quantization,
         "seed": options.seed,
         "versions": versions,

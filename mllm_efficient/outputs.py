@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .active import active_on
 from .errors import CountMismatchError, MllmEfficientError
 from .generation import within_generate
 from .layout import IGNORE, Layout, leave_on
@@ -137,7 +138,8 @@ def _same_end(layout: Layout, keep: Any) -> bool:
 @torch.compiler.disable(reason="compression chooses by values")
 def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: puts on the output which columns it belongs to, and the layout on the cache."""
-    if within_generate(model):
+    active = active_on(model)
+    if within_generate(model) or active is None or active.here(model) is None:
         return None
     encoded = kwargs.get("mm_encoder_outputs")
     layout, staging, full = (getattr(encoded, name, None) for name in ("layout", "staging", "full"))

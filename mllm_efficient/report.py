@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import MllmEfficientError
@@ -58,7 +58,9 @@ class CompressionReport:
     """One call. ``images`` in prompt order; ``stages`` are the methods that ran, as ``to_dict()`` gives them.
 
     ``tokens_per_layer``: visual tokens of the whole batch at each decoder layer. ``compress_seconds`` is the method's
-    own time, without the vision tower (0.0 where nothing was compressed). An empty ``images`` is a text-only call.
+    own time, without the vision tower (0.0 where nothing was compressed): the device's on CUDA, elsewhere the host's. An empty
+    ``images`` is a text-only call, or one with ``compression=None``, which is ``off``. unwrapped: the method was taken off the
+    model since, so that nothing is compressed now.
     """
 
     images: tuple[ImageReport, ...] = ()
@@ -66,6 +68,8 @@ class CompressionReport:
     positions: str = "renumber"
     decoder_layers: int = 0
     compress_seconds: float = 0.0
+    off: bool = False
+    unwrapped: bool = False
 
     @property
     def visual_tokens_full(self) -> int:
@@ -91,6 +95,10 @@ class CompressionReport:
         return sum(layers) / len(layers) if layers else float(self.visual_tokens_kept)
 
     def __str__(self) -> str:
+        if self.unwrapped:
+            return f"no compression: the model was unwrapped since. Of its last call before: {replace(self, unwrapped=False)}"
+        if self.off:
+            return "compression was off: every visual token stayed"
         if not self.images:
             return "no images: nothing was compressed"
         return f"kept {self.visual_tokens_kept} of {self.visual_tokens_full} visual tokens in {len(self.images)} image(s)"
@@ -103,10 +111,22 @@ def remember(model: Any, report: CompressionReport) -> None:
     _last[model] = report
 
 
-def last_report(model: Any) -> CompressionReport:
-    """The report of the model's last completed call, also after ``unwrap``.
+def forget(model: Any) -> None:
+    """For a model that is wrapped anew."""
+    _last.pop(model, None)
 
-    Concurrent callers read ``prepare(...).report`` or ``generate(return_dict_in_generate=True).compression`` instead.
+
+def taken_off(model: Any) -> None:
+    """For a model that is unwrapped: calls from now on have no report, and the last one says so."""
+    if model in _last:
+        _last[model] = replace(_last[model], unwrapped=True)
+
+
+def last_report(model: Any) -> CompressionReport:
+    """The report of the model's last completed call while it was wrapped.
+
+    After ``unwrap`` (or the end of ``compressed``) it can still be read, and says ``unwrapped``: no call since is in it. Concurrent
+    callers read ``prepare(...).report`` or ``generate(return_dict_in_generate=True).compression`` instead.
     """
     from .patches import inner_model
 

@@ -50,6 +50,8 @@ def from_pretrained(where: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
     from .wrapper import wrap
 
+    local = Path(where).expanduser().absolute()
+    where = str(local if local.is_dir() else where)
     hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
     remote = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
     folder = _described(where, hub)
@@ -254,7 +256,7 @@ def _renamed(model: Any, own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return {written.get(key, key) if key in odd else key: value for key, value in state.items()}
 
 
-def _described(where: str | Path, hub: dict[str, Any]) -> Path:
+def _described(where: str, hub: dict[str, Any]) -> Path:
     """The folder on this machine that has a saved model's ``compression.json``."""
     found = _file(where, COMPRESSION, hub, missing_is_none=True)
     if found is None:
@@ -264,11 +266,11 @@ def _described(where: str | Path, hub: dict[str, Any]) -> Path:
     return found.parent
 
 
-def _file(where: str | Path, name: str, hub: dict[str, Any], missing_is_none: bool = False) -> Path | None:
+def _file(where: str, name: str, hub: dict[str, Any], missing_is_none: bool = False) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(str(Path(where).expanduser()) if Path(where).expanduser().is_dir() else str(where), name, **hub)
+        found = cached_file(where, name, **hub)
     except OSError as error:
         if missing_is_none:
             return None
@@ -276,7 +278,7 @@ def _file(where: str | Path, name: str, hub: dict[str, Any], missing_is_none: bo
     return None if found is None else Path(found)
 
 
-def _base(where: str | Path, kwargs: dict[str, Any], common: dict[str, Any]) -> Any:
+def _base(where: str, kwargs: dict[str, Any], common: dict[str, Any]) -> Any:
     """The model without its method. What was trained with that is not reported as unexpected."""
     import transformers
 
@@ -291,7 +293,7 @@ def _base(where: str | Path, kwargs: dict[str, Any], common: dict[str, Any]) -> 
     cls = getattr(transformers, known[0])
     ours = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
     also = list(cls._keys_to_ignore_on_load_unexpected or [])
-    quiet = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
+    quiet: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
     model = quiet.from_pretrained(where, **kwargs)
     model.__class__ = cls
     return model

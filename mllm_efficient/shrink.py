@@ -156,6 +156,7 @@ def prepare(
     adapter, whole = adapter_for(model), runnable(compressor)
     method, inside = before_of(whole) or NoCompression(), inside_of(whole)
     of_tokens = stages_of(method)[-1]
+    inputs = adapter.as_tensors(inputs)
     vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
     rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
     if labels is not None:

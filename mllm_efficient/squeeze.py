@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from .compressors.base import Compressor
 from .errors import CountMismatchError
 from .layout import require
 from .plan import Group, Plan
+from .stopwatch import Stopwatch
 from .tokens import CompressedTokens, Plane, VisualTokens
 
 
@@ -48,16 +48,11 @@ class Squeezed:
 def squeeze_all(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
 ) -> tuple[list[Squeezed], float]:
-    """Every item compressed as on its own, and the seconds that took on the device, for which the host waits once.
+    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the host waits once.
 
     Raises ``NotFiniteError`` where NaN or infinity is among what a method works on; what it leaves alone may hold them.
     """
-    cuda = bool(encodings) and encodings[0].features.is_cuda
-    if cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.current_stream(encodings[0].features.device)
-        begin.record(stream)
-    started = time.perf_counter()
+    clock = Stopwatch(encodings[0].features.device if encodings else None)
     with Watch() as watch:
         for p, e in zip(plans, encodings):
             if not p.untouched:
@@ -68,14 +63,10 @@ def squeeze_all(
         for _, done, _ in (part for of_item in parts for part in of_item):
             if done.indices is None:
                 require_finite(done.features, method.name, "merged tokens")
-    seconds = time.perf_counter() - started
-    if cuda:
-        end.record(stream)
+    clock.stop()
     watch.read()
     parts = _indices_on_cpu(parts)
-    if cuda:
-        end.synchronize()
-        seconds = begin.elapsed_time(end) / 1000
+    seconds = clock.seconds()
     return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
 
 

@@ -165,4 +165,5 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
             image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, per_layer=per_layer, kernels=kernels
         )
         images.append(done if planes is None else replace(done, kept_planes=planes))
-    return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + staging.outcome["seconds"])
+    seconds = sum(watch.seconds() for watch in staging.outcome["watches"])
+    return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + seconds)

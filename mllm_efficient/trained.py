@@ -16,13 +16,14 @@ from . import __version__
 from .base_model import differs
 from .compressors.base import Compressor, Projector
 from .compressors.reducer import Reducer
-from .errors import MllmEfficientError, UnsupportedModelError, shortened
-from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, exported, open_folder, shipped
+from .errors import MllmEfficientError, NotFiniteError, UnsupportedModelError, shortened
+from .folders import COMPRESSION, CONFIG, DELTA, DELTA_KEYS, RANDOM, WEIGHTS, Folder, contents_of, exported, open_folder, shipped
 from .parsing import read_json
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
 MARK = "_installed_as"  # attribute of a projector or router that was put into a model
-_kept: weakref.WeakKeyDictionary[Any, dict[str, Parts]] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Any, dict[str, tuple[str, Parts]]] = weakref.WeakKeyDictionary()  # beside the state of their files
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -64,9 +65,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return _sound(path, load_file(path))
     except (OSError, SafetensorError) as error:
         raise MllmEfficientError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
+def _sound(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights out of a file, all finite and of a dtype that training writes."""
+    for name, value in found.items():
+        if value.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise MllmEfficientError(f"{path}: {name} is of {str(value.dtype).removeprefix('torch.')}, and weights are of {known}")
+        if not value.isfinite().all():
+            raise NotFiniteError(f"{path}: {name} holds NaN or infinity: the training diverged, or the file is damaged")
+    return found
 
 
 def load(where: str | Path, **settings: Any) -> Compressor:
@@ -130,14 +142,10 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name.
-
-    made_of: names the folder's state, so that a folder written anew is read anew.
-    """
+    """What a trained method puts into a model. module: its projector or router. delta: language-model weights by name."""
 
     module: nn.Module
     delta: dict[str, Tensor] = field(default_factory=dict)
-    made_of: tuple[str, float] = ("", 0.0)
 
 
 def parts_of(adapter: Any, method: Any) -> Parts:
@@ -165,7 +173,7 @@ def parts_of(adapter: Any, method: Any) -> Parts:
         module.load_state_dict(_read(folder.path / WEIGHTS))
     dtype = like.dtype if like.dtype.is_floating_point else adapter.model.dtype
     delta = delta_weights(adapter.model, folder.delta) if folder is not None and folder.delta is not None else {}
-    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta, _state_of(method))
+    return Parts(module.to(dtype).eval().requires_grad_(like.requires_grad), delta)
 
 
 def _replaced(adapter: Any, method: Projector) -> Tensor:
@@ -180,13 +188,11 @@ def _replaced(adapter: Any, method: Projector) -> Tensor:
     return like
 
 
-def _state_of(method: Compressor) -> tuple[str, float]:
-    """The weights' name and when they were written."""
+def _state_of(method: Compressor) -> str:
+    """A hash of every file that a method's weights are in."""
     weights = weights_of(method)
-    if weights in (None, RANDOM):
-        return mark(method), 0.0
-    path = Path(str(weights)).expanduser() / CONFIG
-    return mark(method), path.stat().st_mtime if path.is_file() else 0.0
+    folder = Path(str(weights)).expanduser()
+    return "" if weights in (None, RANDOM) or not folder.is_dir() else contents_of(folder)
 
 
 def weights_of(method: Compressor) -> str | None:
@@ -231,13 +237,14 @@ def module_of(adapter: Any, method: Projector) -> nn.Module:
         require_held(adapter, method)
         return getattr(owner, name)
     cache = _kept.setdefault(adapter.model, {})
-    if mark(method) not in cache or cache[mark(method)].made_of != _state_of(method):
+    state, (made_of, made) = _state_of(method), cache.get(mark(method), ("", None))
+    if made is None or made_of != state:
         made = parts_of(adapter, method)
         if made.delta:
             raise MllmEfficientError(f"{method.spec()} was trained with the language model: use wrap or compressed, which put both in")
-        cache[mark(method)] = made
+        cache[mark(method)] = state, made
     like = next(getattr(owner, name).parameters())
-    return cache[mark(method)].module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
+    return made.module.to(like.device, like.dtype if like.dtype.is_floating_point else None)
 
 
 def _check_sizes(adapter: Any, method: Any, config: dict[str, Any], path: Path) -> None:
@@ -287,11 +294,11 @@ def _among_the_base(folder: Path) -> dict[str, Tensor]:
     """The weights of the language model that were trained under a method, out of a saved model's own files."""
     from safetensors import safe_open
 
-    out = {}
+    out = dict[str, Tensor]()
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
             names = [name for name in content.keys() if name.startswith(DELTA_KEYS)]  # noqa: SIM118
-            out |= {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names}
+            out |= _sound(file, {name.removeprefix(DELTA_KEYS): content.get_tensor(name) for name in names})
     return out
 
 

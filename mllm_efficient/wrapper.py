@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
 
+from .active import Active, Block, changing, require_idle
 from .composed import inside_of, runnable
 from .compressors.base import Compressor
-from .errors import AlreadyWrappedError, CountMismatchError, MllmEfficientError, UnsupportedModelError
+from .entrance import ENTERED, EnterBase, MarkBase, enter
+from .errors import MllmEfficientError, UnsupportedModelError
 from .generation import generate as run_generate
 from .generation import within_generate
-from .host import cache_of, parameters_of
-from .installing import install
-from .layout import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on
-from .outputs import call_of, check_length, held_back, mark_output
+from .installing import Undo, install
+from .original_prompt import MERGE, merged_as_shown
+from .outputs import check_length, mark_output
+from .piped import teach_pipelines
 from .plan import check
-from .report import CompressionReport, remember
+from .report import forget, taken_off
 from .sharding import has_shards
-from .shrink import has_pixels, keeps_all, prepare
 
 Model = TypeVar("Model")
 _UNSET: Any = object()
-NO_IDS = (
-    "images with inputs_embeds but no input_ids cannot be compressed, because placeholders are found by their ids: pass input_ids, "
-    "which PEFT's prompt tuning never does (LoRA does)"
-)
 _swapped: dict[type, type] = {}
 
 
@@ -53,7 +50,7 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
 
     Raises:
         AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families, prompt tuning),
-        BadBudgetError.
+        BadBudgetError; and MllmEfficientError while another thread is in a call of the model.
     """
     from .patches import adapter_for
     from .patches.trainer import refuse_virtual_tokens, watch_if_there
@@ -62,106 +59,156 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
     refuse_virtual_tokens(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner = adapter.model
-    if _hook_of(inner) is not None:
-        raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
-    check(adapter, method)
-    undo = install(adapter, method)
-    inner.__class__ = _class_for(type(inner))
-    inner.register_forward_pre_hook(CompressForward(method, undo, logits), with_kwargs=True)
-    inner.register_forward_hook(mark_output, with_kwargs=True)
-    if inside_of(method) is not None:
-        adapter.reach_inside()
+    with changing(inner):
+        hook = _put_on(adapter, method, alone=True)
+        hook.active.method, hook.active.logits = method, logits
     watch_if_there()
     return model
 
 
 def unwrap(model: Model) -> Model:
-    """Takes everything off that ``wrap`` put on; returns the same object. Raises if it is not wrapped."""
+    """Takes everything off that ``wrap`` put on; returns the same object. Raises if it is not wrapped, or if another thread calls it."""
     from .patches import adapter_for
 
     adapter = adapter_for(model)
     inner = adapter.model
-    hook = _hook_of(inner)
-    if hook is None:
-        raise MllmEfficientError("this model is not wrapped")
-    if hook.undo.parts and has_shards(inner):
-        raise UnsupportedModelError(
-            f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
-        )
-    hook.undo()
-    if inside_of(hook.method) is not None:
-        adapter.let_go_inside()
-    for hooks, with_kwargs, ours in (
-        (inner._forward_pre_hooks, inner._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, CompressForward)),
-        (inner._forward_hooks, inner._forward_hooks_with_kwargs, lambda h: h is mark_output),
-    ):
-        for key in [k for k, h in hooks.items() if ours(h)]:
-            del hooks[key]
-            with_kwargs.pop(key, None)
-    inner.__class__ = _class_without(type(inner))
+    with changing(inner):
+        hook = _hook_of(inner)
+        if hook is None or hook.method is None:
+            inside = " but inside me.compressed, which ends with its block" if method_of(inner) is not None else ""
+            raise MllmEfficientError(f"this model is not wrapped{inside}")
+        if hook.undo.parts and has_shards(inner):
+            raise UnsupportedModelError(
+                f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
+            )
+        require_idle(inner)
+        method, hook.active.method = hook.method, None
+        _take_off(adapter, method, alone=True)
     return model
 
 
 @contextlib.contextmanager
 def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Iterator[Model]:
-    """``wrap`` for the length of a ``with`` block."""
-    wrap(model, compressor, logits=logits)
+    """``wrap`` for the length of a ``with`` block, in this thread (or asyncio task) alone: others' calls stay as they are.
+
+    A thread started inside the block is another one: give it ``compression=``, or start it with ``contextvars.copy_context().run``.
+    A trained method puts weights into the model, so while such a block is open the calls of other threads raise.
+    """
+    from .patches import adapter_for
+    from .patches.trainer import refuse_virtual_tokens, watch_if_there
+
+    check_length(logits)
+    refuse_virtual_tokens(model)
+    adapter, method = adapter_for(model), runnable(compressor)
+    inner, sole = adapter.model, method.installs is not None
+    block = Block(inner, method, logits)
+    with changing(inner):
+        hook = _put_on(adapter, method, alone=sole)
+        hook.active.begin(block, sole)
+    watch_if_there()
     try:
         yield model
     finally:
-        unwrap(model)
+        with changing(inner):
+            hook.active.end(block)
+            _take_off(adapter, method, alone=sole)
 
 
 def method_of(model: Any) -> Compressor | None:
-    """The method a model is wrapped with, or None."""
+    """The method a model is wrapped with, for everybody or by this thread's ``compressed``; None without one."""
     from .patches import inner_model
 
-    hook = _hook_of(inner_model(model))
-    return hook.method if hook else None
+    inner = inner_model(model)
+    hook = _hook_of(inner)
+    return hook.active.here(inner) if hook else None
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether calls of a model are compressed, by ``wrap`` or in this thread's ``compressed``."""
+    return method_of(model) is not None
 
 
 def _hook_of(inner: Any) -> CompressForward | None:
-    return next((h for h in inner._forward_pre_hooks.values() if isinstance(h, CompressForward)), None)
+    return next((h for h in tuple(inner._forward_pre_hooks.values()) if isinstance(h, CompressForward)), None)
+
+
+def _put_on(adapter: Any, method: Compressor, alone: bool) -> CompressForward:
+    """Hooks, class and parts that a method needs on the model. alone: for one that no other thread may call the model beside.
+
+    Nothing is left on the model where it raises.
+    """
+    inner = adapter.model
+    hook = _hook_of(inner)
+    if hook is not None:
+        hook.active.require_free(inner, alone)
+    check(adapter, method)
+    if hook is None:
+        forget(inner)
+        teach_pipelines()
+        inner.__class__ = _class_for(type(inner))
+        hook = CompressForward()
+        inner.register_forward_pre_hook(hook, with_kwargs=True)
+        inner.register_forward_hook(mark_output, with_kwargs=True)
+        inner.model.register_forward_pre_hook(EnterBase(inner, hook.active), with_kwargs=True, prepend=True)
+        inner.model.register_forward_hook(MarkBase(inner, hook.active), with_kwargs=True)
+    try:
+        if alone:
+            require_idle(inner)  # behind the skin, which whoever calls from now on waits in
+            hook.undo = install(adapter, method)
+    except BaseException:
+        _take_off(adapter, None, alone=False)
+        raise
+    if inside_of(method) is not None:
+        adapter.reach_inside()
+    return hook
+
+
+def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
+    """Undoes ``_put_on``; hooks and class go with the last that uses them."""
+    inner = adapter.model
+    hook = _hook_of(inner)
+    assert hook is not None
+    if alone:
+        hook.undo()
+    if method is not None and inside_of(method) is not None:
+        adapter.let_go_inside()
+    if hook.active.used:
+        return
+    for module in (inner, inner.model):
+        for hooks, with_kwargs, ours in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, (CompressForward, EnterBase))),
+            (module._forward_hooks, module._forward_hooks_with_kwargs, lambda h: h is mark_output or isinstance(h, MarkBase)),
+        ):
+            for key in [k for k, h in hooks.items() if ours(h)]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+    inner.__class__ = _class_without(inner.__class__)
+    taken_off(inner)
 
 
 class CompressForward:
     """The forward pre-hook: compresses a call that brings pixels, maps one that goes on from a compressed cache."""
 
-    def __init__(self, method: Compressor, undo: Callable[[], None], logits: str = "short"):
-        self.method, self.undo, self.logits = method, undo, logits
+    def __init__(self) -> None:
+        self.active, self.undo = Active(), Undo()
+
+    @property
+    def method(self) -> Compressor | None:
+        """What ``wrap`` put on for everybody."""
+        return self.active.method
 
     @torch.compiler.disable(reason="compression chooses by values")
-    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any]):
-        from .patches import adapter_for
-
+    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
+        if kwargs is None:  # another thread's call, between the two steps of registering this hook
+            return None
         if within_generate(model) or kwargs.get("mm_encoder_outputs") is not None:
             return None
-        if args:
-            kwargs = {**dict(zip(parameters_of(type(model).forward), args)), **kwargs}
-        cache = cache_of(kwargs)
-        layout = layout_on(cache)
-        has_images = has_pixels(kwargs)
-        if layout is not None:
-            if has_images:
-                raise CountMismatchError("new images on a compressed cache: use generate with the whole conversation")
-            return (), continue_forward(layout, cache, kwargs)
-        if not has_images:
-            if cache is None or int(cache.get_seq_length()) == 0:  # a later step of a decode loop is no call of its own
-                remember(model, CompressionReport())
+        method = self.active.of_call(model)
+        if method is None:
             return None
-        if kwargs.get("input_ids") is None:
-            raise CountMismatchError(NO_IDS)
-        adapter = adapter_for(model)
-        if holds_uncompressed(cache):
-            if keeps_all(adapter, self.method, kwargs):
-                return None
-            raise CountMismatchError(UNCOMPRESSED_CACHE)
-        back = held_back(kwargs)
         with _autocast_of(model):
-            prepared = prepare(model, self.method, **{**kwargs, **back})
-        remember(model, prepared.report)
-        call = call_of(prepared, self.logits)
-        return (), {name: value for name, value in call.items() if name not in back}
+            args, kwargs = enter(model, model, method, args, kwargs, self.active.logits_here(model))
+        return args, kwargs if kwargs.get("mm_encoder_outputs") is not None else {**kwargs, ENTERED: True}
 
 
 def _autocast_of(model: Any):
@@ -190,25 +237,39 @@ def _class_for(cls: Any) -> Any:
         @functools.wraps(stock)
         def generate(self, inputs=None, *args, compression=_UNSET, **kwargs):
             hook = _hook_of(self)
-            assert hook is not None
-            return run_generate(self, stock, hook.method if compression is _UNSET else compression, inputs, args, kwargs)
+            method = None if hook is None else hook.active.of_call(self)
+            if method is None and compression is _UNSET:  # the skin is there for another thread
+                return stock(self, inputs, *args, **kwargs)
+            return run_generate(self, stock, method if compression is _UNSET else compression, inputs, args, kwargs)
 
+        def extra_repr(self):
+            method = method_of(self)
+            own = cls.extra_repr(self)
+            return own if method is None else f"{own}\n" * bool(own) + f"compression={method.spec()!r}"
+
+        def merge(self, default_list, custom_list):
+            return merged_as_shown(self, getattr(cls, MERGE)(self, default_list, custom_list), custom_list)
+
+        @functools.wraps(cls.save_pretrained)
         def save_pretrained(self, save_directory, *args, **kwargs):
             hook = _hook_of(self)
-            assert hook is not None
-            saving.save_pretrained(self, cls.save_pretrained, hook.method, hook.undo, save_directory, args, kwargs)
+            method = None if hook is None else hook.active.of_call(self)
+            if hook is None or method is None:
+                return cls.save_pretrained(self, save_directory, *args, **kwargs)
+            return saving.save_pretrained(self, cls.save_pretrained, method, hook.undo, save_directory, args, kwargs)
 
+        @functools.wraps(cls.load_state_dict)
         def load_state_dict(self, state_dict, *args, **kwargs):
             hook = _hook_of(self)
-            assert hook is not None
-            return cls.load_state_dict(self, saving.state_for(self, hook.undo, state_dict), *args, **kwargs)
+            state_dict = state_dict if hook is None else saving.state_for(self, hook.undo, state_dict)
+            return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
         def __reduce_ex__(self, protocol):
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
-        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, __reduce_ex__)}
-        ours[ASKED_BY_TRAINER] = AskedByTrainer(cls)
+        ours = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
+        ours |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
         _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
     return _swapped[cls]
 

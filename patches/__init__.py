@@ -19,6 +19,11 @@ FAMILIES = {
     "Qwen3VLForConditionalGeneration": "qwen_vl:Qwen3VLAdapter",
     "InternVLForConditionalGeneration": "internvl:InternVLAdapter",
 }
+# Checkpoints in the format of a model's own repository, and one of those that transformers reads.
+ORIGINALS = {
+    "LlavaLlamaForCausalLM": "llava-hf/llava-1.5-7b-hf", "LlavaMistralForCausalLM": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "LlavaQwenForCausalLM": "llava-hf/llava-onevision-qwen2-7b-ov-hf", "InternVLChatModel": "OpenGVLab/InternVL3-8B-hf",
+}  # fmt: skip
 _WRAPPERS = {
     "DistributedDataParallel": "DDP", "DataParallel": "DataParallel", "FullyShardedDataParallel": "FSDP",
     "OptimizedModule": "torch.compile",
@@ -62,4 +67,12 @@ def adapter_for(model: Any):
         if cls.__name__ in FAMILIES:
             module, _, name = FAMILIES[cls.__name__].partition(":")
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)(inner)
-    raise UnsupportedModelError(f"{type(inner).__name__} is not supported: the model must be one of {', '.join(FAMILIES)}")
+    raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
+
+
+def advice_on(name: str) -> str:
+    """What to use instead of a model of an unknown class, behind "is not supported"."""
+    twin = ORIGINALS.get(name)
+    if twin is not None:
+        return f": it is in the format of its own repository, so use its twin for transformers, whose name ends in -hf (such as {twin})"
+    return f": the model must be one of {', '.join(FAMILIES)}"

@@ -15,6 +15,8 @@ from torch import Tensor
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.tokens import Box, Plane, VisualShape
 
+from .rules import DECODERS
+
 Grid = tuple[int, int]
 PIXELS = ("pixel_values", "pixel_values_videos")
 ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
@@ -118,10 +120,22 @@ class Adapter:
         check_decoder(self, method)
 
     @property
+    def decoder(self) -> str:
+        """The class of the decoder's layers; of sharded ones, which have a class of their own, the one that they had."""
+        from .decoder import decoder_of
+
+        classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
+        return next((name for name in classes if name in DECODERS.values()), classes[0])
+
+    @property
     def deep_layers(self) -> int:
         """Decoder layers behind which visual features are added (deepstack)."""
         vision = self.config.vision_config
         return len(vision.deepstack_visual_indexes) if self.deepstack else 0
+
+    def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with tensors for what some processors and callers give as lists."""
+        return inputs
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The images of a call in prompt order, then its videos, before any pixel is looked at.

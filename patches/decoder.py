@@ -1,6 +1,6 @@
 """Shortening the visual part of the sequence between the layers of a transformers decoder, by kwargs pre-hooks.
 
-What one call does travels in ``**kwargs`` from the top model to every layer, and what later calls have to know sits on the
+What one call does travels in ``**kwargs`` from the base model to every layer, and what later calls have to know sits on the
 cache object. Layer 0 sees the whole sequence, so all of ``generate``'s bookkeeping, which reads layer 0, stays right; every
 later layer's cache has a length of its own. Each row is shortened by itself and padded on the left, and behind the last
 layer the states are put back to the length of the prompt.
@@ -22,13 +22,10 @@ from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
 
 from .base import hooking
 from .passes import Pass, Prefill
+from .rules import check_reducer
 from .staging import Shortened, Staging
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
-LAYERS = frozenset({
-    "LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer",
-    "Qwen3VLTextDecoderLayer",
-})  # fmt: skip
 
 
 class EnterLayer:
@@ -67,7 +64,7 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
 
 @torch.compiler.disable(reason="methods in the decoder choose by values")
 def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
-    """The pre-hook of the top model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
+    """The pre-hook of the base model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
     kwargs = kwargs or {}
     cache = cache_of(kwargs)
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
@@ -88,14 +85,14 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         if seen:
             raise CountMismatchError("new images on a cache that holds a conversation: start with an empty cache")
         new = _new_columns(kwargs.get("attention_mask"), len(ids), staging.length, total, ids.device)
-        return args, {**kwargs, PASS: Prefill(staging, new, decoder_of(model))}
+        return args, {**kwargs, PASS: Prefill(staging, new, model.language_model)}
     if seen == 0:
         return None
     assert state is not None
     if seen < state.length:
         raise CountMismatchError("the cache was cut inside its shortened prompt: start with an empty cache")
     new = _new_columns(kwargs.get("attention_mask"), len(ids), state.length, total, ids.device)
-    return args, {**kwargs, PASS: Pass(state, new, decoder_of(model))}
+    return args, {**kwargs, PASS: Pass(state, new, model.language_model)}
 
 
 def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.device) -> Tensor:
@@ -131,7 +128,7 @@ _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of 
 
 
 def attach(model: Any) -> None:
-    """Puts the hooks on a top model: on itself, in front of every decoder layer, and behind the language model.
+    """Puts the hooks on a top model: on its base model, in front of every decoder layer, and behind the language model.
 
     Counted: calls in several threads may each want them, and the last to ``detach`` takes them off.
     """
@@ -141,14 +138,14 @@ def attach(model: Any) -> None:
         if users:
             return
         decoder = decoder_of(model)
-        model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+        model.model.register_forward_pre_hook(begin_pass, with_kwargs=True)
         for index, layer in enumerate(decoder.layers):
             layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
         decoder.register_forward_hook(leave_decoder, with_kwargs=True)
 
 
 def attached(model: Any) -> bool:
-    return begin_pass in model._forward_pre_hooks.values()
+    return begin_pass in model.model._forward_pre_hooks.values()
 
 
 def detach(model: Any) -> None:
@@ -159,7 +156,7 @@ def detach(model: Any) -> None:
             _users[model] = users
             return
         decoder = decoder_of(model)
-        for module in (model, *decoder.layers):
+        for module in (model.model, *decoder.layers):
             _remove(
                 module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer)
             )
@@ -184,24 +181,8 @@ def _check_untested(adapter: Any) -> None:
 
 def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
-    layers = decoder_of(adapter.model).layers
-    kinds = [cls.__name__ for cls in type(layers[0]).__mro__]  # of a sharded layer its own is the second or third
-    if not LAYERS & set(kinds):
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kinds[0]}")
-    check_layer(type(layers[0]))
+    check_reducer(adapter, method)
+    check_layer(type(decoder_of(adapter.model).layers[0]))
     _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")
-    if not adapter.mrope:
-        return
-    if method.merges:
-        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {adapter.name}")
-    if method.positions == "renumber":
-        raise UnsupportedModelError(
-            f"{method.name}: positions='renumber' has no meaning inside {adapter.name}, whose positions have three rows"
-        )
-    first, deep = method.stages(len(layers))[0], adapter.deep_layers
-    if first < deep:
-        raise UnsupportedModelError(
-            f"{method.name} drops tokens at layer {first}, and {adapter.name} adds visual features up to layer {deep}: drop there or later"
-        )

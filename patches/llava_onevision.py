@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ class VideoFrames(LlavaNextAdapter):
         return uncropped(planes, size, image_processor) if planes[0].frame is not None else planes
 
 
+def unpadded(planes: tuple[Plane, ...], size: tuple[int, int]) -> tuple[Plane, ...]:
+    """The planes on the original picture of ``size`` (width, height), which the model saw in the middle of a square."""
+    (width, height), side = size, max(size)
+    left, top = -((side - width) // 2) / width, -((side - height) // 2) / height
+    return tuple(replace(p, box=(top, left, top + side / height, left + side / width)) for p in planes)
+
+
 class LlavaOnevisionAdapter(VideoFrames):
     """What the wrapper needs to know of one LLaVA-OneVision model."""
 
@@ -115,3 +123,7 @@ class LlavaOnevisionAdapter(VideoFrames):
 
     def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
         return super().container(modality, features, deep) if modality == "image" else ragged_output(features)
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        alone = len(planes) == 1 and planes[0].frame is None  # one of several pictures of a prompt
+        return unpadded(planes, size) if alone else super().place(planes, size, image_processor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ from mllm_efficient.compressors._finite import Watch, require_finite
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.host import cache_of
 from mllm_efficient.layout import SEGMENTS_ATTRIBUTE
+from mllm_efficient.stopwatch import Stopwatch
 from mllm_efficient.tokens import Decision, LayerTokens
 
 from .base import ROUTER
@@ -123,7 +123,7 @@ class Prefill(Pass):
         self.observed: dict[str, Tensor] = {}
         self.left: list[list[int]] = []
         self.entry: Tensor | None = None
-        self.seconds = 0.0
+        self.watches: list[Stopwatch] = []
         self.watch = Watch()
 
     def enter(self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -132,16 +132,17 @@ class Prefill(Pass):
             self.move(hidden.device)
             self.entry = hidden if "entry" in method.needs else None
         for number, stage in enumerate(self.staging.stages):
-            rater, begin = method.rater(stage), time.perf_counter()
+            rater = method.rater(stage)
             if index not in (rater, stage):
                 continue
+            watch = Stopwatch(hidden.device)
             self.move(hidden.device)
             with self.staging.meter(), self.watch:
                 if index == rater and self._takes(number):
                     self.observe(layer, hidden, kwargs["position_embeddings"])
                 if index == stage:
                     hidden = self.shorten(number, hidden)
-            self.seconds += time.perf_counter() - begin
+            self.watches.append(watch.stop())
             if index == stage:
                 self._remember(cache_of(kwargs))
         self.substitute(index, layer, hidden, kwargs)
@@ -175,7 +176,7 @@ class Prefill(Pass):
         if cache is not None:
             setattr(cache, SEGMENTS_ATTRIBUTE, self.state)
         self.staging.outcome.update(
-            indices=list(self.index), left=self.left, decided=self.decided, grids=list(self.grids), seconds=self.seconds
+            indices=list(self.index), left=self.left, decided=self.decided, grids=list(self.grids), watches=self.watches
         )
 
     def _prompts(self, states: Tensor) -> Tensor:

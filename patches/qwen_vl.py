@@ -28,7 +28,13 @@ class QwenVLAdapter(Adapter):
         super().__init__(model)
         self.merge = self.config.vision_config.spatial_merge_size
 
+    def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        lists = {name: inputs[name] for name in GRID_OF.values() if isinstance(inputs.get(name), (list, tuple))}
+        device = getattr(inputs.get("input_ids"), "device", None)
+        return {**inputs, **{name: torch.stack([torch.as_tensor(size, device=device) for size in sizes]) for name, sizes in lists.items()}}
+
     def items(self, inputs: dict[str, Any]) -> list[Item]:
+        inputs = self.as_tensors(inputs)
         return [item for modality in PIXELS_OF for item in self._items(modality, inputs)]
 
     def _items(self, modality: str, inputs: dict[str, Any]) -> list[Item]:

@@ -43,7 +43,7 @@ class Staging:
     padding. last: (B,) the column of each instruction's last token. text: of each row the columns of its text tokens up to
     there; read: of each row the columns that a router reads. All on the CPU. outcome: filled in by the forward that
     shortens: ``indices`` (k,) of each image at the end, ``left`` after each stage of each image, ``decided`` at each stage,
-    ``seconds``.
+    ``watches`` (``Stopwatch``, one for each stage).
     estimator: how a method that routes draws in training, and what gives its router a gradient; generator: what it draws from.
     meter: what is entered while the method and the host on its behalf compute.
     """

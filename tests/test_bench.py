@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,11 +24,15 @@ from mllm_efficient.measure.machine import busy, machine
 from mllm_efficient.measure.overhead import overhead_row
 from mllm_efficient.measure.rows import ceiling, rows_of, table
 from mllm_efficient.measure.shapes import shape_config, shape_names
-from mllm_efficient.measure.timing import Clock, Series, clock_for, interleave, paired, spread
+from mllm_efficient.measure.timing import Clock, Series, clock_for, interleave, orders, paired, spread
 from mllm_efficient.measure.workload import Workload, make_inputs, text_ids
-from mllm_efficient.models import ModelOptions
+from mllm_efficient.models import Loaded, ModelOptions
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.registry import BUILTIN
+from mllm_efficient.stopwatch import Stopwatch
+
+from .families import FAMILIES as HOSTS
+from .families import tiny
 
 N, LAYERS = 36, 2
 TINY = {
@@ -125,8 +130,26 @@ def test_repeats_are_interleaved_and_the_first_rounds_thrown_away(warmup, repeat
         return {"turn": len(order)}
 
     interleave(arms, turn, warmup=warmup, repeats=repeats)
-    assert "".join(order) == "ABC" * (warmup + repeats)
-    assert arms[1].values("turn") == [3 * (warmup + r) + 2 for r in range(repeats)]
+    rounds = ["".join(order[3 * r : 3 * r + 3]) for r in range(warmup + repeats)]
+    assert len(order) == 3 * len(rounds) and all(sorted(r) == list("ABC") for r in rounds)
+    assert all(back == there[::-1] for there, back in zip(rounds[::2], rounds[1::2]))
+    assert arms[1].values("turn") == [3 * r + rounds[r].index("B") + 1 for r in range(warmup, warmup + repeats)]
+
+
+@pytest.mark.parametrize("repeats", [4, 7, 10, 30])
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_arms_on_a_machine_that_becomes_slower_are_equal(repeats, seed):
+    """0.4% from turn to turn: by itself in every round, and on and on."""
+    for again in (True, False):
+        ms = np.empty((12, repeats))
+        for round_, order in enumerate(orders(12, repeats, seed)):
+            for place, arm in enumerate(order):
+                ms[arm, round_] = 1.004 ** (place if again else 12 * round_ + place)
+        for arm in ms[1:]:
+            ratio = paired(arm, ms[0])
+            assert ratio["low"] <= 1 <= ratio["high"]
+    fixed = paired(1.004 ** np.full(repeats, 11.0), np.ones(repeats))
+    assert fixed["low"] > 1.04  # what one order for all rounds gives
 
 
 def test_an_arm_that_fails_is_left_out_and_the_others_go_on():
@@ -140,7 +163,7 @@ def test_an_arm_that_fails_is_left_out_and_the_others_go_on():
 
     arms = [Series(name) for name in "AB"]
     interleave(arms, turn, warmup=0, repeats=4, done=lambda: steps.append(1))
-    assert "".join(order) == "ABABAA" and len(steps) == 8
+    assert sorted("".join(order)) == sorted("ABABAA") and len(steps) == 8
     assert arms[1].failed == "RuntimeError: no more memory" and arms[1].values("ms") == [] and len(arms[0].values("ms")) == 4
 
 
@@ -351,6 +374,13 @@ def test_the_ceiling_is_what_the_text_alone_takes_with_the_tower_still_running()
     assert ceiling(base, text, batch_size=1, output_tokens=32) is None
 
 
+def test_a_ceiling_below_1_is_not_measurable():
+    base = arm_with(e2e_ms=[10.0], ttft_ms=[8.0], vision_ms=[2.0], prefill_ms=[3.0])
+    text = arm_with(TEXT_ONLY, "text-only", e2e_ms=[9.0], ttft_ms=[5.0])
+    found = ceiling(base, text, batch_size=1, output_tokens=4)
+    assert found["gain_at_most"] < 1 and "you gain at most not measurable (to the first token 1.1x; 1.1x end to end" in found["line"]
+
+
 def test_the_ceiling_is_measured_on_the_text_only_prompt(charged):
     loaded, clock = charged
     _, meta = run(loaded, clock=clock)
@@ -532,9 +562,26 @@ def test_text_holds_no_placeholder(loaded):
 def test_the_overhead_is_a_paired_ratio_of_bare_and_wrapped(charged):
     loaded, clock = charged
     inputs = make_inputs(loaded, adapter_for(loaded.model), Workload(text_tokens=10), 1)
-    row = overhead_row(loaded.model, inputs, clock=clock, batch_size=1, repeats=3)
-    assert row["bare_ms"]["median"] == row["wrapped_ms"]["median"] == 1000 * (7 + 46)
-    assert row["overhead"] == 0 and row["ratio"]["n"] == 3 and row["failed"] is None
+    for spec, kept in (("divprune:keep=1.0", 36), ("random:keep=0.5", 18)):
+        row = overhead_row(loaded.model, inputs, me.build(spec), clock=clock, batch_size=1, repeats=3)
+        assert row["bare_ms"]["median"] == row["wrapped_ms"]["median"] == 1000 * (7 + 10 + kept) and row["method"] == spec
+        assert row["overhead"] == 0 and row["ratio"]["n"] == 3 and row["failed"] is None
+        assert (row["method_ms"]["median"] > 0) == (kept < 36) and row["overhead_ms"]["median"] == pytest.approx(
+            -row["method_ms"]["median"]
+        )
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "internvl"])
+def test_the_overhead_of_any_family_is_timed(name):
+    loaded = Loaded(tiny(name), HOSTS[name].processor("left"), ModelOptions(name))
+    inputs = make_inputs(loaded, adapter_for(loaded.model), Workload(text_tokens=20), 1)
+    row = overhead_row(loaded.model, inputs, me.build("random:keep=0.5"), clock=clock_for([]), batch_size=1, repeats=1, warmup=0)
+    assert row["failed"] is None and row["wrapped_ms"]["n"] == 1
+
+
+def test_work_on_cuda_is_timed_by_the_device_and_elsewhere_by_the_host():
+    for device in (None, torch.device("cpu"), torch.device("meta")):
+        assert Stopwatch(device).clock == "host" and Stopwatch(device).stop().seconds() >= 0
 
 
 def test_the_naive_loop_chooses_what_divprune_chooses():

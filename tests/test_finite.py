@@ -150,10 +150,11 @@ def test_the_errors_are_of_the_kinds_that_were_raised_before(error, of):
 
 
 @pytest.mark.parametrize("spec", [
-    "divprune:tokens=9,metric=l3", "divprune:tokens=9,budget=3", "divprune:tokens=9,per=row", "divprune:tokens=9,newline=no", "scope:tokens=9,alpha=-1",
-    "tome:tokens=9,r=0", "pool:tokens=9,op=sum", "random:tokens=9,seed=x", "fastv:layer=0,keep=0.5", "dart:keep=0.5,pivots=0", "dpn:pool=sum",
-    "cdpruner:tokens=9,clip=x", "sparsevlm:keep=0.5,recycle=2", "visionzip:tokens=9,contextual=1", "vispruner:tokens=9,r=2",
-    "prumerge_plus:tokens=9,neighbours=0", "none:per=tile", "tokenflex:tokens=9,per=tile", "divprune:tokens=9,positions=up",
+    "divprune:tokens=9,metric=l3", "divprune:tokens=9,budget=3", "divprune:tokens=9,per=row", "divprune:tokens=9,newline=no",
+    "scope:tokens=9,alpha=-1", "tome:tokens=9,r=0", "pool:tokens=9,op=sum", "random:tokens=9,seed=x", "fastv:layer=0,keep=0.5",
+    "dart:keep=0.5,pivots=0", "dpn:pool=sum", "cdpruner:tokens=9,clip=x", "sparsevlm:keep=0.5,recycle=2", "none:per=tile",
+    "visionzip:tokens=9,contextual=1", "vispruner:tokens=9,r=2", "prumerge_plus:tokens=9,neighbours=0", "tokenflex:tokens=9,per=tile",
+    "divprune:tokens=9,positions=up",
 ])  # fmt: skip
 def test_a_bad_setting_is_a_bad_setting(spec):
     with pytest.raises(me.BadSettingError):

@@ -17,10 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
+from mllm_efficient.composed import runnable
 from mllm_efficient.measure import conventions, counter, keeping
 from mllm_efficient.measure.flops import cost, decode_flops, kv_cache_bytes, load_shape, prefill_flops, shape_names, shape_of, vision_flops
 from mllm_efficient.measure.pictures import chosen, pictures_of
 from mllm_efficient.measure.shapes import shape_config
+from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.patches import adapter_for
 from mllm_efficient.plan import check, plan
 from mllm_efficient.tokens import Plane, VisualShape
 
@@ -500,6 +503,7 @@ def test_rows_begin_with_none_and_have_the_units_they_say(capsys):
         assert pruned[f"{phase}_tflops"] == pytest.approx(getattr(closed, phase) / 1e12, rel=1e-12)
     assert pruned["kv_cache_mb"] == pytest.approx((64 + 56 + 19) * 32 * 2 * 4096 * 2 / 1e6)
     assert pruned["ratio"] == pytest.approx(100 * pruned["total_tflops"] / none["total_tflops"])
+    assert pruned["flops_ratio"] == pytest.approx(pruned["ratio"] / 100) and none["flops_ratio"] == 1
     assert none["prefill_tflops"] == pytest.approx(8.504, abs=5e-4)
 
 
@@ -594,3 +598,56 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 def test_a_picture_is_chosen_by_the_family():
     rules = pictures_of(load_shape("llava-1.5-7b"))
     assert [p.shape for p in chosen(rules, 1152, None, exact=True)] == [VisualShape((Plane(24, 24),))] * 2
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+REFUSED_SOMEWHERE = (
+    "sparsevlm:keep=0.9,recycle=0.3", "sparsevlm:keep=0.9", "fastv:layer=1,keep=0.9", "fastv:layer=1,keep=0.9,positions=renumber",
+    "fastv:layer=1,keep=0.9,newline=keep", "dart:layer=1,keep=0.9", "pyramiddrop:ratios=0.9/0.8/0.7", "dpn:routing=fixed,kernel=2x2",
+    "divprune:keep=0.5", "divprune:keep=0.5,order=picked", "divprune:keep=0.5,per=tile", "divprune:keep=0.5,per=frame",
+    "divprune:keep=0.5,newline=keep", "divprune:keep=0.5,positions=keep", "pool:keep=0.5", "pool:keep=0.5,newline=keep", "spp:keep=0.5",
+    "tome:keep=0.5", "tome:keep=0.5,at=tower", "tokenflex:tokens=4", "resize:keep=0.5", "resize:keep=0.5,per=tile", "uniform:keep=0.5",
+    "fastervlm:keep=0.5", "vispruner:keep=0.5", "scope:keep=0.5", "visionzip:keep=0.5", "prumerge_plus:keep=0.5",
+    "cdpruner:keep=0.5,relevance=llm", "cdpruner:keep=0.5,relevance=clip,clip=somewhere", "random:tokens=100000",
+    "divprune:keep=0.5 | fastv:layer=1,keep=0.5", "pool:keep=0.5 | sparsevlm:keep=0.4,recycle=0.3",
+    "tokenflex:tokens=4 | divprune:tokens=2",
+)  # fmt: skip
+
+
+def refusal(host, spec: str) -> str | None:
+    """The kind of error with which a host refuses a method; None where it takes it."""
+    try:
+        check(host, runnable(spec))
+    except me.MllmEfficientError as error:
+        return type(error).__name__
+    return None
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llava"])
+def test_flops_refuse_what_wrap_refuses(name):
+    """The check that each of them makes, on the model and on its shape alone."""
+    model = load(ModelOptions("builtin", "cpu")).model if name == "llava" else tiny(name)
+    adapter, rules = adapter_for(model), pictures_of(shape_of(model.config, name))
+    differ = {s: (refusal(adapter, s), refusal(rules, s)) for s in REFUSED_SOMEWHERE if refusal(adapter, s) != refusal(rules, s)}
+    assert not differ
+
+
+def test_flops_of_what_cannot_run_are_refused_by_name():
+    with pytest.raises(me.MllmEfficientError, match="a merged token has no place in the positions of qwen2.5-vl-7b"):
+        cost("qwen2.5-vl-7b", method="sparsevlm:keep=0.9,recycle=0.3")
+
+
+def test_a_method_with_operations_that_the_counter_does_not_know_is_told_so(registered, capsys):
+    @registered("farthest")
+    @dataclass(frozen=True, kw_only=True)
+    class Farthest(me.Selector):
+        def score(self, v):
+            return torch.cdist(v.features[None].float(), v.features[None].float())[0] @ torch.ones(len(v))
+
+    methods = ["--method", "farthest:keep=0.5", "--method", "divprune:keep=0.5"]
+    assert main(["flops", "--model", "builtin", "--measured", *methods, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = {r["method"]: r["measured"]["unknown_operations"] for r in json.loads(out)["rows"]}
+    assert found == {"none": [], "farthest:keep=0.5": ["_euclidean_dist", "mv"], "divprune:keep=0.5": []}
+    assert "farthest:keep=0.5 uses _euclidean_dist, mv, whose FLOPs torch's counter takes for 0: counted is too low" in err

@@ -50,6 +50,7 @@ OWN = {
     "visionzip": ({"keep": 0.25, "contextual": 0.4},),
     "scope": ({"keep": 0.25, "alpha": 2},),
     "prumerge_plus": ({"keep": 0.25, "uniform": 0.25, "neighbours": 3},),
+    "uniform": ({"keep": 0.25, "raster": True},),
     "random": ({"keep": 0.25, "seed": 3}, {"tokens": 7, "seed": -1}),
 }
 
@@ -306,7 +307,30 @@ def test_uniform_takes_the_middle_of_each_of_k_equal_parts():
         features = torch.zeros(n, 1)
         for k in range(1, n + 1):
             middles = [math.floor(Fraction(2 * i + 1, 2) * n / k) for i in range(k)]
-            assert me.Uniform(tokens=k).select(features).tolist() == middles, f"{k} of {n}"
+            assert me.Uniform(tokens=k, raster=True).select(features).tolist() == middles, f"{k} of {n}"
+            assert me.Uniform(tokens=k).select(features).tolist() == middles  # no grid is known
+
+
+@pytest.mark.parametrize("grid", [(12, 12), (24, 24), (5, 9), (9, 5), (1, 7), (7, 1), (2, 30)])
+def test_uniform_is_a_lattice_of_exactly_k_that_is_as_even_as_whole_numbers_allow(grid):
+    rows, columns = grid
+    v = me.VisualTokens(torch.zeros(rows * columns, 1), grid=grid)
+    for k in range(1, rows * columns + 1):
+        chosen = me.Uniform(tokens=k).select(v, k).tolist()
+        assert len(set(chosen)) == k and chosen == sorted(chosen)
+        by_row = {r: [c % columns for c in chosen if c // columns == r] for r in {c // columns for c in chosen}}
+        taken = sorted(by_row)
+        assert max(map(len, by_row.values())) - min(map(len, by_row.values())) <= 1
+        assert taken == [math.floor(Fraction(2 * j + 1, 2) * rows / len(taken)) for j in range(len(taken))]
+        for places in by_row.values():
+            assert places == [math.floor(Fraction(2 * i + 1, 2) * columns / len(places)) for i in range(len(places))]
+        ideal = math.sqrt(k * rows / columns)  # square cells, where so many rows and columns are there
+        assert abs(len(taken) - ideal) <= 0.5 or len(taken) in (1, rows, k, math.ceil(k / columns))
+
+
+def test_a_quarter_of_a_square_grid_is_every_second_row_and_column():
+    chosen = me.Uniform(keep=0.25).select(me.VisualTokens(torch.zeros(144, 1), grid=(12, 12)), 36).tolist()
+    assert chosen == [12 * r + c for r in range(1, 12, 2) for c in range(1, 12, 2)]
 
 
 # pool ----------------------------------------------------------------------------------------------------------------

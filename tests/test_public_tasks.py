@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import importlib.util
+import inspect
 import random
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.eval.lmms.scores import RIGHT, known, sample_score
+from mllm_efficient.eval import stats
+from mllm_efficient.eval.lmms.scores import RIGHT, clustered, known, neither, sample_score, top_of
 
 from .public_data import ABSURD, FIXTURES, STOCK, captions_of, make, right_answer, wrong_answer
 
@@ -141,6 +146,95 @@ def test_every_sample_is_asked_with_its_images(task, once):
     shown = [len(content.pictures) for content in asked]
     expected = {"scienceqa_img": [1, 1, 1, 0], "mmmu_val": [1, 2, 1, 1, 1], "seedbench": [1, 1, 1, 1, 2]}
     assert shown == expected.get(task, [1] * len(asked)) and len(asked) >= 4
+
+
+# ------------------------------------------------------------------------------------- samples against the metric
+
+STYLES = {
+    "right": lambda doc, right, wrong: right,
+    "lower case": lambda doc, right, wrong: right.lower(),
+    "with a period": lambda doc, right, wrong: f"{right}.",
+    "a sentence": lambda doc, right, wrong: f"It is a {right}.",
+    "in brackets": lambda doc, right, wrong: f"The answer is ({right})",
+    "the option's words": lambda doc, right, wrong: str(doc.get(right, doc.get(f"choice_{right.lower()}", right))),
+    "none": lambda doc, right, wrong: "none",
+    "by halves": lambda doc, right, wrong: right if len(str(doc["question"])) % 2 else wrong,
+}
+SUMS = ("me_pope", "me_mme", "pope", "mme")  # metrics that are no mean of their samples
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_of_samples_come_to_the_metric(task, style, host, tasks, tmp_path):
+    """Scored by the task itself: its metric is that of the samples' scores, or its own aggregation over resamples."""
+    found, docs = tasks(task, style if task == "ocrbench" else None)  # whose module adds up all it is ever shown
+    metric = known()[task].metric
+    kept = [_kept(found, task, doc, style) for doc in docs]
+    items = [k[metric] for k in kept if metric in k]
+    aggregate = found.aggregation()[metric]
+    more = {"args": SimpleNamespace(output_path=str(tmp_path))} if "args" in inspect.signature(aggregate).parameters else {}
+    value = float(aggregate(items, **more))
+    top = top_of(task, metric, value, [sample_score(i) for i in items])
+    parts = clustered(aggregate, items, range(len(items)), value, top)
+    assert parts.why is None or (task in SUMS and parts.drawn is None)
+    if task not in SUMS:
+        assert parts.drawn is None and sum(parts.right) / sum(parts.asked) * top == pytest.approx(value, abs=1e-4)
+    elif parts.drawn is not None:
+        assert len(parts.drawn) == stats.RESAMPLES and min(parts.drawn) <= value <= max(parts.drawn)
+
+
+def _kept(found, task, doc, style):
+    random.seed(0)  # MMMU guesses
+    said = STYLES[style](doc, right_answer(task, doc), wrong_answer(task, doc))
+    return found.process_results(copy.deepcopy(doc), [said])
+
+
+@pytest.fixture(scope="module")
+def tasks(host):
+    """``tasks(name, of)``: lmms-eval's task and its samples, loaded once for each pair."""
+
+    @functools.cache
+    def load(name, of):
+        found = host._load(name)
+        return found, list(found.eval_docs)
+
+    return load
+
+
+@pytest.mark.parametrize("said", ["cat", "It is a dog.", "a", "b", "none", "A.", "The answer is B"])
+def test_mmbench_reads_letters_then_words_of_options_then_what_the_extractor_finds(said):
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    options = {"A": "cat", "B": "dog", "C": "none", "D": "nan"}
+    item = {"index": 1, "answer": "B", "prediction": said, "category": "x", "L2-category": "y", **options}
+    right, _, _ = MMBench_Evaluator().eval_result([item], eval_method="static")
+    assert sample_score(item) == right
+
+
+def test_one_discordant_answer_does_not_take_the_interval_away():
+    items = [
+        {"index": i, "answer": "B", "prediction": "B" if i else "dog", "A": "cat", "B": "dog", "C": "nan", "D": "nan"} for i in range(400)
+    ]
+    parts = clustered(None, items, range(400), 100.0, 100.0)
+    assert parts.why is None and sum(parts.right) == 400
+
+
+def test_answers_that_are_neither_yes_nor_no_are_counted():
+    assert neither(["Yes", "yes, there is", "No.", "None", "Nope", "Not sure", "The answer is no", ""]) == 5
+
+
+def test_vqav2_without_answer_ids_is_refused(tmp_path, monkeypatch):
+    from mllm_efficient.eval.lmms.host import Host
+
+    from . import public_data
+
+    fixture = FIXTURES["vqav2_val"]
+    rows = [{**r, "answers": [{"answer": a["answer"], "answer_confidence": "yes"} for a in r["answers"]]} for r in fixture.rows()]
+    monkeypatch.setitem(public_data.FIXTURES, "vqav2_val", dataclasses.replace(fixture, rows=lambda: rows))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make(tmp_path, ["vqav2_val"])
+    with pytest.raises(MllmEfficientError, match="task vqav2_val: its answers have no answer_id"):
+        Host(tmp_path).check("vqav2_val")
 
 
 # --------------------------------------------------------------------------------------------------- single answers

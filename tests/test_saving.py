@@ -85,6 +85,7 @@ def plain(folder):
     return AutoModelForImageTextToText.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_answers_as_the_trained_model_did(wrapped, batch, tmp_path):
     wanted, folders = [], []
     for spec in ("divprune:tokens=36", *TRAINED):
@@ -168,6 +169,16 @@ def test_another_method_leaves_nothing_of_the_one_before_it(wrapped, batch, tmp_
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "compressor.safetensors").exists()
     assert answers(me.from_pretrained(tmp_path)[0], batch) == answers(model, batch)
+
+
+def test_a_folder_by_a_relative_path_is_found_from_elsewhere_too(wrapped, batch, tmp_path, monkeypatch):
+    model = wrapped("dpn")
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    again, _ = me.from_pretrained("saved")
+    monkeypatch.chdir("/")
+    assert answers(again, batch) == answers(model, batch)
+    assert method_of(again).weights == str(tmp_path / "saved")
 
 
 def test_a_folder_keeps_the_processor_that_lies_there(wrapped, builtin, tmp_path):

@@ -438,7 +438,7 @@ class Processor:
     image_processor, video_processor = "pictures", "videos"
 
     def __init__(self):
-        self.tokenizer, self.calls = SimpleNamespace(padding_side="right"), []
+        self.tokenizer, self.calls = SimpleNamespace(), []
 
     def __call__(self, **call):
         self.calls.append(call)
@@ -456,7 +456,7 @@ def report_of(monkeypatch):
         monkeypatch.setattr("mllm_efficient.shrink.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
         monkeypatch.setattr("mllm_efficient.patches.adapter_for", lambda model: adapter)
         loaded = Loaded(SimpleNamespace(device="cpu", dtype=torch.bfloat16), processor, ModelOptions())
-        result = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
+        (result,) = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
         return result, processor.calls, placed
 
     return run
@@ -502,7 +502,7 @@ def test_tiles_of_another_projector_are_drawn_as_they_are(report_of, stills):
 
 def test_a_prompt_with_placeholders_of_its_own_must_have_as_many_as_are_given():
     loaded = Loaded(None, SimpleNamespace(image_token="<image>", video_token="<video>"), ModelOptions())
-    assert loaded.prompt("<image><video> ?", 1, 1) == "<image><video> ?"
+    assert loaded.prompt("<image><video> ?", 1, 1) == "USER: <image>\n<video>\n? ASSISTANT:"
     with pytest.raises(MllmEfficientError, match=r"1 <image> and 2 image\(s\)"):
         loaded.prompt("<image> ?", 2)
     with pytest.raises(MllmEfficientError, match=r"0 <video> and 1 video\(s\)"):

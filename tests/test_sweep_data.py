@@ -106,8 +106,10 @@ def test_accuracy_counts_where_there_are_answers(tmp_path, capsys, answers, metr
     assert {r["metric"] for r in rows} == {metric} and {r["agreement"]["accuracy"]["n"] for r in rows} == {answers}
     assert (tmp_path / "run" / ("accuracy_flops.png" if answers == 6 else "agreement_flops.png")).exists()
     assert meta["recommendation"]["method"] == "resize:keep=0.0625"  # the cheapest, everything being admitted
-    said = f"Recommended (at most 100 points of right answers lost on the {answers} requests that have an answer): resize:keep=0.0625: "
-    assert said in capsys.readouterr().out
+    few = "at least 0% answered in the uncompressed model's words"
+    rule = f"at most 100 points of right answers lost on the {answers} requests that have an answer" if answers == 6 else few
+    out = capsys.readouterr().out
+    assert f"Recommended ({rule}): resize:keep=0.0625: " in out and "measured on only 6 requests" in out
 
 
 def test_a_stopped_sweep_says_how_far_it_came_and_goes_on(finished, data, tmp_path, capsys, monkeypatch):
@@ -121,6 +123,11 @@ def test_a_stopped_sweep_says_how_far_it_came_and_goes_on(finished, data, tmp_pa
 
     monkeypatch.setattr(Agreement, "answers", stops)
     assert main(sweep(data, tmp_path)) == 130
+    said = capsys.readouterr().err
+    assert (
+        f"stopped: 32 of 49 answers are finished: the same command goes on from what {tmp_path} holds" in said
+        and "there already" not in said
+    )
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"method": "none", "id"')  # torn by a kill
     capsys.readouterr()
@@ -131,7 +138,10 @@ def test_a_stopped_sweep_says_how_far_it_came_and_goes_on(finished, data, tmp_pa
     assert len(err.strip().splitlines()) == 1
     monkeypatch.setattr(Agreement, "answers", real)
     before = (tmp_path / "samples.jsonl").read_text().rpartition("\n")[0]
+    assert main(sweep(data, tmp_path, "--batch-size", "3")) == 2
+    assert "batch_size: 4 there, 3 now" in capsys.readouterr().err
     assert main(sweep(data, tmp_path)) == 0
+    assert "32 of 49 answers are there already" in capsys.readouterr().err
     assert (tmp_path / "samples.jsonl").read_text().startswith(before) and report(tmp_path)["rows"] == report(finished)["rows"]
 
 

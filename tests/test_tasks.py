@@ -193,17 +193,19 @@ def test_rows_add_up(finished):
     assert low < only["difference"] < high < 0
 
 
-def test_the_interval_is_that_of_a_plain_paired_bootstrap():
-    """On the scores of made-up samples, for a mean and for a metric that is none."""
-    from mllm_efficient.eval.lmms.resample import RESAMPLES, resampled
+def test_a_metric_over_resamples_is_that_of_a_plain_bootstrap_of_pictures():
+    """On the scores of made-up samples of 20 pictures, for a mean and for a metric that is none."""
+    from mllm_efficient.eval import stats
+    from mllm_efficient.eval.lmms.scores import clustered
 
-    rng = np.random.default_rng(0)
-    ours, theirs = (rng.integers(0, 2, 60).astype(float).tolist() for _ in range(2))
-    found = np.array(resampled(None, ours, np.mean(ours), 1.0)) - np.array(resampled(None, theirs, np.mean(theirs), 1.0))
-    rng = np.random.default_rng(0)
-    drawn = np.concatenate([rng.integers(0, 60, (50, 60)) for _ in range(RESAMPLES // 50)])
-    slow = [np.mean([ours[i] for i in row]) - np.mean([theirs[i] for i in row]) for row in drawn]
-    assert np.allclose(found, slow)
+    pictures = [i // 3 for i in range(60)]
+    scores = np.random.default_rng(0).integers(0, 2, 60).astype(float).tolist()
+    parts = clustered(None, scores, pictures, np.mean(scores), 1.0)
+    right, asked = stats.sums(np.array([parts.right, parts.asked]).T).T
+    picks = [row for block in stats.picks(20) for row in block]
+    assert parts.drawn is None and np.allclose(
+        right / asked, [np.mean([scores[3 * p + j] for p in row for j in range(3)]) for row in picks]
+    )
     pairs = [{"question_id": f"q{i // 2}", "score": float(i % 3 > 0), "category": "count"} for i in range(40)]
 
     def points(items):
@@ -213,9 +215,14 @@ def test_the_interval_is_that_of_a_plain_paired_bootstrap():
         assert all(len(p) == 2 for p in by.values()) and len(by) == 20  # pairs stay together, drawn twice they are two
         return 100 * sum(sum(p) / 2 + (sum(p) == 2) for p in by.values()) / len(by)
 
-    again = resampled(points, pairs, points(pairs), 2000.0)
-    assert len(again) == RESAMPLES and min(again) < points(pairs) < max(again)
-    assert resampled(points, [{"pred": "a", "answer": ["b"], "image_id": 1}, "text"], 1.0, None) is None
+    again = clustered(points, pairs, [i // 4 for i in range(40)], points(pairs), 2000.0).drawn
+    slow = [
+        points([{**pairs[4 * p + j], "question_id": f"{t} {j // 2}"} for t, p in enumerate(r) for j in range(4)])
+        for r in next(stats.picks(10))
+    ]
+    assert len(again) == stats.RESAMPLES and again[:100] == pytest.approx(slow)
+    captions = clustered(points, [{"pred": "a", "answer": ["b"], "image_id": 1}, "text"], [0, 1], 1.0, None)
+    assert captions.drawn is None and captions.why == "there is no score of a single answer"
 
 
 def test_the_folder_resumes_without_a_call_and_keeps_what_it_has(finished, capsys, monkeypatch):
@@ -648,7 +655,7 @@ def fake_run(values, scores, higher=True, budget="tokens=36"):
     cells = [Cell(me.build("none"), "baseline"), Cell(me.build(f"divprune:{budget}"), "method", budget)]
     task = Task("unknown", 2, {"m": higher}, {}, True, "f")
     summaries = {
-        c.spec: {"metrics": {"m": v}, "n": 2, "failures": 0, "error": None, "resampled": None} for c, v in zip(cells, values)
+        c.spec: {"metrics": {"m": v}, "n": 2, "failures": 0, "error": None, "clustered": None} for c, v in zip(cells, values)
     }  # fmt: skip
     records = [
         {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}} for c, of in zip(cells, scores) for i, s in enumerate(of)
@@ -677,14 +684,14 @@ def test_which_metric_counts():
 
 
 def test_a_metric_that_a_draw_leaves_undefined_has_no_interval():
-    from mllm_efficient.eval.lmms.resample import resampled
+    from mllm_efficient.eval.lmms.scores import clustered
 
     items = [{"score": float(i % 2), "kind": "a" if i else "b"} for i in range(5)]
 
     def aggregate(given):
         return sum(i["score"] for i in given) / sum(i["kind"] == "b" for i in given)
 
-    assert resampled(aggregate, items, aggregate(items), None) is None
+    assert clustered(aggregate, items, range(5), aggregate(items), None).why == "some resamples leave the metric undefined"
 
 
 def test_a_sample_that_failed_is_wrong_where_the_task_would_guess(capsys, tmp_path):

@@ -392,8 +392,56 @@ def test_the_explicit_path_follows_the_model_and_the_folder(tiny_llava, make_bat
     tiny_llava.float()
     state = load_file(tmp_path / "compressor.safetensors")
     save_file({k: v * 2 for k, v in state.items()}, tmp_path / "compressor.safetensors")
-    os.utime(tmp_path / "config.json", (1, 1))
     assert not torch.allclose(me.prepare(tiny_llava, spec, **batch).features[0][1], first)
+
+
+def test_weights_that_were_replaced_are_seen_whatever_their_times_say(tiny_llava, make_batch, tmp_path):
+    random_folder(tmp_path, tiny_llava)
+    batch, spec, file = make_batch("one image"), f"tokenflex:tokens=9,weights={tmp_path}", tmp_path / "compressor.safetensors"
+    me.wrap(tiny_llava, "none")
+    before, times = tiny_llava.generate(**batch, **NEW, compression=spec), file.stat()
+    for factor in (-1, 2):
+        state = load_file(file)
+        save_file({k: v * factor for k, v in state.items()}, file)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert file.stat().st_mtime_ns == times.st_mtime_ns and file.stat().st_size == times.st_size
+        features = me.prepare(tiny_llava, spec, **batch).features[0][1]
+        with me.compressed(me.unwrap(tiny_llava), spec):
+            assert torch.equal(me.prepare(tiny_llava, "tokenflex:tokens=9", **batch).features[0][1], features)
+        me.wrap(tiny_llava, "none")
+    assert not torch.equal(tiny_llava.generate(**batch, **NEW, compression=spec), before)
+
+
+def test_weights_are_read_once(tiny_llava, make_batch, tmp_path, monkeypatch):
+    random_folder(tmp_path, tiny_llava)
+    spec, read = f"tokenflex:tokens=9,weights={tmp_path}", []
+    monkeypatch.setattr(trained, "_read", lambda path, stock=trained._read: read.append(path) or stock(path))
+    for _ in range(3):
+        me.prepare(tiny_llava, spec, **make_batch("one image"))
+    assert read == [tmp_path / "compressor.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["projector", "language model"])
+@pytest.mark.parametrize("value, error, message", [
+    (float("nan"), me.NotFiniteError, "holds NaN or infinity"), (float("inf"), me.NotFiniteError, "holds NaN or infinity"),
+    (torch.float64, me.MllmEfficientError, "is of float64, and weights are of float32"),
+    (torch.int32, me.MllmEfficientError, "is of int32"),
+])  # fmt: skip
+def test_weights_that_are_no_numbers_or_of_another_dtype_are_refused_when_read(tiny_llava, tmp_path, where, value, error, message):
+    delta = {"model.language_model.embed_tokens.weight": tiny_llava.get_input_embeddings().weight}
+    random_folder(tmp_path, tiny_llava, delta)
+    file = tmp_path / ("compressor.safetensors" if where == "projector" else "base_delta/model.safetensors")
+    state = load_file(file)
+    name = sorted(state)[-1]
+    if isinstance(value, float):
+        state[name].view(-1)[-1] = value
+    else:
+        state[name] = state[name].to(value)
+    save_file(state, file)
+    own = tiny_llava.model.multi_modal_projector
+    with pytest.raises(error, match=f"{file.name}: {name} {message}"):
+        me.wrap(tiny_llava, f"tokenflex:tokens=9,weights={tmp_path}")
+    assert tiny_llava.model.multi_modal_projector is own and not me.is_wrapped(tiny_llava)
 
 
 def test_a_projector_under_lora_is_refused(tiny_llava, tmp_path):

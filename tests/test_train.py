@@ -16,11 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 import mllm_efficient as me
-from mllm_efficient import trained
+from mllm_efficient import locking, trained
 from mllm_efficient.cli import main
 from mllm_efficient.installing import install
 from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
+from mllm_efficient.train import trainer as training
 from mllm_efficient.train.config import read
 from mllm_efficient.train.data import builtin_records
 from mllm_efficient.train.encoding import Collator
@@ -277,6 +278,17 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
         run(recipe(tmp_path, "seed=1"))
 
 
+def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "loaded_for", lambda recipe: pytest.fail("the model is not loaded for that"))
+    here = recipe(tmp_path)
+    with locking.owned(Path(here.output_dir), ".lock", "output_dir"):
+        with pytest.raises(me.MllmEfficientError, match=f"process {os.getpid()} is writing to .*: wait for it or use another output_dir"):
+            run(here)
+        monkeypatch.setenv("RANK", "1")  # the first rank's own other processes
+        with pytest.raises(pytest.fail.Exception):
+            run(here)
+
+
 def test_a_second_training_can_start_from_the_first(tmp_path):
     first = run(recipe(tmp_path, *PROJECTOR_ALONE))
     start = load_file(first / "compressor.safetensors")
@@ -310,15 +322,13 @@ def test_a_kill_while_publishing_leaves_no_half_of_a_folder(tmp_path, monkeypatc
 
 
 def test_a_kill_between_the_last_step_and_the_stages_weights_trains_no_step_more(tmp_path, monkeypatch):
-    from mllm_efficient.train import trainer
-
     whole = run(recipe(tmp_path / "whole"))
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.shutil, "rmtree", killed)
+        patch.setattr(training.shutil, "rmtree", killed)
         run(recipe(tmp_path / "cut"))
     distil = tmp_path / "cut" / "run" / "distil"
     (distil / "model.safetensors").unlink()

@@ -89,7 +89,8 @@ def test_a_wrapped_model_still_looks_like_itself(tiny_llava, plain):
     assert isinstance(tiny_llava, cls)
     now = type(tiny_llava)
     assert (now.__name__, now.__qualname__, now.__module__, str(now)) == (cls.__name__, cls.__qualname__, cls.__module__, str(cls))
-    assert repr(tiny_llava) == repr(plain)
+    first, method, *rest = repr(tiny_llava).splitlines()
+    assert [first, *rest] == repr(plain).splitlines() and method == "  compression='divprune:tokens=9'"
     assert sorted(vars(tiny_llava)) == sorted(vars(plain))
     assert tiny_llava.state_dict().keys() == plain.state_dict().keys()
 
@@ -235,7 +236,12 @@ def test_last_report_of_generate_and_of_forward(wrapped, plain, make_batch):
 
 def test_last_report_survives_unwrap(wrapped, make_batch):
     wrapped.generate(**make_batch("one image"), max_new_tokens=1)
-    assert me.last_report(me.unwrap(wrapped)).visual_tokens_kept == 9
+    report = me.last_report(me.unwrap(wrapped))
+    assert report.visual_tokens_kept == 9 and report.unwrapped
+    assert str(report) == "no compression: the model was unwrapped since. Of its last call before: kept 9 of 36 visual tokens in 1 image(s)"
+    me.wrap(wrapped, "divprune:tokens=4")
+    with pytest.raises(me.MllmEfficientError, match="no call since it was wrapped"):
+        me.last_report(wrapped)
 
 
 def test_the_report_goes_when_the_model_goes(make_llava, make_batch):

@@ -98,10 +98,13 @@ def reported(run: Any) -> list[float]:
 
 def predicted(name: str, spec: str, row: str) -> tuple[Tensor, Tensor]:
     """Logits (A, V) of a row's words on its own shortened prompt, alone and without padding, and the words (A,)."""
-    batch = make(name, row)
-    with torch.no_grad():  # in-decoder methods read the prompt up to the first label behind the image
-        out = me.wrap(tiny(name), spec)(**batch)
-    ids = batch["input_ids"][0]
+    return predicted_of(me.wrap(tiny(name), spec), make(name, row))
+
+
+@torch.no_grad()
+def predicted_of(model: Any, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """``predicted`` of one row as inputs. In-decoder methods read it up to the first label behind the image."""
+    out, ids = model(**row), row["input_ids"][0]
     left = ids if not hasattr(out, "visual_keep_mask") or out.logits.shape[1] == len(ids) else ids[out.visual_keep_mask[0]]
     words = ~torch.isin(left, torch.tensor([VOCABULARY[token] for token in ("<image>", "<IMG_CONTEXT>", "<|image_pad|>")]))
     words[0] = False

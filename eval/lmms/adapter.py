@@ -14,6 +14,7 @@ from lmms_eval.api.model import lmms
 
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.models import BUILTIN, ModelOptions, load
+from mllm_efficient.processor import processor_settings
 from mllm_efficient.registry import build
 
 from .asking import FORMATS, MAX_NEW_TOKENS, RAISE, RECORD, Answer, Asker, Content, Request
@@ -79,6 +80,7 @@ class MllmEfficient(ChatModel):
             which may compose several. Without it the model runs uncompressed.
         batch_size, device, dtype, device_map, attn_implementation, quantization, revision, trust_remote_code: as the
             commands of this package take them. A process of several takes the GPU of its local rank.
+        adapter, min_pixels, max_pixels, processor_kwargs: as the commands take them, the last several of them joined by ";".
         image_padding, image_range, prompt_format: see ``ModelAsker``. max_new_tokens: where a task names none.
         on_error: "raise" (the default here) or "record". cache: a folder for answers.
         settings: of the method.
@@ -89,7 +91,8 @@ class MllmEfficient(ChatModel):
         device_map: str | None = None, attn_implementation: str | None = None, quantization: str | None = None,
         revision: str | None = None, trust_remote_code: bool = False, image_padding: str | None = None,
         prompt_format: str = FORMATS[0], max_new_tokens: int = MAX_NEW_TOKENS, on_error: str = RAISE, cache: str | None = None,
-        max_batch_size: Any = None, image_range: str = "full", **settings: Any,
+        max_batch_size: Any = None, adapter: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
+        processor_kwargs: str | None = None, image_range: str = "full", **settings: Any,
     ) -> None:  # fmt: skip
         if on_error not in (RAISE, RECORD):
             raise MllmEfficientError(f"on_error {on_error!r} is not one of {RAISE}, {RECORD}")
@@ -98,9 +101,12 @@ class MllmEfficient(ChatModel):
         built = build(method if not settings else {"method": method, **settings})
         options = ModelOptions(
             str(pretrained), rank_device(device if device_map is None else None), dtype, device_map, attn_implementation, quantization,
-            revision, trust_remote_code=trust_remote_code,
+            revision, trust_remote_code=trust_remote_code, adapter=adapter,
+            processor_kwargs=processor_settings(min_pixels, max_pixels, processor_kwargs.split(";") if processor_kwargs else ()),
         )  # fmt: skip
         loaded = load(options)
+        for line in loaded.notes:
+            _warn(line)
         asker = ModelAsker(
             whole(batch_size), int(max_new_tokens), on_error, AnswerCache(Path(cache)) if cache else None,
             loaded=loaded, method=built, image_padding=image_padding, prompt_format=prompt_format, image_range=image_range,

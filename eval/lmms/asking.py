@@ -58,7 +58,7 @@ class Answer:
 
     visual_tokens_full, visual_tokens_kept, tokens_per_layer: summed over its images; prompt_tokens: of the language model's
     prompt after compression, prompt_tokens_full: before. latency_s: wall time of its batch, of ``batch`` requests, with the
-    processor and the tower. Counts are None where they are not known.
+    processor and the tower. Counts are None where they are not known. picture: a digest of the pixels asked about.
     """
 
     text: str
@@ -72,6 +72,7 @@ class Answer:
     latency_s: float | None = None
     batch: int = 1
     cached: bool = False
+    picture: str | None = None
 
     def counts(self) -> dict[str, Any]:
         """What a sample's log holds of it."""
@@ -131,25 +132,28 @@ class Asker:
         """Answers to requests of the same settings, with their places."""
         settings = self.sensible(chunk[0][1].settings)
         alike: dict[bool, list[tuple[int, Request, Content, Any, str]]] = {}
+        pictured: dict[int, str | None] = {}
         for i, request in chunk:
             try:
                 content = request.content()
+                pixels = [hashlib.sha256(f"{p.mode}{p.size}".encode() + p.tobytes()).hexdigest() for p in content.pictures]
+                pictured[i] = hashlib.sha256("".join(pixels).encode()).hexdigest()[:16] if pixels else None
                 prompt = self.prompt(content)
             except Exception as error:
-                yield i, self._failed(request, error)
+                yield i, replace(self._failed(request, error), picture=pictured.get(i))
                 continue
             cache = None if settings["do_sample"] else self.cache  # another draw is another answer
-            key = "" if cache is None else self._key(content, prompt, settings)
+            key = "" if cache is None else self._key(content, pixels, prompt, settings)
             known = None if cache is None else cache.get(key)
             if known is not None:
-                yield i, replace(Answer(**known), cached=True)
+                yield i, replace(Answer(**known), cached=True, picture=pictured[i])
             else:
                 alike.setdefault(bool(content.pictures), []).append((i, request, content, prompt, key))
         for group in alike.values():
             found = self._asked([(r, c, p) for _, r, c, p, _ in group], settings)
             if self.cache is not None:
                 self.cache.put({key: asdict(a) for (*_, key), a in zip(group, found) if key and a.error is None})
-            yield from ((i, answer) for (i, *_), answer in zip(group, found))
+            yield from ((i, replace(answer, picture=pictured[i])) for (i, *_), answer in zip(group, found))
 
     def _asked(self, group: Sequence[tuple[Request, Content, Any]], settings: dict[str, Any]) -> list[Answer]:
         try:
@@ -168,9 +172,8 @@ class Asker:
             raise SampleError(f"{request.id}: {line(reason)}") from error
         return Answer("", line(reason))
 
-    def _key(self, content: Content, prompt: Any, settings: dict[str, Any]) -> str:
-        pictures = [hashlib.sha256(f"{p.mode}{p.size}".encode() + p.tobytes()).hexdigest() for p in content.pictures]
-        whole = [self.settings, self.batch_size, settings, prompt, pictures, content.keys]
+    def _key(self, content: Content, pixels: Sequence[str], prompt: Any, settings: dict[str, Any]) -> str:
+        whole = [self.settings, self.batch_size, settings, prompt, pixels, content.keys]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
     def sensible(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,11 @@ class Host:
         docs = task.eval_docs_no_media
         if len(docs) == 0:
             raise MllmEfficientError(f"task {name}: its data set is empty")
+        if _lacks_answer_ids(task, docs):
+            raise MllmEfficientError(
+                f"task {name}: its answers have no answer_id, without which ten equal right answers score 0: take the data set as it is "
+                "published"
+            )
         length = "max_new_tokens" in (task.config.generation_kwargs or {})
         return Task(name, len(docs), higher, task.aggregation(), length, _fingerprint(task, docs))
 
@@ -288,6 +293,12 @@ def _own_draws() -> Iterator[None]:
         yield
     finally:
         ConfigurableTask.process_results = stock
+
+
+def _lacks_answer_ids(task: Any, docs: Any) -> bool:
+    """Whether VQAv2's metric would take equal answers of different people for one: it tells them apart by all that stands beside them."""
+    answers = docs[0].get("answers") if "vqav2" in getattr(task.config.process_results, "__name__", "") else None
+    return bool(answers) and isinstance(answers[0], dict) and "answer_id" not in answers[0]
 
 
 def _asks_a_judge(task: Any) -> bool:

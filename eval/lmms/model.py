@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.images import RANGES
+from mllm_efficient.prompts import PLAIN, TEMPLATE, has_template, plain, require_pictures
 
 from .asking import FORMATS, PADDINGS, Answer, Asker, Content, before
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-TEMPLATE, PLAIN, LLAVA_V1 = "chat template", "USER: ... ASSISTANT:", "llava_v1"
+LLAVA_V1 = "llava_v1"
 SYSTEM_V1 = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -66,7 +67,7 @@ class ModelAsker(Asker):
         if self.prompt_format == LLAVA_V1 and type(processor).__name__ != "LlavaProcessor":
             raise MllmEfficientError(f"the prompt format llava_v1 is LLaVA-1.5's, not {self.adapter.name}'s: leave it out")
         self.padding = self.image_padding or ("pad" if cuts else "whole")
-        self.format = LLAVA_V1 if self.prompt_format == LLAVA_V1 else TEMPLATE if getattr(processor, "chat_template", None) else PLAIN
+        self.format = LLAVA_V1 if self.prompt_format == LLAVA_V1 else TEMPLATE if has_template(processor) else PLAIN
         self._environment = environment(self.loaded)
 
     @property
@@ -92,13 +93,10 @@ class ModelAsker(Asker):
         return compressed(self.loaded.model, self.method)
 
     def prompt(self, content: Content) -> str:
-        token, video = self.loaded.processor.image_token, getattr(self.loaded.processor, "video_token", None)
-        if self.format == TEMPLATE:
-            text = self.loaded.processor.apply_chat_template(content.messages, add_generation_prompt=True)
-        else:
-            text = _vicuna(content.messages, token, SYSTEM_V1 if self.format == LLAVA_V1 else "")
-        if text.count(token) != len(content.pictures) or (video and video in text):
-            raise MllmEfficientError(f"the prompt has {text.count(token)} {token} and {len(content.pictures)} image(s) are given")
+        if self.format != LLAVA_V1:
+            return self.loaded.conversation(content.messages, len(content.pictures))
+        text = plain(self.loaded.processor, content.messages, system=SYSTEM_V1)
+        require_pictures(self.loaded.processor, text, len(content.pictures))
         return text
 
     def pictured(self, content: Content) -> list[Picture]:
@@ -118,10 +116,7 @@ class ModelAsker(Asker):
         from mllm_efficient.shrink import prepare
 
         start = self._now()
-        rows: list[Any] = [self.pictured(content) for content, _ in batch]
-        # OneVision tiles an image that is alone in its prompt, and is told so by the nesting
-        nested = "batch_num_images" in self.adapter.encode_keys
-        inputs = self.loaded.inputs([prompt for _, prompt in batch], rows if nested and rows[0] else [p for row in rows for p in row])
+        inputs = self.loaded.inputs([prompt for _, prompt in batch], [self.pictured(content) for content, _ in batch])
         keys = [key for content, _ in batch for key in content.keys]
         with torch.no_grad():
             prepared = prepare(self.loaded.model, self.method, image_keys=keys or None, **inputs)
@@ -182,18 +177,6 @@ class Stops:
         for row in (i for i, is_done in enumerate(done) if is_done):
             self.ended.setdefault(row, input_ids.shape[1] - self.start)
         return torch.tensor(done, device=input_ids.device)
-
-
-def _vicuna(messages: Sequence[dict[str, Any]], token: str, system: str) -> str:
-    """Messages in the form that Vicuna was trained on. A system message takes the place of ``system``."""
-    out = ""
-    for message in messages:
-        parts = [f"{token}\n" if part["type"] == "image" else part["text"] for part in message["content"]]
-        if message["role"] == "system":
-            system = "".join(parts)
-        else:
-            out += f"USER: {''.join(parts)} " if message["role"] == "user" else f"ASSISTANT: {''.join(parts)}</s>"
-    return f"{system + ' ' if system else ''}{out}ASSISTANT:"
 
 
 def _code(cls: type) -> str:

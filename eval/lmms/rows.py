@@ -10,20 +10,22 @@ import numpy as np
 from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.measure.arms import METHOD
 
-from ..stats import interval
+from ..stats import Estimate, estimate, mean_of, points, sums
 from ..sweep import Cell
-from ..table import OVERALL
+from ..table import OVERALL, shares
 from .host import Task
 from .run import TaskRun
-from .scores import RIGHT, known, primary, top_of
+from .scores import RIGHT, YES_NO, known, neither, primary, top_of
 from .server import ServerCell
 
 MEANING = {
     "score": "percent of the metric's best value; value: the metric as lmms-eval gives it. overall: the unweighted mean over tasks",
-    "difference": "score minus the baseline's, in points; difference_interval: the central 95% of 1,000 paired resamples of the "
-    "questions, of the metric that counts; none for captions, which have no score of a single answer",
+    "difference": "score minus the baseline's, in points; difference_interval: 95% over 2,000 paired resamples of images, of the metric "
+    "that counts; interval_missing says why there is none",
     "retention": "percent of the baseline's score; overall: the mean over tasks",
+    "neither": "answers to questions of yes or no that begin with another word",
     "hard": "score on the samples that the baseline gets right and resize at the same budget gets wrong, of which there are hard_n",
+    "broken": "percent wrong of the broken_n samples that the baseline and resize at the same budget get right",
 }
 Samples = dict[str, dict[str, Any]]
 
@@ -46,7 +48,7 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
                 row["primary"] = metric == first
                 if metric == first and row["score"] is not None:
                     row |= _hard(cell, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))
-                    row |= _intervals(row, mine, base)
+                    row |= _intervals(run, row, cell.spec)
                 rows.append(row)
     return rows + [_overall(run, cell, [r for r in rows if r["method"] == cell.spec and r["primary"]]) for cell in run.cells]
 
@@ -84,7 +86,7 @@ def _row(
         "retention": _round(100 * value / other) if higher and value is not None and other else None,
         "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
-        "prompt_tokens": _mean(samples, "input_tokens"),
+        "prompt_tokens": _mean(samples, "input_tokens"), "neither": _neither(samples),
     }  # fmt: skip
 
 
@@ -93,26 +95,66 @@ def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
     return {
         "method": cell.spec, "role": cell.role, "keep": cell.method.fraction if here else None,
         "tokens": cell.method.tokens if here else None, "task": task, "metric": metric, "primary": False, "higher_is_better": True,
-        "score_interval": None, "difference_interval": None, "floor": None, "hard": None, "hard_n": None,
+        "score_interval": None, "difference_interval": None, "interval_missing": None, "clusters": None, "floor": None,
+        "hard": None, "hard_n": None, "broken": None, "broken_n": None,
     }  # fmt: skip
 
 
 def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
-    """The score on the samples that the baseline gets right and ``resize`` gets wrong; nothing for arms without such a partner."""
+    """``hard`` and ``broken`` beside ``resize`` at the same budget; nothing for arms without such a partner."""
     scores, right, wrong = (_scores(rows, metric) for rows in (mine, base, resized))
     if cell.method.name == Resize.name or not wrong or not scores:
         return {}
-    chosen = [i for i in scores if right.get(i, 0) > RIGHT and wrong.get(i, 1) <= RIGHT]
-    return {"hard": _round(100 * sum(scores[i] for i in chosen) / len(chosen)) if chosen else None, "hard_n": len(chosen)}
+    known = {i for i in right if right[i] > RIGHT and i in wrong}
+    return shares(scores, {i for i in known if wrong[i] <= RIGHT}, {i for i in known if wrong[i] > RIGHT})
 
 
-def _intervals(row: dict[str, Any], mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Of the score and of its difference, where the same questions were drawn for both."""
-    drawn, before = (s.get("resampled") for s in (mine, base))
-    if row["score"] is None or drawn is None or before is None:
-        return {}
-    scores, baseline = (100 * np.array(d) / row["top"] for d in (drawn, before))
-    return {"score_interval": interval(scores), "difference_interval": interval(scores - baseline)}
+def estimates(run: TaskRun, arm: str, task: str, top: float | None) -> tuple[Estimate, Estimate] | str:
+    """A task's score under an arm and its difference to the baseline's, on the same resamples; or why there are none."""
+    parts = [run.summary(a, task).get("clustered") for a in (arm, run.arms[0])]
+    missing = next((p["why"] if p else "the task failed" for p in parts if not p or p["why"] is not None), None)
+    if missing is not None or top is None:
+        return missing or "the metric's best value is not known"
+    (asked, mine), (also, theirs) = ((np.array(p["asked"]), np.array(p["right"])) for p in parts)
+    if not np.array_equal(asked, also):
+        return "the baseline was asked about other pictures"
+    drawn, before = (_drawn(p, top, run.seed, task) for p in parts)
+    value, baseline = (100 * run.summary(a, task)["metrics"][primary(task, _higher(run, task))] / top for a in (arm, run.arms[0]))
+    shares, mine, theirs = (part / asked.sum() for part in (asked, mine, theirs))
+    return estimate(value, drawn, shares, mine), estimate(value - baseline, drawn - before, shares, mine, theirs)
+
+
+def _higher(run: TaskRun, task: str) -> dict[str, bool]:
+    return next(t.higher for t in run.tasks if t.name == task)
+
+
+def _drawn(parts: dict[str, Any], top: float, seed: int, task: str) -> np.ndarray:
+    """A metric in percent in every resample of clusters."""
+    if parts["drawn"] is not None:
+        return 100 * np.array(parts["drawn"]) / top
+    right, asked = sums(np.array([parts["right"], parts["asked"]]).T, seed, task).T
+    return 100 * right / asked
+
+
+def _intervals(run: TaskRun, row: dict[str, Any], arm: str) -> dict[str, Any]:
+    """Of the score and of its difference."""
+    found = estimates(run, arm, row["task"], row["top"])
+    if isinstance(found, str):
+        return {"interval_missing": found}
+    return _of(run, arm, found)
+
+
+def _of(run: TaskRun, arm: str, found: tuple[Estimate, Estimate]) -> dict[str, Any]:
+    score, change = found
+    between = (0.0, 0.0) if arm == run.arms[0] else points(change.interval())
+    return {"score_interval": points(score.interval()), "difference_interval": between, "clusters": score.clusters}
+
+
+def overall(run: TaskRun, arm: str, tops: dict[str, float | None]) -> tuple[Estimate, Estimate] | None:
+    """An arm's mean score over the tasks and its difference to the baseline's; None where a task has no interval. tops: by task."""
+    found = [estimates(run, arm, task.name, tops.get(task.name)) for task in run.tasks]
+    pairs = [f for f in found if not isinstance(f, str)]
+    return None if len(pairs) < len(found) else (mean_of([s for s, _ in pairs]), mean_of([d for _, d in pairs]))
 
 
 def _overall(run: TaskRun, cell: Cell, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -126,20 +168,22 @@ def _overall(run: TaskRun, cell: Cell, rows: Sequence[dict[str, Any]]) -> dict[s
     out = _head(cell, OVERALL, "mean over tasks") | {name: mean(name) for name in names}
     out |= {"value": None, "top": 100.0, "primary": True, "n": sum(r["n"] for r in rows), "failures": sum(r["failures"] for r in rows)}
     out["failed"] = next((r["failed"] for r in rows if r["failed"] is not None), None)
-    if all(r["difference_interval"] is not None for r in rows):
-        scores, before = list[Any](), list[Any]()
-        for i, r in enumerate(rows):
-            # shuffled apart: tasks of one size would draw alike, as if they depended on each other
-            order = np.random.default_rng(i).permutation(len(run.summary(cell.spec, r["task"])["resampled"]))
-            for arm, drawn in ((cell.spec, scores), (run.arms[0], before)):
-                drawn.append(100 * np.array(run.summary(arm, r["task"])["resampled"])[order] / r["top"])
-        out["score_interval"] = interval(np.mean(scores, 0))
-        out["difference_interval"] = interval(np.mean(scores, 0) - np.mean(before, 0))
-    return out
+    found = overall(run, cell.spec, {r["task"]: r["top"] for r in rows})
+    if found is None:
+        out["interval_missing"] = "; ".join(f"{r['task']}: {r['interval_missing']}" for r in rows if r["interval_missing"] is not None)
+        return out
+    return out | _of(run, cell.spec, found)
 
 
 def _scores(rows: Samples, metric: str) -> dict[str, float]:
     return {i: r["scores"][metric] for i, r in rows.items() if metric in r["scores"]}
+
+
+def _neither(samples: Samples) -> int | None:
+    """Answers to questions of yes or no that are neither; None for other tasks."""
+    if not samples or any(str(r.get("expected")).strip().lower() not in YES_NO for r in samples.values()):
+        return None
+    return neither([r["answer"] or "" for r in samples.values()])
 
 
 def _mean(rows: Samples, key: str) -> float | None:
@@ -166,6 +210,17 @@ def unscaled(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{task} counts by {metric}, whose best value is not known: no percent, no mean over tasks" for task, metric in tasks.items()]
 
 
+def without_interval(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for every task and reason for which a score that is there has no interval."""
+    found = dict.fromkeys((r["task"], r["interval_missing"]) for r in rows if r["score"] is not None and r["task"] != OVERALL)
+    return [f"{task} has no interval: {why}" for task, why in found if why is not None]
+
+
+def notes(tasks: Sequence[str]) -> list[str]:
+    """What a reader of the tasks' numbers should know, a line each."""
+    return [f"{title(t)}: {known()[t].note}" for t in tasks if t in known() and known()[t].note]
+
+
 def without_partner(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The arms of a model that have no ``resize`` at the same budget, and so no hard samples."""
     arms = dict.fromkeys(r["method"] for r in rows if r["role"] == METHOD and r["task"] == OVERALL)
@@ -179,7 +234,21 @@ def without_partner(rows: Sequence[dict[str, Any]]) -> list[str]:
 def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: the metric that counts of every arm, task after task. Columns that nothing fills are left out."""
     rows = [r for r in rows if r["primary"]]
-    header = ["task", "metric", "method", "tokens", "prompt", "value", "score", "vs baseline [95%]", "retention", "hard", "n", "failed"]
+    header = [
+        "task",
+        "metric",
+        "method",
+        "tokens",
+        "prompt",
+        "value",
+        "score",
+        "vs baseline [95%]",
+        "retention",
+        "hard",
+        "n",
+        "neither",
+        "failed",
+    ]
     lines = []
     for r in rows:
         base = r["role"] == "baseline"
@@ -188,7 +257,7 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             [
                 title(r["task"]), r["metric"], r["method"], _one(r["visual_tokens_kept"], "g"), _one(r["prompt_tokens"], ".0f"),
                 _one(r["value"], ".4g"), _one(r["score"]), "" if base else _signed(r), "" if base else _one(r["retention"], ".1f", "%"),
-                hard, str(r["n"]), str(r["failures"] or ""),
+                hard, _one(r["broken"], ".1f", "%"), str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
             ]
         )  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]

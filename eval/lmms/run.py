@@ -7,7 +7,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,7 @@ from .asking import MAX_NEW_TOKENS, Asker, SampleError
 from .cache import AnswerCache
 from .host import Host, Task
 from .model import ModelAsker
-from .resample import resampled
-from .scores import known, primary, sample_score, top_of
+from .scores import CIRCLE, Clustered, circular, clustered, known, primary, sample_score, top_of
 
 ANSWERS = (
     "visual_tokens_full", "visual_tokens_kept", "tokens_per_layer", "input_tokens", "prompt_tokens_full", "output_tokens", "latency_s",
@@ -112,7 +111,14 @@ class TaskRun:
     @property
     def config(self) -> dict[str, Any]:
         harness = {"lmms_eval": version("lmms_eval"), "datasets": version("datasets")}
-        return {"suite": "tasks", "limit": self.limit, **self.how, "harness": harness}
+        return {
+            "suite": "tasks",
+            "limit": self.limit,
+            "resampled_by": "image",
+            "batch_size": self.batch_size,
+            **self.how,
+            "harness": harness,
+        }
 
     @property
     def arms(self) -> list[str]:
@@ -129,6 +135,11 @@ class TaskRun:
     @property
     def total(self) -> int:
         return len(self.cells) * sum(self.asked_of(t) for t in self.tasks)
+
+    @property
+    def done(self) -> int:
+        """Answers that are recorded already."""
+        return sum(self.asked_of(t) for t in self.tasks for c in self.cells if (c.spec, t.name) in self.records)
 
     def answer_all(self) -> list[dict[str, Any]]:
         """Runs what is not finished yet; the records of this run's samples. ``summary`` has the scores."""
@@ -174,15 +185,15 @@ class TaskRun:
             if self.ranks > 1:
                 raise
             reason = str(error) if isinstance(error, MllmEfficientError) else f"task {task.name}: {type(error).__name__}: {error}"
-            rows = [{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "resampled": None, "error": reason}]
+            rows = [{**head, "id": task.name, "metrics": {}, "n": 0, "failures": 0, "clustered": None, "error": reason}]
             self.say(f"failed: {cell.spec} on {reason}")
         self.calls += sum(not r.get("cached", True) for r in rows)
         self.records.put(rows)
 
     def _rows(self, head: dict[str, Any], task: Task, result: dict[str, Any]) -> list[dict[str, Any]]:
         """Every sample of an evaluation, then what they come to."""
-        logged = _of_one_filter(result["samples"][task.name])
-        samples = [_sample(head, task, s) for s in logged]
+        logged = sorted(_of_one_filter(result["samples"][task.name]), key=lambda s: s["doc_id"])
+        samples = [self._sample(head, task, s) for s in logged]
         if len(samples) != self.asked_of(task):
             raise MllmEfficientError(f"task {task.name}: {self.asked_of(task)} samples were asked and {len(samples)} came back")
         metrics: dict[str, float] = {}
@@ -199,11 +210,17 @@ class TaskRun:
         error = f"{len(failed)} of {len(samples)} answers failed: {failed[0]['id']}: {failed[0]['error']}" if failed else None
         if first not in metrics:
             error = error or f"task {task.name}: no value of {first}"
-        resamples = None if credited else _resampled(task, first, metrics, logged, self.seed)
-        summary = {**head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "resampled": resamples}
+        parts = _clustered(task, first, metrics, logged, [s["cluster"] for s in samples], bool(credited), self.seed)
+        summary = {**head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "clustered": asdict(parts)}
         value = f"{first} {metrics[first]:.4g}" if first in metrics else "no value"
         self.say(f"{task.name}, {head['method']}: {value}{'; ' + error if error else ''}")
         return [*samples, {**summary, "tops": _tops(task, logged), "error": error}]
+
+    def _sample(self, head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[str, Any]:
+        """A sample's record. Its cluster is the baseline's, so that arms are resampled alike even where a picture failed in one."""
+        row = _sample(head, task, logged)
+        before = self.records.rows.get((self.arms[0], row["id"]))
+        return row if before is None else {**row, "cluster": before["cluster"]}
 
     def summary(self, arm: str, task: str) -> dict[str, Any]:
         """The metrics of an arm on a task, ``{}`` where it raised, with ``n``, ``failures`` and ``error``."""
@@ -272,20 +289,31 @@ def _sample(head: dict[str, Any], task: Task, logged: dict[str, Any]) -> dict[st
     return {
         **head, "id": f"{task.name}/{logged['doc_id']}", "question": texts[0] if texts else "", "expected": _expected(logged),
         "answer": _plain(logged["filtered_resps"][0]) if logged["filtered_resps"] else "",
-        "scores": {m: s for m, s in scores.items() if s is not None}, "error": counts.get("error"), "cached": bool(counts.get("cached")),
+        "scores": {m: s for m, s in scores.items() if s is not None}, "cluster": _cluster(logged, counts),
+        "error": counts.get("error"), "cached": bool(counts.get("cached")),
         **{k: counts[k] for k in ANSWERS if k in counts},
     }  # fmt: skip
 
 
-def _resampled(
-    task: Task, metric: str, metrics: dict[str, float], logged: Sequence[dict[str, Any]], seed: int
-) -> list[float] | None:  # fmt: skip
-    """The metric that counts over resamples of the samples that have it."""
-    items = [s[metric] for s in sorted(logged, key=lambda s: s["doc_id"]) if metric in s]
-    if metric not in metrics:
-        return None
+def _cluster(logged: dict[str, Any], counts: dict[str, Any]) -> str:
+    """What a sample is drawn with: all that are asked about its picture; without one all of its question, or itself alone."""
+    if counts.get("picture"):
+        return str(counts["picture"])
+    items = [v for v in logged.values() if isinstance(v, dict)]
+    question = next((v["index"] % CIRCLE if circular(v) else v["question_id"] for v in items if circular(v) or "question_id" in v), None)
+    return f"sample {logged['doc_id']}" if question is None else f"question {question}"
+
+
+def _clustered(
+    task: Task, metric: str, metrics: dict[str, float], logged: Sequence[dict[str, Any]], clusters: Sequence[str], credited: bool, seed: int
+) -> Clustered:  # fmt: skip
+    """The metric that counts by cluster, over the samples that have it. credited: whether failed samples had a score."""
+    if credited or metric not in metrics:
+        return Clustered([], [], why="the task guesses where an answer failed" if credited else f"there is no {metric}")
+    items, where = [s[metric] for s in logged if metric in s], [c for s, c in zip(logged, clusters) if metric in s]
     scores = [s for s in map(sample_score, items) if s is not None]
-    return resampled(task.aggregate.get(metric), items, metrics[metric], top_of(task.name, metric, metrics[metric], scores), seed)
+    top = top_of(task.name, metric, metrics[metric], scores)
+    return clustered(task.aggregate.get(metric), items, where, metrics[metric], top, seed, task.name)
 
 
 def _expected(logged: dict[str, Any]) -> Any:

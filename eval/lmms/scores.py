@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import inspect
+import io
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
+from ..stats import grouped, picks
+
 RIGHT = 0.5  # a sample's score above which it counts as right
+YES_NO = ("yes", "no")
 SAID = ("pred", "prediction", "parsed_pred")
-LETTERS = "ABCDE"
+CIRCLE = 1_000_000  # what MMBench adds to a question's index for each other order of its choices
 WHOLE = ("average", "overall", "total", "_all")
 CLOSE = 1e-5  # some tasks round their metric to so much
 
@@ -18,13 +26,15 @@ CLOSE = 1e-5  # some tasks round their metric to so much
 @dataclass(frozen=True)
 class Known:
     """A task whose scale is known. metric: the one that counts. top: of each metric the value that is 100 percent. per: what the
-    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together."""
+    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together. note: what a
+    reader of its numbers should know."""
 
     metric: str
     title: str
     top: dict[str, float]
     pairs: bool = False
     per: int | None = None
+    note: str | None = None
 
 
 @functools.cache
@@ -33,7 +43,7 @@ def known() -> dict[str, Known]:
     import yaml
 
     content = yaml.safe_load((files("mllm_efficient.configs") / "benchmarks.yaml").read_text())
-    return {name: Known(e["metric"], e["title"], e.get("top", {}), e.get("pairs", False), e.get("per")) for name, e in content.items()}
+    return {name: Known(**{"top": {}, **entry}) for name, entry in content.items()}
 
 
 def primary(task: str, higher: dict[str, bool]) -> str:
@@ -74,12 +84,31 @@ def sample_score(value: Any) -> float | None:
         return None
     if isinstance(said, list):
         return float(_open(said, answer))
-    if "prediction" in value:
-        from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
-
-        choices = [c for c in LETTERS if str(value.get(c, "nan")) not in ("nan", "None", "")]
-        said = extract_mcq_answer(said, choices=choices) or said
+    if circular(value):
+        return float(_choice(value) == answer)
     return float(str(said).strip().lower() == answer.strip().lower())
+
+
+def neither(answers: Sequence[str]) -> int:
+    """How many answers begin with another word than yes or no. Some tasks count "None" and "Not sure" as no."""
+    from ..runner import first_word
+
+    return sum(first_word(a) not in YES_NO for a in answers)
+
+
+def circular(item: Any) -> bool:
+    """Whether the sample is a turn of one of MMBench's questions, which stands in the data with its choices in several orders."""
+    return isinstance(item, dict) and "index" in item and "prediction" in item
+
+
+def _choice(item: dict[str, Any]) -> str:
+    """The letter that MMBench's static evaluation reads: one that is said plainly, else that of the only option whose words are in
+    the answer, else what the extractor of letters finds."""
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    judge, turn = MMBench_Evaluator(), {**item, "prediction": str(item["prediction"])}
+    return judge.prefetch_answer(turn) or extract_mcq_answer(turn["prediction"], choices=sorted(judge.build_choices(turn)))
 
 
 def _open(candidates: Sequence[Any], answer: str) -> bool:
@@ -90,3 +119,81 @@ def _open(candidates: Sequence[Any], answer: str) -> bool:
         wanted = answer.strip().lower()
         texts = [wanted] if len(wanted) > 1 else [f" {wanted}", f"{wanted} "]
         return any(t in c for c in candidates if isinstance(c, str) for t in texts)
+
+
+# ------------------------------------------------------------------------------------------ a metric over resamples
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """A metric's samples by cluster, or why it has no interval.
+
+    asked, right: of each cluster, in scores of samples (of questions, where a question is right if every turn of it is). drawn: the
+    metric in each resample, where it is not top * right / asked. why: there is no interval.
+    """
+
+    asked: list[float]
+    right: list[float]
+    drawn: list[float] | None = None
+    why: str | None = None
+
+
+def clustered(
+    aggregate: Callable[..., Any] | None, items: Sequence[Any], clusters: Sequence[Hashable], value: float, top: float | None,
+    seed: int = 0, name: str = "",
+) -> Clustered:  # fmt: skip
+    """What a metric is made of by cluster, and what it is in every resample of clusters.
+
+    items: what the task kept of each sample for its aggregation, in the order of the samples; clusters: of each, what it is drawn
+    with. value: of all of them. top: that is 100 percent. Where the metric is the mean of the samples' scores, sums say all;
+    otherwise the task's own aggregation runs again on each resample, unless it writes files or there is no score of a sample.
+    """
+    scores = [sample_score(item) for item in items]
+    known = [s for s in scores if s is not None]
+    if not items or len(known) < len(items):
+        return Clustered([], [], why="there is no score of a single answer")
+    members = grouped(clusters)
+    units = [_units([items[i] for i in m], [known[i] for i in m]) for m in members]
+    asked, right = [float(len(u)) for u in units], [float(sum(u)) for u in units]
+    if top is not None and sum(asked) and abs(sum(right) / sum(asked) * top - value) < CLOSE * top:
+        return Clustered(asked, right)
+    if aggregate is None or "args" in inspect.signature(aggregate).parameters:
+        return Clustered(asked, right, why=f"the metric is {value:.6g} and its samples' scores do not come to that")
+    drawn = _aggregated(aggregate, items, members, seed, name)
+    return Clustered(asked, right, drawn, None if drawn else "some resamples leave the metric undefined")
+
+
+def _units(items: Sequence[Any], scores: Sequence[float]) -> list[float]:
+    """The scores of a cluster's questions. One that stands there in several orders counts once, and only if the first is among them."""
+    if not any(map(circular, items)):
+        return list(scores)
+    turns: dict[int, list[tuple[int, float]]] = {}
+    for item, score in zip(items, scores):
+        turns.setdefault(int(item["index"]) % CIRCLE, []).append((int(item["index"]), score))
+    return [min(s for _, s in found) for found in turns.values() if min(i for i, _ in found) < CIRCLE]
+
+
+def _aggregated(
+    aggregate: Callable[..., Any], items: Sequence[Any], members: Sequence[Sequence[int]], seed: int, name: str
+) -> list[float] | None:
+    """The aggregation of each resample; None where one of them fails. A question that is drawn twice is two questions."""
+    copies: list[list[list[Any]]] = []  # of each cluster as the first, second ... time that it is drawn
+    out: list[float] = []
+    with contextlib.redirect_stdout(io.StringIO()):  # some print every time
+        for drawn in (row for block in picks(len(members), seed, name) for row in block):
+            chosen: list[Any] = []
+            times = np.bincount(drawn, minlength=len(members))
+            while len(copies) < times.max():
+                copies.append([[_copy(items[i], len(copies)) for i in m] for m in members])
+            for cluster in np.flatnonzero(times):
+                for again in range(times[cluster]):
+                    chosen += copies[again][cluster]
+            try:
+                out.append(round(float(aggregate(chosen)), 8))
+            except Exception:
+                return None
+    return out if np.isfinite(out).all() else None
+
+
+def _copy(item: Any, again: int) -> Any:
+    return {**item, "question_id": f"{again}/{item['question_id']}"} if isinstance(item, dict) and "question_id" in item else item

@@ -9,11 +9,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD
+from mllm_efficient.patches.rules import read_object
 
 from ..sweep import Cell
 from .asking import RAISE, Answer, Asker, Content, before, line
@@ -27,11 +29,18 @@ TIMEOUT = 600.0  # seconds for one answer
 
 @dataclass(frozen=True)
 class ServerCell(Cell):
-    """A server as an arm. url: up to and with ``/v1``. model: what it calls the model."""
+    """A server as an arm. url: up to and with ``/v1``. model: what it calls the model. root: where it has it from, if it says so."""
 
     name: str = ""
     url: str = ""
     model: str = ""
+    root: str = ""
+
+    @property
+    def is_onevision(self) -> bool:
+        """Whether the model is a LLaVA-OneVision, by its config.json if that lies here, else by its name."""
+        kind = read_object(Path(self.root) / "config.json").get("model_type") if self.root else None
+        return kind == "llava_onevision" if kind else "onevision" in f"{self.root} {self.model}".lower()
 
     @property
     def spec(self) -> str:
@@ -51,7 +60,8 @@ def server_cells(given: Sequence[str], model: str | None) -> list[ServerCell]:
         if name in [c.name for c in cells]:
             raise MllmEfficientError(f"--server: the name {name!r} is given twice")
         try:
-            names = [m.id for m in client(url).models.list().data]
+            roots = {m.id: str(getattr(m, "root", None) or "") for m in client(url).models.list().data}
+            names = list(roots)
         except Exception as error:
             raise MllmEfficientError(
                 f"--server {url}: no answer to /models ({type(error).__name__}: {error}); the URL ends in /v1"
@@ -60,7 +70,11 @@ def server_cells(given: Sequence[str], model: str | None) -> list[ServerCell]:
             raise MllmEfficientError(f"--server {url} has the models {', '.join(names) or '(none)'}: name one with --server-model")
         if model is not None and model not in names:
             raise MllmEfficientError(f"--server {url} has no model {model!r} (it has {', '.join(names)})")
-        cells.append(ServerCell(NoCompression(), METHOD if cells else BASELINE, name=name, url=url, model=model or names[0]))
+        cells.append(
+            ServerCell(
+                NoCompression(), METHOD if cells else BASELINE, name=name, url=url, model=model or names[0], root=roots[model or names[0]]
+            )
+        )
     return cells
 
 
@@ -76,6 +90,17 @@ def served(cells: Sequence[ServerCell]) -> dict[str, Any]:
         "servers": {c.name: {"url": c.url, "model": c.model} for c in cells},
         "versions": {"mllm_efficient": __version__, "openai": version("openai")},
     }  # fmt: skip
+
+
+def tiling_note(cells: Sequence[ServerCell], several: bool) -> str | None:
+    """What to say beside the numbers of servers that do not see pictures as transformers does. several: in one prompt."""
+    names = [c.name for c in cells if c.is_onevision]
+    if not names or not several:
+        return None
+    return (
+        f"{', '.join(names)}: vLLM tiles every one of several pictures of a LLaVA-OneVision prompt (up to anyres_max_9), transformers "
+        "tiles none: these prompts have more visual tokens than the same ones on a model here"
+    )
 
 
 def client(url: str) -> Any:
@@ -94,6 +119,7 @@ class ServerAsker(Asker):
 
     url: str = ""
     model: str = ""
+    several: bool = False  # whether a prompt had more than one picture
 
     def __post_init__(self) -> None:
         self.client = client(self.url)
@@ -107,6 +133,7 @@ class ServerAsker(Asker):
         return self.settings
 
     def prompt(self, content: Content) -> list[dict[str, Any]]:
+        self.several |= len(content.pictures) > 1
         return content.messages
 
     def answers(self, batch: Sequence[tuple[Content, Any]], settings: dict[str, Any]) -> list[Answer]:

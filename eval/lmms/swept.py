@@ -11,11 +11,12 @@ from mllm_efficient.models import Loaded
 
 from ..asked import Asked, Records, Scores
 from ..report.rows import MEANING
+from ..stats import Estimate
 from ..sweep import Cell
 from ..table import OVERALL
 from .host import CAPTIONS, Host, Task
 from .rows import MEANING as OF_TASKS
-from .rows import rows_of, task_table
+from .rows import overall, rows_of, task_table
 from .run import TaskOptions, TaskRun, run_of
 from .scores import primary
 
@@ -44,11 +45,16 @@ class Tasks(Asked):
                 out[row["method"]][row["task"]] = row
         return {arm: rows if OVERALL in rows else {} for arm, rows in out.items()}
 
+    def differences(self, records: Records, metric: str | None) -> dict[str, Estimate]:
+        tops = {r["task"]: r["top"] for r in self.rows if r["primary"] and r["task"] != OVERALL and r["method"] == self.run.arms[0]}
+        found = {arm: overall(self.run, arm, tops) for arm in self.run.arms}
+        return {arm: pair[1] for arm, pair in found.items() if pair is not None}
+
     def about(self, records: Records) -> dict[str, Any]:
         prints = {t.name: t.fingerprint for t in self.run.tasks}
         return {
             "tasks": [t.name for t in self.run.tasks], "questions": sum(map(self.run.asked_of, self.run.tasks)),
-            "questions_fingerprint": prints, "interval": "95%, 1000 paired resamples of questions",
+            "questions_fingerprint": prints, "interval": "95%, 2000 paired resamples of images",
         }  # fmt: skip
 
     def table(self, scores: Scores, methods: Collection[str]) -> tuple[list[str], list[list[str]]]:

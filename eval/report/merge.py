@@ -17,7 +17,8 @@ from .rows import row_of
 
 SAME = (
     "suite", "split", "questions", "images", "questions_fingerprint", "weights", "quantization", "dtype", "device", "attention",
-    "image_processor", "seed", "versions.mllm_efficient", "versions.torch", "versions.transformers", "versions.numpy", "versions.pillow",
+    "image_processor", "adapter.weights", "seed", "versions.mllm_efficient", "versions.torch", "versions.transformers", "versions.numpy",
+    "versions.pillow",
 )  # fmt: skip
 SAME_IF_BOTH = (
     "questions_fingerprint",
@@ -26,6 +27,8 @@ SAME_IF_BOTH = (
     "image_size",
     "image_padding",
     "prompt",
+    "processor_kwargs",
+    "processor",
     "default_max_new_tokens",
     "max_new_tokens",
     "flops_of",

@@ -81,9 +81,9 @@ def pareto(
 ) -> Figure | None:  # fmt: skip
     """Score against cost in percent of the baseline's. None where fewer than two cells have both.
 
-    Whiskers are the paired 95% interval of the difference to the baseline, so that a cell is admitted exactly where
-    its whisker ends above the line of ``max_drop`` (None, without a line, where something else decides); beside a
-    measured ratio lies its own interval.
+    Whiskers are the paired 95% interval of the difference to the baseline, downwards to the bound that holds for all cells at once,
+    so that a cell is admitted exactly where its whisker ends above the line of ``max_drop`` (None, without a line, where something else
+    decides); beside a measured ratio lies its own interval.
     """
     shown = [r for r in rows if not r["failed"] and r["score"] is not None and cost(r) is not None]
     if len(shown) < 2 or shown[0]["role"] != "baseline":
@@ -104,7 +104,7 @@ def pareto(
         if not mine:
             continue
         xs, ys = [places[i][0] for i in mine], [places[i][1] for i in mine]
-        low = [places[i][1] - base - shown[i]["difference_interval"][0] for i in mine]
+        low = [places[i][1] - base - _lowest(shown[i], max_drop is not None) for i in mine]
         high = [shown[i]["difference_interval"][1] - places[i][1] + base for i in mine]
         sides = None
         if cost is ttft:
@@ -229,3 +229,9 @@ def _frame(axes: Axes, theme: Theme) -> None:
     axes.tick_params(colors=theme.grey, labelsize=8.5, length=0)
     axes.grid(color=theme.line, lw=0.7, zorder=0)
     axes.set_axisbelow(True)
+
+
+def _lowest(row: dict[str, Any], decides: bool) -> float:
+    """Where a whisker ends. decides: whether the score is what the row's bound is of."""
+    low = float(row["difference_interval"][0])
+    return min(low, row["bound"]) if decides and row.get("bound") is not None else low

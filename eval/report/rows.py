@@ -15,25 +15,27 @@ PHASES = ("vision", "compress", "prefill", "decode", "total")
 TIMES = ("vision_ms", "compress_ms", "prefill_ms", "ttft_ms", "tpot_ms", "e2e_ms", "tokens_per_s")
 BENCH = (*TIMES, "ttft_ratio", "e2e_ratio", "free_choice_reached", "peak_memory_mb", "kv_cache_mb")
 ACCURACY = (
-    "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "failures", "floor",
-    "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept",
+    "score", "score_interval", "baseline", "difference", "difference_interval", "retention", "micro", "n", "clusters", "failures", "floor",
+    "visual_tokens_full", "visual_tokens_kept", "positions", "region_share", "region_kept", "hard", "hard_n", "broken", "broken_n",
+    "ece", "ece_interval", "aurc", "aurc_interval",
 )  # fmt: skip
-TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "failures")
+TASK = ("score", "score_interval", "difference", "difference_interval", "retention", "floor", "n", "clusters", "failures")
 WORDS, RIGHT = "normalised_match", "accuracy"  # what ``score`` is of a user's own requests
 MEANING = {
     "score": "percent right, unweighted mean of the categories; tasks: each category by itself",
-    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of images",
+    "difference": "paired difference to none in points, 95% over 2,000 resamples of images; exact (Clopper-Pearson) where few differ",
+    "bound": "lower 95% bound of the difference that decides, for all cells that cost less at once (bound_cells of them)",
     "retention": "percent of the baseline's score",
     "flops_ratio": "FLOPs of tower, projector, method, prefill and decoding over the baseline's (convention exact, *_tflops in 10^12)",
     "prefill_flops_ratio": "FLOPs of the language model's prefill over the baseline's; prefill_flops_ratio_asked: of a pure token drop "
     "at the budget asked for",
-    "ttft_ratio": "time to first token over the baseline's of the same repeat: median, and the central 95% of resampled medians",
+    "ttft_ratio": "time to first token over the baseline's of the same repeat: median, and 95% over medians of resampled repeats",
     "*_ms": "{median, q1, q3, n} in milliseconds, batch 1; tokens_per_s: new tokens over e2e_ms",
     "peak_memory_mb": "MB = 10^6 bytes; kv_cache_mb: keys and values after the last token",
 }
 DATA_MEANING = MEANING | {
     "score": "accuracy where every request with an image has an answer, otherwise normalised_match; metric says which",
-    "difference": "paired difference to none in points; the interval is the central 95% of 2,000 resamples of requests",
+    "difference": "paired difference to none in points, 95% over 2,000 resamples of requests; exact (Clopper-Pearson) where few differ",
     "agreement": "exact_match: percent of the requests answered by the uncompressed model's text, normalised_match: apart from case, "
     "punctuation, articles and numbers spelled out; first_divergence: the token at which other answers part, on average; kl: of the next "
     "token along the uncompressed model's answer, nats; accuracy: percent right of the requests that have an answer",
@@ -59,10 +61,10 @@ def row_of(
     row["prefill_flops_ratio_asked"] = _ratio(asked_prefill, base.prefill) if asked_prefill is not None and base else None
     row["kv_cache_mb_computed"] = None if cost is None else round(cost.kv_cache_bytes / MB, 3)
     row |= {name: (bench or {}).get(name) for name in BENCH}
-    row["tasks"] = {t: {k: r[k] for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
+    row["tasks"] = {t: {k: r.get(k) for k in TASK} for t, r in (by_task or {}).items() if t != OVERALL}
     if "agreement" in total:
         row["metric"] = total["metric"]
-        row["agreement"] = {name: {k: r[k] for k in TASK} for name, r in total["agreement"].items()}
+        row["agreement"] = {name: {k: r.get(k) for k in TASK} for name, r in total["agreement"].items()}
     return row | {"failed": failed}
 
 
@@ -85,7 +87,7 @@ def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 HEADER = (
     "method", "tokens", "score", "vs none [95%]", "retention",
     "same answer", "same words [95%]", "first other token", "KL nats [95%]", "right", "right vs none [95%]",
-    "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
+    "hard", "broken", "ECE", "AURC", "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
     "prefill ms", "e2e ms", "tok/s", "peak MB", "KV MB",
 )  # fmt: skip
 NOTES = {
@@ -99,6 +101,10 @@ NOTES = {
     "KL nats [95%]": "of the next token along the uncompressed model's answer",
     "right": "percent of the requests that have an answer",
     "right vs none [95%]": "paired difference to the uncompressed model in points",
+    "hard": "percent right of the questions that the uncompressed model gets right and the smaller picture of the same budget wrong",
+    "broken": "percent wrong of the questions that both get right",
+    "ECE": "expected calibration error: how far confidence and accuracy are apart, in percent; lower is better",
+    "AURC": "area under the risk-coverage curve, in percent: wrong answers among the most confident; lower is better",
     "FLOPs": "percent of the uncompressed model's: tower, projector, method, prefill, decoding",
     "prefill FLOPs": "percent of the uncompressed model's, language model's prefill alone",
     "asked": "prefill FLOPs of a pure token drop at the budget asked for, which --match flops solves for",
@@ -137,7 +143,7 @@ def _line(r: dict[str, Any], timed: Callable[[dict[str, float] | None], str]) ->
     name = f"{r['method']} (failed)" if r["failed"] else r["method"]
     paired = "" if base or ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
     return [
-        name, number(r["visual_tokens_kept"], "g"), *_scores(r),
+        name, number(r["visual_tokens_kept"], "g"), *_scores(r), *(number(r.get(n)) for n in ("hard", "broken", "ece", "aurc")),
         percent(r["flops_ratio"]), percent(r["prefill_flops_ratio"]), percent(r["prefill_flops_ratio_asked"]),
         timed(r["ttft_ms"]), paired, timed(r["prefill_ms"]), timed(r["e2e_ms"]), median(r["tokens_per_s"]),
         number(r["peak_memory_mb"], ",.0f"), number(r["kv_cache_mb"], ",.2f"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options, serving
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def bench(
     max_batch: Annotated[bool, typer.Option("--max-batch", help="Find the largest batch that fits with each method (CUDA).")] = False,
     max_batch_limit: Annotated[int | None, typer.Option("--max-batch-limit", min=1, help=f"Try none above; default {MAX_BATCH}.")] = None,
     quantized: Annotated[str | None, typer.Option("--quantized", help="int8 or int4: the same arms on quantized weights too.")] = None,
-    overhead: Annotated[bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, keep=1 against the bare model.")] = False,
+    overhead: Annotated[
+        bool, typer.Option("--overhead", help="Instead: the wrapper's own cost, against the bare model and against the same work by hand.")
+    ] = False,
     selection: Annotated[
         bool, typer.Option("--selection", help="Instead: methods alone (no budgets); by default DivPrune's steps.")
     ] = False,
@@ -74,6 +77,10 @@ def bench(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -99,7 +106,8 @@ def bench(
         from ..models import ModelOptions
 
         settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         if of_servers:
             load: dict[str, Any] = {
@@ -205,9 +213,11 @@ def _latency(
 def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from tqdm import tqdm
 
-    from ..measure.overhead import overhead
+    from ..measure.overhead import METHODS, overhead
 
-    with tqdm(total=2 * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None) as bar:
+    with tqdm(
+        total=2 * len(METHODS) * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None
+    ) as bar:
         return overhead(loaded, plan, bar.update)
 
 
@@ -248,12 +258,13 @@ def _small_table(rows: Sequence[dict[str, Any]], selection: bool) -> tuple[list[
         from ..measure.selection import methods_table, selection_table
 
         return (methods_table if "over_product" in rows[0] else selection_table)(rows)
-    header, lines = ["batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead"], []
+    header, lines = ["method", "batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead", "overhead ms"], []
     for r in rows:
         ratio = r["ratio"]
         said = f"{ratio['median']:.4f} [{ratio['low']:.4f}, {ratio['high']:.4f}]" if ratio else "failed"
         ms = [f"{r[name]['median']:.1f}" if r[name] else "" for name in ("bare_ms", "wrapped_ms")]
-        lines.append([str(r["batch_size"]), *ms, said, f"{100 * r['overhead']:+.2f}%" if ratio else ""])
+        own = f"{r['overhead_ms']['median']:.2f}" if r["overhead_ms"] else ""
+        lines.append([r["method"], str(r["batch_size"]), *ms, said, f"{100 * r['overhead']:+.2f}%" if ratio else "", own])
     return header, lines
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def evaluate(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -112,7 +117,8 @@ def evaluate(
             prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range,
         )  # fmt: skip
         settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
@@ -126,7 +132,8 @@ def evaluate(
     from ..models import ModelOptions
 
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     if data is not None:
         return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json, image_range)
@@ -198,7 +205,9 @@ def _builtin(
     if not json:
         options.print_table(*text_table(rows, CATEGORIES))
         print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")
-        last = "tokens on what the question is about."
+        last = "tokens on what the question is about; 'ECE', 'AURC': calibration of the answers' confidence, in percent (lower is better)."
+        if any(r.get("hard_n") is not None for r in rows):
+            print("'hard': right of what none gets right and resize at the same budget wrong; 'broken': wrong of what both get right.")
         if turns > 1:
             print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
             last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
@@ -236,12 +245,24 @@ def _data(
 
 
 def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
-    """Every answer, with a progress bar where it is shown and there is a terminal."""
+    """Every answer, with a progress bar where it is shown and there is a terminal.
+
+    Says how many are there from before; on Ctrl-C, how to go on.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
-        run.progress = bar.update
-        return run.answer_all()
+    if shown and run.done:
+        options.say(f"{run.done} of {run.total} answers are there already")
+    try:
+        with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
+            run.progress = bar.update
+            return run.answer_all()
+    except KeyboardInterrupt:
+        kept = f"{run.done} of {run.total} answers are finished: the same command goes on from what {run.output_dir} holds"
+        lost = "nothing is kept without --output-dir"
+        if shown:
+            options.say(f"stopped: {lost if run.output_dir is None else kept}")
+        raise
 
 
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:

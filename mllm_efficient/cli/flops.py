@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from ..report import by_layer
 from . import options
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..measure.flops import Cost
     from ..measure.pictures import Size
     from ..measure.shapes import ModelShape
+    from ..models import ModelOptions
 
 Pair = tuple[int, int | None, "Size | None"]
 TFLOP, MB = 1e12, 1e6
@@ -45,6 +47,9 @@ def flops(
     measured: Annotated[bool, typer.Option("--measured", help="Count with torch on the real model too (no weights for a shape).")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -55,13 +60,15 @@ def flops(
     """
     from ..composed import runnable
     from ..measure.flops import cost, load_shape
+    from ..models import ModelOptions
 
     options.import_files(imports)
     pairs = _pairs(text_tokens, visual_tokens, image_size)
     methods = list(dict.fromkeys([runnable("none"), *(runnable(m) for m in method or ())]))
     if measured and convention != "exact":
         raise MllmEfficientError(f"--measured counts what runs, so it has no meaning with --convention {convention}")
-    shape = load_shape(model, revision, trust_remote_code)
+    given = processor_settings(min_pixels, max_pixels, processor_kwargs)
+    shape = load_shape(model, revision, trust_remote_code, given)
     call: dict[str, Any] = {"images": images, "new_tokens": new_tokens, "batch_size": batch_size}
     costs = {
         m: [cost(shape, text_tokens=t, visual_tokens=n, image_size=size, method=m, convention=convention, **call) for t, n, size in pairs]
@@ -72,11 +79,15 @@ def flops(
     seen = list(dict.fromkeys(c.pictures for c in baseline))
     options.say(f"{model}: {'; '.join(seen)} before compression")
     if measured:
-        counter = _Counter(shape, model, revision, trust_remote_code)
+        settings = ModelOptions(shape.name, "cpu", revision=revision, trust_remote_code=trust_remote_code, processor_kwargs=given)
+        counter = _Counter(shape, settings)
         for m, row in zip(methods, rows):
             row["measured"] = counter.row(m, pairs, costs[m], call)
+            if unknown := row["measured"]["unknown_operations"]:
+                options.say(f"{m.spec()} uses {', '.join(unknown)}, whose FLOPs torch's counter takes for 0: counted is too low")
     meta = {
-        **_versions(), "model": model, "convention": convention, "counts": MEANING[convention], "pictures": [c.pictures for c in baseline],
+        **_versions(), "model": model, "processor_kwargs": given, "convention": convention, "counts": MEANING[convention],
+        "pictures": [c.pictures for c in baseline],
         "prompts": [{"text_tokens": c.text_tokens, "visual_tokens": c.visual_tokens_full} for c in baseline], **call,
         "kv_cache_dtype": shape.decoder.dtype, "units": {"tflops": TFLOP, "mb": MB}, "methods": [m.to_dict() for m in methods],
     }  # fmt: skip
@@ -129,7 +140,8 @@ def _row(costs: list[Cost], baseline: list[Cost]) -> dict[str, Any]:
         row[name] = _mean([getattr(c, name) for c in costs])
     for phase in PHASES:
         row[f"{phase}_tflops"] = sum(getattr(c, phase) for c in costs) / len(costs) / TFLOP
-    row["ratio"] = sum(c.ratio(b) for c, b in zip(costs, baseline)) / len(costs)
+    row["ratio"] = sum(c.ratio(b) for c, b in zip(costs, baseline)) / len(costs)  # in percent, for one release more
+    row["flops_ratio"] = row["ratio"] / 100
     layers = list(zip(*(c.visual_per_layer for c in costs)))
     row["visual_tokens_per_layer"] = [_mean(list(each)) for each in layers] or None
     row["kv_cache_mb"] = sum(c.kv_cache_bytes for c in costs) / len(costs) / MB
@@ -141,25 +153,28 @@ def _mean(values: list[int]) -> int | float:
 
 
 class _Counter:
-    """torch's counter on the model: a shape on the meta device, anything else loaded on the CPU."""
+    """torch's counter on the model: a shape on the meta device, anything else loaded on the CPU, with its processor."""
 
-    def __init__(self, shape: ModelShape, name: str, revision: str | None, trust_remote_code: bool):
+    def __init__(self, shape: ModelShape, settings: ModelOptions):
         from ..measure.counter import build_on_meta
         from ..measure.shapes import shape_names
-        from ..models import ModelOptions, load
+        from ..models import load
 
-        self.shape = shape
-        if name in shape_names():
+        self.shape, self.processor = shape, None
+        if settings.model in shape_names():
             self.model = build_on_meta(shape)
         else:
-            self.model = load(ModelOptions(name, "cpu", revision=revision, trust_remote_code=trust_remote_code)).model
+            loaded = load(settings)
+            self.model, self.processor = loaded.model, loaded.processor
 
     def row(self, method: Compressor, pairs: list[Pair], costs: list[Cost], call: dict[str, Any]) -> dict[str, Any]:
         """Means over the prompts in TFLOPs, and the sum of |counted - closed form| over all phases and prompts in FLOPs."""
         from ..measure.counter import count
 
+        call = {**call, "processor": self.processor}
         counted = [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
         row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
+        row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
         row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])
         return row
 

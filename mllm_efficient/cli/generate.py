@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="The question; put in the model's chat template unless it holds <image>.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="The question; pictures stand where it says <image>, or in front.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable.")] = None,
     model: options.Model = "builtin",
     method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
@@ -25,6 +26,10 @@ def generate(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -43,10 +48,13 @@ def generate(
     from ..models import ModelOptions, environment, load
 
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))
+    if text == prompt:
+        options.say("the prompt is in the model's chat template already: taken as it is")
     options.announce(loaded, [compressor])
     inputs = loaded.inputs([text], pictures)
     with wrapper.compressed(loaded.model, compressor):

@@ -27,6 +27,13 @@ Quantization = Annotated[str | None, typer.Option("--quantization", help="int8 o
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of torch and of the bootstrap; methods have their own.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="Folder of a LoRA for the model; such a folder is also a --model.")]
+MinPixels = Annotated[int | None, typer.Option("--min-pixels", help="Fewest pixels of a picture (Qwen-VL); default the model's own.")]
+MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Most pixels of a picture (Qwen-VL); default the model's own.")]
+ProcessorKwargs = Annotated[
+    list[str] | None,
+    typer.Option("--processor-kwargs", help="KEY=VALUE of the image processor, such as max_patches=6; JSON or text. Repeatable."),
+]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
@@ -86,6 +93,8 @@ def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     from ..plan import check, describe
 
     adapter = require_supported(loaded)
+    for line in loaded.notes:
+        say(line)
     for method in methods:
         check(adapter, method)
         if method.installs is not None:

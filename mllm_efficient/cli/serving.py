@@ -17,7 +17,7 @@ BACKENDS = ("transformers", "vllm")
 OF_SERVERS = ("--server-model", "--concurrency", "--requests", "--serve-args")
 NOT_FOR_BOTH = (
     "--batch-size", "--max-batch", "--max-batch-limit", "--quantized", "--overhead", "--selection", "--threads", "--device-map",
-    "--attn-implementation", "--quantization", "--device",
+    "--attn-implementation", "--quantization", "--device", "--adapter", "--min-pixels", "--max-pixels", "--processor-kwargs",
 )  # fmt: skip
 NOT_FOR_SERVER = ("--random-weights", "--method", "--dtype", "--revision", "--trust-remote-code", "--serve-args")
 
@@ -52,6 +52,7 @@ def run_servers(
 
     from ..measure.machine import machine, versions
     from ..measure.serving import MEANING, Load, measure, runs, uncompressed
+    from ..measure.timing import ORDER
     from ..patches.vllm.benchmark import require_vllm, tool
 
     version, about = require_vllm(), dict[str, Any]()
@@ -84,7 +85,7 @@ def run_servers(
             "output_tokens": given.output_tokens,
         },
         "concurrency": list(given.concurrency), "repeats": given.repeats, "warmup": given.warmup, "seed": given.seed,
-        "order": "servers in turn in every repeat (A B A B), the same requests for all, new ones in every repeat",
+        "order": f"servers {ORDER}; the same requests for all, new ones in every repeat",
         "caches": "the server's own settings" if servers else "off (prefix, images)",
         "methods": [m.to_dict() for m in methods], "urls": {a.name: a.url for a in arms} if servers else None, **about,
         "meaning": MEANING, "failed": failed, "versions": versions("torch", "transformers") | {"vllm": version},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def show(
     output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
     method: Annotated[list[str], typer.Option("--method", help="Specification or YAML file. Repeatable.")],
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable; each is shown on its own.")
+        list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable: all in one prompt, each drawn.")
     ] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Folder of frames, or an animated GIF, WebP or APNG.")] = None,
     frames: Annotated[int, typer.Option("--frames", min=1, help="How many frames of the video, evenly spread.")] = 8,
@@ -42,6 +43,10 @@ def show(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -64,19 +69,21 @@ def show(
     from ..report import by_layer
 
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     loaded = load(settings)
     options.announce(loaded, methods)
     subjects, rows = [], []
-    for path, picture in pictures:
-        results = [_run(loaded, m, prompt, [picture]) for m in methods]
+    shown = [_run(loaded, m, prompt, [picture for _, picture in pictures]) for m in methods] if pictures else []
+    for i, (path, picture) in enumerate(pictures):
+        results = [of_pictures[i] for of_pictures in shown]
         name = path.name if len(path.name) <= 32 else f"{path.name[:16]}…{path.name[-15:]}"
         note = name if len(pictures) > 1 else f"{picture.width} × {picture.height} pixels"
         subjects.append(viz.Subject([picture], results, note))
         rows += [_row(m, path, "image", result, output) for m, result in zip(methods, results)]
     if video is not None:
-        results = [_run(loaded, m, prompt, clip[0], video=True) for m in methods]
+        results = [_run(loaded, m, prompt, clip[0], video=True)[0] for m in methods]
         subjects.append(_film(clip[0], clip[1], results))
         rows += [_row(m, video, "video", result, output) for m, result in zip(methods, results)]
     name = "Embedded model" if model == BUILTIN else Path(model).resolve().name if Path(model).is_dir() else model
@@ -115,22 +122,33 @@ def legend(subjects: Sequence[Subject]) -> str:
     return "; ".join([*parts, "hatched: outside what the model sees"] if cropped else parts)
 
 
-def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture], video: bool = False) -> Result:
-    """What a method keeps of one picture or of one video, planes placed on the picture itself.
+def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture], video: bool = False) -> list[Result]:
+    """What a method keeps of each picture of one prompt, or of one video, planes placed on the picture itself.
 
-    A model without a video processor is given the frames as images of one prompt.
+    A model that takes no videos is given the frames as images of one prompt.
     """
     from ..patches import adapter_for
+    from ..processor import NEEDS_VIDEO
     from ..shrink import look
-    from ..viz import Result
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
+    if video and processor is None and getattr(loaded.processor, "video_token", None):
+        raise MllmEfficientError(NEEDS_VIDEO)
     if processor is not None:
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
         inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
     reports = look(loaded.model, method, **inputs).images
-    adapter, size = adapter_for(loaded.model), pictures[0].size
+    adapter, by = adapter_for(loaded.model), processor or loaded.processor.image_processor
+    if video:
+        return [_result(method, reports, lambda planes: adapter.place(planes, pictures[0].size, by), video)]
+    return [_result(method, [report], lambda planes, p=p: adapter.place(planes, p.size, by)) for report, p in zip(reports, pictures)]
+
+
+def _result(method: Compressor, reports: Sequence[Any], place: Any, video: bool = False) -> Result:
+    """What is drawn of a picture, or of a video whose frames may be reported one by one. place: puts planes on the picture."""
+    from ..viz import Result
+
     planes: list[Any] = []
     kept_planes: list[Any] = []
     indices: list[int] = []
@@ -141,8 +159,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
             raise MllmEfficientError(f"{method.name} merges tokens to ones without a place on the picture: show cannot draw it")
         drawn = report.planes if len(after) == len(report.planes) else after  # another projector's tiles, which no map puts together
         for found, into in ((drawn, planes), (after, kept_planes)):
-            placed = adapter.place(found, size, processor or loaded.processor.image_processor)
-            into += [replace(p, frame=i) if video and p.frame is None else p for p in placed]
+            into += [replace(p, frame=i) if video and p.frame is None else p for p in place(found)]
         indices += [start + j for j in (range(sum(map(len, after))) if left is None else left.tolist())]
     full, kept, merged = sum(r.full for r in reports), sum(r.kept for r in reports), any(r.indices is None for r in reports)
     all_of_it = merged and all(r.of_merged is None for r in reports if r.indices is None)

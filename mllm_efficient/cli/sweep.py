@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..processor import processor_settings
 from . import options
 from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
 from .tasks import LEGEND
@@ -30,8 +31,8 @@ OF_TASKS = """\
 prompt of --image-size, --text-tokens and --output-tokens; ratios are paired with the 95% interval."""
 OF_PROMPT = """\
 FLOPs (percent of none's) and times (medians; quartiles are in the report) are of one prompt of --image-size, --text-tokens
-and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound is what stands
-in brackets. The requests that are farthest from the uncompressed model are in the report."""
+and --output-tokens; ratios are paired with the 95% interval. Recommended is the cheapest whose lower 95% bound, for all cells at
+once, is what stands in brackets. The requests that are farthest from the uncompressed model are in the report."""
 
 
 def sweep(
@@ -79,6 +80,10 @@ def sweep(
     revision: options.Revision = None,
     seed: options.Seed = 0,
     trust_remote_code: options.TrustRemoteCode = False,
+    adapter: options.Adapter = None,
+    min_pixels: options.MinPixels = None,
+    max_pixels: options.MaxPixels = None,
+    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -111,7 +116,8 @@ def sweep(
 
     cells = cross(method, budgets)
     settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code
+        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
+        processor_settings(min_pixels, max_pixels, processor_kwargs),
     )  # fmt: skip
     requests = None if data is None else read_requests(data, limit, image_range)
     if requests is not None and not any(r.images for r in requests):
@@ -195,7 +201,7 @@ def run(
     """Rows, meta, and eval's table of categories."""
     from tqdm import tqdm
 
-    from ..eval.report.recommend import recommend
+    from ..eval.report.recommend import bounded, decided_by, recommend
     from ..eval.sweep import BenchFile, begin, bench_config, time_all, write_json
     from ..measure.machine import busy
 
@@ -215,6 +221,8 @@ def run(
         if warning:
             options.say(warning)
     rows = [_row(c, scores.get(c.spec), records, flops, timings.get(c.spec), bool(plan)) for c in cells]
+    if rows[0]["failed"] is None:
+        bounded(rows, asked.differences(records, decided_by(rows[0])))
     budget = middle(rows)
     shown = [c for c in able if c.asked == budget and not next(r for r in rows if r["method"] == c.spec)["failed"]]
     pictures = asked.pictures(records, [c.method for c in shown])

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LEGEND = """\
 'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
 kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and resize at the same budget gets
-wrong, and how many those are. A failed sample counts as wrong."""
+wrong, and how many those are; 'broken': percent wrong of those that both get right; 'neither': answers to questions of yes or no
+that are neither. A failed sample counts as wrong."""
 
 
 def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], int | None]:
@@ -43,7 +44,20 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import MEANING, beside, detail_table, missing, reference_table, rows_of, task_table, unscaled, without_partner
+    from ..eval.lmms.rows import (
+        MEANING,
+        beside,
+        detail_table,
+        missing,
+        notes,
+        reference_table,
+        rows_of,
+        task_table,
+        unscaled,
+        without_interval,
+        without_partner,
+    )
+    from ..eval.lmms.server import tiling_note
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     cells = [] if asked.servers else cells_of(specs)  # before data are read
@@ -63,12 +77,14 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     if run.rank > 0:
         return 0
     rows = rows_of(run, records)
+    note = None if not asked.servers else tiling_note(run.cells, any(a.several for a in run.askers.values()))
     published = [] if reference is None else beside(rows, reference)
     meta = {
         **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
-        "on_error": asked.on_error, "meaning": MEANING,
+        "on_error": asked.on_error, "interval": "95%, 2000 paired resamples of images", "meaning": MEANING,
+        "notes": notes([t.name for t in tasks]),
         "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
-        "model_calls": run.calls,
+        "model_calls": run.calls, "note": note,
         "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
         "reference": None if reference is None else {
             "name": asked.reference, "source": reference["source"], "rows": published, "averages": reference.get("averages"),
@@ -82,7 +98,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         options.print_json(rows, meta)
     else:
         options.print_table(*task_table(rows), left=3)
-        print(LEGEND)
+        print("\n".join([LEGEND, *notes([t.name for t in tasks])]))
         header, lines = detail_table(rows)
         if lines:
             print("\nOther metrics, as lmms-eval gives them:")
@@ -97,7 +113,9 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
                 print(line)
             if asked.limit is not None:
                 print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
-    for line in unscaled(rows):
+    if note is not None:
+        options.say(note)
+    for line in [*unscaled(rows), *without_interval(rows)]:
         options.say(line)
     alone = [] if asked.servers else without_partner(rows)
     if alone:
@@ -156,6 +174,8 @@ def on_model(
 
     settings = replace(settings, device=rank_device(settings.device) if settings.device_map is None else settings.device)
     loaded = load(settings)
+    for line in loaded.notes:
+        say(line)
     cells, left_out = possible(cells, loaded, say)
     for spec, reason in left_out.items():
         say(f"without {spec}, and so without the hard samples: {reason}")

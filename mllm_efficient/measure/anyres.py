@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import MllmEfficientError, UnsupportedModelError
+from ..patches.rules import ASPECT_RATIO, PINPOINTS, canvas_of, most_tiles
 from ..tokens import Plane, VisualShape
 from .pictures import Grid, Picture, Pictures, Size
 from .shapes import ModelShape
@@ -59,16 +59,15 @@ class Anyres(Pictures):
         return small if picture.shape.separators else self._without_newlines(small)
 
     def tiling(self, size: Size) -> Grid:
-        """(rows, columns) of tiles: the pinpoint that shows most of the picture, among equals the smallest canvas."""
-        width, height = size
-
-        def rank(canvas: Sequence[int]) -> tuple[int, int]:
-            scale = min(canvas[1] / width, canvas[0] / height)
-            shown = min(int(width * scale) * int(height * scale), width * height)
-            return shown, shown - canvas[0] * canvas[1]
-
-        rows, columns = max(self.model.config["image_grid_pinpoints"], key=rank)
-        return rows // self.tile, columns // self.tile
+        """(rows, columns) of tiles. Raises where the processor and the model would not tile alike."""
+        canvas = canvas_of(size, self.model.config[PINPOINTS])
+        given = self.model.processor.get(PINPOINTS)
+        if given is not None and canvas_of(size, given) != canvas:
+            raise MllmEfficientError(
+                f"{self.model.name}: its processor and its config.json have other {PINPOINTS}, so it cannot take a picture of "
+                f"{size[0]}x{size[1]}: make them alike"
+            )
+        return canvas[0] // self.tile, canvas[1] // self.tile
 
     def _at(self, size: Size, side: int) -> Picture:
         """With tiles of side x side tokens."""
@@ -106,7 +105,7 @@ class OneVision(Anyres):
     parts = frozenset({"tile", "frame"})
 
     def _shrunk(self, rows: int, columns: int, side: int) -> Grid:
-        tiles = int(self.model.config["vision_aspect_ratio"].removeprefix("anyres_max_"))
+        tiles = most_tiles(self.model.processor.get(ASPECT_RATIO) or self.model.config[ASPECT_RATIO])
         over = math.sqrt(rows * columns / (tiles * side**2))
         return (int(rows // over), int(columns // over)) if over > 1.1 else (rows, columns)
 

@@ -20,7 +20,7 @@ from .machine import machine
 from .memory import fits_in_memory, largest_batch, weights_mb
 from .random_model import describe
 from .rows import MEANING, ceiling, rows_of
-from .timing import Clock, clock_for, devices_of, free, quick_gc
+from .timing import ORDER, Clock, clock_for, devices_of, free, quick_gc
 from .workload import Inputs, Workload, make_inputs
 
 NO_MAX_BATCH = (
@@ -107,7 +107,8 @@ class Bench:
                 for arm in arms:
                     arm.failed = f"{type(error).__name__}: {error}"[:500]
             else:
-                memory = measure(arms, laps, warmup=settings.warmup, repeats=settings.repeats, devices=self.devices, done=done) or memory
+                how: dict[str, Any] = {"warmup": settings.warmup, "repeats": settings.repeats, "seed": settings.seed}
+                memory = measure(arms, laps, **how, devices=self.devices, done=done) or memory
                 del laps
                 free()
             for arm in arms:
@@ -120,7 +121,7 @@ class Bench:
             **describe(self.loaded),
             "workload": work.to_dict() | self.one.to_dict(),
             "batch_sizes": list(settings.batch_sizes), "repeats": settings.repeats, "warmup": settings.warmup,
-            "order": "arms in turn in every repeat (A B A B), all phases of an arm in its turn",
+            "order": f"arms {ORDER}; all phases of an arm in its turn",
             "methods": [a.method.to_dict() for a in self.arms() if a.role != TEXT_ONLY],
             "clock": self.clock.name, "ceiling": ceilings, "left_out": self.left_out, "failed": failed,
             "meaning": PHASES | MEANING,

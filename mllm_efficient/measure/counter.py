@@ -7,6 +7,7 @@ there; a method chooses by values, so it runs on the CPU, on random features of 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +27,13 @@ from .shapes import ModelShape
 
 @dataclass(frozen=True)
 class Counted:
-    """FLOPs of a call, as ``flops.Cost`` has them."""
+    """FLOPs of a call, as ``flops.Cost`` has them. unknown: operations of the method whose FLOPs torch's counter takes for 0."""
 
     vision: int
     compress: int
     prefill: int
     decode: int
+    unknown: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -57,8 +59,10 @@ def count(
     images: int = 1,
     new_tokens: int = 0,
     batch_size: int = 1,
+    processor: Any = None,
 ) -> Counted:
-    """FLOPs of a call that ``flops.cost`` with the same arguments computes. model: on meta, or real and on a CPU.
+    """FLOPs of a call that ``flops.cost`` with the same arguments computes. model: on meta, or real and on a CPU. processor: the
+    model's own, which then makes the pictures' tensors where their size is known.
 
     Raises ``MllmEfficientError`` for tokens that are of no known picture.
     """
@@ -75,7 +79,7 @@ def count(
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
         raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
     adapter, meta = adapter_for(model), model.device.type == "meta"
-    inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size)
+    inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size, processor)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
     if meta and inside is not None and inside.has_router:
@@ -89,13 +93,16 @@ def count(
                 raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
-        with flop_counter() as compress:
+        unknown = Uncounted()
+        with flop_counter() as compress, unknown:
             prepared = prepare(model, method, encoded=encoded, **prompt)
         choosing: list[FlopCounterMode] = []
 
-        def meter() -> FlopCounterMode:
+        @contextlib.contextmanager
+        def meter() -> Iterator[None]:
             choosing.append(flop_counter())
-            return choosing[-1]
+            with choosing[-1], unknown:
+                yield
 
         if prepared.staging is not None:
             prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
@@ -111,19 +118,48 @@ def count(
                 model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
     inside_prefill = sum(c.get_total_flops() for c in choosing)
     phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
-    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3])
+    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3], tuple(sorted(unknown.seen)))
 
 
-def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int) -> dict[str, Any]:
+class Uncounted(TorchDispatchMode):
+    """Notes the operations that multiply and that ``FlopCounterMode`` does not know (torch 2.13). seen: their names."""
+
+    NAMES = frozenset({
+        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_grouped_mm", "_scaled_grouped_mm",
+        "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "ger", "addr",
+    })  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _inputs(
+    adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int, processor: Any = None
+) -> dict[str, Any]:
     """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
     device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
     modality = pictures[0].shape.modality
+    side: Any = shape.vision.get("image_size")
+    sizes: list[Any] = [(side, side) if adapter.fixed_count and isinstance(side, int) else p.size for p in pictures]
+    processed = None if processor is None or None in sizes else _processed(adapter, processor, sizes)
+    lengths = [p.shape.length for p in pictures] if processed is None else processed[1]
     placeholder, text = adapter.placeholders[modality], [_text_id(adapter)] * text_tokens
     prompt: list[int] = []
-    for picture in pictures:  # M-RoPE hosts take pictures side by side for one
+    for length in lengths:  # M-RoPE hosts take pictures side by side for one
         prompt += [text.pop()] if text else []
-        prompt += [placeholder] * picture.shape.length
+        prompt += [placeholder] * length
     ids = torch.tensor([prompt + text] * batch)
+    if processed is not None:
+        vision = {k: torch.cat([v] * batch) for k, v in processed[0].items()}
+        types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
+        return {"input_ids": ids, **types, **{k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}}
     views = batch * sum(p.views for p in pictures)
     rows, columns = pictures[0].patches
 
@@ -136,16 +172,26 @@ def _inputs(adapter: Any, shape: ModelShape, pictures: list[Picture], text_token
             "input_ids": ids, "mm_token_type_ids": (ids == placeholder).long(), "pixel_values": noise(views * rows * columns, patch),
             "image_grid_thw": torch.tensor([[1, rows, columns]] * views),
         }  # fmt: skip
-    side = shape.vision["image_size"]
     high, wide = (side, side) if isinstance(side, int) else side
     pixels = noise(views, tower.channels, high, wide)
     if modality == "video":
         return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (batch * len(pictures), -1))}
-    sizes = [p.size for p in pictures * batch if p.size is not None]
-    extra = {"image_sizes": torch.tensor([[h, w] for w, h in sizes])} if pictures_of(shape).separators else {}
+    known = [p.size for p in pictures * batch if p.size is not None]
+    extra = {"image_sizes": torch.tensor([[h, w] for w, h in known])} if pictures_of(shape).separators else {}
     if "batch_num_images" in adapter.encode_keys and len(pictures) > 1:
         extra["batch_num_images"] = torch.tensor([len(pictures)] * batch)
     return {"input_ids": ids, "pixel_values": pixels, **extra}
+
+
+def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:
+    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each picture."""
+    from ..prompts import model_inputs, question_prompt
+    from .workload import QUESTION, noise
+
+    prompt = question_prompt(processor, QUESTION, len(sizes))
+    inputs = model_inputs(processor, [prompt], [[noise(size, i) for i, size in enumerate(sizes)]])
+    vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
+    return vision, [item.shape.length for item in adapter.items(inputs)]
 
 
 def _text_id(adapter: Any) -> int:

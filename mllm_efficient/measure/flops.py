@@ -168,8 +168,8 @@ def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) 
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
-    """One new token with ``cached[i]`` tokens in the cache of layer i, with the head."""
-    return sum(_layer(decoder, 1, n + 1) for n in cached) + head_flops(decoder)
+    """One new token behind ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
+    return sum(_layer(decoder, 1, n + 1) for n in decoder.cached(cached)) + head_flops(decoder)
 
 
 def head_flops(decoder: Decoder) -> int:
@@ -178,8 +178,8 @@ def head_flops(decoder: Decoder) -> int:
 
 
 def kv_cache_bytes(decoder: Decoder, cached: Sequence[int]) -> int:
-    """Bytes of a cache with ``cached[i]`` tokens in layer i, in the model's dtype."""
-    return decoder.kv_bytes * sum(cached)
+    """Bytes of a cache after ``cached[i]`` tokens in layer i, in the model's dtype. A sliding window keeps the last."""
+    return decoder.kv_bytes * sum(decoder.cached(cached))
 
 
 def _layer(decoder: Decoder, queries: int, keys: int) -> int:

@@ -6,12 +6,10 @@ import math
 
 from ..compressors.tome import blocks_of
 from ..errors import MllmEfficientError, UnsupportedModelError
+from ..patches.rules import grid_of, pixel_limits, views_of
 from ..tokens import Plane, VisualShape
 from .pictures import Grid, Picture, Pictures, Size
 from .shapes import ModelShape
-
-# (fewest, most) pixels of a picture after resizing, from the processors of the released checkpoints.
-PIXELS = {"qwen2_vl": (3136, 12845056), "qwen2_5_vl": (3136, 12845056), "qwen3_vl": (65536, 16777216)}
 
 
 class Fixed(Pictures):
@@ -80,18 +78,9 @@ class Dynamic(Pictures):
         return [self._at((24, 24), None)]
 
     def of_size(self, size: Size) -> Picture:
-        """The nearest multiple of a token on both sides, scaled to the processor's limits (its smart_resize)."""
-        if max(size) > 200 * min(size):
-            raise MllmEfficientError(f"--image-size {size[0]}x{size[1]}: a side may be at most 200 times the other on {self.model.name}")
-        step, (fewest, most) = self.step, PIXELS[self.model.family]
-        width, height = (round(s / step) * step for s in size)
-        if width * height > most:
-            scale = math.sqrt(size[0] * size[1] / most)
-            width, height = (max(step, math.floor(s / scale / step) * step) for s in size)
-        elif width * height < fewest:
-            scale = math.sqrt(fewest / (size[0] * size[1]))
-            width, height = (math.ceil(s * scale / step) * step for s in size)
-        return self._at((height // step, width // step), size)
+        """The nearest multiple of a token on both sides, scaled to the processor's limits."""
+        limits = pixel_limits(self.model.family, self.model.processor)
+        return self._at(grid_of(size, self.step, limits, self.model.name), size)
 
     def of_tokens(self, n: int, exact: bool) -> list[Picture]:
         """The picture nearest to a square."""
@@ -110,7 +99,6 @@ class Tiled(Pictures):
     """InternVL: tiles of the picture and a thumbnail, each a grid of pixel-shuffled tokens."""
 
     parts = frozenset({"tile"})
-    MOST = 12  # tiles, the processor's default
 
     def __init__(self, model: ModelShape):
         super().__init__(model)
@@ -133,11 +121,9 @@ class Tiled(Pictures):
         return [self.of_size((2 * self.tile, 2 * self.tile))]
 
     def of_size(self, size: Size) -> Picture:
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
-        columns, rows = get_optimal_tiled_canvas((size[1], size[0]), (self.tile, self.tile), 1, self.MOST)
-        tiles = columns * rows
-        return self._at(tiles + (tiles > 1), self.side, f"{size[0]}x{size[1]}: ", size)
+        tile = self.model.processor.get("size") or {}
+        seen = (tile.get("width") or self.tile, tile.get("height") or self.tile)
+        return self._at(views_of(size, seen, self.model.processor), self.side, f"{size[0]}x{size[1]}: ", size)
 
     def of_tokens(self, n: int, exact: bool) -> list[Picture]:
         each = self.side**2

@@ -25,7 +25,7 @@ class PromptFlops:
         if not adapter.fixed_count:
             self.call["image_size"] = one.image_size
         try:
-            self.shape = shape_of(loaded.model.config, loaded.options.model)
+            self.shape = shape_of(loaded.model.config, loaded.options.model, loaded.picture_settings)
             self.baseline = self.of(NoCompression())
             if self.baseline.visual_tokens_full != self.full:
                 raise MllmEfficientError(f"FLOPs are of {self.baseline.visual_tokens_full} visual tokens, and {self.full} are run")

@@ -25,7 +25,8 @@ PHASES = {
     "preprocess_ms": "pictures in memory to model inputs on the device, by the model's processor",
     "vision_ms": "vision tower and projector",
     "compress_ms": "the method, and the removal of the surplus placeholders",
-    "method_ms": "the method's own part of compress_ms; of an in-decoder method its part of prefill_ms, as the host sees it",
+    "method_ms": "the method's own part of compress_ms; of an in-decoder method its part of prefill_ms; on CUDA the device's time, "
+    "elsewhere the host's, which on other accelerators need not wait for the work",
     "prefill_ms": "the language model over the prompt, features given; in-decoder methods run here",
     "ttft_ms": "generate, from pixels in memory to the first token: vision, method, prefill; measured by itself, not a sum",
     "tpot_ms": "each further token",
@@ -128,11 +129,12 @@ def measure(
     *,
     warmup: int,
     repeats: int,
+    seed: int = 0,
     devices: Sequence[torch.device] = (),
     done: Callable[[], object] = lambda: None,
 ) -> str | None:
     """Runs all arms in turn, then each once more for its memory. Returns what the memory is, None if no arm is left."""
-    interleave(arms, laps, warmup=warmup, repeats=repeats, done=done)
+    interleave(arms, laps, warmup=warmup, repeats=repeats, seed=seed, done=done)
     what = None
     for arm in arms:
         if arm.failed is None and arm.role != TEXT_ONLY:

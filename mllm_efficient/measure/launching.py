@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..adapters import is_adapter
 from ..compressors.base import Compressor, Projector, Resizer
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError, UnsupportedModelError
@@ -60,6 +61,8 @@ class Launch:
         from ..patches.vllm.shapes import Shapes
 
         self.options, self.random, self.images = options, random_weights, images
+        if is_adapter(options.model):
+            raise UnsupportedModelError(f"{options.model} is an adapter, and servers are started with whole weights: merge it first")
         self.source = str(builtin_folder()) if options.model == BUILTIN else options.model
         self.config = self._config()
         name = (getattr(self.config, "architectures", None) or [type(self.config).__name__])[0]

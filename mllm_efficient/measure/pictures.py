@@ -9,7 +9,8 @@ import importlib
 from dataclasses import dataclass, replace
 
 from ..compressors.reducer import Reducer
-from ..errors import MllmEfficientError, UnsupportedModelError
+from ..errors import MllmEfficientError
+from ..patches.rules import DECODERS, check_reducer
 from ..tokens import Plane, VisualShape
 from .shapes import ModelShape
 
@@ -72,11 +73,23 @@ class Pictures:
         """As of an adapter."""
         return 0
 
+    @property
+    def mrope(self) -> bool:
+        return self.positions == "keep"
+
+    @property
+    def deep_layers(self) -> int:
+        return len(self.model.vision["deepstack_visual_indexes"]) if self.deepstack else 0
+
+    @property
+    def decoder(self) -> str:
+        """The class of the decoder's layers, or the text model's kind where that is not known."""
+        kind = str(self.model.config["text_config"]["model_type"])
+        return DECODERS.get(kind.removesuffix("_text"), kind)
+
     def check_inside(self, method: Reducer) -> None:
-        """As of an adapter, by the text model's kind."""
-        kind = self.model.config["text_config"]["model_type"]
-        if kind.removesuffix("_text") not in ("llama", "qwen2", "qwen3", "mistral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is {kind}")
+        """As of an adapter."""
+        check_reducer(self, method)
 
     def item_of(self, shape: VisualShape) -> Picture:
         """The usual picture, of this shape."""

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..adapters import base_of_folder
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..models import BUILTIN, DTYPES, Loaded, ModelOptions, builtin_folder, environment, pick_device, quantization_config
+from ..patches.rules import SHARED, require_counting
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02
@@ -23,6 +25,7 @@ def config_of(source: str) -> Any:
 
     from ..patches import FAMILIES
 
+    source = base_of_folder(source) or source
     if source == BUILTIN:
         source = str(builtin_folder())
     try:
@@ -51,7 +54,7 @@ def random_model(options: ModelOptions) -> Loaded:
     dtype "auto" is bfloat16 on an accelerator and float32 on a CPU. Nothing is downloaded, and nothing is made on the
     CPU for another device. Raises ``MllmEfficientError`` for options that say where weights come from.
     """
-    for name in ("device_map", "revision", "trust_remote_code"):
+    for name in ("device_map", "revision", "trust_remote_code", "adapter"):
         if getattr(options, name):
             raise MllmEfficientError(f"--{name.replace('_', '-')} has no effect with --random-weights: leave it out")
     if options.dtype not in DTYPES:
@@ -59,6 +62,10 @@ def random_model(options: ModelOptions) -> Loaded:
     device = pick_device(options)
     quantization = quantization_config(options.quantization, device) if options.quantization else None
     config = config_of(options.model)
+    require_counting(config.model_type, options.processor_kwargs, options.model)
+    for name in SHARED:
+        if name in options.processor_kwargs:
+            setattr(config, name, options.processor_kwargs[name])
     usual = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     options = replace(options, dtype=usual if options.dtype == "auto" else options.dtype)
     try:

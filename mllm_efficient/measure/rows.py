@@ -14,7 +14,7 @@ TIMED = (
     "preprocess_ms", "vision_ms", "compress_ms", "method_ms", "prefill_ms", "ttft_ms", "tpot_ms", "e2e_ms", "tokens_per_s"
 )  # fmt: skip
 MEANING = {
-    "ttft_ratio": "TTFT over the baseline's of the same repeat: median, and the central 95% of resampled medians",
+    "ttft_ratio": "TTFT over the baseline's of the same repeat: median, and 95% over medians of resampled repeats",
     "e2e_ratio": "the same of e2e_ms",
     "flops_ratio": "the ideal TTFT ratio: FLOPs of tower, projector, method and prefill over the baseline's (convention exact)",
     "ideal_reached": "flops_ratio / ttft_ratio: the share of the ideal speed-up that is measured",
@@ -84,11 +84,17 @@ def _median(values: Any) -> float:
     return round(float(np.median(values)), 4)
 
 
+def _gain(times: float) -> str:
+    """A gain below 1 is none that compression could have: the clock's noise is larger than what there is to gain."""
+    return f"{times:.1f}x" if times >= 1 else "not measurable"
+
+
 def _line(c: dict[str, Any]) -> str:
+    whole, first, bare = (_gain(c[name]) for name in ("gain_at_most", "ttft_gain_at_most", "gain_at_most_without_vision"))
     return (
         f"prefill is {100 * c['prefill_share']:.0f}% of your end-to-end time; with all visual tokens free you gain at most "
-        f"{c['gain_at_most']:.1f}x (to the first token {c['ttft_gain_at_most']:.1f}x; {c['gain_at_most_without_vision']:.1f}x end to end "
-        f"if the vision tower were free too) [batch {c['batch_size']}, {c['output_tokens']} new tokens]"
+        f"{whole} (to the first token {first}; {bare} end to end if the vision tower were free too) "
+        f"[batch {c['batch_size']}, {c['output_tokens']} new tokens]"
     )
 
 

@@ -22,7 +22,7 @@ from ..errors import MllmEfficientError
 from ..models import DTYPES, ModelOptions, pick_device
 from ..tokens import VisualTokens
 from .machine import machine, versions
-from .timing import Clock, Series, clock_for, interleave, paired, quick_gc, spread
+from .timing import ORDER, Clock, Series, clock_for, interleave, paired, quick_gc, spread
 
 BATCH = 8
 SHAPES = ((576, 4096, 57), (2880, 4096, 282), (576, 1024, 57), (576, 4096, 288))
@@ -79,7 +79,7 @@ MEANING = {
     "naive_loop_ms": "that loop on distances that are there",
     "batch_ms": f"on CUDA: {BATCH} images at once, features gathered too",
     "torch_loop_ms": "on CUDA: the picks of loop_ms without the fused kernel",
-    "select_over_product": "paired ratio, median with the central 95% of resampled medians; the others alike",
+    "select_over_product": "paired ratio, median, and 95% over medians of resampled repeats; the others alike",
 }
 
 
@@ -140,7 +140,7 @@ def selection(
     meta = {
         "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "repeats": repeats, "warmup": warmup,
         "versions": versions("torch"),
-        "order": "all steps in turn (A B A B)", "meaning": MEANING, "machine": before, "machine_after": machine(devices),
+        "order": f"all steps {ORDER}", "meaning": MEANING, "machine": before, "machine_after": machine(devices),
     }  # fmt: skip
     return rows, meta
 
@@ -197,7 +197,7 @@ def cost_of_methods(
     meaning = {"ms": "choosing or making K tokens, features gathered", "product_ms": MEANING["product_ms"], "over_product": "paired ratio"}
     meta = {
         "device": device, "dtype": str(dtype).removeprefix("torch."), "seed": options.seed, "repeats": repeats, "warmup": warmup,
-        "versions": versions("torch"), "order": "all methods in turn (A B A B)", "meaning": meaning, "machine": before,
+        "versions": versions("torch"), "order": f"all methods {ORDER}", "meaning": meaning, "machine": before,
         "machine_after": machine(devices),
     }  # fmt: skip
     return rows, meta

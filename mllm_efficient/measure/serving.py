@@ -21,7 +21,7 @@ QUANTITIES = {
 MEANING = {
     "ttft_p50_ms, ttft_p99_ms": "time to the first token over the requests of one run; e2e: to the last; tpot: per token after the first",
     "requests_per_s": "finished requests over the run's time; `output_tokens_per_s` likewise",
-    "requests_ratio": "requests_per_s over the baseline's of the same repeat: median, and the central 95% of resampled medians",
+    "requests_ratio": "requests_per_s over the baseline's of the same repeat: median, and 95% over medians of resampled repeats",
     "ttft_ratio": "the same of ttft_p50_ms",
     "prompt_tokens": "of all requests of one run, as the server counts them; text and images",
     "visual_tokens_full, visual_tokens_kept": "of one prompt, by the project's own rule; null for a server that was not started here",
@@ -79,7 +79,7 @@ def measure(
             turns[arm.name] += 1  # the same requests for all, new ones in every repeat
             return _run(arm, load, concurrency, load.seed + turns[arm.name], ask)
 
-        interleave(arms, turn, warmup=load.warmup, repeats=load.repeats, done=done)
+        interleave(arms, turn, warmup=load.warmup, repeats=load.repeats, seed=load.seed, done=done)
         base = arms[0]
         for arm in arms:
             if arm.failed is None:

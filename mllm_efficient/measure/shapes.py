@@ -6,14 +6,15 @@ leaves out are filled in by transformers, which is then imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..parsing import read_json
+from ..patches.rules import FILES, merged, read_object, read_settings, require_counting, settings_of
 
 FAMILIES = (
     "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"
@@ -23,6 +24,7 @@ MLP_MATRICES = {
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
 }  # fmt: skip
+SLIDING = ("mistral", "phi3", "gemma2")  # whose layers have a sliding window if the configuration names one
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -30,7 +32,8 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 class Decoder:
     """A language model: ``layers`` alike, grouped heads, an MLP of two or three matrices, a head (tied or not).
 
-    width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache.
+    width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
+    sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
     """
 
     layers: int
@@ -42,6 +45,12 @@ class Decoder:
     vocabulary: int
     mlp_matrices: int = 3
     dtype: str = "float16"
+    windows: tuple[int, ...] = ()
+
+    def cached(self, lengths: Sequence[int]) -> list[int]:
+        """What is left in the cache of each layer after ``lengths[i]`` tokens: a window holds what its next token will see."""
+        windows = self.windows or (0,) * len(lengths)
+        return [min(n, window - 1) if window else n for n, window in zip(lengths, windows)]
 
     @property
     def kv_bytes(self) -> int:
@@ -84,7 +93,10 @@ class Projector:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model. family: its ``model_type``; config: what the shape was read from, complete."""
+    """A vision-language model. family: its ``model_type``; config: what the shape was read from, complete.
+
+    processor: its image processor's settings, as ``patches.rules`` reads them; empty where nothing is known of one.
+    """
 
     name: str
     family: str
@@ -92,6 +104,7 @@ class ModelShape:
     tower: Tower
     projector: Projector
     config: Mapping[str, Any]
+    processor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def vision(self) -> Mapping[str, Any]:
@@ -118,13 +131,27 @@ def shape_config(name: str) -> dict[str, Any]:
     return yaml.safe_load(_shipped()[name].read_text())
 
 
-def load_shape(model: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a shipped name, ``builtin``, a folder or a hub id.
+def load_shape(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, processor: Mapping[str, Any] | None = None
+) -> ModelShape:
+    """The shape of a shipped name, ``builtin``, a folder (one of an adapter is its base's) or a hub id, with its processor's settings.
 
-    Raises ``MllmEfficientError`` for a model that is not there, ``UnsupportedModelError`` for one of another kind.
+    processor: settings on top of those, such as ``{"max_pixels": 1003520}``. Raises ``MllmEfficientError`` for a model that is
+    not there and for settings without effect on its tokens, ``UnsupportedModelError`` for a model of another kind.
     """
+    shape, given = _load(model, revision, trust_remote_code), processor or {}
+    require_counting(shape.family, given, model)
+    for name in given:
+        if name in shape.config:  # what the model's own config says of pictures too
+            shape = replace(shape, config={**shape.config, name: given[name]})
+    return replace(shape, processor=merged(shape.processor, given))
+
+
+def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelShape:
+    from ..adapters import base_of_folder
     from ..models import BUILTIN, builtin_folder
 
+    model = base_of_folder(model) or model
     if model in _shipped():
         if revision or trust_remote_code:
             raise MllmEfficientError(f"{model} is a shipped shape: --revision and --trust-remote-code have no effect on it")
@@ -139,7 +166,7 @@ def load_shape(model: str, revision: str | None = None, trust_remote_code: bool 
             raise MllmEfficientError(f"{folder}: no readable config.json ({error})") from None
         if not isinstance(config, dict):
             raise MllmEfficientError(f"{folder}/config.json is not a model configuration")
-        return shape_of(config, model)
+        return shape_of(config, model, read_settings(folder))
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         hint = did_you_mean(model, _shipped())
         raise MllmEfficientError(f"no shape or folder {model!r}{hint} (shapes: {', '.join(_shipped())}; or a folder, a hub id, builtin)")
@@ -150,12 +177,25 @@ def load_shape(model: str, revision: str | None = None, trust_remote_code: bool 
     except Exception as error:  # whatever the libraries below raise without network, access or a readable file
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise MllmEfficientError(f"cannot read the configuration of {model}: {reason}") from error
-    return shape_of(found, model)
+    return shape_of(found, model, _of_hub(model, revision))
 
 
-def shape_of(config: Any, name: str = "model") -> ModelShape:
-    """The shape of a transformers config or of a dict like its ``to_dict()``."""
+def _of_hub(model: str, revision: str | None) -> dict[str, Any]:
+    """The processor's settings of a hub model."""
+    from transformers.utils import cached_file
+
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    paths = [cached_file(model, name, revision=revision, **missing) for name in FILES]
+    return settings_of([{} if path is None else read_object(Path(path)) for path in paths])
+
+
+def shape_of(config: Any, name: str = "model", processor: Mapping[str, Any] | None = None) -> ModelShape:
+    """The shape of a transformers config or of a dict like its ``to_dict()``. processor: its image processor's settings."""
     plain = config if isinstance(config, Mapping) else config.to_dict()
+    return replace(_shape_of(plain, name), processor=dict(processor or {}))
+
+
+def _shape_of(plain: Mapping[str, Any], name: str) -> ModelShape:
     kind = plain.get("model_type")
     if kind not in FAMILIES:
         raise UnsupportedModelError(f"{name} is of type {kind}: FLOPs are known for {', '.join(FAMILIES)}")
@@ -203,8 +243,26 @@ def _decoder(text: Mapping[str, Any], dtype: str, name: str) -> Decoder:
     dtype = dtype.removeprefix("torch.")
     return Decoder(
         text["num_hidden_layers"], text["hidden_size"], heads, kv_heads or heads, text.get("head_dim") or text["hidden_size"] // heads,
-        text["intermediate_size"], text["vocab_size"], MLP_MATRICES[kind], dtype if dtype in BYTES else "float16",
+        text["intermediate_size"], text["vocab_size"], MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
     )  # fmt: skip
+
+
+def _windows(text: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sliding window of each layer, as transformers takes it from the configuration."""
+    kind, layers = text["model_type"], text["num_hidden_layers"]
+    if kind.startswith("qwen"):
+        window = text["sliding_window"] if text.get("use_sliding_window") else None
+    else:
+        window = text["sliding_window"] if kind in SLIDING else None
+    if not window:
+        return ()
+    types = text.get("layer_types")
+    if types is None and kind.startswith("qwen"):
+        types = ["sliding_attention" if i >= text["max_window_layers"] else "full_attention" for i in range(layers)]
+    elif types is None and kind == "gemma2":
+        raise KeyError("layer_types")
+    windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
+    return windows if any(windows) else ()
 
 
 def _clip_or_siglip(vision: Mapping[str, Any], name: str) -> Tower:

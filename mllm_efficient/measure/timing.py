@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from mllm_efficient.eval.stats import interval, picks
+
 T = TypeVar("T")
-RESAMPLES = 2000
 
 
 class Clock:
@@ -118,21 +119,39 @@ class Series:
 S = TypeVar("S", bound=Series)
 
 
-def interleave(
-    arms: Sequence[S], turn: Callable[[S], dict[str, float]], *, warmup: int, repeats: int, done: Callable[[], object] = lambda: None
-) -> None:
-    """One turn of each arm after the other, again and again (A B A B); the first ``warmup`` rounds are thrown away.
+ORDER = "in turn in every repeat, each order drawn by the seed and then taken backwards"
 
-    An arm that raises is marked failed and left out from then on; the others go on. Garbage is collected between
-    turns and never within one.
+
+def interleave(
+    arms: Sequence[S],
+    turn: Callable[[S], dict[str, float]],
+    *,
+    warmup: int,
+    repeats: int,
+    seed: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> None:
+    """One turn of each arm after the other, again and again; the first ``warmup`` rounds are thrown away.
+
+    A round's order is drawn, and the next round takes it backwards: what becomes slower from turn to turn (a machine that warms up)
+    is as often before another as behind it. An arm that raises is marked failed and left out from then on; the others go on. Garbage
+    is collected between turns and never within one.
     """
-    for round_ in range(warmup + repeats):
-        for arm in arms:
+    for round_, order in enumerate(orders(len(arms), warmup + repeats, seed)):
+        for arm in (arms[i] for i in order):
             if arm.failed is None:
                 sample = attempt(arm, partial(turn, arm))
                 if sample is not None and round_ >= warmup:
                     arm.add(sample)
             done()
+
+
+def orders(arms: int, rounds: int, seed: int = 0) -> Iterator[list[int]]:
+    """The places of the arms in each round."""
+    rng, order = np.random.default_rng(seed), list[int]()
+    for round_ in range(rounds):
+        order = order[::-1] if round_ % 2 else rng.permutation(arms).tolist()
+        yield order
 
 
 def attempt(arm: Series, work: Callable[[], T]) -> T | None:
@@ -188,13 +207,12 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int] |
 def paired(over: Sequence[float], under: Sequence[float], seed: int = 0) -> dict[str, float | int] | None:
     """The median of ratios over / under of the same repeat: ``{median, low, high, n}``.
 
-    low, high: the central 95% of the medians of resampled repeats. None where a side has no samples.
+    low, high: 95% over resampled repeats, of their medians. None where a side has no samples.
     """
-    if not over or not under:
+    if not len(over) or not len(under):
         return None
     if len(over) != len(under):
         raise ValueError(f"{len(over)} and {len(under)} samples are not pairs")
     ratios = np.asarray(over, dtype=float) / np.asarray(under, dtype=float)
-    draws = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
-    return {"median": round(float(np.median(ratios)), 5), "low": round(float(low), 5), "high": round(float(high), 5), "n": len(ratios)}
+    low, high = interval(np.concatenate([np.median(ratios[drawn], axis=1) for drawn in picks(len(ratios), seed)]), len(ratios))
+    return {"median": round(float(np.median(ratios)), 5), "low": round(low, 5), "high": round(high, 5), "n": len(ratios)}

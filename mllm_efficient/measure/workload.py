@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import MllmEfficientError
 from ..models import Loaded
+from ..patches.rules import grid_of, pixel_limits, views_of
 
 Size = tuple[int, int]
 DEFAULT_SIZE = (672, 672)  # of models that take pictures of any size
@@ -68,7 +69,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
     size = workload.image_size or usual_size(adapter)
     preprocess = None
     if loaded.processor is None:
-        one = drawn_inputs(adapter, size, workload.images, seed)
+        one = drawn_inputs(adapter, size, workload.images, seed, loaded.picture_settings)
         placeholders = _placeholder_ids(adapter, one, workload.images)
         ids = _with_text(adapter, placeholders, workload.text_tokens, seed)
         call = {k: _repeated(v, batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
@@ -115,8 +116,12 @@ def noise(size: Size, seed: int) -> Any:
 # -------------------------------------------------------------------------------- inputs without a processor
 
 
-def drawn_inputs(adapter: Any, size: Size, images: int, seed: int) -> dict[str, Any]:
-    """The vision arguments of one prompt as the family's processor would shape them, of seeded noise, on the CPU."""
+def drawn_inputs(adapter: Any, size: Size, images: int, seed: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The vision arguments of one prompt as the family's processor would shape them, of seeded noise, on the CPU.
+
+    settings: of the processor, where they are not the family's usual ones.
+    """
+    settings = settings or {}
     generator = torch.Generator().manual_seed(seed)
 
     def pixels(*shape: int) -> Tensor:
@@ -125,7 +130,8 @@ def drawn_inputs(adapter: Any, size: Size, images: int, seed: int) -> dict[str, 
     vision, (width, height) = adapter.config.vision_config, size
     if adapter.mrope:
         unit = vision.patch_size * adapter.merge
-        rows, columns = (max(1, round(side / unit)) * adapter.merge for side in (height, width))
+        kind = adapter.config.model_type
+        rows, columns = (n * adapter.merge for n in grid_of(size, unit, pixel_limits(kind, settings), kind))
         depth = _channels(vision) * vision.temporal_patch_size * vision.patch_size**2
         return {
             "pixel_values": pixels(images * rows * columns, depth),
@@ -145,19 +151,11 @@ def drawn_inputs(adapter: Any, size: Size, images: int, seed: int) -> dict[str, 
         out = {"image_sizes": torch.tensor([[height, width]] * images)}
         out["pixel_values"] = pixels(images, tiles, _channels(vision), side, side)
         return out if tiled else out | {"batch_num_images": torch.tensor([images])}
-    return {"pixel_values": pixels(images * _canvas_tiles((height, width), side), _channels(vision), side, side)}
+    return {"pixel_values": pixels(images * views_of(size, (side, side), settings), _channels(vision), side, side)}
 
 
 def _channels(vision: Any) -> int:
     return next(getattr(vision, name) for name in ("num_channels", "in_channels", "in_chans") if hasattr(vision, name))
-
-
-def _canvas_tiles(size: Size, side: int) -> int:
-    """Tiles of a picture (height, width) on the canvas that InternVL's processor chooses by default, thumbnail included."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
-    tiles = math.prod(get_optimal_tiled_canvas(size, (side, side), 1, 12))
-    return tiles if tiles == 1 else tiles + 1
 
 
 def _placeholder_ids(adapter: Any, vision: dict[str, Any], images: int) -> list[Tensor]:

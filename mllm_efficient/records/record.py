@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
 from ..images import name_of
+from ..prompts import MARKER, parts_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-MARKER = "<image>"
 UNANSWERED = "the conversation ends with a question: give answer, or end with the assistant's (gpt's) message"
 
 
@@ -62,20 +62,7 @@ def messages(system: str | None, turns: Sequence[tuple[str, str | None]], ending
     """Turns as chat templates take them, every content a list of parts. ending: is put behind every question."""
     out = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
     for question, answer in turns:
-        out.append({"role": "user", "content": question_parts(question.rstrip() + ending if ending else question)})
+        out.append({"role": "user", "content": parts_at(question.rstrip() + ending if ending else question, {MARKER: "image"})})
         if answer is not None:
             out.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return out
-
-
-def question_parts(question: str) -> list[dict[str, Any]]:
-    """The parts of a question. Line breaks beside a marker and white space at the ends go: templates put their own."""
-    if MARKER not in question:
-        return [{"type": "text", "text": question}]
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(question.strip().split(MARKER)):
-        parts += [{"type": "image"}] if number else []
-        text = piece.strip("\n")
-        text = text if any("text" in part for part in parts) else text.lstrip()
-        parts += [{"type": "text", "text": text}] if text else []
-    return parts

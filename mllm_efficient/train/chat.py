@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MllmEfficientError, shortened
+from ..prompts import rendered
 from ..records import MARKER, Record
 from ..records.record import messages
 
@@ -105,20 +106,10 @@ class Chat:
         return len(prompt), begin + len(answer)
 
     def _template(self, chat: list[dict[str, Any]], prompt: bool, record: Record) -> str:
-        if not getattr(self.processor, "chat_template", None):
-            return self._plain(chat, record) + ("ASSISTANT:" if prompt else "")
         try:
-            return self.processor.apply_chat_template(chat, add_generation_prompt=prompt)
-        except Exception as error:  # whatever a template raises for an order that it does not know
-            raise MllmEfficientError(f"{record.name}: the chat template of {self.name} does not take this: {error}") from None
-
-    def _plain(self, chat: list[dict[str, Any]], record: Record) -> str:
-        """``USER: <image>\\nquestion ASSISTANT: answer``, as a model without a template is prompted."""
-        if record.system is not None:
-            raise MllmEfficientError(f"{record.name}: {self.name} has no chat template, so there is no place for a system prompt")
-        spoken = {"user": "USER", "assistant": "ASSISTANT"}
-        parts = [[part.get("text", f"{self.image}\n") for part in message["content"]] for message in chat]
-        return "".join(f"{spoken[message['role']]}: {''.join(texts)} " for message, texts in zip(chat, parts))
+            return rendered(self.processor, chat, answer=prompt, name=self.name)
+        except MllmEfficientError as error:
+            raise MllmEfficientError(f"{record.name}: {error}") from None
 
     def tokenize(self, rendered: Sequence[Rendered]) -> list[Row]:
         """The tokens of each conversation, their labels and turns."""

@@ -113,7 +113,7 @@ class Recipe:
     trained folder whose weights to go on from. shape: a shipped shape that --dry-run takes the model's sizes from, where the
     model is not at hand. bf16: autocast. max_length: tokens of a conversation before compression;
     turns that go beyond are left out. independent_turns: every turn sees the images and itself alone, so that one
-    sequence stands for many conversations.
+    sequence stands for many conversations. processor_kwargs: of the image processor, such as {max_pixels: 1003520}.
     """
 
     model: str
@@ -130,6 +130,7 @@ class Recipe:
     dtype: str = "float32"
     device: str = "auto"
     attn_implementation: str | None = None
+    processor_kwargs: dict[str, Any] = field(default_factory=dict)
     bf16: bool = False
     max_length: int | None = None
     independent_turns: bool = False

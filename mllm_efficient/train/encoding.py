@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MllmEfficientError
 from ..images import load_image
+from ..prompts import model_inputs
 from ..records import Record
 from .chat import IGNORED, Chat, Row, joined, single_turns
 
@@ -79,10 +80,7 @@ def _encode(
     """Each record's tensors (L,), and the vision tensors of them all."""
     rows = tokens_of(records, chat, independent)
     records = [_opened(record, image_range) for record in records]
-    nested = [list(r.images) for r in records if r.images]
-    batch = dict(
-        chat.processor(images=nested or None, text=[r.text for r in rows], return_tensors="pt", padding=True, padding_side="right")
-    )
+    batch = model_inputs(chat.processor, [r.text for r in rows], [r.images for r in records], padding_side="right")
     encoded = [_spread(row, i, batch, chat, record.name) for i, (row, record) in enumerate(zip(rows, records))]
     fitting = [_fitting(record, row["turns"], max_length) for record, row in zip(records, encoded)]
     if any(len(fit.turns) < len(record.turns) for fit, record in zip(fitting, records)):

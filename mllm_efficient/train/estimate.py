@@ -15,7 +15,9 @@ from ..errors import MllmEfficientError
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape
+from ..patches import adapter_for
 from ..plan import check
+from ..processor import apply, open_processor
 from .config import Recipe, StageConfig
 from .survey import survey
 from .trainer import data_of, method_of
@@ -53,12 +55,18 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
 
 def _processor(recipe: Recipe) -> tuple[Any, str | None]:
     """The model's processor, and what stands in for it where there is none."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig
 
     from ..models import BUILTIN, builtin_folder
 
+    source = str(builtin_folder()) if recipe.model == BUILTIN else recipe.model
     try:
-        return AutoProcessor.from_pretrained(builtin_folder() if recipe.model == BUILTIN else recipe.model), None
+        config = AutoConfig.from_pretrained(source)
+        processor = open_processor(source, config)
+        apply(processor, config, recipe.processor_kwargs)
+        return processor, None
+    except MllmEfficientError:
+        raise
     except Exception as error:  # whatever the libraries below raise without the files
         return (
             None,
@@ -101,7 +109,7 @@ def _lora_parameters(recipe: Recipe, model: Any) -> int:
 def _row(
     recipe: Recipe, stage: StageConfig, records: Sequence[Any], shape: ModelShape, processor: Any, parameters: dict[str, int], world: int
 ) -> dict[str, Any]:
-    found = _surveyed(recipe, stage, records, processor)
+    found = _surveyed(recipe, stage, records, processor, shape)
     tokens = (
         _rough(records, shape) if processor is None else {f"{n}_mean": found[f"{n}_tokens"]["mean"] for n in ("text", "answer", "visual")}
     )
@@ -142,14 +150,17 @@ def _usual(shape: ModelShape) -> int:
     return pictures_of(shape).typical()[0].shape.n
 
 
-def _surveyed(recipe: Recipe, stage: StageConfig, records: Sequence[Any], processor: Any) -> dict[str, Any]:
+def _surveyed(recipe: Recipe, stage: StageConfig, records: Sequence[Any], processor: Any, shape: ModelShape) -> dict[str, Any]:
     """``survey`` of a stage's records, with a progress bar where there is a terminal."""
     from tqdm import tqdm
 
+    from ..measure.counter import build_on_meta
+
     sample = None if data_of(recipe, stage).builtin is None else SAMPLE
     independent = recipe.independent_turns and stage.objective == "answers"
+    adapter = None if processor is None else adapter_for(build_on_meta(shape))
     with tqdm(total=len(records) if sample is None else min(sample, len(records)), desc=stage.name, unit="record", disable=None) as bar:
-        return survey(records, processor, recipe.max_length, independent, sample, bar.update)
+        return survey(records, processor, recipe.max_length, independent, sample, bar.update, adapter)
 
 
 def _rough(records: Sequence[Any], shape: ModelShape) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .. import trained
+from ..adapters import base_of_folder
 from ..base_model import base_of
 from ..compressors.base import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, NotFiniteError
 from ..folders import RANDOM
 from ..installing import install
+from ..locking import owned
 from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..plan import check
 from ..records import read_all
@@ -154,8 +157,15 @@ def loaded_for(recipe: Recipe) -> Loaded:
     """The base model of a recipe, on this process's own device."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and recipe.device != "cpu" and torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if several else recipe.device
-    kernel = recipe.attn_implementation
-    return load(ModelOptions(model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=kernel, seed=recipe.seed))
+    base = base_of_folder(recipe.model)
+    if base is not None:
+        raise MllmEfficientError(f"model={recipe.model} is an adapter of {base}: merge it with PEFT first, or train on {base}")
+    return load(
+        ModelOptions(
+            model=recipe.model, device=device, dtype=recipe.dtype, attn_implementation=recipe.attn_implementation, seed=recipe.seed,
+            processor_kwargs=recipe.processor_kwargs,
+        )
+    )  # fmt: skip
 
 
 def data_of(recipe: Recipe, stage: StageConfig) -> DataConfig:
@@ -246,10 +256,16 @@ def run(recipe: Recipe) -> Path:
     """Trains what is not trained yet and returns the trained method's folder.
 
     The same call goes on after an interruption: finished stages are loaded, the one at hand from its newest checkpoint.
-    Raises ``MllmEfficientError`` for a folder that another recipe wrote in.
+    Raises ``MllmEfficientError`` for a folder that another recipe wrote in, or that another process is writing to.
     """
     folder = Path(recipe.output_dir)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
+    first = int(os.environ.get("RANK", 0)) == 0  # which owns the folder for all
+    with owned(folder, ".lock", "output_dir") if first else contextlib.nullcontext():
+        return _run(recipe, records, folder)
+
+
+def _run(recipe: Recipe, records: dict[str, Any], folder: Path) -> Path:
     loaded = loaded_for(recipe)
     base = base_of(loaded.model)
     model = build_model(recipe, loaded)
@@ -352,6 +368,8 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     else:
         try:
             trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"stage {stage.name}: the training diverged, a smaller learning rate may help ({error})") from error
         except MllmEfficientError as error:  # a loader's worker puts its traceback before the line
             raise MllmEfficientError(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.")) from error
         finally:

@@ -40,7 +40,8 @@ class Settings:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens not in self.allowed:
             known = f"{', '.join(map(str, self.allowed))} are allowed" if self.allowed else f"this server allows none ({ALLOWED} of {KEY})"
             raise BadBudgetError(f"{REQUEST}={tokens!r}: {known}")
-        return replace(self.method, keep=None, prune=None, tokens=tokens)
+        # The bounds are those of a fraction; what a request may ask for is in the list of the server.
+        return replace(self.method, keep=None, prune=None, min_tokens=None, max_tokens=None, tokens=tokens)
 
 
 def settings_of(config: Any) -> Settings | None:

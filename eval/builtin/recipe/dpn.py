@@ -168,7 +168,7 @@ def tried(folder: Path) -> list[str]:
         content = json.loads(path.read_text())
         (run,) = next(iter(runs_of({("reinforce", content["seed"]): content}, samples("test", content["questions"])).values())).values()
         found = [run.score(ROUTED) - run.score(ALL), run.above_the_line(), run.score(ROUTED) - run.score(EVENLY)]
-        cells = [f"{v[0]:+.2f} [{interval(v[1:])[0]:+.2f}, {interval(v[1:])[1]:+.2f}]" for v in found]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(v[0], *interval(v[1:])) for v in found]
         changed = ", ".join(f"`{o}`" for o in content["override"])
         lines.append(f"| {changed} | {run.score(ROUTED)[0]:.1f} | {run.left(ROUTED)[0]:.1f}% | {' | '.join(cells)} |")
     return lines
