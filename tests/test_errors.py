@@ -8,6 +8,7 @@ import io
 import json
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import mllm_efficient as me
@@ -142,3 +143,23 @@ def test_launchers_that_do_something_else_in_silence_are_told(monkeypatch, envir
         return
     with pytest.raises(me.MllmEfficientError, match=says):
         check_launch(distributed_on_cpu=True)
+
+
+@pytest.mark.parametrize("command", ["eval", "data", "sweep", "train", "export", "show", "report"])
+def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "r.jsonl").write_text('{"prompt": "is it red ?"}')
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    there = tmp_path / "file" / "out"  # below a file, where nothing can be, whoever runs this
+    argv = {
+        "eval": ["eval", "--limit", "1", "--output-dir", there],
+        "data": ["eval", "--data", tmp_path / "r.jsonl", "--output-dir", there],
+        "sweep": ["sweep", "--method", "uniform", "--keep", "0.5", "--limit", "1", "--output-dir", there],
+        "train": ["train", "--config", "tokenflex_builtin", "data.scenes=64", "stages.0.data.scenes=64", f"output_dir={there}"],
+        "export": ["export", "--method", "divprune:tokens=36", "--output-dir", there],
+        "show": ["show", "--image", tmp_path / "a.png", "--method", "none", "--output", there / "o.png"],
+        "report": ["report", tmp_path / "none", "--output", there / "o.md"],
+    }[command]
+    assert main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("mllm-efficient: ")

@@ -217,14 +217,14 @@ MODES = {"I;16": 4000, "I": 200, "RGBA": (255, 0, 0, 0), "LA": (10, 0), "P": 0, 
 @pytest.mark.parametrize("mode", MODES)
 def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
     """generate, show, eval --data and training hand the processor what ``load_image`` gives."""
-    from mllm_efficient.eval.builtin.architecture import build_processor
+    from mllm_efficient.models import ModelOptions, load
     from mllm_efficient.train.data import read
     from mllm_efficient.train.encoding import Collator
 
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
     levels(mode, MODES[mode]).resize((144, 144)).save(path)
     (tmp_path / "r.jsonl").write_text(json.dumps({"image": path.name, "prompt": "what is it ?", "answer": "a ring"}))
-    processor = build_processor()
+    processor = load(ModelOptions(device="cpu")).processor
     seen = []
     kind = type(processor.image_processor)
     real = kind.preprocess
