@@ -157,7 +157,7 @@ def clustered(
     units = [_units([items[i] for i in m], [known[i] for i in m]) for m in members]
     asked: list[float] = [float(len(u)) for u in units]
     right: list[float] = [math.fsum(u) for u in units]
-    if top is not None and sum(asked) and abs(math.fsum(right) / sum(asked) * top - value) < CLOSE * top:
+    if top is not None and any(asked) and abs(math.fsum(right) / math.fsum(asked) * top - value) < CLOSE * top:
         return Clustered(asked, right)
     if aggregate is None or "args" in inspect.signature(aggregate).parameters:
         return Clustered(asked, right, why=f"the metric is {value:.6g} and its samples' scores do not come to that")
