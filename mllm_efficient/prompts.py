@@ -152,8 +152,13 @@ def is_prompt(processor: Any, question: str, pictures: int) -> bool:
     """Whether a text is a whole prompt: it ends in what the template puts before an answer, and has placeholders if there are pictures."""
     if pictures and not any(token and token in question for token in _tokens(processor).values()):
         return False
-    ending = rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]).partition(PROBE)[2].strip()
+    ending = answer_sign(processor)
     return bool(ending) and question.rstrip().endswith(ending)
+
+
+def answer_sign(processor: Any) -> str:
+    """What the template puts before an answer."""
+    return rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]).partition(PROBE)[2].strip()
 
 
 def require_pictures(processor: Any, text: str, images: int, videos: int = 0) -> None:
