@@ -153,11 +153,15 @@ def is_prompt(processor: Any, question: str, pictures: int) -> bool:
     if pictures and not any(token and token in question for token in _tokens(processor).values()):
         return False
     try:
-        probed = rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+        ending = answer_sign(processor)
     except MllmEfficientError:  # which rendering the question itself will say
         return False
-    ending = probed.partition(PROBE)[2].strip()
     return bool(ending) and question.rstrip().endswith(ending)
+
+
+def answer_sign(processor: Any) -> str:
+    """What the template puts before an answer."""
+    return rendered(processor, [{"role": "user", "content": [{"type": "text", "text": PROBE}]}]).partition(PROBE)[2].strip()
 
 
 def require_pictures(processor: Any, text: str, images: int, videos: int = 0) -> None:

@@ -167,6 +167,14 @@ def test_eval_asks_what_train_puts_before_the_last_answer(folder, name):
     assert before.rstrip() == prompt.rstrip()
 
 
+def test_a_whole_prompt_is_asked_as_it_is_and_not_trained_on(folder):
+    processor = build_processor()
+    path = write(folder, [{"image": "a.png", "prompt": "USER: <image>\nWhat? ASSISTANT:", "answer": "This."}])
+    assert prompts_of(read_requests(path), Loaded(None, processor, ModelOptions()), path) == ["USER: <image>\nWhat? ASSISTANT:"]
+    with pytest.raises(me.MllmEfficientError, match="data.jsonl:1: a question ends in 'ASSISTANT:', as a whole prompt does"):
+        Chat(processor).render(read_training(path)[0])
+
+
 def test_a_system_prompt_reaches_the_template(folder):
     processor = build_processor()
     processor.chat_template = (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MllmEfficientError, shortened
-from ..prompts import rendered
+from ..prompts import answer_sign, rendered
 from ..records import MARKER, Record
 from ..records.record import messages
 
@@ -55,6 +55,7 @@ class Chat:
                 raise MllmEfficientError(f"training needs a {kind} token: set tokenizer.{kind}_token of the {self.name}")
         self.image, self.video = processor.image_token, getattr(processor, "video_token", None)
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
+        self.sign = answer_sign(processor)
         self.ending = "" if ending is None else self._word(ending)
         self.special = sorted((str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
 
@@ -68,6 +69,8 @@ class Chat:
     def render(self, record: Record) -> Rendered:
         """Raises ``MllmEfficientError`` naming the record where its answers cannot be found in the template's text."""
         turns = record.learned
+        if self.sign and any(question.rstrip().endswith(self.sign) for question, _ in turns):
+            raise MllmEfficientError(f"{record.name}: a question ends in {self.sign!r}, as a whole prompt does: give the question alone")
         chat = messages(record.system, turns, self.ending)
         text = self._template(chat, False, record)
         if text.count(self.image) != len(record.images):
