@@ -64,9 +64,16 @@ def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any
 
 @torch.compiler.disable(reason="methods in the decoder choose by values")
 def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
-    """The pre-hook of the base model: a call that brings staged images, or goes on from a shortened cache, gets its ``Pass``."""
+    """The pre-hook of the top and of the base model: a call that brings staged images, or goes on from a shortened cache, gets its
+    ``Pass``.
+
+    From the top one where there is one: accelerate's hooks, which move arguments between devices, make a container of features anew
+    on the way down, and what is to be done inside the decoder is an attribute of it.
+    """
     kwargs = kwargs or {}
-    cache = cache_of(kwargs)
+    if PASS in kwargs:
+        return None
+    cache, decoder = cache_of(kwargs), getattr(model, "model", model).language_model
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
     state: Shortened | None = getattr(cache, SEGMENTS_ATTRIBUTE, None)
     if staging is None and state is None:
@@ -85,14 +92,14 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
         if seen:
             raise CountMismatchError("new images on a cache that holds a conversation: start with an empty cache")
         new = _new_columns(kwargs.get("attention_mask"), len(ids), staging.length, total, ids.device)
-        return args, {**kwargs, PASS: Prefill(staging, new, model.language_model)}
+        return args, {**kwargs, PASS: Prefill(staging, new, decoder)}
     if seen == 0:
         return None
     assert state is not None
     if seen < state.length:
         raise CountMismatchError("the cache was cut inside its shortened prompt: start with an empty cache")
     new = _new_columns(kwargs.get("attention_mask"), len(ids), state.length, total, ids.device)
-    return args, {**kwargs, PASS: Pass(state, new, model.language_model)}
+    return args, {**kwargs, PASS: Pass(state, new, decoder)}
 
 
 def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.device) -> Tensor:
@@ -128,7 +135,7 @@ _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of 
 
 
 def attach(model: Any) -> None:
-    """Puts the hooks on a top model: on its base model, in front of every decoder layer, and behind the language model.
+    """Puts the hooks on a top model: on itself and its base model, in front of every decoder layer, and behind the language model.
 
     Counted: calls in several threads may each want them, and the last to ``detach`` takes them off.
     """
@@ -138,7 +145,8 @@ def attach(model: Any) -> None:
         if users:
             return
         decoder = decoder_of(model)
-        model.model.register_forward_pre_hook(begin_pass, with_kwargs=True)
+        for module in (model, model.model):
+            module.register_forward_pre_hook(begin_pass, with_kwargs=True)
         for index, layer in enumerate(decoder.layers):
             layer.register_forward_pre_hook(EnterLayer(index), with_kwargs=True)
         decoder.register_forward_hook(leave_decoder, with_kwargs=True)
@@ -156,7 +164,7 @@ def detach(model: Any) -> None:
             _users[model] = users
             return
         decoder = decoder_of(model)
-        for module in (model.model, *decoder.layers):
+        for module in (model, model.model, *decoder.layers):
             _remove(
                 module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: h is begin_pass or isinstance(h, EnterLayer)
             )

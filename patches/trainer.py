@@ -119,7 +119,12 @@ def _evaluation(stock: Callable, trainer: Any, model: Any, dataloader: Any, desc
         return stock(trainer, dataloader, description, prediction_loss_only, **kwargs)
 
 
-AROUND: dict[str, Callable[..., Any]] = {"_get_num_items_in_batch": _count, "_prepare_inputs": _inputs, "training_step": _step, "evaluation_loop": _evaluation}
+AROUND: dict[str, Callable[..., Any]] = {
+    "_get_num_items_in_batch": _count,
+    "_prepare_inputs": _inputs,
+    "training_step": _step,
+    "evaluation_loop": _evaluation,
+}
 
 
 def refuse_virtual_tokens(model: Any) -> None:

@@ -225,7 +225,7 @@ def test_ttft_holds_vision_and_method_and_is_measured_by_itself(charged):
     assert free["free_choice_reached"] is None
 
 
-def test_the_baseline_is_the_bare_model_and_runs_first(charged):
+def test_the_baseline_is_the_bare_model_and_arms_take_turns(charged):
     from mllm_efficient.wrapper import method_of
 
     loaded, clock = charged
@@ -238,8 +238,10 @@ def test_the_baseline_is_the_bare_model_and_runs_first(charged):
     loaded.model.model.vision_tower.register_forward_pre_hook(tower, with_kwargs=True)
     run(loaded, "uniform:tokens=9", clock=clock, repeats=2, warmup=0)
     # Each turn runs the tower twice: for the phases, which wrap nothing, and in generate. At the end generate for the memory.
-    turn = [None, None, None, "uniform", None, "random", None, "resize"]
-    assert seen == [*turn, *turn, None, "uniform", "random", "resize"]
+    arms = [None, "uniform", "random", "resize"]
+    rounds = [seen[1:8:2], seen[9:16:2]]
+    assert seen[:16:2] == [None] * 8 and seen[16:] == arms
+    assert sorted(map(str, rounds[0])) == sorted(map(str, arms)) and rounds[1] == rounds[0][::-1]  # drawn, and taken backwards
     assert method_of(loaded.model) is None
 
 

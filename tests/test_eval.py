@@ -93,7 +93,9 @@ def test_batches_do_not_change_an_answer(loaded):
     one = run(loaded, ["random:keep=0.25", "divprune:keep=0.25"], n=14, batch_size=1)
     many = run(loaded, ["random:keep=0.25", "divprune:keep=0.25"], n=14, batch_size=14)
     rounded = {"fingerprint", "confidence"}  # of the configuration, which the batch size is part of; and a sum of logits
-    assert [{k: v for k, v in r.items() if k not in rounded} for r in one] == [{k: v for k, v in r.items() if k not in rounded} for r in many]
+    assert [{k: v for k, v in r.items() if k not in rounded} for r in one] == [
+        {k: v for k, v in r.items() if k not in rounded} for r in many
+    ]
     assert [r["confidence"] for r in one] == pytest.approx([r["confidence"] for r in many], rel=1e-3)
 
 

@@ -178,9 +178,13 @@ def by_hand(spec: str, visual: Visual, key: int, text: Tensor | None = None) -> 
         return pooled(method, visual, separately)
     if method.merges:
         return merged_anew(method, visual)
-    groups = [i for i, _ in rectangles(visual, True)] if separately else [torch.arange(visual.n)]
+    areas = rectangles(visual, separately)
+    groups = areas if separately or len(areas) == 1 else [(torch.arange(visual.n), None)]
     generator = generator_for(method, key)
-    picked = [g[method.select(me.VisualTokens(visual.tokens[g], text=text, generator=generator), share(method, len(g)))] for g in groups]
+    picked = [
+        i[method.select(me.VisualTokens(visual.tokens[i], grid=grid, text=text, generator=generator), share(method, len(i)))]
+        for i, grid in groups
+    ]
     return chosen(visual, torch.cat(picked).sort().values, method.newline)
 
 
@@ -1410,7 +1414,7 @@ def test_trap_12_a_sliding_window_counts_kept_tokens():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_trap_13_logits_processors_see_the_shortened_prompt(name):
+def test_trap_13_logits_processors_see_the_original_prompt(name):
     from transformers import LogitsProcessorList
 
     seen: list[Tensor] = []
@@ -1422,9 +1426,9 @@ def test_trap_13_logits_processors_see_the_shortened_prompt(name):
     model, inputs = me.wrap(tiny(name), "divprune:keep=0.3"), make(name, "two images")
     kwargs = me.prepare(model, "divprune:keep=0.3", **inputs).model_kwargs
     out = answer(model, inputs, logits_processor=LogitsProcessorList([watch]))
-    assert torch.equal(seen[0], kwargs["input_ids"])
-    assert torch.equal(seen[-1], torch.cat([kwargs["input_ids"], out[:, :-1]], 1))
-    penalised = answer(model, inputs, repetition_penalty=1.3)
+    assert torch.equal(seen[0], inputs["input_ids"])
+    assert torch.equal(seen[-1], torch.cat([inputs["input_ids"], out[:, :-1]], 1))
+    penalised = answer(model, inputs, repetition_penalty=1.3)  # which looks at the set of tokens: placeholders are in both prompts
     again = model.generate(**kwargs, repetition_penalty=1.3, **NEW)[:, kwargs["input_ids"].shape[1] :]
     assert torch.equal(penalised, again)
 

@@ -81,7 +81,11 @@ def test_every_package_is_named_in_pyproject():
 
 
 def test_the_constraints_pin_every_dependency():
-    names = {re.split(r"[<>=;]", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"}
+    names = {
+        re.split(r"[<>=;]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line[:1] != "#"
+    }
     wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
     assert {re.split(r"[<>=;]", d)[0].lower() for d in wanted} <= names
 
