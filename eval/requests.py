@@ -12,6 +12,7 @@ from typing import Any
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.images import load_image
 from mllm_efficient.models import Loaded
+from mllm_efficient.prompts import without_markers
 from mllm_efficient.records import MARKER, Record, read
 
 BETWEEN = " line "  # the words between file and line in messages
@@ -93,5 +94,6 @@ def prompts_of(requests: Sequence[Request], loaded: Loaded, path: Path) -> list[
 
 def _prompt(record: Record, loaded: Loaded) -> str:
     if record.system is None and len(record.turns) == 1:
-        return loaded.prompt(record.turns[0][0], len(record.images))
+        images = len(record.images)
+        return loaded.prompt(without_markers(loaded.processor, record.turns[0][0], images), images)
     return loaded.conversation(record.asked, len(record.images))

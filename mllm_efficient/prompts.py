@@ -135,6 +135,13 @@ def _framed(processor: Any, kind: str, token: str) -> str:
     return inside if token in inside else token
 
 
+def without_markers(processor: Any, question: str, images: int) -> str:
+    """A question without the ``<image>`` that a reader of records put in front of it for each image, where the model's own placeholders
+    are in it already."""
+    own, added = processor.image_token, f"{MARKER}\n" * images
+    return question.removeprefix(added) if images and own != MARKER and question.count(own) == images else question
+
+
 def question_prompt(processor: Any, question: str, images: int, videos: int = 0, name: str | None = None) -> str:
     """The prompt of a question about images, then videos. One that is a whole prompt already, up to its answer, stays as it is.
 

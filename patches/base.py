@@ -292,7 +292,7 @@ def input_of(module: Any, call: Callable[[], Any]) -> Tensor:
     return found[0]
 
 
-_eager_users = 0
+_eager_users, _eager = 0, contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -306,14 +306,14 @@ def uncompiled() -> Iterator[None]:
     with hooking:
         _eager_users += 1
         if _eager_users == 1:
-            torch.compiler.set_stance("force_eager")
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:
         with hooking:
             _eager_users -= 1
             if _eager_users == 0:
-                torch.compiler.set_stance("default")
+                _eager.close()  # back to the stance that was there
 
 
 @contextlib.contextmanager

@@ -144,6 +144,10 @@ def test_what_runs_uncompiled_for_a_while_is_compiled_again(make_llava):
     assert runs == []
     double(torch.ones(2))
     assert runs == ["compiled"]
+    with torch.compiler.set_stance("fail_on_recompile"):  # a user's own
+        with uncompiled():
+            assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        assert torch._dynamo.eval_frame._stance.stance == "fail_on_recompile"
 
 
 @pytest.mark.parametrize("host", ["CPU", "disk"])

@@ -18,7 +18,7 @@ from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.measure.shapes import load_shape
 from mllm_efficient.models import Loaded, ModelOptions, environment, load
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.prompts import model_inputs, question_prompt, rendered
+from mllm_efficient.prompts import model_inputs, question_prompt, rendered, without_markers
 
 from .families import FAMILIES, VOCABULARY, clip, noise, tiny
 from .folders import TEMPLATE, parts_of, placeholder, save
@@ -110,6 +110,16 @@ def test_pictures_go_to_the_prompt_that_has_their_placeholders():
     assert [item.shape.n for item in adapter_for(model).items(flat)] == [25, 25, 121]
     with pytest.raises(me.MllmEfficientError, match=r"3 <image> and 2 image\(s\)"):
         model_inputs(processor, prompts, pictures[:2])
+
+
+def test_a_record_with_the_models_own_placeholders_has_no_others():
+    """A reader of records, which knows no model, puts ``<image>`` in front of a question that has none."""
+    qwen, llava = SimpleNamespace(image_token="<|image_pad|>"), SimpleNamespace(image_token="<image>")
+    own = "in <|image_pad|> or <|image_pad|>?"
+    assert without_markers(qwen, f"<image>\n<image>\n{own}", 2) == own
+    for question, images in ((f"<image>\n{own}", 1), ("<image>\nwhat?", 1), ("what?", 0)):
+        assert without_markers(qwen, question, images) == question
+    assert without_markers(llava, "<image>\nwhat?", 1) == "<image>\nwhat?"
 
 
 def test_servers_that_tile_in_another_way_are_named_beside_the_numbers(folder):
