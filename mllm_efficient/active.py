@@ -38,6 +38,8 @@ class Active:
     sole: Block | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.sole is not None:  # whose weights are in the copy too, so that it is wrapped with them
+            return Active, (self.sole.method, self.sole.logits)
         return Active, (self.method, self.logits)  # a copy of the model is in nobody's block
 
     @property
@@ -70,7 +72,12 @@ class Active:
     def require_free(self, model: Any, alone: bool) -> None:
         """Raises ``AlreadyWrappedError`` where no method can be put on. alone: for one that other threads' blocks forbid too."""
         if self.here(model) is not None:
-            raise AlreadyWrappedError("this model is wrapped already: unwrap(model) first, or pass compression= to generate")
+            how = (
+                "wrapped already: unwrap(model) first"
+                if self.method is not None
+                else "inside me.compressed already: leave that block first"
+            )
+            raise AlreadyWrappedError(f"this model is {how}, or pass compression= to generate")
         if self.sole is not None or (alone and self.blocks):
             raise AlreadyWrappedError(
                 "another thread is inside me.compressed with this model: wait for it, or pass compression= to generate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,21 @@ from .report import CompressionReport, remember
 from .sharding import gathered
 from .shrink import Prepared, has_pixels, keeps_all, prepare
 
-_generating: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("generating", default=())
+
+@dataclass(eq=False)
+class _Run:
+    """One ``generate``. open: until it returns, also for tasks that were begun in it and outlive it."""
+
+    model: Any
+    open: bool = True
+
+
+_generating: contextvars.ContextVar[tuple[_Run, ...]] = contextvars.ContextVar("generating", default=())
 
 
 def within_generate(model: Any) -> bool:
     """Whether this call is one of ``generate``'s own, which the wrapped ``generate`` has prepared already."""
-    return any(m is model for m in _generating.get())
+    return any(run.model is model and run.open for run in _generating.get())
 
 
 def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -111,10 +121,12 @@ def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: 
 
 def _run(model: Any, stock: Any, inputs: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The stock ``generate``, whose own forward calls the hook leaves alone."""
-    token = _generating.set((*_generating.get(), model))
+    run = _Run(model)
+    token = _generating.set((*_generating.get(), run))
     try:
         return stock(model, inputs, *args, **kwargs)
     finally:
+        run.open = False
         _generating.reset(token)
 
 

@@ -24,12 +24,19 @@ class Undo:
         self.parts.append((store, name, store.get(name)))
         store[name] = value
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights that were swapped in one by one were offloaded since: their module's hook brings them back at every call."""
+        return any(isinstance(old, Tensor) and store[name] is not None and store[name].is_meta for store, name, old in self.parts)
+
     def __call__(self) -> None:
         for store, name, old in reversed(self.parts):
             if old is None:
                 del store[name]
                 continue
             now = next(store[name].parameters()) if isinstance(old, nn.Module) else store[name]
+            if isinstance(old, nn.Module):
+                old.train(store[name].training)
             if not now.is_meta:  # offloaded since: the old part stays where it is
                 _follow(old, now)
             store[name] = old

@@ -186,7 +186,8 @@ def at_full_length(layout: Layout, ids: Tensor, labels: Tensor | None, mask: Ten
     columns = layout.columns[rows, at]
     wide = None if labels is None else labels.new_full(layout.ids.shape, IGNORE)
     if wide is not None and labels is not None:
-        wide[rows, columns] = labels[rows, at]
+        behind = at > 0  # nothing predicts the first column of the shortened prompt, wherever it stands in the full one
+        wide[rows[behind], columns[behind]] = labels[rows[behind], at[behind]]
     seen = mask.new_zeros(layout.ids.shape)
     seen[rows, columns] = 1
     return layout.ids.to(ids.device), wide, seen

@@ -26,6 +26,9 @@ def _with_compression(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def sanitize(self: Any, *args: Any, compression: Any = _UNSET, **kwargs: Any) -> tuple[dict, dict, dict]:
         preprocess, forward, postprocess = stock(self, *args, **kwargs)
+        if compression is _UNSET and forward.get("generate_kwargs") is not None:  # which take the place of those of the constructor
+            held = getattr(self, "_forward_params", {}).get("generate_kwargs") or {}
+            compression = held.get("compression", _UNSET)
         if compression is not _UNSET:
             forward["generate_kwargs"] = {**(forward.get("generate_kwargs") or {}), "compression": compression}
         return preprocess, forward, postprocess

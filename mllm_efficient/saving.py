@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from .active import active_on
 from .base_model import base_of
 from .composed import Composed
 from .compressors.base import Compressor
@@ -35,11 +36,12 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 _processors: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of the models that were loaded with one
 
 
-def from_pretrained(where: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+def from_pretrained(where: str | Path, *, logits: str | None = None, **kwargs: Any) -> tuple[Any, Any]:
     """A model saved while it was wrapped, wrapped as it was, and its processor: ``model, processor = me.from_pretrained(DIR)``.
 
     Args:
-        where: the folder, or a hub id. kwargs: what transformers takes: ``dtype``, ``device_map``, ``revision``, ``token`` ...
+        where: the folder, or a hub id. logits: as ``wrap`` takes it; None is as it was.
+        kwargs: what transformers takes: ``dtype``, ``device_map``, ``revision``, ``token`` ...
 
     Returns: the model in eval mode, and the processor, or None (with a warning) where the folder has none.
 
@@ -59,7 +61,7 @@ def from_pretrained(where: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     model = _base(where, {**kwargs, **remote}, {**hub, **remote})
     if about.get("trained"):
         _file(where, WEIGHTS, hub)
-    wrap(model, method_in(folder))
+    wrap(model, method_in(folder), logits=logits or about.get("logits", "short"))
     if not any((folder / name).is_file() or _file(where, name, hub, missing_is_none=True) for name in PROCESSOR_FILES):
         import warnings
 
@@ -180,6 +182,9 @@ def _describe(folder: Path, model: Any, method: Compressor, undo: Undo, parts: A
     from safetensors.torch import save_file
 
     about: dict[str, Any] = {"version": __version__, "method": relocated(method, None).to_dict()}
+    active = active_on(model)
+    if active is not None:
+        about["logits"] = active.logits_here(model)
     (folder / WEIGHTS).unlink(missing_ok=True)  # of an earlier method
     if parts is not None:
         installed = method.installs

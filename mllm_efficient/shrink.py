@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .active import active_on
 from .composed import before_of, inside_of, projector_of, runnable, stages_of
 from .compressors.base import Compressor, generator_for
 from .compressors.none import NoCompression
@@ -274,6 +275,9 @@ def require_installed(adapter: Any, method: Compressor) -> None:
 
     And nothing of an in-decoder method happens in a decoder without its hooks.
     """
+    active = active_on(adapter.model)
+    if active is not None:
+        active.of_call(adapter.model)  # raises where the weights are those of another thread's block
     inside, part = inside_of(method), method.installs
     if inside is not None and not adapter.reached_inside:
         raise UnsupportedModelError(f"{inside.name} works inside the decoder, which prepare does not reach: use wrap or compressed")

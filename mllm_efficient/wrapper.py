@@ -77,9 +77,10 @@ def unwrap(model: Model) -> Model:
         if hook is None or hook.method is None:
             inside = " but inside me.compressed, which ends with its block" if method_of(inner) is not None else ""
             raise MllmEfficientError(f"this model is not wrapped{inside}")
-        if hook.undo.parts and has_shards(inner):
+        since = "sharded" if hook.undo.parts and has_shards(inner) else "offloaded" if hook.undo.offloaded else None
+        if since is not None:
             raise UnsupportedModelError(
-                f"{hook.method.spec()} put weights in the place of the model's own, and those were sharded since: load the model anew"
+                f"{hook.method.spec()} put weights in the place of the model's own, and those were {since} since: load the model anew"
             )
         require_idle(inner)
         method, hook.active.method = hook.method, None
@@ -111,7 +112,10 @@ def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Itera
     finally:
         with changing(inner):
             hook.active.end(block)
+            offloaded = sole and hook.undo.offloaded
             _take_off(adapter, method, alone=sole)
+        if offloaded:
+            raise UnsupportedModelError(f"the model was offloaded inside the block, with the weights of {method.spec()}: load it anew")
 
 
 def method_of(model: Any) -> Compressor | None:
@@ -288,5 +292,6 @@ def _class_without(cls: Any) -> Any:
 
 
 def _rebuild(cls: type) -> Any:
+    teach_pipelines()
     swapped: Any = _class_for(cls)
     return swapped.__new__(swapped)

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.labels import mask_labels
 from mllm_efficient.outputs import holds, reading
@@ -78,11 +80,11 @@ def _wrapped_inside(model: Any) -> Any:
     """The model that ``wrap`` was called on, out of whatever is around it; None if there is none."""
     from mllm_efficient.wrapper import CompressForward
 
-    while model is not None and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
+    while isinstance(model, nn.Module) and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
         around = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
-        inner = model.get_base_model() if hasattr(model, "peft_config") else getattr(model, around) if around else None
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, around) if around else None
         model = None if inner is model else inner
-    return model
+    return model if isinstance(model, nn.Module) else None
 
 
 def _masked(model: Any, batch: Any) -> Any:
@@ -113,10 +115,12 @@ def _step(stock: Callable, trainer: Any, model: Any, *args, **kwargs) -> Any:
         return stock(trainer, *args, **kwargs)
 
 
-def _evaluation(stock: Callable, trainer: Any, model: Any, dataloader: Any, description: str, prediction_loss_only=None, **kwargs) -> Any:
+def _evaluation(
+    stock: Callable, trainer: Any, model: Any, dataloader: Any, description: str, prediction_loss_only=None, *args, **kwargs
+) -> Any:
     only = trainer.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
     with reading(not only or trainer.label_smoother is not None or trainer.compute_loss_func is not None):
-        return stock(trainer, dataloader, description, prediction_loss_only, **kwargs)
+        return stock(trainer, dataloader, description, prediction_loss_only, *args, **kwargs)
 
 
 AROUND: dict[str, Callable[..., Any]] = {

@@ -156,7 +156,7 @@ def test_a_pipeline_made_with_compression_has_it_in_every_call(wrapped, processo
 
     pipe = pipeline("image-text-to-text", model=wrapped, processor=processor, compression="random:tokens=4")
     pipe(images=picture(1), text="user : <image> what is the ring ? assistant :", max_new_tokens=2)
-    assert me.last_report(wrapped).visual_tokens_kept == 9  # a call's own generate_kwargs replace the pipeline's, as all of them do
+    assert me.last_report(wrapped).visual_tokens_kept == 4  # although a call's own generate_kwargs replace the pipeline's
     pipe(images=picture(1), text="user : <image> what is the ring ? assistant :")
     assert me.last_report(wrapped).visual_tokens_kept == 4
 
@@ -460,9 +460,9 @@ def test_wrapping_and_unwrapping_beside_a_busy_thread_gives_one_answer_or_the_ot
 
 def test_blocks_and_wraps_do_not_mix(tiny_llava):
     with me.compressed(tiny_llava, SPEC):
-        with pytest.raises(me.AlreadyWrappedError, match="wrapped already"):
+        with pytest.raises(me.AlreadyWrappedError, match="inside me.compressed already: leave that block first"):
             me.wrap(tiny_llava, SPEC)
-        with pytest.raises(me.AlreadyWrappedError, match="wrapped already"), me.compressed(tiny_llava, "pool:tokens=9"):
+        with pytest.raises(me.AlreadyWrappedError, match="inside me.compressed already"), me.compressed(tiny_llava, "pool:tokens=9"):
             pass
         with pytest.raises(me.MllmEfficientError, match="inside me.compressed, which ends with its block"):
             me.unwrap(tiny_llava)
@@ -471,6 +471,45 @@ def test_blocks_and_wraps_do_not_mix(tiny_llava):
     me.wrap(tiny_llava, SPEC)
     with pytest.raises(me.AlreadyWrappedError), me.compressed(tiny_llava, SPEC):
         pass
+
+
+def test_a_copy_made_inside_a_trained_block_is_wrapped_with_its_weights(tiny_llava, make_batch):
+    batch, spec = make_batch("one image"), "tokenflex:tokens=9,weights=random"
+    with torch.no_grad():
+        plain = tiny_llava(**batch).logits
+        with me.compressed(tiny_llava, spec):
+            inside, twin = tiny_llava(**batch).logits, copy.deepcopy(tiny_llava)
+        assert torch.equal(tiny_llava(**batch).logits, plain)
+        assert me.is_wrapped(twin) and torch.equal(twin(**batch).logits, inside)
+        assert torch.equal(me.unwrap(twin)(**batch).logits, plain)
+
+
+def test_prepare_of_another_thread_does_not_take_a_blocks_weights(tiny_llava, make_batch):
+    batch = make_batch("one image")
+    with (
+        me.compressed(tiny_llava, "tokenflex:tokens=9,weights=random"),
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(me.MllmEfficientError, match="another thread is inside me.compressed"),
+    ):
+        pool.submit(me.prepare, tiny_llava, SPEC, **batch).result()
+
+
+def test_a_task_that_outlives_generate_is_compressed(wrapped, make_batch):
+    """A task copies the context that it is begun in."""
+    batch = make_batch("one image")
+    begun: list[contextvars.Context] = []
+
+    class Streamer:
+        def put(self, value):
+            begun.append(contextvars.copy_context())
+
+        def end(self):
+            pass
+
+    with torch.no_grad():
+        wrapped.generate(**batch, max_new_tokens=2, streamer=Streamer())
+        expected = wrapped(**batch).logits
+        assert torch.equal(begun[0].run(lambda: wrapped(**batch).logits), expected)
 
 
 def test_a_copy_made_inside_a_block_is_in_no_block(tiny_llava, make_batch):

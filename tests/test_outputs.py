@@ -60,6 +60,7 @@ def test_ids_labels_and_mask_have_the_logits_length(name, spec, side):
         assert torch.equal(out.visual_labels[learned], out.visual_input_ids[learned])
         assert out.visual_attention_mask[learned].all()
     real = batch["attention_mask"].bool()
+    assert torch.equal(full.visual_labels, me.mask_labels(me.wrap(tiny(name), spec), batch))
     assert torch.equal(full.visual_input_ids, batch["input_ids"])
     assert torch.equal(full.visual_attention_mask.bool(), real & full.visual_keep_mask)
     for row in range(len(ROWS)):

@@ -171,6 +171,26 @@ def test_another_method_leaves_nothing_of_the_one_before_it(wrapped, batch, tmp_
     assert answers(me.from_pretrained(tmp_path)[0], batch) == answers(model, batch)
 
 
+def test_the_length_of_logits_comes_back(builtin, batch, tmp_path):
+    model = me.wrap(copy.deepcopy(builtin[0]), "divprune:tokens=9", logits="full")
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert torch.equal(me.from_pretrained(tmp_path / "saved")[0](**batch).logits, expected)
+        assert me.from_pretrained(tmp_path / "saved", logits="short")[0](**batch).logits.shape[1] < expected.shape[1]
+
+
+@pytest.mark.parametrize("spec", ["tokenflex:tokens=36", "dpn"])
+def test_weights_that_were_offloaded_since_are_not_taken_for_the_models_own(wrapped, batch, spec):
+    """accelerate's hooks would bring the trained ones back at the next call."""
+    import accelerate
+
+    model = accelerate.cpu_offload(wrapped(spec), execution_device=torch.device("cpu"))
+    with pytest.raises(me.UnsupportedModelError, match="were offloaded since: load the model anew"):
+        me.unwrap(model)
+    assert me.is_wrapped(model)
+
+
 def test_a_folder_by_a_relative_path_is_found_from_elsewhere_too(wrapped, batch, tmp_path, monkeypatch):
     model = wrapped("dpn")
     model.save_pretrained(tmp_path / "saved")

@@ -168,6 +168,36 @@ def test_importing_the_package_and_wrapping_does_not_import_trainer():
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
+def test_models_of_others_are_left_alone():
+    """Whatever a module calls ``module`` or ``peft_config``, Trainer's methods do to it what they did."""
+
+    class Odd(torch.nn.Module):
+        module, peft_config = "a name", {"default": object()}
+
+    assert shims._wrapped_inside(Odd()) is None and shims._wrapped_inside(None) is None
+    model, around = me.wrap(tiny("llava"), SPECS[0]), torch.nn.Module()
+    around.module = model
+    assert shims._wrapped_inside(around) is model
+
+
+def test_an_evaluation_loop_is_called_by_place_too():
+    seen = []
+
+    class Held:
+        args = type("Arguments", (), {"prediction_loss_only": True})
+        label_smoother = compute_loss_func = None
+
+    def stock(trainer, *args, **kwargs):
+        seen.append((args, kwargs))
+
+    shims._evaluation(stock, Held(), None, "loader", "Evaluation", True, ["cache"], "test")
+    shims._evaluation(stock, Held(), None, "loader", "Evaluation", metric_key_prefix="test")
+    assert seen == [
+        (("loader", "Evaluation", True, ["cache"], "test"), {}),
+        (("loader", "Evaluation", None), {"metric_key_prefix": "test"}),
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ counts of the caller's own
 
 
