@@ -80,11 +80,15 @@ def _wrapped_inside(model: Any) -> Any:
     """The model that ``wrap`` was called on, out of whatever is around it; None if there is none."""
     from mllm_efficient.wrapper import CompressForward
 
-    while isinstance(model, nn.Module) and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
+    while _is_module(model) and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
         around = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, around) if around else None
         model = None if inner is model else inner
-    return model if isinstance(model, nn.Module) else None
+    return model if _is_module(model) else None
+
+
+def _is_module(model: Any) -> bool:
+    return isinstance(model, nn.Module)
 
 
 def _masked(model: Any, batch: Any) -> Any:
