@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import os
 import re
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -98,6 +101,22 @@ def name_of(image: Any, folder: Path | None = None) -> str:
 # ------------------------------------------------------------------------------------------------ opening
 
 
+_pillow = threading.Lock()  # Pillow's settings are the process's
+
+
+@contextlib.contextmanager
+def whole_files() -> Iterator[None]:
+    """Cut files are errors, also after something has told Pillow to fill them up with grey, as importing lmms_eval does for the process."""
+    from PIL import ImageFile
+
+    with _pillow:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def load_image(source: Any, image_range: str = "full") -> Picture:
     """A picture as upright 8-bit RGB.
 
@@ -112,7 +131,8 @@ def load_image(source: Any, image_range: str = "full") -> Picture:
     name, opened = _opened(source)
     try:
         _check_size(name, *opened.size)
-        opened.load()
+        with whole_files():
+            opened.load()
         return to_rgb(opened, image_range, name)
     except MllmEfficientError:
         raise

@@ -508,7 +508,7 @@ def test_the_adapter_names_what_it_holds(make_batch):
         assert trained.held(adapter) == "dpn:weights=random,at=None,kernels=1x1/1x2/2x2"
         with pytest.raises(me.MllmEfficientError, match="the model holds dpn:weights=random,at=None"):
             model.generate(**make_batch("one image"), max_new_tokens=1, compression="dpn:weights=random,at=2")
-        with pytest.raises(me.MllmEfficientError, match="wrapped already"):
+        with pytest.raises(me.MllmEfficientError, match="inside me.compressed already"):
             me.wrap(model, "dpn:weights=random")
     assert trained.held(adapter) is None
 

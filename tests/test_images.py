@@ -245,3 +245,16 @@ def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
         before = len(seen)
         Collator(processor)(read(tmp_path / "r.jsonl"))
     assert len(seen) > before and set(seen) == {wanted}
+
+
+def test_a_cut_file_is_an_error_whatever_pillow_was_told(tmp_path, monkeypatch):
+    """Importing lmms_eval tells it to fill such files up with grey."""
+    from PIL import ImageFile
+
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 60).save(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(MllmEfficientError, match="cannot be read as an image"):
+        load_image(path)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
