@@ -26,6 +26,7 @@ MODULES = {
 NAMES = {
     "compressors.base": {"Selector": "compressors.selector", "Merger": "compressors.merger", "Resizer": "compressors.resizer",
                          "Projector": "compressors.projector"},
+    "compressors.composed": {"runnable": "registry"},
     "trained": {"load": "trained.folder"},
 }  # fmt: skip
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from mllm_efficient.compressors.base import BUDGET_FIELDS
+from mllm_efficient.spec import without
 
 from .recommend import points
 from .rows import RIGHT, WORDS, metric_of, tasks_of
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 DPI = 180
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7F5FC8", "#8C564B")  # Okabe and Ito's, yellow darkened
 MARKERS = "osD^vPX*"
-BUDGET = re.compile(r"(?:^|,)(?:keep|tokens|prune|min_tokens|max_tokens)=[^,]*")
 TITLES = {
     None: "Score, percent right (mean of the categories)", RIGHT: "Right, percent of the requests",
     WORDS: "Answered in the uncompressed model's words, percent of the requests",
@@ -43,12 +44,7 @@ DARK = Theme("dark", "#1a1d23", "#eceef2", "#a3abb8", "#343a44")
 
 def series_of(spec: str) -> str:
     """A specification without its budgets: cells of one series are one line of a plot."""
-    stages = []
-    for stage in spec.split(" | "):
-        name, _, settings = stage.partition(":")
-        rest = BUDGET.sub("", settings).strip(",")
-        stages.append(f"{name}:{rest}" if rest else name)
-    return " | ".join(stages)
+    return without(spec, BUDGET_FIELDS)
 
 
 def colours_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compressors.composed import inside_of, runnable
+from ..compressors.composed import inside_of
 from ..errors import CountMismatchError, MllmEfficientError
+from ..registry import runnable
 from ..report import CompressionReport, remember
 from ..trained.install import inside
 from .locate import warn_without_pixels

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..compressors.base import Compressor, generator_for
-from ..compressors.composed import before_of, inside_of, projector_of, runnable, stages_of
+from ..compressors.composed import before_of, inside_of, projector_of, stages_of
 from ..compressors.none import NoCompression
 from ..errors import UnsupportedModelError
+from ..registry import runnable
 from ..report import CompressionReport, ImageReport
 from ..trained.folder import held, module_of, require_held
 from .active import active_on

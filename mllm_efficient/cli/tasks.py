@@ -112,7 +112,7 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         },
     }  # fmt: skip
     if output_dir is not None:
-        from ..eval.sweep import write_json
+        from ..eval.record.bench_file import write_json
 
         write_json(output_dir / "results.json", {"rows": rows, "meta": meta})
     if json:
@@ -174,11 +174,12 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
 def cells_of(specs: Sequence[str]) -> list[Cell]:
     """The baseline, the methods, and ``resize`` at every budget. Raises for a method without one."""
     from ..compressors.random import Random
-    from ..eval.sweep import cross, own_budget
+    from ..eval.sweep import cross
     from ..measure.arms import REFERENCE
+    from ..registry import without_budget
 
     for spec in specs:
-        if own_budget(spec) is None:
+        if without_budget(spec):
             like = "give every stage one" if "|" in spec else f"{spec}:keep=0.25 and {spec}:tokens=64 have one"
             raise MllmEfficientError(f"--method {spec} has no budget: {like}")
     return [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]

@@ -6,15 +6,13 @@ import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadSettingError
 from ..lazy import torch
+from ..spec import BASELINE_ON, text_fields, write
 from ..tokens import CompressedTokens, VisualTokens
-
-if TYPE_CHECKING:
-    pass
 
 BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 
@@ -88,7 +86,9 @@ class Compressor:
     def same_weights(self) -> str | None:
         """Specification of the baseline with all tokens on a trained method's weights: ``none@tokenflex``."""
         weights = getattr(self, "weights", None)
-        return None if self.installs is not self else f"none@{self.name}" + (f":weights={weights}" if weights else "")
+        if self.installs is not self:
+            return None
+        return BASELINE_ON + write(self.name, {"weights": weights} if weights else {}, text_fields(type(self)))
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
@@ -121,9 +121,8 @@ class Compressor:
         return out
 
     def spec(self) -> str:
-        """The method as a specification string, ``divprune:keep=0.1``."""
-        settings = ",".join(f"{k}={'null' if v is None else v}" for k, v in self.to_dict().items() if k != "method")
-        return f"{self.name}:{settings}" if settings else self.name
+        """The method as a specification string, ``divprune:keep=0.1``, of which ``me.build`` makes an equal one."""
+        return write(self.name, {k: v for k, v in self.to_dict().items() if k != "method"}, text_fields(type(self)))
 
 
 def query_aware(cls: type[Compressor]) -> bool:

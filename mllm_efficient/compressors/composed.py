@@ -87,17 +87,6 @@ def _place(stage: Compressor) -> int:
     return "JPL".index(stage.family) if stage.family in tuple("JPL") else len("JPL")
 
 
-def runnable(compressor: Any) -> Compressor:
-    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
-    from ..registry import build
-
-    method = build(compressor)
-    for stage in stages_of(method):
-        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
-            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
-    return method
-
-
 def stages_of(method: Compressor) -> tuple[Compressor, ...]:
     """The methods that run, in their order."""
     return method.stages if isinstance(method, Composed) else (method,)
@@ -125,3 +114,9 @@ def or_random(method: Method) -> Method:
         return dataclasses.replace(method, stages=tuple(or_random(stage) for stage in method.stages))
     fresh = method.trained and getattr(method, "weights", None) is None
     return dataclasses.replace(method, weights=RANDOM) if fresh else method  # type: ignore[call-arg]
+
+
+def __getattr__(name: str) -> Any:
+    from ..moved import moved_name
+
+    return moved_name("compressors.composed", name)

@@ -18,10 +18,11 @@ from typing import Any
 
 from ..apply.plan import check
 from ..compressors.base import Compressor
-from ..compressors.composed import before_of, compose, inside_of, or_random, runnable, stages_of
+from ..compressors.composed import before_of, compose, inside_of, or_random, stages_of
 from ..compressors.projector import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
+from ..registry import runnable
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
 from .pictures import Picture, Size, chosen, pictures_of

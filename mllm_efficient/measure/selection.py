@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..compressors.base import Compressor, generator_for
-from ..compressors.composed import runnable
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError
 from ..loading.models import DTYPES, ModelOptions, pick_device
+from ..registry import runnable, with_budget
 from ..tokens import VisualTokens
 from .machine import machine, versions
 from .timing import ORDER, Clock, Series, clock_for, interleave, paired, quick_gc, spread
@@ -150,8 +150,11 @@ METHOD_SHAPES = ((576, 4096, 64, (24, 24)), (2880, 4096, 160, (48, 60)))
 
 
 def at_budget(spec: str, k: int) -> Compressor:
-    """A specification without a budget at k tokens."""
-    return runnable(f"{spec}{',' if ':' in spec else ':'}tokens={k}")
+    """A specification without a budget at k tokens. Raises ``MllmEfficientError`` for one that has a budget."""
+    method = runnable(with_budget(spec, tokens=k))
+    if method.tokens != k:
+        raise MllmEfficientError(f"--method {spec}: --selection has budgets of its own: leave the method's out")
+    return method
 
 
 def cost_of_methods(

@@ -26,6 +26,7 @@ from ..compressors.base import Compressor
 from ..compressors.composed import Composed
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..registry import build
+from ..spec import text_fields, write
 from .base_model import base_of
 from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS, read_compression
 from .install import Undo
@@ -87,8 +88,7 @@ def relocated(method: Compressor, weights: str | None) -> Compressor:
     if part is None:
         return method
     kept = {k: v for k, v in relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
-    on = ",".join(f"{name}={value}" for name, value in kept.items())
-    return dataclasses.replace(method, on=f"{part.name}:{on}" if on else part.name)  # type: ignore[call-arg]
+    return dataclasses.replace(method, on=write(part.name, kept, text_fields(type(part))))  # type: ignore[call-arg]
 
 
 # ------------------------------------------------------------------------------------------------ saving
