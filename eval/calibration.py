@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stats import draws, grouped, interval, points
+from mllm_efficient.stats import draws, grouped, interval, points
 
 BINS = 10
 

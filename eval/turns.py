@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,6 @@ from mllm_efficient.loading.prompts import rendered
 from .builtin.questions import Question
 from .builtin.suite import Sample
 from .harness import endings
-
-if TYPE_CHECKING:
-    from .runner import Run
 
 ANSWER = "yes"  # stands for the first answer while a conversation is put in the chat template
 
@@ -71,7 +68,19 @@ def follow_ups(samples: Sequence[Sample]) -> list[FollowUp]:
     return [FollowUp(group[i - 1], s) for group in by_image.values() if len(group) > 1 for i, s in enumerate(group)]
 
 
-def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> tuple[list[str], list[str], Prepared | None]:
+class Asks(Protocol):
+    """What a conversation needs of an evaluation (``runner.Run``): how questions are asked there, and what was made for them."""
+
+    loaded: Loaded
+
+    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]: ...
+    def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared: ...
+    def generate(self, call: dict[str, Any], **how: Any) -> Any: ...
+    def decoded(self, ids: Tensor) -> list[str]: ...
+    def worded(self, sample: Sample | FollowUp) -> str: ...
+
+
+def converse(run: Asks, method: Compressor | None, batch: Sequence[FollowUp]) -> tuple[list[str], list[str], Prepared | None]:
     """First answers, second answers, and what was done to the images in the first turn. method: None leaves the image out."""
     model, images = run.loaded.model, method is not None
     asked = run.inputs([f.first for f in batch], images=images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,11 +14,13 @@ from torch import Tensor
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.tokens import Box, Plane, VisualShape
 
+from .decoder.hooks import attach, attached, check_decoder, decoder_of, detach
+from .decoder.staging import ROUTER
+from .hooking import hooking
 from .rules import DECODERS
 
 Grid = tuple[int, int]
 PIXELS = ("pixel_values", "pixel_values_videos")
-ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
 
 
 @dataclass(frozen=True)
@@ -98,32 +99,22 @@ class Adapter:
     @property
     def reached_inside(self) -> bool:
         """Whether the hooks of in-decoder methods are on the model."""
-        from .decoder.hooks import attached
-
         return attached(self.model)
 
     def reach_inside(self) -> None:
         """Puts the hooks of in-decoder methods on the model; ``let_go_inside`` takes them off."""
-        from .decoder.hooks import attach
-
         attach(self.model)
 
     def let_go_inside(self) -> None:
-        from .decoder.hooks import detach
-
         detach(self.model)
 
     def check_inside(self, method: Any) -> None:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
-        from .decoder.hooks import check_decoder
-
         check_decoder(self, method)
 
     @property
     def decoder(self) -> str:
         """The class of the decoder's layers; of sharded ones, which have a class of their own, the one that they had."""
-        from .decoder.hooks import decoder_of
-
         classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
         return next((name for name in classes if name in DECODERS.values()), classes[0])
 
@@ -195,15 +186,11 @@ class Adapter:
         """The module that holds the part of a trained method, and its name there."""
         if method.family == "J":
             return self.projector_at
-        from .decoder.hooks import decoder_of
-
         return decoder_of(self.model), ROUTER
 
     @property
     def router(self) -> Any:
         """The router that was put into the decoder, or None."""
-        from .decoder.hooks import decoder_of
-
         return getattr(decoder_of(self.model), ROUTER, None)
 
     def widths(self, method: Any) -> tuple[int, int]:
@@ -258,7 +245,6 @@ class _Reached(Exception):
 
 
 _reaching: contextvars.ContextVar[object | None] = contextvars.ContextVar("reaching", default=None)
-hooking = threading.Lock()  # registering and removing hooks is not atomic
 
 
 def input_of(module: Any, call: Callable[[], Any]) -> Tensor:

@@ -195,7 +195,7 @@ def test_rows_add_up(finished):
 
 def test_a_metric_over_resamples_is_that_of_a_plain_bootstrap_of_pictures():
     """On the scores of made-up samples of 20 pictures, for a mean and for a metric that is none."""
-    from mllm_efficient.eval import stats
+    from mllm_efficient import stats
     from mllm_efficient.eval.lmms.scores import clustered
 
     pictures = [i // 3 for i in range(60)]

@@ -9,8 +9,8 @@ import numpy as np
 
 from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.measure.arms import METHOD
+from mllm_efficient.stats import Estimate, estimate, mean_of, points, sums
 
-from ..stats import Estimate, estimate, mean_of, points, sums
 from ..sweep import Cell
 from ..table import OVERALL, shares
 from .host import Task

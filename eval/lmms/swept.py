@@ -8,10 +8,10 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
+from mllm_efficient.stats import Estimate
 
 from ..asked import Asked, Records, Scores
 from ..report.rows import MEANING
-from ..stats import Estimate
 from ..sweep import Cell
 from ..table import OVERALL
 from .host import CAPTIONS, Host, Task

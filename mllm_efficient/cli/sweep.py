@@ -14,7 +14,8 @@ import typer
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
 from . import options
-from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
+from .answering import answered
+from .evaluate import AGREEMENT, BATCH, DATA_BATCH, check_source, check_tasks_options
 from .tasks import LEGEND
 
 if TYPE_CHECKING:

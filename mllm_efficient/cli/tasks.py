@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
 from . import options
-from .evaluate import answered, failures
+from .answering import answered, failures
 
 if TYPE_CHECKING:
     from ..eval.lmms.host import Host, Task

@@ -8,11 +8,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..embedded import embedded
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..patches.rules import merged, read_settings
 from . import lora as adapters
@@ -110,7 +110,7 @@ class Loaded:
 
 def builtin_folder() -> Path:
     """The embedded model's folder inside the package."""
-    return Path(str(files("mllm_efficient.eval.builtin") / "model"))
+    return embedded("model")
 
 
 def load(options: ModelOptions) -> Loaded:

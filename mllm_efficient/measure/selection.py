@@ -1,4 +1,4 @@
-"""DivPrune's selection alone: ``python -m mllm_efficient.measure.selection`` or ``mllm-efficient bench --selection``.
+"""DivPrune's selection alone: ``mllm-efficient bench --selection``.
 
 Against two things, in turn within one run: the product of similarities that it cannot do without, and the naive loop,
 which for every pick takes the minimum over all tokens chosen so far again. On a CUDA device also several images at once,
@@ -7,7 +7,6 @@ and the picks without the fused kernel; the table is in microseconds there.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -237,9 +236,3 @@ def selection_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
         medians = [f"{scale * r[name]['median']:.{digits}f}" if r[name] else "failed" for name in times]
         lines.append([f"{r['n']} x {r['d']} -> {r['k']}", *medians, *(ratio(r[name]) for name in ratios)])
     return header, lines
-
-
-if __name__ == "__main__":
-    from ..cli import main
-
-    sys.exit(main(["bench", "--selection", *sys.argv[1:]]))

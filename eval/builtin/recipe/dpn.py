@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import Hits, accuracy, draws, interval
 from mllm_efficient.measure.flops import load_shape, prefill_flops
+from mllm_efficient.stats import Hits, accuracy, draws, interval
 
 from ..questions import CATEGORIES
 from ..suite import Sample, samples

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import interval
+from mllm_efficient.stats import interval
 from mllm_efficient.train.config import Recipe, read
 
 from ..suite import Sample, samples

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import Hits, accuracy, draws
+from mllm_efficient.stats import Hits, accuracy, draws
 
 from ..questions import CATEGORIES
 from ..suite import Sample
