@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import weakref
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..compressors.base import Compressor
-from ..compressors.composed import Composed
 from ..compressors.projector import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, NotFiniteError, UnsupportedModelError, shortened
 from ..parsing import read_json
 from ..registry import build, get_method
-from ..spec import text_fields, write
 from .base_model import differs
 from .files import (
     COMPRESSION,
@@ -34,9 +31,9 @@ from .files import (
     contents_of,
     exported,
     open_folder,
-    read_compression,
     shipped,
 )
+from .relocated import method_in
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
@@ -124,24 +121,6 @@ def load(where: str | Path, **settings: Any) -> Compressor:
     if {"keep", "tokens", "prune"} & set(settings):
         own = {k: v for k, v in own.items() if k not in ("keep", "tokens", "prune")}
     return build({"method": config["method"], **own, **settings, "weights": str(where)})
-
-
-def method_in(folder: Path) -> Compressor:
-    """The method that a saved model was wrapped with, its trained part the one of the folder, wherever that is by now."""
-    return relocated(build(read_compression(folder)["method"]), str(folder))
-
-
-def relocated(method: Compressor, weights: str | None) -> Compressor:
-    """A method whose trained part, if it has any, is in another folder; None names none."""
-    if isinstance(method, Composed):
-        return dataclasses.replace(method, stages=tuple(relocated(stage, weights) for stage in method.stages))
-    part = method.installs
-    if part is method:
-        return dataclasses.replace(method, weights=weights)  # type: ignore[call-arg]
-    if part is None:
-        return method
-    kept = {k: v for k, v in relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
-    return dataclasses.replace(method, on=write(part.name, kept, text_fields(type(part))))  # type: ignore[call-arg]
 
 
 def located(adapter: Any, method: Compressor) -> Folder | None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..apply.wrap import wrap
 from ..errors import MllmEfficientError, UnsupportedModelError
 from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS, read_compression
-from .folder import method_in
+from .relocated import method_in
 from .saving import PROCESSOR_FILES, processors
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

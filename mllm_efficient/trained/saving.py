@@ -25,8 +25,8 @@ from ..compressors.base import Compressor
 from ..errors import MllmEfficientError, UnsupportedModelError
 from .base_model import base_of
 from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS
-from .folder import relocated
 from .install import Undo
+from .relocated import relocated
 
 PUSH = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "tags", "token")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
