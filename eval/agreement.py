@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.apply.prepare import Encoded, Prepared, prepare
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.models import environment
-from mllm_efficient.shrink import Encoded, Prepared, prepare
+from mllm_efficient.loading.models import environment
 
 from .answers import NORMALISATION, matches, normalise
 from .harness import Harness, endings

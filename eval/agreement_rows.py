@@ -12,7 +12,7 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 
 from .agreement import TEXT_ONLY, WITH_IMAGES, short
-from .records import fingerprint_of
+from .record.samples import fingerprint_of
 from .requests import Request
 from .stats import Estimate, estimate, interval, points, sums
 from .table import OVERALL

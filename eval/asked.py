@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.models import Loaded
+from mllm_efficient.loading.models import Loaded
 
 from .agreement import MAX_NEW_TOKENS, Agreement
 from .agreement_rows import about, agreement_rows, cell_of
 from .agreement_rows import differences as agreement_differences
 from .builtin.questions import CATEGORIES
 from .builtin.suite import samples
-from .records import fingerprint_of
+from .record.samples import fingerprint_of
 from .report.pictures import kept_pictures
 from .report.rows import DATA_MEANING, MEANING
 from .requests import Request, prompts_of

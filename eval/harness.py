@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from mllm_efficient.composed import runnable
+from mllm_efficient.apply.prepare import Encoded, encode_items, encoding_key
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.installing import installed
-from mllm_efficient.models import Loaded, require_supported
-from mllm_efficient.shrink import Encoded, encode_items, encoding_key
-from mllm_efficient.trained import Parts
+from mllm_efficient.compressors.composed import runnable
+from mllm_efficient.loading.models import Loaded, require_supported
+from mllm_efficient.trained.folder import Parts
+from mllm_efficient.trained.install import installed
 
-from .records import Records
+from .record.samples import Records
 
 
 @dataclass

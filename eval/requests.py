@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.images import load_image
-from mllm_efficient.models import Loaded
-from mllm_efficient.prompts import without_markers
+from mllm_efficient.loading.models import Loaded
+from mllm_efficient.loading.prompts import without_markers
+from mllm_efficient.media.images import load_image
 from mllm_efficient.records import MARKER, Record, read
 
 BETWEEN = " line "  # the words between file and line in messages

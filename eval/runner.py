@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from mllm_efficient.apply.prepare import Prepared, prepare
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.loading.models import environment
 from mllm_efficient.measure.workload import usual_size
-from mllm_efficient.models import environment
-from mllm_efficient.shrink import Prepared, prepare
 
 from .answers import NORMALISATION, judge
 from .builtin.architecture import VOCABULARY

@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from mllm_efficient import locking
-from mllm_efficient.composed import Composed, before_of, inside_of, runnable
+from mllm_efficient.apply.plan import check, describe
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.compressors.composed import Composed, before_of, inside_of, runnable
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError
+from mllm_efficient.loading.models import Loaded, environment, require_supported
 from mllm_efficient.measure.arms import BASELINE, METHOD, REFERENCE
 from mllm_efficient.measure.bench import Bench, Settings
 from mllm_efficient.measure.flops import Cost
 from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
-from mllm_efficient.models import Loaded, environment, require_supported
 from mllm_efficient.parsing import parse_yaml, read_yaml
-from mllm_efficient.plan import check, describe
 from mllm_efficient.registry import get_method
 
-from .records import SAMPLES_FILE, fingerprint_of
+from .record.samples import SAMPLES_FILE, fingerprint_of
 
 BUDGETS = ("keep", "tokens", "prune")
 BENCH_FILE, LOCK_FILE, BEGUN_FILE = "bench.jsonl", "sweep.lock", "unfinished.json"

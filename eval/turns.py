@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mllm_efficient import wrapper
+from mllm_efficient.apply import wrap as wrapper
+from mllm_efficient.apply.generate import with_prompt
+from mllm_efficient.apply.prepare import Prepared
+from mllm_efficient.apply.prompt import leave_on
+from mllm_efficient.apply.signatures import cache_of, with_cache
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.generation import with_prompt
-from mllm_efficient.host import cache_of, with_cache
-from mllm_efficient.layout import leave_on
-from mllm_efficient.models import Loaded
-from mllm_efficient.prompts import rendered
-from mllm_efficient.shrink import Prepared
+from mllm_efficient.loading.models import Loaded
+from mllm_efficient.loading.prompts import rendered
 
 from .builtin.questions import Question
 from .builtin.suite import Sample

@@ -6,19 +6,25 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import moved
+
 __version__ = "0.1.0"
 
 # In a source checkout the folders eval/, patches/ and configs/ beside this package are its subpackages.
 _root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and (_root / "patches" / "llava.py").is_file():
+if (_root / "pyproject.toml").is_file() and (_root / "patches" / "rules.py").is_file():
     __path__.append(str(_root))
+
+moved.install()
 
 _HOME = {
     "VisualTokens": "tokens", "CompressedTokens": "tokens", "Budget": "budget",
-    "Compressor": "compressors.base", "Selector": "compressors.base", "Merger": "compressors.base",
+    "Compressor": "compressors.base", "Selector": "compressors.selector", "Merger": "compressors.merger",
     "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
-    "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "projector", "Projector": "compressors.base", "load": "trained",
+    "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
+    "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.prepare", "Encoded": "apply.prepare",
+    "Layout": "apply.prompt",
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
     "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
@@ -26,10 +32,10 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
-    "doctor": "checkup", "Checkup": "checkup",
-    "prepare": "shrink", "Prepared": "shrink",
-    "wrap": "wrapper", "unwrap": "wrapper", "compressed": "wrapper", "is_wrapped": "wrapper",
-    "mask_labels": "labels", "from_pretrained": "saving",
+    "doctor": "patches.checkup", "Checkup": "patches.checkup",
+    "prepare": "apply.prepare", "Prepared": "apply.prepare",
+    "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
+    "mask_labels": "apply.labels", "from_pretrained": "trained.saving",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -38,27 +44,36 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from .apply.labels import mask_labels as mask_labels
+    from .apply.prepare import Encoded as Encoded
+    from .apply.prepare import Prepared as Prepared
+    from .apply.prepare import encode as encode
+    from .apply.prepare import prepare as prepare
+    from .apply.prompt import Layout as Layout
+    from .apply.wrap import compressed as compressed
+    from .apply.wrap import is_wrapped as is_wrapped
+    from .apply.wrap import unwrap as unwrap
+    from .apply.wrap import wrap as wrap
     from .budget import Budget as Budget
-    from .checkup import Checkup as Checkup
-    from .checkup import doctor as doctor
     from .compressors.base import Compressor as Compressor
-    from .compressors.base import Merger as Merger
-    from .compressors.base import Projector as Projector
-    from .compressors.base import Selector as Selector
     from .compressors.cdpruner import CDPruner as CDPruner
     from .compressors.dart import Dart as Dart
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
+    from .compressors.merger import Merger as Merger
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool
+    from .compressors.projector import Projector as Projector
     from .compressors.prumerge_plus import PruMergePlus as PruMergePlus
     from .compressors.pyramiddrop import PyramidDrop as PyramidDrop
     from .compressors.random import Random as Random
     from .compressors.reducer import Reducer as Reducer
     from .compressors.resize import Resize as Resize
+    from .compressors.resizer import Resizer as Resizer
     from .compressors.scope import Scope as Scope
+    from .compressors.selector import Selector as Selector
     from .compressors.sparsevlm import SparseVLM as SparseVLM
     from .compressors.spp import SpatialPyramidPooling as SpatialPyramidPooling
     from .compressors.tokenflex import TokenFlex as TokenFlex
@@ -74,8 +89,8 @@ if TYPE_CHECKING:
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
-    from .labels import mask_labels as mask_labels
-    from .projector import TokenFlexProjector as TokenFlexProjector
+    from .patches.checkup import Checkup as Checkup
+    from .patches.checkup import doctor as doctor
     from .registry import build as build
     from .registry import get_method as get_method
     from .registry import list_methods as list_methods
@@ -83,18 +98,13 @@ if TYPE_CHECKING:
     from .report import CompressionReport as CompressionReport
     from .report import ImageReport as ImageReport
     from .report import last_report as last_report
-    from .saving import from_pretrained as from_pretrained
-    from .shrink import Prepared as Prepared
-    from .shrink import prepare as prepare
     from .tokens import CompressedTokens as CompressedTokens
     from .tokens import LayerTokens as LayerTokens
     from .tokens import ReducedTokens as ReducedTokens
     from .tokens import VisualTokens as VisualTokens
-    from .trained import load as load
-    from .wrapper import compressed as compressed
-    from .wrapper import is_wrapped as is_wrapped
-    from .wrapper import unwrap as unwrap
-    from .wrapper import wrap as wrap
+    from .trained.folder import load as load
+    from .trained.projector import TokenFlexProjector as TokenFlexProjector
+    from .trained.saving import from_pretrained as from_pretrained
 
 
 def __getattr__(name: str):

@@ -127,7 +127,7 @@ def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
 
 
 def _compose(parts: list[Compressor]) -> Compressor:
-    from .composed import compose
+    from .compressors.composed import compose
 
     if not parts:
         raise MllmEfficientError("no method given: 'divprune:keep=0.1' is one")

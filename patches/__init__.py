@@ -66,7 +66,7 @@ def adapter_for(model: Any):
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
             module, _, name = FAMILIES[cls.__name__].partition(":")
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)(inner)
+            return getattr(importlib.import_module(f"{__name__}.families.{module}"), name)(inner)
     raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
 
 

@@ -98,31 +98,31 @@ class Adapter:
     @property
     def reached_inside(self) -> bool:
         """Whether the hooks of in-decoder methods are on the model."""
-        from .decoder import attached
+        from .decoder.hooks import attached
 
         return attached(self.model)
 
     def reach_inside(self) -> None:
         """Puts the hooks of in-decoder methods on the model; ``let_go_inside`` takes them off."""
-        from .decoder import attach
+        from .decoder.hooks import attach
 
         attach(self.model)
 
     def let_go_inside(self) -> None:
-        from .decoder import detach
+        from .decoder.hooks import detach
 
         detach(self.model)
 
     def check_inside(self, method: Any) -> None:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
-        from .decoder import check_decoder
+        from .decoder.hooks import check_decoder
 
         check_decoder(self, method)
 
     @property
     def decoder(self) -> str:
         """The class of the decoder's layers; of sharded ones, which have a class of their own, the one that they had."""
-        from .decoder import decoder_of
+        from .decoder.hooks import decoder_of
 
         classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
         return next((name for name in classes if name in DECODERS.values()), classes[0])
@@ -195,14 +195,14 @@ class Adapter:
         """The module that holds the part of a trained method, and its name there."""
         if method.family == "J":
             return self.projector_at
-        from .decoder import decoder_of
+        from .decoder.hooks import decoder_of
 
         return decoder_of(self.model), ROUTER
 
     @property
     def router(self) -> Any:
         """The router that was put into the decoder, or None."""
-        from .decoder import decoder_of
+        from .decoder.hooks import decoder_of
 
         return getattr(decoder_of(self.model), ROUTER, None)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
+from mllm_efficient.apply.labels import mask_labels
+from mllm_efficient.apply.outputs import holds, reading
 from mllm_efficient.errors import UnsupportedModelError
-from mllm_efficient.labels import mask_labels
-from mllm_efficient.outputs import holds, reading
 
 from .base import hooking
 
@@ -78,7 +78,7 @@ def _wrapped(stock: Any, around: Callable) -> Callable:
 
 def _wrapped_inside(model: Any) -> Any:
     """The model that ``wrap`` was called on, out of whatever is around it; None if there is none."""
-    from mllm_efficient.wrapper import CompressForward
+    from mllm_efficient.apply.wrap import CompressForward
 
     while _is_module(model) and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
         around = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)

@@ -79,7 +79,7 @@ def test_an_export_is_read_back(tmp_path):
 
 
 def _builtin() -> Any:
-    from mllm_efficient.models import ModelOptions, load
+    from mllm_efficient.loading.models import ModelOptions, load
 
     loaded = load(ModelOptions("builtin", "cpu"))
     return loaded.model, loaded

@@ -14,7 +14,7 @@ from mllm_efficient.eval.lmms.asking import Answer, Content, Request, SampleErro
 from mllm_efficient.eval.lmms.cache import AnswerCache
 from mllm_efficient.eval.lmms.model import SYSTEM_V1, ModelAsker
 from mllm_efficient.eval.lmms.server import _image
-from mllm_efficient.models import Loaded, ModelOptions, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, load
 
 from .families import FAMILIES, noise, tiny
 from .test_eval_data import TEMPLATE

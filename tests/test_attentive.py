@@ -232,7 +232,7 @@ def test_scope_adds_gains_exactly():
 
 def test_sums_by_group_are_added_from_the_first_row_on():
     """Bit for bit, in a batch of other groups too: (1e8 + 1) - 1e8 is 0 in float32, and 1 in any other order."""
-    from mllm_efficient.compressors._sums import group_sums
+    from mllm_efficient.compressors.math.sums import group_sums
 
     rows, group = torch.tensor([[1e8], [1.0], [-1e8], [3.0]]), torch.tensor([2, 2, 2, 0])
     sums, parts = group_sums(rows, group, 4)

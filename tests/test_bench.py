@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import mllm_efficient as me
+from mllm_efficient.apply.stopwatch import Stopwatch
 from mllm_efficient.cli import main
+from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.measure import bench as bench_module
 from mllm_efficient.measure import memory, random_model, selection
 from mllm_efficient.measure.arms import BASELINE, METHOD, REFERENCE, TEXT_ONLY, Arm, arms_for, free_choice
@@ -26,10 +28,8 @@ from mllm_efficient.measure.rows import ceiling, rows_of, table
 from mllm_efficient.measure.shapes import shape_config, shape_names
 from mllm_efficient.measure.timing import Clock, Series, clock_for, interleave, orders, paired, spread
 from mllm_efficient.measure.workload import Workload, make_inputs, text_ids
-from mllm_efficient.models import Loaded, ModelOptions
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.registry import BUILTIN
-from mllm_efficient.stopwatch import Stopwatch
 
 from .families import FAMILIES as HOSTS
 from .families import tiny
@@ -226,7 +226,7 @@ def test_ttft_holds_vision_and_method_and_is_measured_by_itself(charged):
 
 
 def test_the_baseline_is_the_bare_model_and_arms_take_turns(charged):
-    from mllm_efficient.wrapper import method_of
+    from mllm_efficient.apply.wrap import method_of
 
     loaded, clock = charged
     seen = []

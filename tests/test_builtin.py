@@ -16,7 +16,7 @@ from mllm_efficient.eval.builtin.recipe.data import encode, pack
 from mllm_efficient.eval.builtin.recipe.muon import orthogonalise
 from mllm_efficient.eval.builtin.recipe.packed import Packed
 from mllm_efficient.eval.builtin.scenes import DIGITS, Stream, make_scene
-from mllm_efficient.models import ModelOptions, builtin_folder, load
+from mllm_efficient.loading.models import ModelOptions, builtin_folder, load
 
 # sha256 over the RGB bytes of scenes 0..49 at 144 px; a change means that published numbers no longer hold.
 IMAGES = {

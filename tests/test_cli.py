@@ -80,7 +80,7 @@ def test_a_missing_model_is_one_line(capsys, scene, tmp_path):
 def test_an_unsupported_model_names_the_supported_families(capsys, scene, tmp_path):
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
-    from mllm_efficient.models import builtin_folder
+    from mllm_efficient.loading.models import builtin_folder
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = BlipTextConfig(**small, vocab_size=100, encoder_hidden_size=16)

@@ -230,7 +230,7 @@ def tile_side(model):
 
 def test_an_encoding_is_shared_by_methods_that_name_several_clips(llava, clip, make_batch):
     """The tower runs once; each method projects its output by its own CLIP."""
-    from mllm_efficient.shrink import encode
+    from mllm_efficient.apply.prepare import encode
 
     batch = make_batch("one image")
     specs = [f"cdpruner:tokens=7,relevance=clip,clip={clip(32, seed)[0]}" for seed in (0, 1)]

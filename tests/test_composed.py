@@ -17,15 +17,15 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import mllm_efficient as me
+from mllm_efficient.apply.prepare import encode, look
 from mllm_efficient.cli import app, main
-from mllm_efficient.composed import Composed, before_of, inside_of, or_random, projector_of, stages_of
 from mllm_efficient.compressors.base import generator_for
+from mllm_efficient.compressors.composed import Composed, before_of, inside_of, or_random, projector_of, stages_of
 from mllm_efficient.measure.counter import Counted, count
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
+from mllm_efficient.media.overlay import Result as Drawn
+from mllm_efficient.media.overlay import render, views
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.shrink import encode, look
-from mllm_efficient.viz import Result as Drawn
-from mllm_efficient.viz import render, views
 
 from .conftest import image_features, slow_greedy
 from .families import make, tiny
@@ -274,7 +274,7 @@ def test_pool_and_a_router_of_the_decoder_follow_each_other(make_llava, make_bat
         model.generate(**batch, max_new_tokens=2)
         report = me.last_report(model)
     assert report.tokens_per_layer[0] == 16 and report.tokens_per_layer[-1] <= 16 and report.images[0].kept_planes is not None
-    from mllm_efficient.plan import plan
+    from mllm_efficient.apply.plan import plan
 
     adapter = adapter_for(model)
     planned = plan(adapter, method, adapter.items(batch)[0])
@@ -450,7 +450,7 @@ def test_a_composition_is_built_not_put_together_by_hand():
 @pytest.mark.parametrize("first", ["", "tokenflex:tokens=25,weights=random | "])
 def test_tokens_in_the_order_of_choice_keep_their_numbers_inside(make_llava, make_batch, first):
     """What the decoder drops of a shuffled row, against the features that are left in it."""
-    from mllm_efficient.patches.decoder import attached
+    from mllm_efficient.patches.decoder.hooks import attached
 
     model, batch = make_llava(), make_batch("one image")
     spec = f"{first}divprune:tokens=10,order=picked | fastv:layer=1,ratio=0.5"

@@ -205,7 +205,7 @@ def test_other_images_of_a_batch_change_no_bit(name):
 @pytest.mark.parametrize("most", [1, 2**27], ids=["memory for one", "memory for all"])
 def test_images_that_share_a_loop_get_what_each_gets_alone(monkeypatch, most):
     """What a CUDA device does with a batch, here on the CPU: equal sizes together, others by themselves, the order kept."""
-    monkeypatch.setattr("mllm_efficient.compressors.base.TOGETHER", most)
+    monkeypatch.setattr("mllm_efficient.compressors.selector.TOGETHER", most)
     cases = [drawn(seed) for seed in range(60)]
     cases += [(x + 0.1, text, k) for x, text, k in cases[::2]]
     parts, ks = [tokens(x, text) for x, text, _ in cases], [k for *_, k in cases]

@@ -387,7 +387,7 @@ def several() -> tuple[list[me.VisualTokens], list[int]]:
 def test_images_chosen_together_are_those_chosen_alone(monkeypatch, metric, order, together):
     """What a GPU does, here on the CPU. Whole numbers: the distances are exact whoever shares the product."""
     shapes = []
-    monkeypatch.setattr("mllm_efficient.compressors.base.TOGETHER", together)
+    monkeypatch.setattr("mllm_efficient.compressors.selector.TOGETHER", together)
     monkeypatch.setattr(divprune, "distances", lambda x, m: shapes.append(tuple(x.shape)) or distances(x, m))
     method, (parts, ks) = me.DivPrune(keep=0.5, metric=metric, order=order), several()
     done = method._compress_together(parts, ks)
@@ -466,7 +466,7 @@ def test_the_fused_kernel_compiles_for_gpus(capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mllm_efficient.compressors._divprune_triton import _pick
+    from mllm_efficient.compressors.math.farthest_triton import _pick
 
     for number in ("fp32", "fp64"):
         types = {"d": f"*{number}", "nearest_other": f"*{number}", "picked": "*i64", "n": "i32", "k": "i32", "block": "constexpr"}
@@ -475,7 +475,7 @@ def test_the_fused_kernel_compiles_for_gpus(capability, tmp_path, monkeypatch):
 
 
 def test_without_triton_the_loop_runs_and_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mllm_efficient.compressors._divprune_triton", None)
+    monkeypatch.setitem(sys.modules, "mllm_efficient.compressors.math.farthest_triton", None)
     monkeypatch.setattr(divprune, "fused", divprune.fused.__wrapped__)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     x = random_case(3)[0]

@@ -10,8 +10,11 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mllm_efficient as me
-from mllm_efficient import checkup, cli, host, patches
-from mllm_efficient.patches import decoder, passes
+from mllm_efficient import cli, patches
+from mllm_efficient.apply import signatures as host
+from mllm_efficient.patches import checkup
+from mllm_efficient.patches.decoder import hooks as decoder
+from mllm_efficient.patches.decoder import passes
 
 from . import families
 

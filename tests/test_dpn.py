@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mllm_efficient as me
-from mllm_efficient import trained
-from mllm_efficient.base_model import base_of
 from mllm_efficient.compressors.dpn import DPN
 from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for, transformers_version
 from mllm_efficient.tokens import LayerTokens
+from mllm_efficient.trained import folder as trained
+from mllm_efficient.trained.base_model import base_of
 
 from . import families
 from .test_decoder import DECODERS, NEW, ROWS, new_tokens, rows_of, run, slow_beams, slow_greedy, start, tiny, windows, without

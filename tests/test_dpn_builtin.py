@@ -13,8 +13,8 @@ import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.recipe import dpn as study
 from mllm_efficient.eval.builtin.recipe.study import read_answers
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.flops import load_shape, prefill_flops
-from mllm_efficient.models import ModelOptions, load
 
 ROOT = Path(me.__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "dpn"

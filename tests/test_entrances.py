@@ -102,7 +102,7 @@ def test_where_nothing_goes_the_base_model_is_stock(tiny_llava, plain, make_batc
 
 @torch.no_grad()
 def test_a_call_of_the_model_is_prepared_once(tiny_llava, make_batch, monkeypatch):
-    from mllm_efficient import entrance
+    from mllm_efficient.apply import entrance
 
     calls = []
     monkeypatch.setattr(

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import mllm_efficient as me
 from mllm_efficient import cli
 from mllm_efficient.cli import main
+from mllm_efficient.cli.launching import check_launch
 from mllm_efficient.eval.builtin.questions import CATEGORIES
 from mllm_efficient.eval.report.formats import csv_text
-from mllm_efficient.launching import check_launch
-from mllm_efficient.models import builtin_folder
+from mllm_efficient.loading.models import builtin_folder
 
 LONG = "a" * 5000
 

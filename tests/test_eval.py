@@ -29,11 +29,11 @@ from mllm_efficient.eval.builtin.architecture import SPECIAL, WORDS
 from mllm_efficient.eval.builtin.questions import CATEGORIES, Question
 from mllm_efficient.eval.builtin.scenes import UNITS, Box
 from mllm_efficient.eval.builtin.suite import Sample, samples
-from mllm_efficient.eval.records import Records, fingerprint_of
+from mllm_efficient.eval.record.samples import Records, fingerprint_of
 from mllm_efficient.eval.runner import Run, first_word
 from mllm_efficient.eval.table import rows_of, text_table
 from mllm_efficient.eval.turns import converse, follow_ups, next_turn
-from mllm_efficient.models import Loaded, ModelOptions, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, load
 from mllm_efficient.tokens import Plane
 
 from .families import FAMILIES, tiny

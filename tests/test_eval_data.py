@@ -19,7 +19,7 @@ from mllm_efficient.eval.agreement import Agreement, cut, divergence, first_diff
 from mllm_efficient.eval.agreement_rows import agreement_rows, agreement_table, worst, worst_table
 from mllm_efficient.eval.builtin.suite import samples
 from mllm_efficient.eval.requests import prompts_of, read_requests
-from mllm_efficient.models import Loaded, ModelOptions, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, load
 
 from .families import FAMILIES, tiny
 
@@ -342,7 +342,7 @@ def test_an_image_or_a_text_that_changed_is_not_mixed_in(loaded, data, tmp_path)
      "1 <image> in the questions, and 0 image(s) are given"),
 ])  # fmt: skip
 def test_a_bad_line_is_one_line_that_names_it_before_a_model_is_loaded(capsys, data, line, says, monkeypatch):
-    monkeypatch.setattr("mllm_efficient.models.load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mllm_efficient.loading.models.load", lambda *a: pytest.fail("a model was loaded"))
     with data.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     assert main(["eval", "--data", str(data)]) == 2

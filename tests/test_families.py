@@ -43,10 +43,10 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, cross_
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 import mllm_efficient as me
+from mllm_efficient.apply.prepare import encode
 from mllm_efficient.budget import fit_grid
 from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.patches import transformers_version
-from mllm_efficient.shrink import encode
 
 from .families import (
     ASPECTS,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mllm_efficient as me
-from mllm_efficient.compressors import _finite
-from mllm_efficient.compressors._finite import Watch, require_finite, require_scores
+from mllm_efficient.compressors.math import finite as _finite
+from mllm_efficient.compressors.math.finite import Watch, require_finite, require_scores
 
 NEW = {"max_new_tokens": 2, "do_sample": False}
 SPECS = (

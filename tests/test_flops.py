@@ -16,15 +16,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mllm_efficient as me
+from mllm_efficient.apply.plan import check, plan
 from mllm_efficient.cli import main
-from mllm_efficient.composed import runnable
+from mllm_efficient.compressors.composed import runnable
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure import conventions, counter, keeping
 from mllm_efficient.measure.flops import cost, decode_flops, kv_cache_bytes, load_shape, prefill_flops, shape_names, shape_of, vision_flops
 from mllm_efficient.measure.pictures import chosen, pictures_of
 from mllm_efficient.measure.shapes import shape_config
-from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.plan import check, plan
 from mllm_efficient.tokens import Plane, VisualShape
 
 from .families import ASPECTS, FAMILIES, aspect_batch, make, tiny

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mllm_efficient as me
-from mllm_efficient.wrapper import method_of
+from mllm_efficient.apply.wrap import method_of
 
 N, IMAGE = 36, 4
 SPEC = "divprune:tokens=9"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mllm_efficient.cli import main
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.images import find, load_image, size_of
+from mllm_efficient.media.images import find, load_image, size_of
 
 RED, BLUE = (220, 30, 30), (30, 40, 200)
 
@@ -217,7 +217,7 @@ MODES = {"I;16": 4000, "I": 200, "RGBA": (255, 0, 0, 0), "LA": (10, 0), "P": 0, 
 @pytest.mark.parametrize("mode", MODES)
 def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
     """generate, show, eval --data and training hand the processor what ``load_image`` gives."""
-    from mllm_efficient.models import ModelOptions, load
+    from mllm_efficient.loading.models import ModelOptions, load
     from mllm_efficient.train.data import read
     from mllm_efficient.train.encoding import Collator
 

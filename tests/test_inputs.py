@@ -9,10 +9,10 @@ import pytest
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
+from mllm_efficient.loading.models import ModelOptions, load
+from mllm_efficient.loading.prompts import model_inputs, question_prompt
 from mllm_efficient.measure.flops import cost, load_shape
-from mllm_efficient.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.prompts import model_inputs, question_prompt
 
 from .families import noise
 from .folders import NAMES, parts_of, save
@@ -74,7 +74,7 @@ def asked_as_a_task(capsys, folder, loaded, paths):
     """What ``eval --tasks`` and lmms-eval's own command ask through."""
     from mllm_efficient.eval.lmms.asking import Content, Request
     from mllm_efficient.eval.lmms.model import ModelAsker
-    from mllm_efficient.images import load_image
+    from mllm_efficient.media.images import load_image
 
     content = [*({"type": "image"} for _ in paths), {"type": "text", "text": QUESTION}]
     pictures = [load_image(p) for p in paths]
@@ -116,7 +116,7 @@ WAYS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_sees_as_many_visual_tokens(capsys, tmp_path, made, monkeypatch, name, pictures):
     folder, loaded = made(name)
-    monkeypatch.setattr("mllm_efficient.models.load", lambda options: loaded)
+    monkeypatch.setattr("mllm_efficient.loading.models.load", lambda options: loaded)
     paths = [tmp_path / f"{i}.png" for i in range(pictures)]
     for i, path in enumerate(paths):
         noise(i, *SIZE).save(path)

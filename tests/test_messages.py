@@ -11,7 +11,7 @@ from PIL import Image
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
-from mllm_efficient.models import ModelOptions, builtin_folder, load
+from mllm_efficient.loading.models import ModelOptions, builtin_folder, load
 from mllm_efficient.patches import ORIGINALS
 from mllm_efficient.patches.vllm.settings import KEY, settings_of
 

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mllm_efficient as me
+from mllm_efficient.apply.prepare import check
 from mllm_efficient.budget import fit_grid
-from mllm_efficient.compressors.base import Compressor, Resizer, generator_for, one_line, parameters, query_aware
+from mllm_efficient.compressors.base import Compressor, generator_for, one_line, parameters, query_aware
+from mllm_efficient.compressors.resizer import Resizer
 from mllm_efficient.patches.base import Adapter
-from mllm_efficient.shrink import check
 
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")

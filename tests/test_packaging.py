@@ -157,7 +157,7 @@ for path in sorted((files("mllm_efficient.configs") / "methods").iterdir()):
 
 @pytest.mark.slow
 def test_the_embedded_model_of_the_wheel_answers(installed, tmp_path):
-    code = "from mllm_efficient.models import builtin_folder; print(builtin_folder())"
+    code = "from mllm_efficient.loading.models import builtin_folder; print(builtin_folder())"
     folder = Path(call(installed / "python", "-c", code, cwd=tmp_path).strip())
     assert folder.is_relative_to(installed.parent) and (folder / "model.safetensors").is_file()
     out = call(installed / "mllm-efficient", "eval", "--method", "divprune:keep=0.25", "--limit", "7", cwd=tmp_path)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mllm_efficient as me
+from mllm_efficient.apply.prepare import encode
 from mllm_efficient.compressors.base import generator_for
-from mllm_efficient.shrink import encode
 
 from .conftest import eager_attention
 

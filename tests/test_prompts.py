@@ -11,14 +11,14 @@ import torch
 import transformers
 
 import mllm_efficient as me
-from mllm_efficient import processor as processors
 from mllm_efficient.cli import main
+from mllm_efficient.loading import processor as processors
+from mllm_efficient.loading.models import Loaded, ModelOptions, environment, load
+from mllm_efficient.loading.prompts import model_inputs, question_prompt, rendered, without_markers
 from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.measure.shapes import load_shape
-from mllm_efficient.models import Loaded, ModelOptions, environment, load
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.prompts import model_inputs, question_prompt, rendered, without_markers
 
 from .families import FAMILIES, VOCABULARY, clip, noise, tiny
 from .folders import TEMPLATE, parts_of, placeholder, save

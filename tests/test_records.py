@@ -12,7 +12,7 @@ from PIL import Image
 import mllm_efficient as me
 from mllm_efficient.eval.builtin.architecture import build_processor
 from mllm_efficient.eval.requests import prompts_of, read_requests
-from mllm_efficient.models import Loaded, ModelOptions
+from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.parsing import parse_json, parse_yaml
 from mllm_efficient.records import read, read_all
 from mllm_efficient.train.chat import Chat

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mllm_efficient as me
+from mllm_efficient.apply.plan import describe
 from mllm_efficient.compressors.fastv import FastV
 from mllm_efficient.compressors.reducer import Reducer, solve, spread_out
 from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.plan import describe
 
 from . import families
 from .test_decoder import (

@@ -14,9 +14,9 @@ from mllm_efficient.eval.builtin.suite import samples
 from mllm_efficient.eval.requests import prompts_of, read_requests
 from mllm_efficient.eval.runner import MAX_NEW_TOKENS, Run, first_word
 from mllm_efficient.eval.turns import converse, follow_ups, next_turn
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.bench import Bench, Settings
 from mllm_efficient.measure.workload import Workload
-from mllm_efficient.models import ModelOptions, load
 
 SPECS = ("fastv:layer=1,keep=0.4", "sparsevlm:ratio=0.3")
 

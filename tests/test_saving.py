@@ -15,9 +15,9 @@ from PIL import Image
 from transformers import TrainerCallback
 
 import mllm_efficient as me
-from mllm_efficient.models import ModelOptions
-from mllm_efficient.models import load as load_model
-from mllm_efficient.wrapper import method_of
+from mllm_efficient.apply.wrap import method_of
+from mllm_efficient.loading.models import ModelOptions
+from mllm_efficient.loading.models import load as load_model
 
 TRAINED = ("tokenflex:tokens=36", "dpn")
 SPECS = ("divprune:tokens=36", *TRAINED, "tokenflex:tokens=36 | divprune:tokens=18", "none@dpn")

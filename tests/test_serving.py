@@ -10,13 +10,13 @@ import torch
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.suite import samples
-from mllm_efficient.exporting import export
+from mllm_efficient.loading.models import ModelOptions, builtin_folder, load
 from mllm_efficient.measure.launching import Launch
 from mllm_efficient.measure.serving import Load, Served, measure, runs, table, uncompressed
-from mllm_efficient.models import ModelOptions, builtin_folder, load
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.patches.base import smaller_pixels
 from mllm_efficient.patches.vllm.shapes import Shapes
+from mllm_efficient.trained.export import export
 
 from .vllm_models import needs_vllm
 

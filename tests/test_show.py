@@ -18,10 +18,12 @@ from PIL import Image
 from transformers import BatchFeature
 
 import mllm_efficient as me
-from mllm_efficient import figures, video, viz
 from mllm_efficient.cli import main, show
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.models import Loaded, ModelOptions
+from mllm_efficient.loading.models import Loaded, ModelOptions
+from mllm_efficient.media import figure as figures
+from mllm_efficient.media import overlay as viz
+from mllm_efficient.media import video
 from mllm_efficient.report import CompressionReport, ImageReport
 from mllm_efficient.tokens import Plane
 
@@ -309,7 +311,7 @@ METHODS = ("divprune:keep=0.25", "random:keep=0.25", "pool:keep=0.25", "resize:k
 
 @pytest.mark.parametrize("size", [(144, 144), (300, 200), (200, 300), (600, 60)], ids=str)
 def test_the_command_draws_what_prepare_keeps(capsys, tmp_path, size):
-    from mllm_efficient.models import load
+    from mllm_efficient.loading.models import load
 
     noise = np.random.default_rng(2).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
@@ -453,7 +455,7 @@ def report_of(monkeypatch):
         processor, placed = Processor(), []
         adapter = SimpleNamespace(place=lambda planes, size, by: placed.append((size, by)) or planes)
         report = CompressionReport(reports)
-        monkeypatch.setattr("mllm_efficient.shrink.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
+        monkeypatch.setattr("mllm_efficient.apply.prepare.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
         monkeypatch.setattr("mllm_efficient.patches.adapter_for", lambda model: adapter)
         loaded = Loaded(SimpleNamespace(device="cpu", dtype=torch.bfloat16), processor, ModelOptions())
         (result,) = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)

@@ -19,9 +19,9 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.eval import sweep
 from mllm_efficient.eval.builtin.questions import CATEGORIES
 from mllm_efficient.eval.runner import Run
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.bench import Bench
 from mllm_efficient.measure.workload import Workload
-from mllm_efficient.models import ModelOptions, load
 
 QUICK = ["--device", "cpu", "--split", "val", "--limit", "14", "--repeats", "1", "--warmup", "0", "--output-tokens", "2"]
 

@@ -228,7 +228,7 @@ def test_what_cannot_be_asked_is_one_line_before_a_model_is_loaded(data, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words.jsonl").write_text('{"prompt": "what colour is it ?"}')
     (tmp_path / "broken.jsonl").write_text("{")
-    monkeypatch.setattr("mllm_efficient.models.load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mllm_efficient.loading.models.load", lambda *a: pytest.fail("a model was loaded"))
     assert main(sweep(data, tmp_path / "run", *more)) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.strip().splitlines()) == 1 and says in err

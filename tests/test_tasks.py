@@ -19,7 +19,7 @@ import yaml
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
-from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.loading.models import ModelOptions, load
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="needs lmms-eval: make test-integration")
 CATEGORIES = ("object", "attribute", "count", "position", "presence", "reading", "comparison")
@@ -398,7 +398,7 @@ def test_a_compressor_that_raises_on_one_sample(capsys, tmp_path, registered):
 
     picture = Image.fromarray(squares(5)[2])
     inputs = loaded.inputs([loaded.prompt("?", 1)], [picture])
-    from mllm_efficient.shrink import encode
+    from mllm_efficient.apply.prepare import encode
 
     bad = encode(loaded.model, "none", **inputs).encodings[0].features.sum().item()
 
@@ -621,7 +621,7 @@ def test_the_cache_knows_a_methods_code_and_weights(tmp_path):
 
     from safetensors.torch import load_file, save_file
 
-    from mllm_efficient.trained import shipped
+    from mllm_efficient.trained.folder import shipped
 
     weights = tmp_path / "flex"
     shutil.copytree(shipped("tokenflex").path, weights)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mllm_efficient as me
-from mllm_efficient import trained
-from mllm_efficient.base_model import base_of, differs
 from mllm_efficient.measure.counter import count
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.projector import TokenFlexProjector
+from mllm_efficient.trained import folder as trained
+from mllm_efficient.trained.base_model import base_of, differs
+from mllm_efficient.trained.projector import TokenFlexProjector
 
 from .families import FAMILIES, Kept, greedy, make, splice, tiny, visuals
 

@@ -11,7 +11,7 @@ import torch
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.recipe import tokenflex as study
-from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.loading.models import ModelOptions, load
 
 ROOT = Path(me.__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tokenflex"
@@ -115,7 +115,7 @@ def test_requests_of_ones_own_are_held_against_the_stock_model(tmp_path, capsys)
 
 
 def test_the_base_model_is_untouched_by_an_evaluation_with_it():
-    from mllm_efficient.composed import runnable
+    from mllm_efficient.compressors.composed import runnable
     from mllm_efficient.eval.builtin.suite import samples
     from mllm_efficient.eval.runner import Run
 

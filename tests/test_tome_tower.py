@@ -13,7 +13,7 @@ from mllm_efficient.cli import main
 from mllm_efficient.measure.counter import Counted, count
 from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.patches.tome import run_merging
+from mllm_efficient.patches.tower.merge import run_merging
 from mllm_efficient.patches.vllm.settings import require_served
 
 from . import families

@@ -16,10 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 import mllm_efficient as me
-from mllm_efficient import locking, trained
+from mllm_efficient import locking
 from mllm_efficient.cli import main
-from mllm_efficient.installing import install
-from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.train import trainer as training
 from mllm_efficient.train.config import read
@@ -27,6 +26,8 @@ from mllm_efficient.train.data import builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import TrainingModel, independent
 from mllm_efficient.train.trainer import CountTrainer, build_model, run
+from mllm_efficient.trained import folder as trained
+from mllm_efficient.trained.install import install
 
 RECIPES = Path(me.__file__).resolve().parent.parent / "configs" / "train"
 SMALL = ["data.scenes=24", "data.questions=3", "stages.0.data.scenes=24", "logging_steps=1", "counts={36: 1, 9: 1}"]

@@ -12,7 +12,7 @@ from PIL import Image
 
 import mllm_efficient as me
 from mllm_efficient.eval.builtin.architecture import build_processor
-from mllm_efficient.models import Loaded, ModelOptions
+from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.train.data import Record, builtin_records, read
 from mllm_efficient.train.encoding import Collator, encode
 from mllm_efficient.train.survey import survey

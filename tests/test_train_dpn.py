@@ -13,11 +13,10 @@ import pytest
 import torch
 
 import mllm_efficient as me
-from mllm_efficient import trained
 from mllm_efficient.cli import main
-from mllm_efficient.models import ModelOptions, load
+from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.patches import transformers_version
-from mllm_efficient.patches.staging import StagedImage
+from mllm_efficient.patches.decoder.staging import StagedImage
 from mllm_efficient.tokens import Decision
 from mllm_efficient.train.config import RoutingConfig, read
 from mllm_efficient.train.data import Record, builtin_records
@@ -26,6 +25,7 @@ from mllm_efficient.train.model import separated
 from mllm_efficient.train.routing import log_odds, mean_levels, reinforced, routing_log, routing_loss, routing_sums
 from mllm_efficient.train.trainer import build_model, run
 from mllm_efficient.train.trainer import method_of as build_method
+from mllm_efficient.trained import folder as trained
 
 from .test_train import llava_data, log_of
 

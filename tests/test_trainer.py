@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mllm_efficient as me
-from mllm_efficient import labels
+from mllm_efficient.apply import labels
 from mllm_efficient.patches import trainer as shims
 
 from .trainer_runs import BATCHES, NAMES, SIDES, SPECS, by_hand, make, predicted, reported, step_loss, tiny, trainer

@@ -17,7 +17,7 @@ import transformers
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.suite import samples
-from mllm_efficient.models import ModelOptions, builtin_folder, load
+from mllm_efficient.loading.models import ModelOptions, builtin_folder, load
 from mllm_efficient.patches.vllm import settings as served
 from mllm_efficient.patches.vllm.settings import settings_of
 from mllm_efficient.patches.vllm.shapes import Shapes
@@ -179,8 +179,8 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path, capsys, arguments, say
 def test_the_towers_weights_are_named_as_vllm_looks_for_them(tmp_path, make_llava, make_processor):
     from safetensors import safe_open
 
-    from mllm_efficient.exporting import export
-    from mllm_efficient.models import Loaded
+    from mllm_efficient.loading.models import Loaded
+    from mllm_efficient.trained.export import export
 
     model = make_llava()
     export(Loaded(model, make_processor(), ModelOptions(model="tiny")), me.DivPrune(tokens=9), tmp_path / "e")
@@ -291,8 +291,8 @@ def test_a_vllm_without_the_plugin_refuses_an_exported_folder(questions, tmp_pat
 def test_families_with_tiles_and_two_images(name, tmp_path):
     """A random model's greedy answers to pictures of different shapes, alone and in pairs."""
     model, processor, folder = model_of(name), saved_processor_of(name), tmp_path / "model"
-    from mllm_efficient.exporting import export
-    from mllm_efficient.models import Loaded
+    from mllm_efficient.loading.models import Loaded
+    from mllm_efficient.trained.export import export
 
     method = me.DivPrune(keep=0.4)
     loaded = Loaded(model, processor, ModelOptions(model="tiny"))

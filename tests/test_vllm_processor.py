@@ -12,10 +12,10 @@ import pytest
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval.builtin.suite import samples
-from mllm_efficient.exporting import export
-from mllm_efficient.models import Loaded, ModelOptions, builtin_folder, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, builtin_folder, load
 from mllm_efficient.patches.vllm.settings import require_served
 from mllm_efficient.registry import BUILTIN
+from mllm_efficient.trained.export import export
 
 from .families import ASPECTS, VOCABULARY, noise
 from .vllm_models import ENVIRONMENT, model_of, needs_vllm, processor_of, saved_processor_of

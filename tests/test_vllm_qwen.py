@@ -11,8 +11,8 @@ import transformers
 from PIL import Image
 
 import mllm_efficient as me
-from mllm_efficient.exporting import export
-from mllm_efficient.models import Loaded, ModelOptions
+from mllm_efficient.loading.models import Loaded, ModelOptions
+from mllm_efficient.trained.export import export
 
 from .families import ASPECTS, noise
 from .test_vllm import KEY, engine

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 import mllm_efficient as me
 from mllm_efficient.patches import transformers_version
-from mllm_efficient.patches.llava import LlavaAdapter
+from mllm_efficient.patches.families.llava import LlavaAdapter
 
 N, GRID, IMAGE = 36, (6, 6), 4
 MIXED = ("one image", "two images", "text only", "long text")

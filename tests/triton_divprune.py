@@ -14,8 +14,8 @@ import torch
 
 import mllm_efficient as me
 from mllm_efficient.compressors import divprune
-from mllm_efficient.compressors._divprune_triton import farthest_first
 from mllm_efficient.compressors.divprune import distances, loop
+from mllm_efficient.compressors.math.farthest_triton import farthest_first
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
@@ -72,7 +72,9 @@ def test_one_image_and_several_go_through_the_kernel_where_tensors_say_they_are_
     x, k = features(4, tied=True)
     method, used = me.DivPrune(tokens=k, order="picked"), []
     expected = [method.select(image).tolist() for image in x]
-    monkeypatch.setattr("mllm_efficient.compressors._divprune_triton.farthest_first", lambda d, k: used.append(d) or farthest_first(d, k))
+    monkeypatch.setattr(
+        "mllm_efficient.compressors.math.farthest_triton.farthest_first", lambda d, k: used.append(d) or farthest_first(d, k)
+    )
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert [method.select(image).tolist() for image in x] == expected
     done = method.compress_all([me.VisualTokens(image) for image in x], [k] * len(x))

@@ -13,8 +13,8 @@ from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.models import BUILTIN, ModelOptions, load
-from mllm_efficient.processor import processor_settings
+from mllm_efficient.loading.models import BUILTIN, ModelOptions, load
+from mllm_efficient.loading.processor import processor_settings
 from mllm_efficient.registry import build
 
 from .asking import FORMATS, MAX_NEW_TOKENS, RAISE, RECORD, Answer, Asker, Content, Request
@@ -146,7 +146,7 @@ def upright(value: Any, image_range: str = "full") -> Any:
     """A sample with its pictures as this package reads pictures, before a task converts them in its own way."""
     from PIL.Image import Image
 
-    from mllm_efficient.images import to_rgb
+    from mllm_efficient.media.images import to_rgb
 
     if isinstance(value, Image):
         return to_rgb(value, image_range)
@@ -160,7 +160,7 @@ def content_of(messages: Sequence[dict[str, Any]], name: str) -> Content:
 
     Raises ``MllmEfficientError`` for anything but text and images.
     """
-    from mllm_efficient.images import to_rgb
+    from mllm_efficient.media.images import to_rgb
 
     pictures, keys = list[Any](), list[str]()
     out = list[dict[str, Any]]()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.images import RANGES
-from mllm_efficient.prompts import PLAIN, TEMPLATE, has_template, plain, require_pictures
+from mllm_efficient.loading.prompts import PLAIN, TEMPLATE, has_template, plain, require_pictures
+from mllm_efficient.media.images import RANGES
 
 from .asking import FORMATS, PADDINGS, Answer, Asker, Content, before
 
@@ -45,9 +45,9 @@ class ModelAsker(Asker):
     prompt_format: str = "template"
 
     def __post_init__(self) -> None:
-        from mllm_efficient.composed import runnable, stages_of
-        from mllm_efficient.models import environment, require_supported
-        from mllm_efficient.plan import check
+        from mllm_efficient.apply.plan import check
+        from mllm_efficient.compressors.composed import runnable, stages_of
+        from mllm_efficient.loading.models import environment, require_supported
 
         self.adapter = require_supported(self.loaded)
         self.method = runnable(self.method)
@@ -88,7 +88,7 @@ class ModelAsker(Asker):
 
     def installed(self) -> Any:
         """A context in which the model holds what the method needs."""
-        from mllm_efficient.wrapper import compressed
+        from mllm_efficient.apply.wrap import compressed
 
         return compressed(self.loaded.model, self.method)
 
@@ -113,7 +113,7 @@ class ModelAsker(Asker):
     def answers(self, batch: Sequence[tuple[Content, Any]], settings: dict[str, Any]) -> list[Answer]:
         import torch
 
-        from mllm_efficient.shrink import prepare
+        from mllm_efficient.apply.prepare import prepare
 
         start = self._now()
         inputs = self.loaded.inputs([prompt for _, prompt in batch], [self.pictured(content) for content, _ in batch])
@@ -190,7 +190,7 @@ def _code(cls: type) -> str:
 
 def _weights(adapter: Any, method: Any) -> str | None:
     """A hash of the weights that a method brings: its trained ones, or a CLIP of its own."""
-    from mllm_efficient.trained import located
+    from mllm_efficient.trained.folder import located
 
     folder = None if method.installs is None else located(adapter, method.installs)
     clip = getattr(method, "clip", None)

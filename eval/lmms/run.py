@@ -16,7 +16,7 @@ from typing import Any
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 
-from ..records import Records, fingerprint_of
+from ..record.samples import Records, fingerprint_of
 from ..sweep import Cell
 from .asking import MAX_NEW_TOKENS, Asker, SampleError
 from .cache import AnswerCache

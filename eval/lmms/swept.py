@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.models import Loaded
+from mllm_efficient.loading.models import Loaded
 
 from ..asked import Asked, Records, Scores
 from ..report.rows import MEANING

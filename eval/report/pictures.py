@@ -10,8 +10,8 @@ from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.images import load_image
-from mllm_efficient.models import Loaded
+from mllm_efficient.loading.models import Loaded
+from mllm_efficient.media.images import load_image
 
 EDGE, SAMPLES = 288, 3  # pixels of the longer side; pictures shown
 REQUESTS, EACH = 20, 4  # requests shown at most, and pictures of each
@@ -99,9 +99,9 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
     """One JPEG for each view of the picture: the kept tokens lit, or the mean colour of each merged one."""
     from PIL import Image
 
+    from mllm_efficient.apply.prepare import look
+    from mllm_efficient.media.overlay import Result, fit, render, views
     from mllm_efficient.patches import adapter_for
-    from mllm_efficient.shrink import look
-    from mllm_efficient.viz import Result, fit, render, views
 
     inputs = loaded.inputs([loaded.prompt(question, 1)], [picture])
     report = look(loaded.model, method, image_keys=[key], **inputs).images[0]
@@ -121,7 +121,7 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
 
 
 def _jpeg(picture: Any) -> str:
-    from mllm_efficient.viz import fit
+    from mllm_efficient.media.overlay import fit
 
     out = io.BytesIO()
     fit(picture.convert("RGB"), EDGE).save(out, format="JPEG", quality=88, subsampling=0, optimize=True)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from . import options, serving
 
 if TYPE_CHECKING:
-    from ..models import Loaded, ModelOptions
+    from ..loading.models import Loaded, ModelOptions
 
 REPEATS, PAIRS, WARMUP, MAX_BATCH = 10, 15, 2, 256
 SERVED_REPEATS, SERVED_WARMUP, CONCURRENCY = 5, 1, "1,8,32"
@@ -102,8 +102,8 @@ def bench(
     times = repeats or (SERVED_REPEATS if of_servers else PAIRS if overhead or selection else REPEATS)
     rounds = warmup if warmup is not None else SERVED_WARMUP if of_servers else WARMUP
     with _writing(output) as write, _threads(threads):
+        from ..loading.models import ModelOptions
         from ..measure.machine import busy
-        from ..models import ModelOptions
 
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
@@ -168,9 +168,9 @@ def picture_size(text: str | None) -> tuple[int, int] | None:
 
 
 def _load(settings: ModelOptions, random_weights: bool) -> Loaded:
+    from ..loading.models import load
     from ..measure.random_model import random_model
     from ..measure.shapes import shape_names
-    from ..models import load
 
     if random_weights:
         options.say(f"building {settings.model} with random weights")
@@ -224,8 +224,8 @@ def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str
 def _selection(settings: ModelOptions, specs: Sequence[str], warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from tqdm import tqdm
 
+    from ..loading.models import pick_device
     from ..measure.selection import METHOD_SHAPES, SHAPES, cost_of_methods, selection, steps_on
-    from ..models import pick_device
 
     if specs:
         with tqdm(total=(len(set(specs)) + 1) * len(METHOD_SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None) as bar:

@@ -9,8 +9,8 @@ def doctor(device: options.Device = "auto", attention: options.Attention = None,
     """Checks on tiny models whether every kind of method is right with the versions, device and attention kernel here."""
     import warnings
 
-    from ..checkup import CHECKS
-    from ..checkup import doctor as examine
+    from ..patches.checkup import CHECKS
+    from ..patches.checkup import doctor as examine
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a host warns of is not about the user's own code

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
-    from ..models import ModelOptions
+    from ..loading.models import ModelOptions
 
 BATCH, DATA_BATCH = 32, 8
 AGREEMENT = """\
@@ -105,8 +105,8 @@ def evaluate(
     )  # fmt: skip
     if public:
         from ..eval.lmms.run import TaskOptions
-        from ..launching import check_launch
-        from ..models import ModelOptions
+        from ..loading.models import ModelOptions
+        from .launching import check_launch
         from .tasks import evaluate_tasks, even, task_names
 
         check_launch(distributed_on_cpu=True)
@@ -130,7 +130,7 @@ def evaluate(
     check_source(data, suite, split, max_new_tokens, turns)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
-    from ..models import ModelOptions
+    from ..loading.models import ModelOptions
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
@@ -182,10 +182,10 @@ def _builtin(
     """The embedded benchmark."""
     from ..eval.builtin.questions import CATEGORIES
     from ..eval.builtin.suite import samples
-    from ..eval.records import fingerprint_of
+    from ..eval.record.samples import fingerprint_of
     from ..eval.runner import Run
     from ..eval.table import rows_of, text_table
-    from ..models import BUILTIN, load
+    from ..loading.models import BUILTIN, load
 
     loaded = load(settings)
     options.announce(loaded, chosen)
@@ -224,7 +224,7 @@ def _data(
     from ..eval.agreement_rows import agreement_rows, agreement_table, worst_table
     from ..eval.asked import OwnRequests
     from ..eval.requests import read_requests
-    from ..models import load
+    from ..loading.models import load
 
     requests = read_requests(data, limit, image_range)
     loaded = load(settings)

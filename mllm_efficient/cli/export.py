@@ -31,8 +31,8 @@ def export(
     except ValueError:
         raise MllmEfficientError(f"--allowed-tokens {allowed_tokens!r} is not a list of counts, such as 64,144") from None
 
-    from ..exporting import export as write
-    from ..models import ModelOptions, load
+    from ..loading.models import ModelOptions, load
+    from ..trained.export import export as write
 
     loaded = load(ModelOptions(model, "cpu", dtype, revision=revision, trust_remote_code=trust_remote_code))
     options.announce(loaded, [compressor])

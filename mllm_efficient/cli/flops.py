@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from ..report import by_layer
 from . import options
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
+    from ..loading.models import ModelOptions
     from ..measure.flops import Cost
     from ..measure.pictures import Size
     from ..measure.shapes import ModelShape
-    from ..models import ModelOptions
 
 Pair = tuple[int, int | None, "Size | None"]
 TFLOP, MB = 1e12, 1e6
@@ -58,9 +58,9 @@ def flops(
     Lists such as --text-tokens 15,23,83 give one prompt for each number; rows are means over them, and the ratio is the
     mean of the ratios.
     """
-    from ..composed import runnable
+    from ..compressors.composed import runnable
+    from ..loading.models import ModelOptions
     from ..measure.flops import cost, load_shape
-    from ..models import ModelOptions
 
     options.import_files(imports)
     pairs = _pairs(text_tokens, visual_tokens, image_size)
@@ -156,9 +156,9 @@ class _Counter:
     """torch's counter on the model: a shape on the meta device, anything else loaded on the CPU, with its processor."""
 
     def __init__(self, shape: ModelShape, settings: ModelOptions):
+        from ..loading.models import load
         from ..measure.counter import build_on_meta
         from ..measure.shapes import shape_names
-        from ..models import load
 
         self.shape, self.processor = shape, None
         if settings.model in shape_names():

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from . import options
 
 
@@ -36,7 +36,7 @@ def generate(
     """Answers one question about one or more images and says what it cost."""
     import time
 
-    from ..images import load_image
+    from ..media.images import load_image
 
     options.import_files(imports)
     if not image:
@@ -44,8 +44,8 @@ def generate(
     compressor = options.one_method(method)
     pictures = [load_image(path, image_range) for path in image]
 
-    from .. import wrapper
-    from ..models import ModelOptions, environment, load
+    from ..apply import wrap as wrapper
+    from ..loading.models import ModelOptions, environment, load
 
     settings = ModelOptions(
         model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,

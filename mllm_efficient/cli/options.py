@@ -16,7 +16,7 @@ from ..errors import MllmEfficientError, shortened
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
-    from ..models import Loaded
+    from ..loading.models import Loaded
 
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model; 'builtin' is the embedded one.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
@@ -77,7 +77,7 @@ def import_files(paths: Sequence[Path] | None) -> None:
 
 def one_method(spec: str) -> Compressor:
     """A method, or several composed, of a specification or YAML file."""
-    from ..composed import runnable
+    from ..compressors.composed import runnable
 
     return runnable(spec)
 
@@ -89,8 +89,8 @@ def say(text: str) -> None:
 
 def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     """Says before anything runs what each method keeps, and raises for one that the model cannot run."""
-    from ..models import require_supported
-    from ..plan import check, describe
+    from ..apply.plan import check, describe
+    from ..loading.models import require_supported
 
     adapter = require_supported(loaded)
     for line in loaded.notes:
@@ -98,7 +98,7 @@ def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     for method in methods:
         check(adapter, method)
         if method.installs is not None:
-            from ..trained import located
+            from ..trained.folder import located
 
             located(adapter, method.installs)
         say(describe(method, adapter.usual(), adapter))

@@ -11,7 +11,7 @@ from ..errors import MllmEfficientError
 from . import options
 
 if TYPE_CHECKING:
-    from ..models import ModelOptions
+    from ..loading.models import ModelOptions
 
 BACKENDS = ("transformers", "vllm")
 OF_SERVERS = ("--server-model", "--concurrency", "--requests", "--serve-args")

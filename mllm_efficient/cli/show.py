@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
     from ..compressors.base import Compressor
-    from ..models import Loaded
-    from ..viz import Result, Subject
+    from ..loading.models import Loaded
+    from ..media.overlay import Result, Subject
 
 
 def show(
@@ -51,9 +51,10 @@ def show(
     imports: options.Import = None,
 ) -> None:
     """Draws which tokens of a picture or video each method keeps, as one figure for papers and slides."""
-    from .. import figures, viz
-    from ..images import load_image, name_of
-    from ..video import load_frames
+    from ..media import figure as figures
+    from ..media import overlay as viz
+    from ..media.images import load_image, name_of
+    from ..media.video import load_frames
 
     options.import_files(imports)
     if not image and video is None:
@@ -65,7 +66,7 @@ def show(
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
     clip = load_frames(video, frames) if video is not None else ([], [])
 
-    from ..models import BUILTIN, ModelOptions, environment, load
+    from ..loading.models import BUILTIN, ModelOptions, environment, load
     from ..report import by_layer
 
     settings = ModelOptions(
@@ -102,8 +103,8 @@ def show(
 
 def title(method: Compressor) -> str:
     """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
-    from ..composed import Composed
     from ..compressors.base import BUDGET_FIELDS
+    from ..compressors.composed import Composed
 
     if isinstance(method, Composed):
         return ", then ".join(title(stage) for stage in method.stages)
@@ -127,9 +128,9 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
 
     A model that takes no videos is given the frames as images of one prompt.
     """
+    from ..apply.prepare import look
+    from ..loading.processor import NEEDS_VIDEO
     from ..patches import adapter_for
-    from ..processor import NEEDS_VIDEO
-    from ..shrink import look
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
     if video and processor is None and getattr(loaded.processor, "video_token", None):
@@ -147,7 +148,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
 
 def _result(method: Compressor, reports: Sequence[Any], place: Any, video: bool = False) -> Result:
     """What is drawn of a picture, or of a video whose frames may be reported one by one. place: puts planes on the picture."""
-    from ..viz import Result
+    from ..media.overlay import Result
 
     planes: list[Any] = []
     kept_planes: list[Any] = []
@@ -169,7 +170,7 @@ def _result(method: Compressor, reports: Sequence[Any], place: Any, video: bool 
 
 def _film(frames: list[Picture], numbers: list[int], results: list[Result]) -> Subject:
     """The frames that have tokens of their own. A model may see several frames as one: the first of them is shown."""
-    from ..viz import Subject
+    from ..media.overlay import Subject
 
     steps = len({p.frame for p in results[0].planes})
     shown = range(0, len(frames), math.ceil(len(frames) / steps))

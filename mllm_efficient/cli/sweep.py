@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..processor import processor_settings
+from ..loading.processor import processor_settings
 from . import options
 from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
 from .tasks import LEGEND
@@ -110,9 +110,9 @@ def sweep(
     from ..eval.report.rows import failures
     from ..eval.requests import read_requests
     from ..eval.sweep import Flops, cross, owned, possible, unique
+    from ..loading.models import ModelOptions, load
     from ..measure.bench import Settings
     from ..measure.workload import Workload
-    from ..models import ModelOptions, load
 
     cells = cross(method, budgets)
     settings = ModelOptions(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..eval.lmms.host import Host, Task
     from ..eval.lmms.run import TaskOptions, TaskRun
     from ..eval.sweep import Cell
-    from ..models import ModelOptions
+    from ..loading.models import ModelOptions
 
 LEGEND = """\
 'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
@@ -191,7 +191,7 @@ def on_model(
     from ..eval.lmms.adapter import rank_device
     from ..eval.lmms.run import run_of
     from ..eval.sweep import possible
-    from ..models import load
+    from ..loading.models import load
 
     settings = replace(settings, device=rank_device(settings.device) if settings.device_map is None else settings.device)
     loaded = load(settings)
@@ -213,8 +213,8 @@ def on_servers(
     from ..eval.lmms.asking import MAX_NEW_TOKENS
     from ..eval.lmms.run import TaskRun
     from ..eval.lmms.server import ServerAsker, served, server_cells
-    from ..eval.records import SAMPLES_FILE
-    from ..models import ModelOptions
+    from ..eval.record.samples import SAMPLES_FILE
+    from ..loading.models import ModelOptions
 
     ours = replace(settings, seed=ModelOptions.seed) != ModelOptions()
     if output_dir is not None and (output_dir / SAMPLES_FILE).exists():

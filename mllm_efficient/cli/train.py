@@ -26,8 +26,8 @@ def train(
 
     With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
     """
-    from ..launching import check_launch
     from ..train.config import read
+    from .launching import check_launch
 
     check_launch(distributed_on_cpu=False)
     options.import_files(imports)

@@ -10,9 +10,9 @@ from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._cosine import unit
-from ._finite import require_finite
-from .base import Selector
+from .math.cosine import unit
+from .math.finite import require_finite
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

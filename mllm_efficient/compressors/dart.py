@@ -9,7 +9,7 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import LayerTokens
-from ._finite import require_finite
+from .math.finite import require_finite
 from .reducer import OneStage
 
 if TYPE_CHECKING:

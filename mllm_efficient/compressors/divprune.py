@@ -14,8 +14,8 @@ from ..errors import BadSettingError, NotFiniteError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._finite import ADVICE
-from .base import Selector
+from .math.finite import ADVICE
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,7 +160,7 @@ def farthest_first(d: Tensor, k: int) -> Tensor:
 def fused(device: torch.device) -> Callable[[Tensor, int], Tensor] | None:
     """``loop`` for (B, N, N) in one kernel, tried once. None where Triton is missing or fails, which is said once."""
     try:
-        from ._divprune_triton import farthest_first as kernel
+        from .math.farthest_triton import farthest_first as kernel
 
         kernel(torch.zeros(1, 1, 1, device=device), 1)
     except Exception as error:

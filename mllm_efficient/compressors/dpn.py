@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadBudgetError, BadSettingError, CountMismatchError
-from ..folders import RANDOM, open_folder, shipped
 from ..lazy import torch
 from ..registry import register
 from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
-from ._finite import require_finite
+from ..trained.files import RANDOM, open_folder, shipped
 from .base import Compressor, generator_for
+from .math.finite import require_finite
 from .reducer import Reducer
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class DPN(Reducer):
 
     def module(self, inputs: int, outputs: int, **config: Any) -> Any:
         """The routers of all stages. config: ``stages`` and ``experts``, their numbers."""
-        from ..router import Router
+        from ..trained.router import Router
 
         return Router(inputs, **config)
 

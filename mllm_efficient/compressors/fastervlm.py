@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..registry import register
 from ..tokens import VisualTokens
-from ._cosine import finite
-from .base import Selector
+from .math.cosine import finite
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,8 @@ from ..errors import BadBudgetError, BadSettingError
 from ..lazy import torch
 from ..registry import build, register
 from ..tokens import VisualTokens
-from .base import Compressor, Selector
+from .base import Compressor
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._finite import require_finite
-from .base import Merger
+from .math.finite import require_finite
+from .merger import Merger
 
 if TYPE_CHECKING:
     from torch import Tensor

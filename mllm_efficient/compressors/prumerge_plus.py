@@ -9,8 +9,8 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._cosine import cosines, finite
-from .base import Merger
+from .math.cosine import cosines, finite
+from .merger import Merger
 
 
 @register("prumerge_plus")

@@ -9,7 +9,8 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
-from .base import Selector, generator_for
+from .base import generator_for
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

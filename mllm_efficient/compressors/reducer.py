@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..budget import Budget
 from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
-from ._finite import read_found, require_scores
 from .base import Compressor
+from .math.finite import read_found, require_scores
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..registry import register
-from .base import Resizer
+from .resizer import Resizer
 
 
 @register("resize")

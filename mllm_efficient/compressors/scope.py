@@ -10,8 +10,8 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._cosine import cosines, finite
-from .base import Selector
+from .math.cosine import cosines, finite
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import LayerTokens, ReducedTokens
-from ._finite import require_finite, require_scores
+from .math.finite import require_finite, require_scores
 from .reducer import Reducer
 
 if TYPE_CHECKING:

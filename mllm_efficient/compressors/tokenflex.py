@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import MllmEfficientError
-from ..folders import RANDOM, open_folder
 from ..registry import register
-from .base import Projector
+from ..trained.files import RANDOM, open_folder
+from .projector import Projector
 
 
 @register("tokenflex")
@@ -23,7 +23,7 @@ class TokenFlex(Projector):
     paper: ClassVar[str] = "arXiv 2504.03154"
 
     def module(self, inputs: int, outputs: int, **config: Any) -> Any:
-        from ..projector import TokenFlexProjector
+        from ..trained.projector import TokenFlexProjector
 
         unknown = sorted(set(config) - {"expansion", "pooling", "layers"})
         if unknown:

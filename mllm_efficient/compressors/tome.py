@@ -10,11 +10,12 @@ from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._cosine import unit
-from ._finite import require_finite
-from ._sums import group_sums
-from .base import Merger, alike
 from .divprune import full_float32
+from .math.cosine import unit
+from .math.finite import require_finite
+from .math.sums import group_sums
+from .merger import Merger
+from .selector import alike
 
 if TYPE_CHECKING:
     from torch import Tensor

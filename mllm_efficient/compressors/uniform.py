@@ -10,7 +10,7 @@ from ..errors import BadBudgetError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
-from .base import Selector
+from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from ._cosine import cosines, finite
-from ._sums import group_sums
-from .base import Merger
+from .math.cosine import cosines, finite
+from .math.sums import group_sums
+from .merger import Merger
 
 
 @register("visionzip")

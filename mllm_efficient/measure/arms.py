@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..compressors.base import Compressor, Resizer
+from ..apply.plan import check, plan
+from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
 from ..compressors.random import Random
 from ..compressors.resize import Resize
+from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError
-from ..plan import check, plan
 from .timing import Series
 
 BASELINE, METHOD, REFERENCE, TEXT_ONLY = "baseline", "method", "reference", "text-only"

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..composed import or_random
 from ..compressors.base import Compressor
+from ..compressors.composed import or_random
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
-from ..models import Loaded, require_supported
+from ..loading.models import Loaded, require_supported
 from .arms import METHOD, TEXT_ONLY, Arm, arms_for
 from .ideal import PromptFlops
 from .latency import PHASES, Laps, measure

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..composed import inside_of, or_random
+from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
+from ..compressors.composed import inside_of, or_random
 from ..errors import MllmEfficientError
-from ..host import with_cache
 from .pictures import Picture, Size, chosen, pictures_of
 from .shapes import ModelShape
 
@@ -66,9 +66,9 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known picture.
     """
-    from ..installing import installed
+    from ..apply.prepare import Encoded, encode_items, encoding_key, prepare
     from ..patches import adapter_for
-    from ..shrink import Encoded, encode_items, encoding_key, prepare
+    from ..trained.install import installed
 
     inside = inside_of(method)
     if inside is None or model.device.type == "meta":
@@ -185,7 +185,7 @@ def _inputs(
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:
     """The vision arguments of one prompt with noise of these sizes, and the placeholders of each picture."""
-    from ..prompts import model_inputs, question_prompt
+    from ..loading.prompts import model_inputs, question_prompt
     from .workload import QUESTION, noise
 
     prompt = question_prompt(processor, QUESTION, len(sizes))

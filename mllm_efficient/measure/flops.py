@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..composed import before_of, compose, inside_of, or_random, runnable, stages_of
+from ..apply.plan import check
 from ..compressors.base import Compressor
-from ..compressors.base import Projector as MethodProjector
+from ..compressors.composed import before_of, compose, inside_of, or_random, runnable, stages_of
+from ..compressors.projector import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
-from ..plan import check
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
 from .pictures import Picture, Size, chosen, pictures_of

@@ -7,7 +7,7 @@ from typing import Any
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
-from ..models import Loaded
+from ..loading.models import Loaded
 from .flops import Cost, cost, shape_of
 from .workload import Inputs, Workload
 

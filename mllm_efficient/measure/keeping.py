@@ -1,13 +1,13 @@
-"""What a method keeps of a picture that is known by its size or its number of tokens: ``mllm_efficient.plan``, without torch."""
+"""What a method keeps of a picture that is known by its size or its number of tokens: ``mllm_efficient.apply.plan``, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..composed import inside_of
+from ..apply.plan import plan
 from ..compressors.base import Compressor
+from ..compressors.composed import inside_of
 from ..errors import MllmEfficientError
-from ..plan import plan
 from .pictures import Picture, Pictures
 
 

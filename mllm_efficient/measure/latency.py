@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ..apply.prepare import encode, prepare
+from ..apply.signatures import cache_of
+from ..apply.wrap import compressed, method_of
 from ..compressors.none import NoCompression
-from ..host import cache_of
-from ..installing import installed
-from ..shrink import encode, prepare
-from ..wrapper import compressed, method_of
+from ..trained.install import installed
 from .arms import TEXT_ONLY, Arm
 from .memory import cache_mb, peak_memory
 from .timing import Clock, attempt, interleave

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
-from ..adapters import is_adapter
-from ..compressors.base import Compressor, Projector, Resizer
+from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
+from ..compressors.projector import Projector
+from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError, UnsupportedModelError
-from ..folders import SERVED as KEY
-from ..models import BUILTIN, ModelOptions, builtin_folder
+from ..loading.lora import is_adapter
+from ..loading.models import BUILTIN, ModelOptions, builtin_folder
+from ..trained.files import SERVED as KEY
 from .arms import BASELINE, METHOD
 from .serving import Load, Served
 from .workload import usual_size
@@ -136,8 +138,8 @@ class Launch:
             smaller.image_seq_length = plan.after.length
             random_folder(smaller, folder)
             return
-        from ..exporting import export
-        from ..models import load
+        from ..loading.models import load
+        from ..trained.export import export
 
         export(load(replace(self.options, device="cpu")), method, folder)
 

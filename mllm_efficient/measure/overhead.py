@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from ..apply.prepare import prepare
+from ..apply.wrap import compressed
 from ..compressors.base import Compressor
 from ..compressors.divprune import DivPrune
 from ..compressors.random import Random
-from ..models import Loaded, require_supported
+from ..loading.models import Loaded, require_supported
 from ..patches import inner_model
 from ..report import last_report
-from ..shrink import prepare
-from ..wrapper import compressed
 from .bench import Settings
 from .machine import machine
 from .random_model import describe

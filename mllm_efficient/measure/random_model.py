@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 
-from ..adapters import base_of_folder
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
-from ..models import BUILTIN, DTYPES, Loaded, ModelOptions, builtin_folder, environment, pick_device, quantization_config
+from ..loading.lora import base_of_folder
+from ..loading.models import (
+    BUILTIN,
+    DTYPES,
+    Loaded,
+    ModelOptions,
+    builtin_folder,
+    environment,
+    pick_device,
+    quantization_config,
+)
 from ..patches.rules import SHARED, require_counting
 from .shapes import shape_config, shape_names
 

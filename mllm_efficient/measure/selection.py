@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..composed import runnable
-from ..compressors.base import Compressor, Resizer, generator_for
+from ..compressors.base import Compressor, generator_for
+from ..compressors.composed import runnable
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
+from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError
-from ..models import DTYPES, ModelOptions, pick_device
+from ..loading.models import DTYPES, ModelOptions, pick_device
 from ..tokens import VisualTokens
 from .machine import machine, versions
 from .timing import ORDER, Clock, Series, clock_for, interleave, paired, quick_gc, spread

@@ -153,8 +153,8 @@ def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
 
 
 def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelShape:
-    from ..adapters import base_of_folder
-    from ..models import BUILTIN, builtin_folder
+    from ..loading.lora import base_of_folder
+    from ..loading.models import BUILTIN, builtin_folder
 
     model = base_of_folder(model) or model
     if model in _shipped():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MllmEfficientError
-from ..models import Loaded
+from ..loading.models import Loaded
 from ..patches.rules import grid_of, pixel_limits, views_of
 
 Size = tuple[int, int]

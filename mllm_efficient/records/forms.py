@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError, shortened
-from ..images import find
+from ..media.images import find
 from .record import MARKER, Record
 
 TALKS = ("prompt", "messages", "conversations")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
-from ..images import name_of
-from ..prompts import MARKER, parts_at
+from ..loading.prompts import MARKER, parts_at
+from ..media.images import name_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

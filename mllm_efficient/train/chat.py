@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MllmEfficientError, shortened
-from ..prompts import answer_sign, rendered
+from ..loading.prompts import answer_sign, rendered
 from ..records import MARKER, Record
 from ..records.record import messages
 

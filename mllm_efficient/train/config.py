@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError, did_you_mean, quoted, shortened
-from ..images import RANGES
+from ..media.images import RANGES
 from ..parsing import parse_yaml, read_yaml
 
 PARTS = ("projector", "router", "language_model", "lora", "vision_tower")
@@ -251,7 +251,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _check(recipe: Recipe) -> None:
-    from ..compressors.base import Projector
+    from ..compressors.projector import Projector
     from ..registry import get_method
 
     cls = get_method(recipe.method)
@@ -303,8 +303,8 @@ def _check(recipe: Recipe) -> None:
 def _settled(recipe: Recipe) -> dict[str, Any]:
     """The settings that a router is trained under. Raises for those that it has not."""
     from ..compressors.dpn import DEFAULTS
-    from ..folders import RANDOM
     from ..registry import build
+    from ..trained.files import RANDOM
 
     odd = [key for key in recipe.settings if key not in DEFAULTS]
     if odd:

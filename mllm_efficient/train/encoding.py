@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MllmEfficientError
-from ..images import load_image
-from ..prompts import model_inputs
+from ..loading.prompts import model_inputs
+from ..media.images import load_image
 from ..records import Record
 from .chat import IGNORED, Chat, Row, joined, single_turns
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from ..apply.plan import check
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
+from ..loading.processor import apply, open_processor
 from ..measure.flops import load_shape
 from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape, with_settings
 from ..patches import adapter_for
-from ..plan import check
-from ..processor import apply, open_processor
 from .config import Recipe, StageConfig
 from .survey import survey
 from .trainer import data_of, method_of
@@ -57,7 +57,7 @@ def _processor(recipe: Recipe) -> tuple[Any, str | None]:
     """The model's processor, and what stands in for it where there is none."""
     from transformers import AutoConfig
 
-    from ..models import BUILTIN, builtin_folder
+    from ..loading.models import BUILTIN, builtin_folder
 
     source = str(builtin_folder()) if recipe.model == BUILTIN else recipe.model
     try:

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compressors.base import Compressor, Projector
+from ..apply.locate import locate
+from ..apply.prepare import Encoded, Prepared, encode_items, has_pixels, prepare
+from ..apply.prompt import IGNORE
+from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
+from ..compressors.projector import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
-from ..layout import IGNORE
-from ..locate import locate
 from ..patches.base import ROUTER
-from ..shrink import Encoded, Prepared, encode_items, has_pixels, prepare
 from .config import RoutingConfig
 from .routing import log_odds, mean_levels, reinforced, routing_loss, routing_sums
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import MllmEfficientError
-from ..images import MIN_SIDE, size_of
-from ..prompts import model_inputs
+from ..loading.prompts import model_inputs
+from ..media.images import MIN_SIDE, size_of
 from ..records import Record
 from .chat import IGNORED, Chat, Row
 from .encoding import tokens_of

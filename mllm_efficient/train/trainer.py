@@ -18,20 +18,20 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from .. import trained
-from ..adapters import base_of_folder
-from ..base_model import base_of
-from ..compressors.base import Projector
+from ..apply.plan import check
+from ..compressors.projector import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, NotFiniteError
-from ..folders import RANDOM
-from ..installing import install
+from ..loading.lora import base_of_folder
+from ..loading.models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
 from ..locking import owned
-from ..models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
-from ..plan import check
 from ..records import read_all
 from ..records.files import fail
 from ..registry import get_method
+from ..trained import folder as trained
+from ..trained.base_model import base_of
+from ..trained.files import RANDOM
+from ..trained.install import install
 from .callbacks import Bar, LogFile
 from .config import DataConfig, Recipe, StageConfig
 from .data import builtin_records

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mllm_efficient.apply.compress import Context, rows_of
+from mllm_efficient.apply.plan import Plan, describe
 from mllm_efficient.compressors.base import Compressor, generator_for
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
-from mllm_efficient.plan import Plan, describe
-from mllm_efficient.squeeze import Context, rows_of
 
 from ..base import Encoding
 from . import PROJECTOR
@@ -195,7 +195,7 @@ class CompressedModel(Planned):
         else:
             logger.info("visual tokens: %s, %d -> %d per image", method.name, usual.n, self.planned(method, 0, 0).kept)
         if is_projector(self.settings):
-            from mllm_efficient.projector import TokenFlexProjector
+            from mllm_efficient.trained.projector import TokenFlexProjector
 
             config = getattr(self.hf, PROJECTOR, None)
             if config is None:

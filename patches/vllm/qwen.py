@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from mllm_efficient.apply.compress import Context, layers_of
 from mllm_efficient.compressors.base import Compressor, generator_for
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
-from mllm_efficient.squeeze import Context, layers_of
 
 from ..base import Encoding
 from .models import FIELD, MULTIMODAL_REGISTRY, CompressedInfo, CompressedModel, CompressedProcessor

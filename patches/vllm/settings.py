@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mllm_efficient import __version__
-from mllm_efficient.composed import Composed
-from mllm_efficient.compressors.base import Compressor, Projector, Resizer, parameters
+from mllm_efficient.compressors.base import Compressor, parameters
+from mllm_efficient.compressors.composed import Composed
+from mllm_efficient.compressors.projector import Projector
 from mllm_efficient.compressors.reducer import Reducer
+from mllm_efficient.compressors.resizer import Resizer
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
-from mllm_efficient.folders import SERVED as KEY  # in the model's config and in --hf-overrides
 from mllm_efficient.registry import BUILTIN, build, get_method
+from mllm_efficient.trained.files import SERVED as KEY  # in the model's config and in --hf-overrides
 
 REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"

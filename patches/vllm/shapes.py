@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from mllm_efficient.apply.plan import Plan, check, plan
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.plan import Plan, check, plan
 
 from ..base import Item
 

@@ -158,9 +158,9 @@ class Study:
 
 def answered(asked: Sequence[Sample], specs: dict[Any, str]) -> dict[Any, list[dict[str, Any]]]:
     """The records of every question under every method, by the methods' names, in the order of the questions."""
-    from mllm_efficient.composed import runnable
+    from mllm_efficient.compressors.composed import runnable
     from mllm_efficient.eval.runner import Run
-    from mllm_efficient.models import ModelOptions, load
+    from mllm_efficient.loading.models import ModelOptions, load
 
     methods = {name: runnable(spec) for name, spec in specs.items()}
     records = Run(load(ModelOptions()), asked, list(methods.values()), batch_size=64, floor=False).answer_all()

@@ -1,0 +1,1 @@
+"""Result files: samples, their locks and fingerprints."""

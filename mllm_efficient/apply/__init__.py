@@ -1,0 +1,1 @@
+"""What happens to one call, from its arguments to generation."""

@@ -1,0 +1,240 @@
+"""Runs a method on what the host made of each image, as its plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..compressors.base import Compressor
+from ..compressors.math.finite import Watch, require_finite
+from ..errors import CountMismatchError
+from ..tokens import CompressedTokens, Plane, VisualTokens
+from .plan import Group, Plan
+from .prompt import require
+from .stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may ask for beyond the tower's output. clip: a ``patches.clip.Clip``."""
+
+    generator: Generator
+    text: Tensor | None = None
+    clip_text: Tensor | None = None
+    clip: Any = None
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """One item, compressed.
+
+    features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
+    placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones;
+    of_merged: (K,) those of them that stay on the CPU, None for all.
+    """
+
+    features: Tensor
+    deep: tuple[Tensor, ...]
+    keep: Tensor
+    indices: Tensor | None
+    kept_planes: tuple[Plane, ...] | None = None
+    of_merged: Tensor | None = None
+
+
+def squeeze_all(
+    method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
+) -> tuple[list[Squeezed], float]:
+    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the host waits once.
+
+    Raises ``NotFiniteError`` where NaN or infinity is among what a method works on; what it leaves alone may hold them.
+    """
+    clock = Stopwatch(encodings[0].features.device if encodings else None)
+    with Watch() as watch:
+        for p, e in zip(plans, encodings):
+            if not p.untouched:
+                require_finite(e.features, method.name, "visual tokens")
+                for layer in e.deep:
+                    require_finite(layer, method.name, "visual tokens of a later layer")
+        parts = _compress(method, plans, encodings, contexts)
+        for _, done, _ in (part for of_item in parts for part in of_item):
+            if done.indices is None:
+                require_finite(done.features, method.name, "merged tokens")
+    clock.stop()
+    watch.read()
+    parts = _indices_on_cpu(parts)
+    seconds = clock.seconds()
+    return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
+
+
+def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
+    """(kept tokens, D) of one item without newline columns, on its device throughout: the host waits for nothing."""
+    return layers_of(method, p, encoding, context)[0]
+
+
+def layers_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> list[Tensor]:
+    """``rows_of`` the features, then of each deep layer."""
+    if p.untouched:
+        return [encoding.features, *encoding.deep]
+    ((*parts,),) = _compress(method, [p], [encoding], [context])
+    layers = [torch.cat(of_layer) for of_layer in zip(*([done.features, *deep] for _, done, deep in parts))]
+    places = []
+    for group, done, _ in parts:
+        if done.indices is not None:
+            own = group.indices
+            places.append(done.indices if own is None else own.to(done.indices.device)[done.indices])
+    if len(parts) == 1 or not places:
+        return layers
+    order = torch.cat(places).argsort()
+    return [layer[order] for layer in layers]
+
+
+Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
+
+
+def _compress(method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]) -> list[list[Part]]:
+    """The method's output for each group of each item, and what becomes of its deep features."""
+    jobs = [_jobs(p, e, c) for p, e, c in zip(plans, encodings, contexts)]
+    flat = [job for of_item in jobs for job in of_item]
+    together = method.compress_all([part for _, part, _ in flat], [group.k for group, _, _ in flat])
+    require(len(together) == len(flat), f"{method.name} gave {len(together)} results for {len(flat)} groups of tokens")
+    done = iter(together)
+    return [[_part(method, *job, next(done)) for job in of_item] for of_item in jobs]
+
+
+Job = tuple[Group, VisualTokens, list[Tensor]]
+
+
+def _jobs(p: Plan, encoding: Any, context: Context) -> list[Job]:
+    """What the method gets of an item: for each group its tokens, and their features in each deepstack layer."""
+    if not p.groups:
+        return []
+    tokens = _tokens(p, encoding, context)
+    deep = [layer if not p.seen.separators else layer[p.seen.token_slots.to(layer.device)] for layer in encoding.deep]
+    return [(group, _of_group(tokens, group), [_pick(layer, group) for layer in deep]) for group in p.groups]
+
+
+def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Tensor], done: CompressedTokens) -> Part:
+    require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
+    if done.indices is not None:
+        return group, done, tuple(layer[done.indices.to(layer.device)] for layer in layers)
+    merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
+    return group, done, tuple(merged)
+
+
+def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
+    """The same with every index on the CPU: one copy for the whole batch, because each makes the host wait."""
+    indices = [done.indices.detach() for parts in items for _, done, _ in parts if done.indices is not None]
+    if not indices:
+        return items
+    joined = torch.cat([i.to(indices[0].device, torch.long) for i in indices]).cpu()
+    ours = iter(joined.split([len(i) for i in indices]))
+    return [[(g, d if d.indices is None else replace(d, indices=next(ours)), deep) for g, d, deep in parts] for parts in items]
+
+
+def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
+    features, shape = encoding.features, p.seen
+    if shape.separators:
+        features = features[shape.token_slots.to(features.device)]
+    extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
+    if context.clip is not None:
+        extra |= {"clip_text": context.clip_text, "clip_patches": context.clip.patches(encoding.tower)}
+    return VisualTokens(features, shape.grid, shape.tile(), shape.frame(), **extra)
+
+
+def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
+    if group.indices is None:
+        return v
+    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys", "clip_patches")}
+    picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
+    return replace(v, **picked, grid=group.grid)
+
+
+def _pick(values: Tensor, group: Group) -> Tensor:
+    return values if group.indices is None else values[group.indices.to(values.device)]
+
+
+def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> Squeezed:
+    """Kept tokens, with the separators that stay, in the order of the placeholders they take. Indices are on the CPU."""
+    shape = p.seen
+    if p.untouched:
+        return Squeezed(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
+    if not p.groups:
+        return _smaller(p, encoding)
+    slots, indices = [], []
+    for group, done, _ in parts:
+        own = torch.arange(shape.n) if group.indices is None else group.indices
+        if done.indices is None:
+            slots.append(shape.token_slots[own[: group.kept]])
+            continue
+        if len(done.indices.unique()) != len(done.indices):
+            raise CountMismatchError(f"{method.name} selected the same visual token twice")
+        indices.append(own[done.indices])
+        slots.append(shape.token_slots[own[done.indices].sort().values])
+    taken = torch.cat(slots)
+    keep = torch.zeros(shape.length, dtype=torch.bool)
+    keep[taken] = True
+    rows = [torch.cat([done.features for _, done, _ in parts]) if len(parts) > 1 else parts[0][1].features]
+    rows += [torch.cat(layers) if len(parts) > 1 else layers[0] for layers in zip(*(layers for _, _, layers in parts))]
+    if p.separators:
+        stay = torch.ones(shape.length, dtype=torch.bool)
+        stay[shape.token_slots] = False
+        stay = stay.nonzero()[:, 0]
+        keep[stay], taken = True, torch.cat([taken, stay])
+        rows = [torch.cat([r, host[stay.to(host.device)]]) for r, host in zip(rows, (encoding.features, *encoding.deep))]
+    if indices and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
+        order = taken.argsort()
+        rows = [r[order.to(r.device)] for r in rows]
+    merged = not indices
+    ordered = None if merged else torch.cat(indices)
+    if ordered is not None and len(parts) > 1 and getattr(method, "order", "raster") == "raster":
+        ordered = ordered.sort().values
+    squeezed = Squeezed(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
+    return squeezed if p.after is None else _behind(p, squeezed)
+
+
+def _behind(p: Plan, s: Squeezed) -> Squeezed:
+    """What is left of a projector's tokens, as of the item's own, which that merged."""
+    keep = _room(p)
+    keep[keep.clone()] = s.keep
+    merged = p.seen.planes if s.kept_planes is None else s.kept_planes
+    return replace(s, keep=keep, indices=None, kept_planes=merged, of_merged=s.indices)
+
+
+def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
+    """The planes of merged tokens, each over what its tokens were over; without a grid, one row of them."""
+    out = []
+    for group, done, _ in parts:
+        over = group.plane or Plane(1, 1)
+        rows, columns = done.grid or (1, len(done))
+        out.append(replace(over, rows=rows, columns=columns, row_tiles=(), column_tiles=(), newline=False, placed=done.grid is not None))
+    return tuple(out)
+
+
+def _smaller(p: Plan, encoding: Any) -> Squeezed:
+    """A smaller picture, or one behind another projector."""
+    after, rows = p.seen, [encoding.features, *encoding.deep]
+    if after.separators and not p.separators:
+        rows = [r[after.token_slots.to(r.device)] for r in rows]
+    return Squeezed(rows[0], tuple(rows[1:]), _room(p), None, after.planes)
+
+
+def _room(p: Plan) -> Tensor:
+    """(length,) bool, the placeholders that a smaller picture's tokens take: of each plane the first, as far as there are enough."""
+    after, shape = p.seen, p.shape
+    keep = torch.zeros(shape.length, dtype=torch.bool)
+    if p.separators:  # on such hosts it does not matter which placeholders stay
+        require(after.length <= shape.length, "the smaller picture has more newline columns than the full one has room for")
+        keep[: after.length] = True
+        return keep
+    start = 0
+    for full, plane in zip(shape.planes, after.planes):
+        keep[shape.token_slots[start : start + min(len(plane), len(full))]] = True
+        start += len(full)
+    # Rounding can give a plane of the smaller picture more tokens than the full one has there.
+    rest = shape.token_slots[~keep[shape.token_slots]]
+    keep[rest[: after.n - int(keep.sum())]] = True
+    return keep

@@ -1,0 +1,110 @@
+"""Which labels of a prompt enter a loss where its visual tokens are compressed, and what that loss is divided by.
+
+One rule for all methods: labels on visual placeholders, on padding and on the first token of a row are ignored. A placeholder
+that went has no logits and one that stayed is no word; in front of a row's first token there is nothing, or padding. Where
+nothing is compressed labels pass untouched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compressors.base import Compressor
+from ..compressors.composed import before_of, inside_of
+from ..compressors.none import NoCompression
+from ..errors import CountMismatchError
+from .plan import plan
+from .prompt import IGNORE, require
+
+_said = set[str]()
+
+
+def of_text(labels: Tensor, visual: Tensor) -> Tensor:
+    """Labels (B, L) without those on visual placeholders, which ``visual`` (B, L) marks. Says once that it took some away."""
+    visual = visual.to(labels.device)
+    require(labels.shape == visual.shape, f"labels {tuple(labels.shape)} and input_ids {tuple(visual.shape)} differ")
+    if "visual" not in _said and bool((visual & (labels != IGNORE)).any()):
+        _said.add("visual")
+        warnings.warn("labels on visual placeholders are ignored in the loss, because visual tokens are compressed", stacklevel=2)
+    return labels.masked_fill(visual, IGNORE)
+
+
+def entering(labels: Tensor, mask: Tensor, visual: Tensor, repacked: bool) -> Tensor:
+    """The labels (B, L) that enter the loss of a compressed prompt; -100 elsewhere.
+
+    mask: (B, L) bool, where there is no padding. visual: (B, L) bool, the placeholders. repacked: whether the decoder gets the
+    prompt without what is masked; else a token behind a hole in the mask is a first one too.
+    """
+    mask = mask.to(labels.device)
+    first = mask.cumsum(1) == 1
+    if not repacked:
+        first[:, 1:] |= ~mask[:, :-1]
+    return of_text(labels, visual).masked_fill(~mask | first, IGNORE)
+
+
+def count_for(given: Any, labels: Tensor, entered: Tensor) -> Any:
+    """What the sum of a call's losses is divided by, for a caller who passed ``num_items_in_batch``.
+
+    given: the caller's count. labels: (B, L) the caller's. entered: (B, R) those that enter the loss. A count of all labels of this
+    call becomes that of the entering ones. Any other count of labels that do not all enter was made over several calls, and
+    what it should have been cannot be known here.
+
+    Raises:
+        CountMismatchError: labels of this call were counted that enter no loss.
+    """
+    every, ours = torch.stack([(one[:, 1:] != IGNORE).sum() for one in (labels, entered.to(labels.device))]).tolist()
+    if every == ours:
+        return given
+    number = float(given.flatten()[0] if torch.is_tensor(given) else given)
+    if number == ours:
+        return given
+    if number == every:
+        return torch.full_like(given, ours) if torch.is_tensor(given) else ours
+    raise CountMismatchError(
+        f"num_items_in_batch={number:g} counts labels that enter no loss, {every - ours} of them in this call (visual tokens, padding): "
+        "set batch['labels'] = me.mask_labels(model, batch) before counting"
+    )
+
+
+def leaves_alone(adapter: Any, whole: Compressor, items: list[Any]) -> bool:
+    """Whether a method leaves every image of a call as it is, so that the call is the stock model's."""
+    before, inside = before_of(whole) or NoCompression(), inside_of(whole)
+    if inside is not None and before.name != NoCompression.name:
+        return False
+    return all(plan(adapter, inside or before, item).untouched for item in items)
+
+
+def stays_long(adapter: Any, whole: Compressor) -> bool:
+    """Whether every column of a prompt reaches the decoder, inside which alone it gets shorter."""
+    before = before_of(whole)
+    return inside_of(whole) is not None and (before is None or before.name == NoCompression.name) and not adapter.mrope
+
+
+def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The labels (B, L) of a batch that enter the loss of a wrapped model, -100 elsewhere, for loops that count them.
+
+    batch: the processor's output with ``labels``. transformers' Trainer does this by itself. The labels of a model that is not
+    wrapped, and of a batch in which nothing is compressed, come back as they are.
+    """
+    from ..patches import adapter_for
+    from .prepare import has_pixels
+    from .wrap import method_of
+
+    labels, ids, method = batch["labels"], batch.get("input_ids"), method_of(model)
+    if method is None or ids is None or not has_pixels(dict(batch)):
+        return labels
+    adapter, mask = adapter_for(model), batch.get("attention_mask")
+    if leaves_alone(adapter, method, adapter.items(dict(batch))):
+        return labels
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    return entering(labels, mask, visual_in(adapter, ids), not stays_long(adapter, method))
+
+
+def visual_in(adapter: Any, ids: Tensor) -> Tensor:
+    """(B, L) bool, the placeholders among ids (B, L)."""
+    return torch.isin(ids, torch.tensor(list(adapter.placeholders.values()), device=ids.device))

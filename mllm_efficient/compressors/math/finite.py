@@ -1,0 +1,73 @@
+"""Values that are not finite: NaN and infinity have no order, so what holds them raises by name.
+
+A call looks at many tensors, and each answer would make the host wait for a GPU. So inside a ``Watch`` the answers stay on the
+device, and are read together, once. Without one, where a method is used by itself, they are read at once.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING
+
+from ...errors import NotFiniteError
+from ...lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADVICE = "look at the pixels, or use bfloat16 or float32 where float16 overflows"
+_watching: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watching", default=None)
+
+
+class Watch:
+    """Collects, inside a ``with`` block, what ``require_finite`` and ``require_scores`` find; ``read`` raises for it."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> Watch:
+        self._token = _watching.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _watching.reset(self._token)
+
+    def see(self, ok: Tensor, message: str) -> None:
+        self._found.append((message, ok))
+
+    def read(self) -> None:
+        """Raises ``NotFiniteError`` for the first that was not finite; the host waits once, for all of them."""
+        if not self._found:
+            return
+        device = self._found[0][1].device
+        answers = torch.stack([ok.to(device) for _, ok in self._found]).tolist()
+        for (message, _), ok in zip(self._found, answers):
+            if not ok:
+                raise NotFiniteError(message)
+
+
+def require_finite(x: Tensor, name: str, what: str) -> None:
+    """Raises ``NotFiniteError`` for NaN or infinity in ``x``. name: of the method. what: what x is, a plural."""
+    _require(x.isfinite().all(), f"{name}: the {what} hold NaN or infinity: {ADVICE}")
+
+
+def require_scores(scores: Tensor, name: str) -> None:
+    """Raises ``NotFiniteError`` for NaN or plus infinity. Minus infinity is how a method says that a token is the last to stay."""
+    _require((scores < float("inf")).all(), f"{name}: score gave NaN or infinity: {ADVICE}")
+
+
+def read_found() -> None:
+    """``read`` of the watch that is on: for an error that values which are not finite can be the cause of."""
+    watch = _watching.get()
+    if watch is not None:
+        watch.read()
+
+
+def _require(ok: Tensor, message: str) -> None:
+    watch = _watching.get()
+    if ok.is_meta:
+        return
+    if watch is not None:
+        watch.see(ok, message)
+    elif not ok:
+        raise NotFiniteError(message)

@@ -1,0 +1,59 @@
+"""Projectors replace the model's own by a trained one that gives as many tokens as are asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import BadBudgetError, BadSettingError
+from .base import Compressor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projector(Compressor):
+    """Replaces the model's projector by a trained one that gives side x side tokens per picture, side chosen at run time.
+
+    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one picture, or of each tile of an anyres
+    picture: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
+    "random" draws them, for timing alone; None is what ships for the embedded model.
+    """
+
+    family: ClassVar[str] = "J"
+    trained: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+
+    weights: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.per != "image" or self.newline is not None:
+            raise BadSettingError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")
+        if self.weights is not None and not isinstance(self.weights, str):
+            raise BadSettingError(f"{self.name}: weights={self.weights!r} is no folder or hub id")
+        if self.tokens is not None and math.isqrt(self.tokens) ** 2 != self.tokens:
+            near = math.isqrt(self.tokens)
+            raise BadBudgetError(f"{self.name}: tokens={self.tokens} is no square: {near**2} and {(near + 1) ** 2} are")
+
+    @property
+    def full_is_identity(self) -> bool:
+        return False
+
+    @property
+    def installs(self) -> Projector | None:
+        return self
+
+    def yields(self, k: int, grid: tuple[int, int] | None) -> int:
+        return math.isqrt(k) ** 2
+
+    def side(self, grid: tuple[int, int]) -> int:
+        """Tokens along a side of what a tile of this grid becomes."""
+        return math.isqrt(self.budget.count(grid[0] * grid[1], fixed=True))
+
+    def module(self, inputs: int, outputs: int, **config: Any) -> Any:
+        """A projector from tower width to language-model width, its weights not loaded yet."""
+        raise TypeError(f"{type(self).__name__} must define module(inputs, outputs)")
+
+    def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
+        """FLOPs of making n tokens, matrix products alone."""
+        raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")

@@ -1,0 +1,1 @@
+"""A model, its adapters, its processor, and the prompt that both expect."""

@@ -1,0 +1,146 @@
+"""LLaVA-1.5: ``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.compressors.tome import blocks_of
+from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
+from mllm_efficient.tokens import Plane, VisualShape
+
+from ..base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels, uncropped
+from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
+from ..tower.merge import run_merging
+
+
+class LlavaAdapter(Adapter):
+    """What the wrapper needs to know of one LLaVA-1.5 model."""
+
+    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
+    fixed_count = True
+    projects = True
+    encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+
+    def __init__(self, model: Any):
+        super().__init__(model)
+        self.tower = tower_of(model)
+        if not hasattr(self.tower, "encoder") or not hasattr(self.tower, "embeddings"):
+            name = type(model.model.vision_tower).__name__
+            raise UnsupportedModelError(f"LLaVA with a {name} tower is not supported: CLIP and SigLIP are")
+        self.has_cls = has_class_token(self.tower)
+        if self.has_cls:
+            self.gives = self.gives | {"clip_text"}
+
+    def _settings(self, inputs: dict[str, Any]) -> tuple[Any, str]:
+        layer, strategy = (inputs.get(k) for k in ("vision_feature_layer", "vision_feature_select_strategy"))
+        return (
+            self.config.vision_feature_layer if layer is None else layer,
+            self.config.vision_feature_select_strategy if strategy is None else strategy,
+        )
+
+    def _shape(self, strategy: str, grid: Grid) -> VisualShape:
+        plane = Plane(*grid)
+        if self.has_cls and strategy != "default":
+            return VisualShape((Plane(1, 1), plane))  # the class token goes in front
+        if strategy == "default" and not self.has_cls:
+            raise UnsupportedModelError("this tower has no class token: set vision_feature_select_strategy='full'")
+        return VisualShape((plane,))
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return []
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            raise CountMismatchError("pixel_values must be one tensor (images, channels, height, width)")
+        if inputs.get("image_sizes") is not None:
+            raise UnsupportedModelError("image_sizes belongs to Pixtral towers, which are not supported: leave it out")
+        patch = self.config.vision_config.patch_size
+        shape = self._shape(self._settings(inputs)[1], (pixels.shape[-2] // patch, pixels.shape[-1] // patch))
+        shared = {k: inputs[k] for k in self.encode_keys[1:] if inputs.get(k) is not None}
+        return [Item({"pixel_values": pixels[i : i + 1], **shared}, shape) for i in range(len(pixels))]
+
+    def usual(self) -> VisualShape:
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return self._shape(self.config.vision_feature_select_strategy, (side, side))
+
+    def unit(self, item: Item) -> Grid:
+        return item.shape.planes[-1].rows, item.shape.planes[-1].columns
+
+    def shape_at(self, item: Item, grid: Grid) -> VisualShape:
+        return self._shape(self._settings(item.arguments)[1], grid)
+
+    def projected(self, item: Item, side: int) -> VisualShape:
+        return VisualShape((Plane(side, side),))
+
+    def before_projector(self, items: list[Item]) -> Tensor:
+        call = {**items[0].arguments, "pixel_values": torch.cat([i.arguments["pixel_values"] for i in items])}
+        features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
+        return features[:, features.shape[1] - math.prod(self.unit(items[0])) :]  # the class token may be in front
+
+    def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        call = dict(items[0].arguments)
+        pixels = torch.cat([i.arguments["pixel_values"] for i in items])
+        shapes = [i.shape for i in items]
+        if grid is not None:
+            patch = self.config.vision_config.patch_size
+            pixels = smaller_pixels(pixels, grid[0] * patch, grid[1] * patch)
+            call["interpolate_pos_encoding"] = True
+            shapes = [self.shape_at(i, grid) for i in items]
+
+        def run_host() -> Any:
+            return self.model.model.get_image_features(**{**call, "pixel_values": pixels}, return_dict=True).pooler_output
+
+        capture: dict[str, Tensor] = {}
+        if needs & OF_TOWER:
+            features, capture = watched(self.tower, run_host, *self._settings(call), needs)
+        else:
+            with positions_at_hand(self.tower) if grid is not None else contextlib.nullcontext():
+                features = run_host()
+        out = [Encoding(f, shape) for f, shape in zip(features, shapes)]
+        if not capture:
+            return out
+        beside: dict[str, Any] = {name: value.to(out[0].features.device) for name, value in capture.items()}
+        return [replace(e, **{name: value[i] for name, value in beside.items()}) for i, e in enumerate(out)]
+
+    @property
+    def tower_blocks(self) -> int:
+        return blocks_of(len(self.tower.encoder.layers), self.config.vision_feature_layer)
+
+    def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
+        layer, strategy = self._settings(items[0].arguments)
+        if (layer, strategy) != self._settings({}):
+            raise UnsupportedModelError(
+                f"vision_feature_layer={layer} of this call, {strategy!r}, is another than the model's: leave it out"
+            )
+        pixels = torch.cat([i.arguments["pixel_values"] for i in items])
+        hidden = run_merging(self.tower, pixels, len(rounds), rounds)
+        owner, name = self.projector_at
+        tokens = getattr(owner, name)(hidden[:, 1:] if self.has_cls and strategy == "default" else hidden)
+        shape = VisualShape((Plane(1, tokens.shape[1], placed=False),))
+        return [Encoding(row, shape) for row in tokens]
+
+    def become_smaller(self, grid: Grid) -> None:
+        """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""
+        embeddings, vision = self.tower.embeddings, self.config.vision_config
+        height, width = (cells * vision.patch_size for cells in grid)
+        old = embeddings.position_embedding
+        with torch.no_grad(), at_hand(old):
+            stand_in = torch.zeros(1, 1, old.weight.shape[1], device=old.weight.device, dtype=old.weight.dtype)
+            rows = embeddings.interpolate_pos_encoding(stand_in, height, width)[0]
+        embeddings.position_embedding = torch.nn.Embedding.from_pretrained(rows.clone(), freeze=not old.weight.requires_grad)
+        embeddings.image_size = vision.image_size = height
+        embeddings.num_patches = math.prod(grid)
+        embeddings.num_positions = len(rows)
+        embeddings.register_buffer("position_ids", torch.arange(len(rows), device=rows.device)[None], persistent=False)
+        self.config.image_seq_length = self.usual().length
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        return uncropped(planes, size, image_processor)

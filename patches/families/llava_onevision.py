@@ -1,0 +1,129 @@
+"""LLaVA-OneVision: anyres images whose map is shrunk above a size, several untiled images, videos of pooled frames."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
+from mllm_efficient.tokens import Plane, VisualShape
+
+from ..base import OF_TOWER, Encoding, Grid, Item, at_hand, smaller_pixels, uncropped
+from ..tower.attention import positions_at_hand, tower_of
+from .llava_next import LlavaNextAdapter
+from .ragged import ragged_output
+
+
+class VideoFrames(LlavaNextAdapter):
+    """What LLaVA-OneVision and LLaVA-NeXT-Video share: images as LLaVA-NeXT has them, and videos of pooled frames."""
+
+    parts = frozenset({"tile", "frame"})
+    encode_keys = (*LlavaNextAdapter.encode_keys, "pixel_values_videos")
+    closing = 0  # separators behind a video
+
+    def pooled(self, side: int) -> int:
+        """Tokens along a side of a frame of ``side`` x ``side`` patches."""
+        raise TypeError(f"{type(self).__name__} must define pooled")
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        return [*super().items(inputs), *self.videos(inputs)]
+
+    def videos(self, inputs: dict[str, Any]) -> list[Item]:
+        pixels = inputs.get("pixel_values_videos")
+        if pixels is None:
+            return []
+        if not isinstance(pixels, Tensor) or pixels.ndim != 5:
+            raise CountMismatchError("pixel_values_videos must be one tensor (videos, frames, channels, height, width)")
+        shared = {k: inputs[k] for k in self.settings if inputs.get(k) is not None}
+        shape = self._video_shape(pixels.shape[1], self.side)
+        return [Item({"pixel_values_videos": pixels[i : i + 1], **shared}, shape) for i in range(len(pixels))]
+
+    def _video_shape(self, frames: int, side: int) -> VisualShape:
+        n = self.pooled(side)
+        return VisualShape(tuple(Plane(n, n, frame=i) for i in range(frames)), "video", closing=self.closing)
+
+    def unit(self, item: Item) -> Grid:
+        return self.side, self.side
+
+    def shape_at(self, item: Item, grid: Grid) -> VisualShape:
+        if item.shape.modality == "image":
+            return super().shape_at(item, grid)
+        return self._video_shape(len(item.shape.planes), grid[0])
+
+    def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
+        if modality == "image":
+            return super().run(modality, items, needs, grid)
+        if needs & OF_TOWER:
+            raise UnsupportedModelError(f"frames of a video are pooled, and have no {' and '.join(sorted(needs))} of the tower's own")
+        pixels = torch.cat([i.arguments["pixel_values_videos"] for i in items])
+        host, more, shapes = self.model.model, {}, [i.shape for i in items]
+        if grid is not None:
+            size = grid[0] * self.config.vision_config.patch_size
+            pixels = smaller_pixels(pixels.flatten(0, 1), size, size).unflatten(0, pixels.shape[:2])
+            host, more = self.resized_host(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
+            shapes = [self.shape_at(i, grid) for i in items]
+        call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
+        with at_hand(host), contextlib.nullcontext() if grid is None else positions_at_hand(tower_of(self.model)):
+            features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
+        # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
+        return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        return uncropped(planes, size, image_processor) if planes[0].frame is not None else planes
+
+
+def unpadded(planes: tuple[Plane, ...], size: tuple[int, int]) -> tuple[Plane, ...]:
+    """The planes on the original picture of ``size`` (width, height), which the model saw in the middle of a square."""
+    (width, height), side = size, max(size)
+    left, top = -((side - width) // 2) / width, -((side - height) // 2) / height
+    return tuple(replace(p, box=(top, left, top + side / height, left + side / width)) for p in planes)
+
+
+class LlavaOnevisionAdapter(VideoFrames):
+    """What the wrapper needs to know of one LLaVA-OneVision model."""
+
+    encode_keys = (*VideoFrames.encode_keys, "image_sizes_videos", "vision_aspect_ratio", "batch_num_images")
+    settings = (*LlavaNextAdapter.settings, "vision_aspect_ratio")
+    closing = 1
+
+    def pooled(self, side: int) -> int:
+        return math.ceil(side / 2)
+
+    def items(self, inputs: dict[str, Any]) -> list[Item]:
+        numbers = inputs.get("batch_num_images")
+        if inputs.get("pixel_values") is None or numbers is None:
+            return super().items(inputs)
+        # Several images of one prompt are not tiled. Rows without an image count too where the processor lists them.
+        tiled = [int(n) == 1 for n in numbers for _ in range(int(n))]
+        return [*self.images(inputs, tiled), *self.videos(inputs)]
+
+    def host_pack(self, host: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
+        ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
+        packed, _ = host.pack_image_features([features], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio)
+        return packed[0]
+
+    def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        # The host tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
+        numbers: list[int] = []
+        padded: list[Item] = []
+        wanted: list[int] = []
+        for untiled, group in itertools.groupby(items, key=lambda i: len(i.arguments["pixel_values"]) == 1):
+            run = list(group)
+            wanted += range(len(padded), len(padded) + len(run))
+            numbers += [max(len(run), 2)] if untiled else [1] * len(run)
+            padded += run * 2 if untiled and len(run) == 1 else run
+        found = super().features(host, padded, batch_num_images=torch.tensor(numbers), **more)
+        return [found[i] for i in wanted]
+
+    def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
+        return super().container(modality, features, deep) if modality == "image" else ragged_output(features)
+
+    def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
+        alone = len(planes) == 1 and planes[0].frame is None  # one of several pictures of a prompt
+        return unpadded(planes, size) if alone else super().place(planes, size, image_processor)

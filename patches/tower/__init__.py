@@ -1,0 +1,1 @@
+"""What a vision tower can be asked for: attention, keys, merging between its layers."""
