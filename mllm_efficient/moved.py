@@ -27,7 +27,7 @@ NAMES = {
     "compressors.base": {"Selector": "compressors.selector", "Merger": "compressors.merger", "Resizer": "compressors.resizer",
                          "Projector": "compressors.projector"},
     "compressors.composed": {"runnable": "registry"},
-    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocated", "relocated": "trained.relocated"},
+    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocated"},
     "trained": {"load": "trained.folder"},
 }  # fmt: skip
 
