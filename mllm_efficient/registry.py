@@ -135,12 +135,12 @@ def runnable(what: Any) -> Compressor:
 
 def without_budget(what: str | dict | Path | Compressor | Iterable) -> list[str]:
     """The names of the stages that need a budget and have none. Raises as ``build`` does for whatever else is wrong with one."""
-    lacking = []
+    lacking = list[str]()
     for part in described(what):
         try:
             _made(part)
         except MissingBudgetError:
-            lacking.append(str(part["method"]))
+            lacking += [str(part["method"])] if isinstance(part, dict) else []
     return lacking
 
 
@@ -151,6 +151,8 @@ def with_budget(what: str | dict | Path | Compressor | Iterable, **budget: Any) 
         try:
             return _made(part)
         except MissingBudgetError:
+            if isinstance(part, Compressor):
+                raise
             return _made({**part, **budget})
 
     return _composed([stage(part) for part in described(what)])
