@@ -168,7 +168,7 @@ def test_what_failed_is_asked_again(tmp_path):
 
 def test_a_folder_belongs_to_one_process(tmp_path):
     first = Records(tmp_path, {})
-    with pytest.raises(me.MllmEfficientError, match="another process"):
+    with pytest.raises(me.MllmEfficientError, match=f"process {os.getpid()} is writing to"):
         Records(tmp_path, {})
     first.close()
     Records(tmp_path, {}).close()

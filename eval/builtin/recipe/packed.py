@@ -8,6 +8,7 @@ prefix, which is what separate sequences would do.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,6 +162,6 @@ class Packed(nn.Module):
         return (each * weight).sum() / weight.sum() + 0.05 * stop, hits
 
 
-def rms_norm(x: Tensor, module: nn.Module, eps: float) -> Tensor:
+def rms_norm(x: Tensor, module: Any, eps: float) -> Tensor:
     """What a RMSNorm module makes of x, compiled with what is around it."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * module.weight
