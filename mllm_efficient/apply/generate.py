@@ -15,10 +15,11 @@ from ..compressors.composed import inside_of, runnable
 from ..errors import CountMismatchError, MllmEfficientError
 from ..report import CompressionReport, remember
 from ..trained.install import inside
+from .encode import has_pixels, keeps_all
 from .locate import warn_without_pixels
 from .original_prompt import OriginalPrompt, allowed_behind, shown_the_prompt, with_prompt
 from .plan import check
-from .prepare import Prepared, has_pixels, keeps_all, prepare
+from .prepare import Prepared, prepare
 from .prompt import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .sharding import gathered
 from .signatures import cache_of, parameters_of

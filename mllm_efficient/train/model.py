@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..apply.encode import Encoded, encode_items, has_pixels
 from ..apply.locate import locate
-from ..apply.prepare import Encoded, Prepared, encode_items, has_pixels, prepare
+from ..apply.prepare import Prepared, prepare
 from ..apply.prompt import IGNORE
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
