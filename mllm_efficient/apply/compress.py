@@ -190,7 +190,7 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         rows = [r[order.to(r.device)] for r in rows]
     merged = not indices
     ordered = None if merged else torch.cat(indices)
-    if ordered is not None and len(parts) > 1 and getattr(method, "order", "raster") == "raster":
+    if ordered is not None and len(parts) > 1 and method.order == "raster":
         ordered = ordered.sort().values
     compressed = CompressedImage(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
     return compressed if p.after is None else _after_projector(p, compressed)

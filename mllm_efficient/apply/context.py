@@ -52,7 +52,7 @@ def _clip(adapter: Any, method: Compressor) -> Any:
         return None
     from ..patches.tower.clip import clip_of
 
-    return clip_of(adapter, str(getattr(method, "clip", None)))
+    return clip_of(adapter, str(method.clip))
 
 
 def _text_by_clip(adapter: Any, clip: Any, ids: Tensor) -> Tensor | None:
