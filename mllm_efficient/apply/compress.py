@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ..compressors.base import Compressor
 from ..compressors.math.finite import Watch, require_finite
 from ..errors import CountMismatchError
-from ..tokens import CompressedTokens, Plane, VisualTokens
+from ..tokens import CompressedTokens, Plane, VisualShape, VisualTokens
 from .plan import Group, Plan
 from .prompt import require
 from .stopwatch import Stopwatch
@@ -164,7 +164,29 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         return CompressedImage(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
     if not p.groups:
         return _smaller(p, encoding)
-    slots, indices = [], []
+    taken, indices = _placeholders(method, shape, parts)
+    keep = torch.zeros(shape.length, dtype=torch.bool)
+    keep[taken] = True
+    rows = [torch.cat(layers) if len(layers) > 1 else layers[0] for layers in zip(*((done.features, *deep) for _, done, deep in parts))]
+    if p.separators:
+        stay = torch.ones(shape.length, dtype=torch.bool)
+        stay[shape.token_slots] = False
+        stay = stay.nonzero()[:, 0]
+        keep[stay], taken = True, torch.cat([taken, stay])
+        rows = [torch.cat([r, full[stay.to(full.device)]]) for r, full in zip(rows, (encoding.features, *encoding.deep))]
+    if indices is not None and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
+        order = taken.argsort()
+        rows = [r[order.to(r.device)] for r in rows]
+    done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, _merged_planes(parts) if indices is None else None)
+    return done if p.after is None else _after_projector(p, done)
+
+
+def _placeholders(method: Compressor, shape: VisualShape, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
+    """The placeholders that the tokens of all groups take, group after group, and the indices of those that were kept.
+
+    Merged tokens take the first placeholders of their group. Raises ``CountMismatchError`` where a token was selected twice.
+    """
+    slots, indices = list[Tensor](), list[Tensor]()
     for group, done, _ in parts:
         own = torch.arange(shape.n) if group.indices is None else group.indices
         if done.indices is None:
@@ -174,26 +196,10 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
             raise CountMismatchError(f"{method.name} selected the same visual token twice")
         indices.append(own[done.indices])
         slots.append(shape.token_slots[own[done.indices].sort().values])
-    taken = torch.cat(slots)
-    keep = torch.zeros(shape.length, dtype=torch.bool)
-    keep[taken] = True
-    rows = [torch.cat([done.features for _, done, _ in parts]) if len(parts) > 1 else parts[0][1].features]
-    rows += [torch.cat(layers) if len(parts) > 1 else layers[0] for layers in zip(*(layers for _, _, layers in parts))]
-    if p.separators:
-        stay = torch.ones(shape.length, dtype=torch.bool)
-        stay[shape.token_slots] = False
-        stay = stay.nonzero()[:, 0]
-        keep[stay], taken = True, torch.cat([taken, stay])
-        rows = [torch.cat([r, full[stay.to(full.device)]]) for r, full in zip(rows, (encoding.features, *encoding.deep))]
-    if indices and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
-        order = taken.argsort()
-        rows = [r[order.to(r.device)] for r in rows]
-    merged = not indices
-    ordered = None if merged else torch.cat(indices)
-    if ordered is not None and len(parts) > 1 and method.order == "raster":
-        ordered = ordered.sort().values
-    compressed = CompressedImage(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
-    return compressed if p.after is None else _after_projector(p, compressed)
+    if not indices:
+        return torch.cat(slots), None
+    kept = torch.cat(indices)
+    return torch.cat(slots), kept.sort().values if len(parts) > 1 and method.order == "raster" else kept
 
 
 def _after_projector(p: Plan, s: CompressedImage) -> CompressedImage:

@@ -30,17 +30,9 @@ class Composed(Compressor):
     stages: tuple[Compressor, ...] = ()
 
     def __post_init__(self):
-        if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
-            raise MllmEfficientError("a composition has two stages or more, in the order projector, pre_llm, in_llm: me.build makes one")
-        for kind in {stage.kind for stage in self.stages}:
-            same = [stage.name for stage in self.stages if stage.kind == kind]
-            if len(same) > 1:
-                raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
-        trained = [stage.name for stage in self.stages if stage.installs is not None]
-        if len(trained) > 1:
-            raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")
+        self._check_stages()
         of_whole: dict[str, Any] = {
-            "name": " | ".join(stage.name for stage in self.stages),
+            "name": JOIN.join(stage.name for stage in self.stages),
             "kind": JOIN.join(stage.kind for stage in self.stages),
             "needs": frozenset().union(*(stage.needs for stage in self.stages if stage.as_reducer is None)),
             "merges": any(stage.merges for stage in self.stages),
@@ -51,6 +43,18 @@ class Composed(Compressor):
             of_whole |= {"per": of_tokens.per, "newline": of_tokens.newline}
         for name, value in of_whole.items():
             object.__setattr__(self, name, value)
+
+    def _check_stages(self) -> None:
+        """Raises for stages that cannot run one after the other in any model."""
+        if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
+            raise MllmEfficientError("a composition has two stages or more, in the order projector, pre_llm, in_llm: me.build makes one")
+        for kind in {stage.kind for stage in self.stages}:
+            same = [stage.name for stage in self.stages if stage.kind == kind]
+            if len(same) > 1:
+                raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
+        trained = [stage.name for stage in self.stages if stage.installs is not None]
+        if len(trained) > 1:
+            raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")
 
     @property
     def budget(self) -> Budget:
