@@ -25,7 +25,7 @@ from mllm_efficient.patches.base import Adapter
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
 
-CLASSES = {name: me.get_method(name) for name in me.list_methods() if me.get_method(name).family == "P"}
+CLASSES = {name: me.get_method(name) for name in me.list_methods() if me.get_method(name).kind == "pre_llm"}
 SELECTORS = [name for name, cls in CLASSES.items() if issubclass(cls, me.Selector)]
 MERGERS = [name for name, cls in CLASSES.items() if issubclass(cls, me.Merger)]
 RESIZERS = [name for name, cls in CLASSES.items() if issubclass(cls, Resizer)]

@@ -62,7 +62,7 @@ class Selector(Compressor):
         done: dict[int, CompressedTokens] = {}
         for some, k in alike(self.name, parts, ks, entries):
             indices = choose([parts[i] for i in some], k)
-            if getattr(self, "order", "raster") == "raster":
+            if self.order == "raster":
                 indices = indices.sort(dim=1).values
             done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
         return [done[i] for i in range(len(parts))]
@@ -99,7 +99,7 @@ def _checked(select: Callable) -> Callable:
             raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
         if indices.min() < 0 or indices.max() >= len(v):
             raise CountMismatchError(f"{self.name}: select gave an index outside 0..{len(v) - 1}")
-        return indices if getattr(self, "order", "raster") == "picked" else indices.sort().values
+        return indices if self.order == "picked" else indices.sort().values
 
     return checked
 
