@@ -45,19 +45,54 @@ def light(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
-def test_pictures_of_a_sample_are_read_by_the_package_before_its_task_converts_them():
+@pytest.fixture
+def odd_pictures(tmp_path, monkeypatch):
+    """``odd_pictures(task, floats)``: a data root with pictures of unusual modes for a task, and their files."""
+    import dataclasses
+
     from PIL import Image
 
-    from mllm_efficient.eval.lmms.adapter import content_of, upright
+    from .modes import write
+    from .public_data import FIXTURES, STOCK, make
 
-    deep = Image.fromarray(np.full((20, 20), 4000, np.uint16))
-    doc = {"image": Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "more": [deep], "question": "what ?", "id": 3}
-    asked = [upright(doc), upright(doc, "auto")]
-    for found, dark in zip(asked, (15, 0)):
-        pictures = [p.convert("RGB") for p in (found["image"], found["more"][0])]  # as stock tasks do
-        messages = [{"role": "user", "content": [{"type": "image", "url": p} for p in pictures]}]
-        seen = [p.getpixel((0, 0)) for p in content_of(messages, "x").pictures]
-        assert seen == [(255, 255, 255), (dark,) * 3] and (found["question"], found["id"]) == ("what ?", 3)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def prepare(task, floats):
+        paths = write(tmp_path, 144, floats)
+        usual = FIXTURES[STOCK.get(task, task)]
+        rows = [{**usual.rows()[0], "id": f"q{i}", "question_id": str(i), "imageId": f"n{i}"} for i in range(len(paths))]
+        pictures = [{"id": f"n{i}", "image": Image.open(path)} for i, path in enumerate(paths)]
+        rows = [{**row, "image": picture["image"]} if "image" in usual.rows()[0] else row for row, picture in zip(rows, pictures)]
+        more = {name: lambda: pictures for name in usual.more}
+        monkeypatch.setitem(FIXTURES, STOCK.get(task, task), dataclasses.replace(usual, rows=lambda: rows, more=more))
+        make(tmp_path / "data", [task])
+        return tmp_path / "data", paths
+
+    return prepare
+
+
+@pytest.mark.filterwarnings("ignore:.* is nearly black")
+@pytest.mark.parametrize("image_range", ["full", "auto"])
+@pytest.mark.parametrize("task", ["me_pope", "me_gqa"])
+def test_a_run_sees_the_pixels_of_the_rule(capsys, odd_pictures, monkeypatch, task, image_range):
+    """Of pictures in the samples, and in a table that a task reads by itself; both tasks make them RGB in their own way."""
+    from mllm_efficient.media.images import load_image
+
+    from .modes import pixels_seen
+
+    root, paths = odd_pictures(task, floats=image_range == "auto")
+    seen = pixels_seen(monkeypatch)
+    code, found, err = evaluate(capsys, "--tasks", task, "--data-root", root, "--image-range", image_range)
+    assert code == 0 and found["meta"]["questions"] == len(paths), err
+    assert set(seen) == {np.asarray(load_image(path, image_range)).tobytes() for path in paths}
+
+
+@pytest.mark.filterwarnings("ignore:.* is nearly black")
+def test_a_floating_point_picture_is_a_failed_sample_that_says_what_to_do(capsys, odd_pictures):
+    root, paths = odd_pictures("me_pope", floats=True)
+    code, found, err = evaluate(capsys, "--tasks", "me_pope", "--data-root", root)
+    assert code == 1 and overall(found["rows"], "none", "me_pope")["failures"] == 1
+    assert "has floating-point values" in err and f"1 of {len(paths)} answers failed" in err
 
 
 # ------------------------------------------------------------------------------------------------------ equal scores

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
+from ..writing import write_text
 from . import options
 
 if TYPE_CHECKING:
@@ -90,8 +91,6 @@ def evaluate(
 ) -> int:
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
     with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
-    from ..eval.harness import with_baselines
-
     options.import_files(imports)
     public = tasks is not None or suite not in (None, "builtin")
     check_tasks_options(
@@ -104,12 +103,13 @@ def evaluate(
         {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
     if public:
-        from ..eval.lmms.run import TaskOptions
-        from ..loading.models import ModelOptions
         from .launching import check_launch
-        from .tasks import evaluate_tasks, even, task_names
 
         check_launch(distributed_on_cpu=True)
+
+        from ..eval.lmms.run import TaskOptions
+        from ..loading.models import ModelOptions
+        from .tasks import evaluate_tasks, even, task_names
 
         names, usual = task_names(tasks, suite)
         count = even(names, limit or usual, suite)
@@ -122,6 +122,8 @@ def evaluate(
             processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
+    from ..eval.harness import with_baselines
+
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
     other = options.one_method(against).spec() if against else None
     if other is not None and other not in [m.spec() for m in chosen]:
@@ -268,7 +270,7 @@ def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
 
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:
     if output_dir is not None:
-        (output_dir / "results.json").write_text(json_module.dumps({"rows": rows, "meta": meta}, indent=1) + "\n")
+        write_text(output_dir / "results.json", json_module.dumps({"rows": rows, "meta": meta}, indent=1) + "\n")
     if json:
         options.print_json(rows, meta)
 

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
+from ..writing import write_text
 from . import options
 from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
 from .tasks import LEGEND
@@ -294,10 +295,10 @@ def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any], folder: Path) ->
     from ..eval.sweep import BEGUN_FILE, write_json
 
     write_json(folder / "report.json", {"rows": rows, "meta": meta})
-    (folder / "report.csv").write_text(csv_text(rows))
+    write_text(folder / "report.csv", csv_text(rows))
     finished = Finished.read(folder)
     write_plots(finished, folder)
-    (folder / "report.html").write_text(page(finished), encoding="utf-8")
+    write_text(folder / "report.html", page(finished))
     (folder / BEGUN_FILE).unlink(missing_ok=True)
 
 
