@@ -439,6 +439,21 @@ def test_report_renders_own_requests(capsys, tmp_path, kind):
     assert "divprune:keep=0.5" in text and "macro" not in text and "None split" not in text
 
 
+@pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])
+def test_agreement_by_length_is_in_every_format(capsys, tmp_path, kind):
+    bins = {"1": [1, 1], "2": [2, 2], "3-4": [3, 4]}
+    curve = {b: {"tokens": t, "n": 12, "normalised_match": 75.0, "normalised_match_interval": [42.8, 94.5]} for b, t in bins.items()}
+    the_rows = [r | ({"by_length": curve} if r["role"] != "baseline" else {}) for r in own_rows()]
+    assert main(["report", str(finish(tmp_path / "run", the_rows, **own_meta())), "--format", kind]) == 0
+    text = capsys.readouterr().out
+    if kind == "csv":
+        row = next(r for r in csv.DictReader(io.StringIO(text)) if r["method"] == "divprune:keep=0.5")
+        assert (row["by_length_3-4_n"], row["by_length_3-4_normalised_match_interval_low"]) == ("12", "42.8")
+    else:
+        assert "tokens of the answer" in text and "75.0" in text and "42.8, 94.5" in text
+    assert ('id="lengths"' in text) == (kind == "html")
+
+
 def test_markdown_is_md(capsys, tmp_path):
     run = finish(tmp_path / "run", rows())
     said = [main(["report", str(run), "--format", kind]) or capsys.readouterr().out for kind in ("md", "markdown")]

@@ -111,6 +111,7 @@ def test_our_command_gives_the_light_runners_scores(light, capsys, tmp_path):
             assert (mine["score"], mine["visual_tokens_kept"]) == (row["score"], row["visual_tokens_kept"])
             if name == "macro":
                 assert rows[method, "micro"]["score"] == row["micro"]
+                assert (mine["ece"], mine["aurc"]) == (row["ece"], row["aurc"]) and mine["ece_interval"][0] < mine["ece"]
     assert main(["eval", "--method", "random:keep=0.25", "--limit", "147", "--json"]) == 0  # draws by the same keys
     rnd = next(r for r in json.loads(capsys.readouterr().out)["rows"] if r["method"].startswith("random") and r["task"] == "overall")
     assert rows["random:keep=0.25", "macro"]["score"] == rnd["score"]
@@ -693,9 +694,10 @@ def fake_run(values, scores, higher=True, budget="tokens=36"):
         c.spec: {"metrics": {"m": v}, "n": 2, "failures": 0, "error": None, "clustered": None} for c, v in zip(cells, values)
     }  # fmt: skip
     records = [
-        {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}} for c, of in zip(cells, scores) for i, s in enumerate(of)
-    ]
-    run = SimpleNamespace(cells=cells, tasks=[task], arms=[c.spec for c in cells], summary=lambda arm, _: summaries[arm])
+        {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}, "cluster": str(i), "error": None}
+        for c, of in zip(cells, scores) for i, s in enumerate(of)
+    ]  # fmt: skip
+    run = SimpleNamespace(seed=0, cells=cells, tasks=[task], arms=[c.spec for c in cells], summary=lambda arm, _: summaries[arm])
     return rows_of(run, records)
 
 
@@ -708,6 +710,35 @@ def test_an_unknown_metric_has_one_scale_for_all_arms(capsys):
     assert [r["score"] for r in rows] == [None] * 4 and rows[1]["retention"] == round(350 / 3.7, 2)
     assert missing(rows) == [] and unscaled(rows) == ["unknown counts by m, whose best value is not known: no percent, no mean over tasks"]
     assert fake_run((0.5, 0.25), ((0, 1), (0, 0.5)), higher=False)[1]["retention"] is None
+
+
+def test_every_line_of_the_table_has_a_cell_for_every_column():
+    from mllm_efficient.eval.lmms.rows import task_table
+
+    rows = fake_run((50.0, 25.0), ((0, 1), (0, 0.5)))
+    rows[1] |= {
+        "hard": 50.0,
+        "hard_n": 4,
+        "broken": 12.5,
+        "broken_n": 8,
+        "ece": 3.25,
+        "aurc": 1.5,
+        "neither": 7,
+        "failures": 3,
+        "prompt_tokens": 9.0,
+    }
+    header, lines = task_table(rows)
+    assert all(len(line) == len(header) for line in lines)
+    found = dict(zip(header, lines[1]))
+    assert [found[h] for h in ("hard", "broken", "ECE", "AURC", "n", "neither", "failed")] == [
+        "50.0 of 4",
+        "12.5%",
+        "3.2",
+        "1.5",
+        "2",
+        "7",
+        "3",
+    ]
 
 
 def test_which_metric_counts():

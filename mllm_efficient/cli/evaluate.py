@@ -48,6 +48,7 @@ def evaluate(
     ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     data_root: options.DataRoot = None,
+    coco_instances: options.CocoInstances = None,
     include_path: Annotated[
         list[Path] | None, typer.Option("--include-path", help="With tasks: a folder with task YAML of your own. Repeatable.")
     ] = None,
@@ -96,9 +97,9 @@ def evaluate(
     check_tasks_options(
         public,
         {
-            "--data-root": data_root, "--include-path": include_path, "--on-error": on_error, "--cache": cache,
-            "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference, "--server": server,
-            "--server-model": server_model,
+            "--data-root": data_root, "--coco-instances": coco_instances, "--include-path": include_path, "--on-error": on_error,
+            "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
+            "--server": server, "--server-model": server_model,
         },
         {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
@@ -115,7 +116,7 @@ def evaluate(
         count = even(names, limit or usual, suite)
         asked = TaskOptions(
             names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
-            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range,
+            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range, coco_instances,
         )  # fmt: skip
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
@@ -223,7 +224,7 @@ def _data(
     max_new_tokens: int | None, output_dir: Path | None, json: bool, image_range: str,
 ) -> int:  # fmt: skip
     """A user's own requests."""
-    from ..eval.agreement_rows import agreement_rows, agreement_table, worst_table
+    from ..eval.agreement_rows import agreement_rows, agreement_table, length_table, worst_table
     from ..eval.asked import OwnRequests
     from ..eval.requests import read_requests
     from ..loading.models import load
@@ -241,10 +242,18 @@ def _data(
     if not json:
         options.print_table(*agreement_table(rows))
         print(AGREEMENT)
+        print_lengths(*length_table(rows))
         if meta["worst"]:
             print("\nFarthest from the uncompressed model (meta.worst in results.json and --json has more):")
             options.print_table(*worst_table(meta["worst"]), left=5)
     return failures(records)
+
+
+def print_lengths(header: list[str], lines: list[list[str]]) -> None:
+    """Agreement by the length of answers, where they are of several lengths."""
+    if lines:
+        print("\nSame words by the tokens of the uncompressed model's answer, its end among them [95%]:")
+        options.print_table(header, lines)
 
 
 def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
