@@ -103,6 +103,7 @@ def similarities(x):
 # ------------------------------------------------------------------------------------------------ the choice
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(200))
 def test_it_is_the_slow_greedy_choice_by_determinants(seed):
     x, _, k = drawn(seed)

@@ -73,6 +73,7 @@ def slow_dpp(r: np.ndarray, s: np.ndarray, k: int) -> list[int]:
     return chosen
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     x, text, k = drawn(seed)
@@ -81,6 +82,7 @@ def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     assert found == sorted(slow_dpp(*kernel(x, text), k))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(50))
 def test_cdpruner_in_float32_reaches_the_determinant_of_float64(seed):
     """Of rows in general position and K below D. Float32 may take another token where two are alike to seven digits."""
@@ -301,6 +303,7 @@ def slow_tome(x: np.ndarray, k: int, r: int | None = None) -> tuple[list[np.ndar
     return [row for row, _ in now], [members for _, members in now]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_tome_is_the_slow_matching(seed):
     x, _, k = drawn(seed)
@@ -417,6 +420,7 @@ def drawn_grid(seed: int) -> tuple[np.ndarray, tuple[int, int], int, list[float]
     return x, grid, int(draw.integers(1, math.prod(grid) + 1)), [round(float(p), 2) for p in draw.uniform(0.3, 6, groups)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pooling_is_the_slow_loop_in_every_operation(seed):
     x, grid, k, powers = drawn_grid(seed)

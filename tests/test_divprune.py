@@ -19,6 +19,8 @@ import mllm_efficient as me
 from mllm_efficient.compressors import divprune
 from mllm_efficient.compressors.divprune import distances, farthest_first
 
+pytestmark = pytest.mark.once
+
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
 

@@ -24,6 +24,8 @@ from mllm_efficient.compressors.math.finite import Watch
 from mllm_efficient.compressors.resizer import Resizer
 from mllm_efficient.patches.base import Adapter
 
+pytestmark = pytest.mark.once
+
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
 

@@ -14,6 +14,8 @@ from mllm_efficient.eval.calibration import Watched, calibrated, calibration, co
 from mllm_efficient.eval.lmms.scores import clustered
 from mllm_efficient.eval.report.recommend import bounded, recommend
 
+pytestmark = pytest.mark.once
+
 # ------------------------------------------------------------------------------------------- against slow references
 
 
@@ -232,7 +234,8 @@ def null_sweeps(runs: int, n: int, cells: int = 24) -> tuple[float, float]:
     return admitted / runs, alone / runs
 
 
-@pytest.mark.parametrize(("runs", "n", "most"), [(80, 500, 0.08), pytest.param(1000, 1000, 0.05, marks=pytest.mark.slow)])
+# A share of 5% has a standard error of 1.1% in 400 runs; what is found there is 1.8%.
+@pytest.mark.parametrize(("runs", "n", "most"), [(80, 500, 0.08), pytest.param(400, 1000, 0.05, marks=pytest.mark.slow)])
 def test_a_sweep_in_which_all_cells_lose_too_much_recommends_none(runs, n, most):
     admitted, alone = null_sweeps(runs, n)
     assert admitted <= most and alone > 0.2
