@@ -21,7 +21,7 @@ _HOME = {
     "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
-    "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.prepare", "Encoded": "apply.prepare",
+    "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.encode", "Encoded": "apply.encode",
     "Layout": "apply.prompt",
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
@@ -45,10 +45,10 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     __version__: str
 
+    from .apply.encode import Encoded as Encoded
+    from .apply.encode import encode as encode
     from .apply.labels import mask_labels as mask_labels
-    from .apply.prepare import Encoded as Encoded
     from .apply.prepare import Prepared as Prepared
-    from .apply.prepare import encode as encode
     from .apply.prepare import prepare as prepare
     from .apply.prompt import Layout as Layout
     from .apply.wrap import compressed as compressed

@@ -17,8 +17,7 @@ from typing import Any
 from . import spec
 from .compressors.base import Compressor, parameters
 from .compressors.composed import compose, stages_of
-from .compressors.projector import Projector
-from .compressors.reducer import Reducer
+from .compressors.kinds import PRE_LLM
 from .errors import (
     BadSettingError,
     MissingBudgetError,
@@ -125,11 +124,11 @@ def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
 
 
 def runnable(what: Any) -> Compressor:
-    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
+    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a kind that this version does not run."""
     method = build(what)
     for stage in stages_of(method):
-        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
-            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
+        if stage.kind != PRE_LLM and stage.as_projector is None and stage.as_reducer is None:
+            raise UnsupportedModelError(f"{stage.name} is of kind {stage.kind}, which this version does not run")
     return method
 
 

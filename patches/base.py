@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mllm_efficient.compressors.kinds import PROJECTOR
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.tokens import Box, Plane, VisualShape
 
@@ -57,7 +58,7 @@ class Adapter:
     gives: what methods may need beyond the features. fixed_count: whether every image has the same number of tokens.
     positions: the default rule. parts: what ``per=`` can name. separators: whether there are newline columns.
     deepstack: whether later layers add visual features. mrope: whether positions have three rows. projects: whether
-    methods of family J can take the place of the projector. encode_keys: the vision arguments of a call.
+    trained projectors can take the place of the model's. encode_keys: the vision arguments of a call.
     """
 
     gives: frozenset[str] = frozenset({"text", "grid"})
@@ -184,7 +185,7 @@ class Adapter:
 
     def slot(self, method: Any) -> tuple[Any, str]:
         """The module that holds the part of a trained method, and its name there."""
-        if method.family == "J":
+        if method.kind == PROJECTOR:
             return self.projector_at
         return decoder_of(self.model), ROUTER
 
@@ -196,7 +197,7 @@ class Adapter:
     def widths(self, method: Any) -> tuple[int, int]:
         """Widths of what the part of a trained method takes and of what it gives."""
         width = self.config.get_text_config().hidden_size
-        return self.projector_widths if method.family == "J" else (width, width)
+        return self.projector_widths if method.kind == PROJECTOR else (width, width)
 
     def projected(self, item: Item, side: int) -> VisualShape:
         """The shape of a picture, each of whose tiles has side x side tokens."""

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.locking import owned
 from mllm_efficient.parsing import finished_lines
+from mllm_efficient.writing import write_text, writing
 
 RUN_FILE, SAMPLES_FILE, LOCK_FILE = "run.json", "samples.jsonl", ".lock"
 T = TypeVar("T")
@@ -56,9 +57,10 @@ class Records:
             owned_here.enter_context(owned(folder, LOCK_FILE, "--output-dir"))
             path = folder / SAMPLES_FILE
             end = self._read(path, folder, config)
-            self.file = path.open("ab")
-            self.file.truncate(end)
-            (folder / RUN_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            with writing(path):
+                self.file = path.open("ab")
+                self.file.truncate(end)
+            write_text(folder / RUN_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
             self._owned = owned_here.pop_all()
 
     def _read(self, path: Path, folder: Path, config: dict[str, Any]) -> int:
@@ -85,12 +87,14 @@ class Records:
         for row in new:
             self.rows[row["method"], row["id"]] = row
         if self.file is not None:
-            self.file.write("".join(json.dumps(r) + "\n" for r in new).encode())
-            self.file.flush()
+            with writing(Path(self.file.name)):
+                self.file.write("".join(json.dumps(r) + "\n" for r in new).encode())
+                self.file.flush()
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # of lines that a full disk did not take, which ``put`` has told
+                self.file.close()
         self._owned.close()
 
 

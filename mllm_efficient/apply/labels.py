@@ -19,6 +19,7 @@ from ..compressors.composed import before_of, inside_of
 from ..compressors.none import NoCompression
 from ..errors import CountMismatchError
 from .active import method_of
+from .encode import has_pixels
 from .plan import plan
 from .prompt import IGNORE, require
 
@@ -93,7 +94,6 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     wrapped, and of a batch in which nothing is compressed, come back as they are.
     """
     from ..patches import adapter_for
-    from .prepare import has_pixels
 
     labels, ids, method = batch["labels"], batch.get("input_ids"), method_of(model)
     if method is None or ids is None or not has_pixels(dict(batch)):

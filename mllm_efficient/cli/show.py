@@ -64,7 +64,7 @@ def show(
     figures.check_target(output)
     methods = list(dict.fromkeys(options.one_method(m) for m in method))
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
-    clip = load_frames(video, frames) if video is not None else ([], [])
+    clip = load_frames(video, frames, image_range) if video is not None else ([], [])
 
     from ..loading.models import BUILTIN, ModelOptions, environment, load
     from ..report import by_layer
@@ -104,10 +104,9 @@ def show(
 def title(method: Compressor) -> str:
     """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
     from ..compressors.base import BUDGET_FIELDS
-    from ..compressors.composed import Composed
 
-    if isinstance(method, Composed):
-        return ", then ".join(title(stage) for stage in method.stages)
+    if len(method.parts) > 1:
+        return ", then ".join(title(stage) for stage in method.parts)
     name = "No compression" if method.name == "none" else type(method).__name__
     settings = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "method" and k not in BUDGET_FIELDS)
     return f"{name} ({settings})" if settings else name

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..parsing import finished_lines
+from ..writing import write_text, writing
 
 
 class Bar(TrainerCallback):
@@ -54,10 +55,10 @@ class LogFile(TrainerCallback):
                 continue
             if entry["stage"] != self.stage or entry["step"] <= state.global_step:
                 kept.append(line)
-        self.path.write_bytes(b"".join(kept))
+        write_text(self.path, b"".join(kept).decode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from ..compressors.base import Compressor
-from ..compressors.composed import Composed
 from ..registry import build
 from ..spec import text_fields, write
 from .files import read_compression
@@ -19,12 +18,14 @@ def method_in(folder: Path) -> Compressor:
 
 def relocated(method: Compressor, weights: str | None) -> Compressor:
     """A method whose trained part, if it has any, is in another folder; None names none."""
-    if isinstance(method, Composed):
-        return dataclasses.replace(method, stages=tuple(relocated(stage, weights) for stage in method.stages))
+    return method.map_parts(lambda stage: _relocated(stage, weights))
+
+
+def _relocated(method: Compressor, weights: str | None) -> Compressor:
     part = method.installs
     if part is method:
         return dataclasses.replace(method, weights=weights)  # type: ignore[call-arg]
     if part is None:
         return method
-    kept = {k: v for k, v in relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
+    kept = {k: v for k, v in _relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
     return dataclasses.replace(method, on=write(part.name, kept, text_fields(type(part))))  # type: ignore[call-arg]
