@@ -58,7 +58,13 @@ def test_everything_holds_here(capsys):
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
     assert all(row["holds"] is True for row in rows if row["kind"] != "projector")
-    assert {row["model_type"] for row in rows if row["holds"] is None} == {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+    assert {row["model_type"] for row in rows if row["holds"] is None} == {
+        "internvl",
+        "cohere2_vision",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    }
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
 
 

@@ -22,7 +22,6 @@ from mllm_efficient.compressors.composed import runnable
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure import conventions, counter, keeping
 from mllm_efficient.measure.flops import cost, decode_flops, kv_cache_bytes, load_shape, prefill_flops, shape_names, shape_of, vision_flops
-from mllm_efficient.measure.pictures import chosen, pictures_of
 from mllm_efficient.measure.shapes import shape_config
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.tokens import Plane, VisualShape
@@ -55,7 +54,7 @@ def on_meta(name: str):
 
 
 def rules_of(name: str):
-    return pictures_of(load_shape(name))
+    return load_shape(name).rules
 
 
 def means(costs: list, what: str = "prefill") -> float:
@@ -281,12 +280,9 @@ def small_adapter(family: str):
 @pytest.mark.parametrize("family", [f.name for f in FAMILIES.values() if f.tiled])
 def test_a_picture_has_the_tokens_that_its_adapter_finds(family, aspect):
     """By its size alone, what the adapter finds by the processor's pixels and the host's own packing."""
-    rules = pictures_of(shape_of(tiny(family).config, family))
+    rules = shape_of(tiny(family).config, family, FAMILIES[family].settings).rules
     (item,) = small_adapter(family).items(aspect_batch(family, aspect))
-    if family == "internvl":  # the tiny processor has limits of its own
-        picture = rules._at(len(item.shape.planes), rules.side, "")
-    else:
-        picture = rules.of_size(ASPECTS[aspect])
+    picture = rules.of_size(ASPECTS[aspect])
     assert bare(picture.shape) == bare(item.shape)
 
 
@@ -322,14 +318,14 @@ def test_a_qwen_picture_has_the_size_that_its_processor_gives(name, size):
 def test_every_budget_keeps_what_the_plan_says(family, row):
     """``keeping`` is the plan without tensors: counts, groups and separators are the same for every method and part."""
     adapter = small_adapter(family)
-    rules = pictures_of(shape_of(tiny(family).config, family))
+    rules = shape_of(tiny(family).config, family, FAMILIES[family].settings).rules
     (item,) = adapter.items(make(family, row))
     if row == "video":
         picture = rules.video(len(item.shape.planes))
     elif FAMILIES[family].mrope:
         picture = rules._at(item.shape.grid, None)
     else:
-        picture = rules._at(len(item.shape.planes), rules.side, "") if family == "internvl" else rules.of_size(ASPECTS["7:5"])
+        picture = rules.of_size(ASPECTS["7:5"])
     tried = 0
     for name in ("none", "random", "uniform", "pool", "resize", "divprune", "cdpruner", "spp", "tome"):
         extras = ["", "per=tile", "per=frame", "newline=keep", *(["order=picked"] if name == "divprune" else [])]
@@ -363,7 +359,7 @@ def test_resize_costs_a_smaller_tower():
     base, small = cost("llava-1.5-7b"), cost("llava-1.5-7b", method="resize:keep=0.25")
     assert small.visual_tokens_kept == 144
     shape = load_shape("llava-1.5-7b")
-    rules = pictures_of(shape)
+    rules = shape.rules
     (picture,) = rules.typical()
     assert small.vision == vision_flops(shape, rules.smaller(picture, (12, 12))) < base.vision / 4
     assert cost("llava-1.5-7b", method="pool:keep=0.25").vision == base.vision
@@ -596,8 +592,8 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 def test_a_picture_is_chosen_by_the_family():
-    rules = pictures_of(load_shape("llava-1.5-7b"))
-    assert [p.shape for p in chosen(rules, 1152, None, exact=True)] == [VisualShape((Plane(24, 24),))] * 2
+    rules = load_shape("llava-1.5-7b").rules
+    assert [p.shape for p in rules.prompt(1152, None, exact=True)] == [VisualShape((Plane(24, 24),))] * 2
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -628,7 +624,7 @@ def refusal(host, spec: str) -> str | None:
 def test_flops_refuse_what_wrap_refuses(name):
     """The check that each of them makes, on the model and on its shape alone."""
     model = load(ModelOptions("builtin", "cpu")).model if name == "llava" else tiny(name)
-    adapter, rules = adapter_for(model), pictures_of(shape_of(model.config, name))
+    adapter, rules = adapter_for(model), shape_of(model.config, name).rules
     differ = {s: (refusal(adapter, s), refusal(rules, s)) for s in REFUSED_SOMEWHERE if refusal(adapter, s) != refusal(rules, s)}
     assert not differ
 

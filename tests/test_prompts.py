@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -222,9 +223,10 @@ def test_limits_of_released_files_are_read():
     shape = load_shape("qwen2.5-vl-7b", processor={"min_pixels": 256 * 784, "max_pixels": 1280 * 784})
     assert [cost(shape, image_size=s).visual_tokens_full for s in ((1920, 1080), (4000, 3000), (200, 200))] == [1222, 1230, 256]
     assert cost("qwen2.5-vl-7b", image_size=(1920, 1080)).visual_tokens_full == 2691
-    from mllm_efficient.patches.rules import views_of
+    from mllm_efficient.patches.families.internvl import tile_limits, tiles_of
 
-    assert [256 * views_of((2688, 1792), (448, 448), s) for s in ({"max_patches": 40}, {})] == [6400, 1792]
+    tiles = [math.prod(tiles_of((2688, 1792), (448, 448), tile_limits(s))) for s in ({"max_patches": 40}, {})]
+    assert [256 * (n + 1) for n in tiles] == [6400, 1792]  # and the thumbnail
 
 
 # ------------------------------------------------------------------------------------------------ sliding windows

@@ -21,7 +21,7 @@ from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, or_random
 from ..errors import MllmEfficientError
-from .pictures import Picture, Size, chosen, pictures_of
+from ..patches.rules import Size, Views
 from .shapes import ModelShape
 
 
@@ -44,6 +44,9 @@ def build_on_meta(shape: ModelShape) -> Any:
     """The model of a shape with weights on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from ..patches import require_present
+
+    require_present(shape.family)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**shape.config)).eval()
 
@@ -74,8 +77,8 @@ def count(
     if inside is None or model.device.type == "meta":
         method = or_random(method)
         inside = inside_of(method)
-    rules = pictures_of(shape)
-    pictures = chosen(rules, visual_tokens, image_size, exact=True, images=images)
+    rules = shape.rules
+    pictures = rules.prompt(visual_tokens, image_size, exact=True, images=images)
     if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
         raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
     adapter, meta = adapter_for(model), model.device.type == "meta"
@@ -140,47 +143,27 @@ class Uncounted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _inputs(
-    adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int, processor: Any = None
-) -> dict[str, Any]:
-    """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
-    device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
-    modality = pictures[0].shape.modality
-    side: Any = shape.vision.get("image_size")
-    sizes: list[Any] = [(side, side) if adapter.fixed_count and isinstance(side, int) else p.size for p in pictures]
-    processed = None if processor is None or None in sizes else _processed(adapter, processor, sizes)
-    lengths = [p.shape.length for p in pictures] if processed is None else processed[1]
-    placeholder, text = adapter.placeholders[modality], [_text_id(adapter)] * text_tokens
-    prompt: list[int] = []
-    for length in lengths:  # M-RoPE hosts take pictures side by side for one
-        prompt += [text.pop()] if text else []
-        prompt += [placeholder] * length
-    ids = torch.tensor([prompt + text] * batch)
-    if processed is not None:
-        vision = {k: torch.cat([v] * batch) for k, v in processed[0].items()}
-        types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
-        return {"input_ids": ids, **types, **{k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}}
-    views = batch * sum(p.views for p in pictures)
-    rows, columns = pictures[0].patches
+def _inputs(adapter: Any, shape: ModelShape, pictures: list[Views], text_tokens: int, batch: int, processor: Any = None) -> dict[str, Any]:
+    """A call with these images in every prompt: noise on the model's device, prompts on the CPU."""
+    device, dtype = adapter.model.device, adapter.model.dtype
+    sizes: list[Any] = [adapter.example_size if adapter.fixed_count else p.size for p in pictures]
 
     def noise(*size: int) -> Tensor:
         return torch.zeros(size, device="meta", dtype=dtype) if device.type == "meta" else torch.rand(size).to(device, dtype)
 
-    if shape.family.startswith("qwen"):
-        patch = tower.channels * tower.frames * tower.patch**2
-        return {
-            "input_ids": ids, "mm_token_type_ids": (ids == placeholder).long(), "pixel_values": noise(views * rows * columns, patch),
-            "image_grid_thw": torch.tensor([[1, rows, columns]] * views),
-        }  # fmt: skip
-    high, wide = (side, side) if isinstance(side, int) else side
-    pixels = noise(views, tower.channels, high, wide)
-    if modality == "video":
-        return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (batch * len(pictures), -1))}
-    known = [p.size for p in pictures * batch if p.size is not None]
-    extra = {"image_sizes": torch.tensor([[h, w] for w, h in known])} if pictures_of(shape).separators else {}
-    if "batch_num_images" in adapter.encode_keys and len(pictures) > 1:
-        extra["batch_num_images"] = torch.tensor([len(pictures)] * batch)
-    return {"input_ids": ids, "pixel_values": pixels, **extra}
+    if processor is None or None in sizes:
+        vision, lengths = adapter.example(pictures, noise), [p.shape.length for p in pictures]
+    else:
+        vision, lengths = _processed(adapter, processor, sizes)
+        vision = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
+    placeholder, text = adapter.placeholders[pictures[0].shape.modality], [_text_id(adapter)] * text_tokens
+    prompt: list[int] = []
+    for length in lengths:  # some models tell images by the text between them
+        prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]
+        prompt += [placeholder] * length
+    ids = torch.tensor([prompt + text] * batch)
+    types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
+    return {"input_ids": ids, **types, **{k: torch.cat([v] * batch) for k, v in vision.items()}}
 
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:

@@ -22,10 +22,11 @@ from ..compressors.composed import before_of, compose, inside_of, or_random, run
 from ..compressors.projector import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
+from ..patches.rules import Size, Views
+from ..patches.sizes import Decoder, Projector, Tower
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
-from .pictures import Picture, Size, chosen, pictures_of
-from .shapes import Decoder, ModelShape, Projector, Tower, load_shape, shape_names, shape_of
+from .shapes import ModelShape, load_shape, shape_names, shape_of
 
 __all__ = [
     "Cost", "cost", "decode_flops", "kv_cache_bytes", "load_shape", "prefill_flops", "projector_flops", "shape_names", "shape_of",
@@ -105,13 +106,13 @@ def cost(
     _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
     _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
     _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
-    compressor, rules, decoder = runnable(method), pictures_of(model), model.decoder
+    compressor, rules, decoder = runnable(method), model.rules, model.decoder
     before, inside = before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
         inside = or_random(inside)
         compressor = compose([inside] if before is None else [before, inside])
     check(rules, compressor)
-    pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
+    pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
     if visual_per_layer is None:
@@ -189,7 +190,7 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
     return 2 * queries * weights + 4 * wide * queries * keys
 
 
-def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None = None, kept: Kept | None = None) -> int:
+def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:
     """Tower and projector of one picture or video; the method's own projector, if it brings one."""
     other = None if method is None else method.installs
     if other is not None and kept is not None and isinstance(other, MethodProjector):
@@ -239,7 +240,8 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
 
 def projector_flops(projector: Projector, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
-    return projector.copies * 2 * n * (projector.inputs * projector.hidden + projector.hidden * projector.outputs)
+    taken = projector.hidden // 2 if projector.gated else projector.hidden
+    return projector.copies * 2 * n * (projector.inputs * projector.hidden + taken * projector.outputs)
 
 
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
@@ -278,7 +280,7 @@ def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) 
     return pieces * (text.num_hidden_layers * layer + 2 * d * into) + sum(tokens) * 2 * (width + 1) * into
 
 
-def _words(pictures: list[Picture]) -> str:
+def _words(pictures: list[Views]) -> str:
     first = pictures[0].says
     return first if len(pictures) == 1 else f"{len(pictures)} pictures, each {first}"
 

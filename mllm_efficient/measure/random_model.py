@@ -21,7 +21,7 @@ from ..loading.models import (
     pick_device,
     quantization_config,
 )
-from ..patches.rules import SHARED, require_counting
+from ..patches.rules import SHARED, rules_class
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02
@@ -71,7 +71,7 @@ def random_model(options: ModelOptions) -> Loaded:
     device = pick_device(options)
     quantization = quantization_config(options.quantization, device) if options.quantization else None
     config = config_of(options.model)
-    require_counting(config.model_type, options.processor_kwargs, options.model)
+    rules_class(config.model_type)(options.model, config).require_counting(options.processor_kwargs)
     for name in SHARED:
         if name in options.processor_kwargs:
             setattr(config, name, options.processor_kwargs[name])

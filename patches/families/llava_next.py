@@ -1,42 +1,52 @@
-"""LLaVA-NeXT: a base view and tiles of the picture, put together to a map without its padding, a newline behind each row."""
+"""LLaVA-NeXT: a base view and tiles of the image, put together to a map without its padding, a newline after each row."""
 
 from __future__ import annotations
 
 import copy
 import math
 import sys
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.errors import CountMismatchError
-from mllm_efficient.tokens import Plane, VisualShape
+from mllm_efficient.lazy import torch
+from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
+from ..base import OF_TOWER, Adapter, Encoding, Item, smaller_pixels
+from ..rules import Views
+from ..running import at_hand, input_of
 from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
+from .anyres import AnyresRules
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class LlavaNextAdapter(Adapter):
+class LlavaNextRules(AnyresRules):
+    """The shapes of LLaVA-NeXT."""
+
+    def made_processor(self, tokenizer: Any, **common: Any) -> Any:
+        import transformers as t
+
+        side, pinpoints = self.tile, self.config.image_grid_pinpoints
+        images = t.LlavaNextImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+        )
+        return t.LlavaNextProcessor(
+            image_processor=images, tokenizer=tokenizer, patch_size=self.patch, num_additional_image_tokens=int(self.class_token),
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy, **common,
+        )  # fmt: skip
+
+
+class LlavaNextAdapter(Adapter, LlavaNextRules):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
-    parts = frozenset({"tile"})
-    separators = True
-    projects = True
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
-
-    def __init__(self, model: Any):
-        super().__init__(model)
-        if has_class_token(tower_of(model)):
-            self.gives = self.gives | {"clip_text"}
+    call_settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @property
-    def side(self) -> int:
-        """Tokens along a side of a tile."""
-        vision = self.config.vision_config
-        return vision.image_size // vision.patch_size
+    def class_token(self) -> bool:
+        return has_class_token(tower_of(self.model))
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         return self.images(inputs, [True] * len(_sizes(inputs)))
@@ -46,7 +56,7 @@ class LlavaNextAdapter(Adapter):
         pixels, sizes = inputs.get("pixel_values"), _sizes(inputs)
         if pixels is None:
             return []
-        if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in (4, 5):
             raise CountMismatchError("pixel_values must be one tensor (images, tiles, channels, height, width)")
         if len(tiled) != len(sizes):
             raise CountMismatchError(f"{len(sizes)} image_sizes and settings for {len(tiled)} images")
@@ -61,7 +71,7 @@ class LlavaNextAdapter(Adapter):
             if len(pixels) != sum(counts):
                 raise CountMismatchError(f"pixel_values have {len(pixels)} tiles and image_sizes ask for {sum(counts)}")
             parts = list(pixels.split(counts))
-        shared = {k: inputs[k] for k in self.settings if inputs.get(k) is not None}
+        shared = {k: inputs[k] for k in self.call_settings if inputs.get(k) is not None}
         items = []
         for part, size in zip(parts, sizes):
             arguments = {"pixel_values": part, "image_sizes": size, **shared}
@@ -157,7 +167,7 @@ class LlavaNextAdapter(Adapter):
     def _watched(self, items: list[Item], needs: frozenset[str]) -> list[Encoding]:
         """Features, and what else is needed of every tile's tokens packed as the host packs their features."""
         first = items[0].arguments
-        layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.settings)
+        layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.call_settings)
         features, capture = watched(tower_of(self.model), lambda: self.features(self.model.model, items), layer, str(strategy), needs)
         captures = {name: value[..., None] if value.ndim == 2 else value for name, value in capture.items()}
         beside = torch.cat([value.float() for value in captures.values()], dim=2)[:, -(self.side**2) :]
@@ -173,6 +183,11 @@ class LlavaNextAdapter(Adapter):
             out.append(Encoding(f, item.shape, **parts))
         return out
 
+    def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
+        views, (width, height) = images[0].views, self.view_size
+        sizes = torch.tensor([size[::-1] for size in (image.size for image in images) if size is not None])
+        return {"pixel_values": pixels(len(images), views, self.tower_size.channels, height, width), "image_sizes": sizes}
+
     def projected(self, item: Item, side: int) -> VisualShape:
         """The base view and every tile whole, row by row, without newlines: as the released TokenFLEX model tiles."""
         planes = [Plane(side, side)]
@@ -186,7 +201,7 @@ class LlavaNextAdapter(Adapter):
         return VisualShape(tuple(planes))
 
     def before_projector(self, items: list[Item]) -> Tensor:
-        call = {k: v for k, v in items[0].arguments.items() if k in self.settings}
+        call = {k: v for k, v in items[0].arguments.items() if k in self.call_settings}
         call["pixel_values"] = torch.cat([i.arguments["pixel_values"] for i in items])
         call["image_sizes"] = torch.tensor([i.arguments["image_sizes"] for i in items])
         features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
@@ -207,7 +222,7 @@ def _sizes(inputs: dict[str, Any]) -> list[tuple[int, int]]:
     sizes = inputs.get("image_sizes")
     if inputs.get("pixel_values") is not None and sizes is None:
         raise CountMismatchError("pixel_values without image_sizes: pass both as the processor gives them")
-    return [] if sizes is None else [(int(h), int(w)) for h, w in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
+    return [] if sizes is None else [(int(h), int(w)) for h, w in (sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes)]
 
 
 def _on_picture(edges: list[float], tiling: Grid, size: tuple[int, int], side: int, tile: int) -> tuple[float, float, float, float]:

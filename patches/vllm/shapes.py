@@ -65,4 +65,4 @@ def _plan(shapes: Shapes, method: Compressor, height: int, width: int) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan_of_grid(shapes: Shapes, method: Compressor, rows: int, columns: int) -> Plan:
-    return plan(shapes.adapter, method, Item({}, shapes.adapter._shape("image", 1, (rows, columns))))
+    return plan(shapes.adapter, method, Item({}, shapes.adapter.shape("image", 1, (rows, columns))))
