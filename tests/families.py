@@ -65,7 +65,8 @@ class Family:
     """One model class.
 
     newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
-    says which tiles are of one image, between <img> and </img>. settings: of its image processor, where they are not what a model without one is counted with.
+    says which tiles are of one image, between <img> and </img>.
+    settings: of its image processor, where they are not what a model without one is counted with.
     """
 
     name: str

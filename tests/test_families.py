@@ -473,7 +473,11 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
                     break
         kept.append((features, n))
     embeds = []
-    ids, columns = inputs["input_ids"][0], {int(v.columns[0]): features for v, (features, _) in zip(found, kept)}
+    ids, columns = inputs["input_ids"][0], {}
+    for visual, (features, _) in zip(found, kept):
+        pieces = len(visual.planes) if FAMILIES[name].in_prompt else 1  # text may stand between tiles: each keeps its own place
+        for first, piece in zip(visual.columns[:: len(visual.columns) // pieces], features.chunk(pieces)):
+            columns[int(first)] = piece
     inside = {int(c) for v in found for c in v.columns}
     with torch.no_grad():
         for column, token in enumerate(ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.tokens import Grid, Plane, VisualShape
@@ -20,7 +21,7 @@ class AnyresRules(Rules):
     parts = frozenset({"tile"})
     separators = True
     projects = True
-    counting = (PINPOINTS,)
+    counting: ClassVar[tuple[str, ...]] = (PINPOINTS,)
 
     @functools.cached_property
     def tower_size(self) -> Tower:

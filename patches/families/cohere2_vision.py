@@ -60,7 +60,8 @@ class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
 
     def placeholder_runs(self, row: list[bool]) -> list[int]:
         """Runs with a single token between them are tiles of one image."""
-        out, gap = [], 0
+        out: list[int] = []
+        gap = 0
         for is_image, group in itertools.groupby(row):
             length = len(list(group))
             if not is_image:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError
 from mllm_efficient.lazy import torch
@@ -26,7 +26,7 @@ class InternVLRules(Rules):
     """The shapes of InternVL."""
 
     parts = frozenset({"tile"})
-    counting = ("min_patches", "max_patches")
+    counting: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
 
     @functools.cached_property
     def tower_size(self) -> Tower:
@@ -122,7 +122,7 @@ def _canvases(fewest: int, most: int) -> list[Grid]:
 class InternVLAdapter(Adapter, InternVLRules):
     """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model."""
 
-    encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The model is given all tiles in one row; which belong to one image stands in the prompt alone."""

@@ -186,7 +186,7 @@ class LlavaAdapter(Adapter, LlavaRules):
         embeddings.num_patches = math.prod(grid)
         embeddings.num_positions = len(rows)
         embeddings.register_buffer("position_ids", torch.arange(len(rows), device=rows.device)[None], persistent=False)
-        self.config.image_seq_length = self.usual().length
+        self.config.image_seq_length = self.typical()[0].shape.length
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         return uncropped(planes, size, image_processor)

@@ -27,7 +27,7 @@ class Shapes:
         small.get_text_config().num_hidden_layers = 1  # nothing runs
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(small)
-        self.adapter = adapter_for(model)
+        self.adapter: Any = adapter_for(model)
 
     def check(self, method: Compressor) -> None:
         """Raises where the family cannot run the method."""
