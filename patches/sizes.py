@@ -10,10 +10,10 @@ from mllm_efficient.errors import UnsupportedModelError
 
 # Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
 MLP_MATRICES = {
-    "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3,
+    "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
 }  # fmt: skip
-SLIDING = ("mistral", "phi3", "gemma2")  # whose layers have a sliding window if the configuration names one
+SLIDING = ("mistral", "phi3", "gemma2", "cohere2")  # whose layers have a sliding window if the configuration names one
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -126,7 +126,7 @@ def _windows(text: Any) -> tuple[int, ...]:
     types = getattr(text, "layer_types", None)
     if types is None and kind.startswith("qwen"):
         types = ["sliding_attention" if i >= text.max_window_layers else "full_attention" for i in range(layers)]
-    elif types is None and kind == "gemma2":
+    elif types is None and kind in ("gemma2", "cohere2"):
         raise MissingSetting("'layer_types'")
     windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
     return windows if any(windows) else ()

@@ -250,12 +250,13 @@ def sliding(kind, **settings):
     ("Mistral", {"sliding_window": 400}, (400,) * 3),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (0, 8, 8)), ("Qwen2", {"sliding_window": 8}, ()),
     ("Gemma2", {"sliding_window": 8}, (8, 0, 8)),
+    ("Cohere2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, (8, 0, 8)),
 ])  # fmt: skip
 def test_a_sliding_window_costs_what_torch_counts_and_caches_what_it_holds(kind, settings, windows):
     model, call = sliding(kind, **settings), {"text_tokens": 9, "new_tokens": 12, "batch_size": 2}
     shape = shape_of(model.config, kind)
     assert shape.decoder.windows == windows
-    for spec in ("none", "divprune:tokens=5", *(() if kind == "Gemma2" else ("fastv:layer=1,keep=0.5",))):
+    for spec in ("none", "divprune:tokens=5", *(() if kind in ("Gemma2", "Cohere2") else ("fastv:layer=1,keep=0.5",))):
         closed, counted = cost(shape, method=spec, **call), counter.count(model, shape, me.build(spec), **call)
         assert [getattr(closed, p) - getattr(counted, p) for p in ("vision", "compress", "prefill", "decode")] == [0, 0, 0, 0]
     ids = torch.full((2, 9 + 16), 20)

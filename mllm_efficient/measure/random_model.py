@@ -21,7 +21,7 @@ from ..loading.models import (
     pick_device,
     quantization_config,
 )
-from ..patches.rules import SHARED, rules_class
+from ..patches.rules import SHARED, read_object, rules_class
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02
@@ -41,6 +41,7 @@ def config_of(source: str) -> Any:
         if source in shape_names():
             config = AutoConfig.for_model(**shape_config(source))
         elif Path(source).expanduser().exists():
+            _require_present(Path(source).expanduser())
             config = AutoConfig.from_pretrained(str(Path(source).expanduser()))
         else:
             known = shape_names()
@@ -55,6 +56,15 @@ def config_of(source: str) -> Any:
         what = ", ".join(made_for) or type(config).__name__
         raise UnsupportedModelError(f"{source} describes a {what}: the model must be one of {', '.join(FAMILIES)}")
     return config
+
+
+def _require_present(path: Path) -> None:
+    """Raises ``UnsupportedModelError`` for a config.json, or a folder with one, of a family that this transformers does not have."""
+    from ..patches import FAMILIES, require_present
+
+    kind = read_object(path / "config.json" if path.is_dir() else path).get("model_type")
+    if kind in FAMILIES.values():
+        require_present(kind)
 
 
 def random_model(options: ModelOptions) -> Loaded:
