@@ -28,11 +28,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the host made of one item.
+    """What the model made of one item.
 
-    features: (length, D) in the host's order, newline columns and separators included. deep: the same for each layer
+    features: (length, D) in the model's order, newline columns and separators included. deep: the same for each layer
     that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), tower: (N, D), of the tokens alone; tower
-    is the tower's output behind its last norm. shape: of what was encoded, which for a smaller picture is smaller than the item's.
+    is the tower's output after its last norm. shape: of what was encoded, which for a smaller image is smaller than the item's.
     """
 
     features: Tensor
@@ -69,7 +69,7 @@ class Adapter(Rules):
         return self.config.get_text_config().num_hidden_layers
 
     def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
-        """Every picture through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
+        """Every image through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
         raise TypeError(f"{type(self).__name__} must define merge_in_tower")
 
     @property
@@ -127,9 +127,9 @@ class Adapter(Rules):
     def encode(
         self, items: Sequence[Item], needs: frozenset[str] = frozenset(), grids: Sequence[Grid | None] | None = None
     ) -> list[Encoding]:
-        """Stock features of every item, all that are alike in one call of the host.
+        """Stock features of every item, all that are alike in one call of the model.
 
-        grids: the smaller ``unit`` grid each item is made to have first; None leaves the picture as it is.
+        grids: the smaller ``unit`` grid each item is made to have first; None leaves the image as it is.
         """
         grids = [None] * len(items) if grids is None else grids
         together: dict[tuple[str, Grid | None], list[int]] = {}
@@ -179,11 +179,11 @@ class Adapter(Rules):
         raise TypeError(f"{type(self).__name__} must define projected")
 
     def before_projector(self, items: list[Item]) -> Tensor:
-        """(views of all items, N, D): what the host hands to its projector, without class tokens. The projector does not run."""
+        """(views of all items, N, D): what the model hands to its projector, without class tokens. The projector does not run."""
         raise TypeError(f"{type(self).__name__} must define before_projector")
 
     def project(self, items: list[Item], projector: Any, side: int) -> list[Encoding]:
-        """Every picture through another projector, which gives each of its tiles side x side tokens."""
+        """Every image through another projector, which gives each of its tiles side x side tokens."""
         tokens = projector(self.before_projector(items), side=side, grid=self.unit(items[0]))
         parts = tokens.split([len(item.arguments["pixel_values"]) for item in items])
         return [Encoding(part.flatten(0, 1), self.projected(item, side)) for item, part in zip(items, parts)]
@@ -220,17 +220,17 @@ class Adapter(Rules):
         return {"pixel_values": pixels(sum(image.views for image in images), self.tower_size.channels, height, width)}
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        """The planes with boxes in fractions of the original picture of ``size`` (width, height), its preprocessing undone."""
+        """The planes with boxes in fractions of the original image of ``size`` (width, height), its preprocessing undone."""
         return planes
 
 
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
+    """Images (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
     return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def uncropped(planes: tuple[Plane, ...], size: tuple[int, int], processor: Any) -> tuple[Plane, ...]:
-    """The planes on the original picture of ``size`` (width, height), of which the model saw a centre crop."""
+    """The planes on the original image of ``size`` (width, height), of which the model saw a centre crop."""
     if not getattr(processor, "do_center_crop", False):
         return planes
     wanted, crop = processor.size, processor.crop_size

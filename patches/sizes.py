@@ -65,7 +65,7 @@ class Decoder:
 class Tower:
     """A vision transformer over patches of ``patch`` x ``patch`` pixels.
 
-    frames: pictures that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
+    frames: images that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
     mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
     window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it.
     """

@@ -65,9 +65,9 @@ def count(
     processor: Any = None,
 ) -> Counted:
     """FLOPs of a call that ``flops.cost`` with the same arguments computes. model: on meta, or real and on a CPU. processor: the
-    model's own, which then makes the pictures' tensors where their size is known.
+    model's own, which then makes the images' tensors where their size is known.
 
-    Raises ``MllmEfficientError`` for tokens that are of no known picture.
+    Raises ``MllmEfficientError`` for tokens that are of no known image.
     """
     from ..apply.prepare import Encoded, encode_items, encoding_key, prepare
     from ..patches import adapter_for
@@ -167,7 +167,7 @@ def _inputs(adapter: Any, shape: ModelShape, pictures: list[Views], text_tokens:
 
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:
-    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each picture."""
+    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each image."""
     from ..loading.prompts import model_inputs, question_prompt
     from .workload import QUESTION, noise
 
@@ -178,7 +178,7 @@ def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict
 
 
 def _text_id(adapter: Any) -> int:
-    """A token that stands for no picture."""
+    """A token that stands for no image."""
     return next(i for i in range(5, 99) if i not in adapter.placeholders.values())
 
 
@@ -203,7 +203,7 @@ def _random(encoding: Any) -> dict[str, Any]:
 class OneDevice(TorchDispatchMode):
     """What an operation is given on the CPU beside tensors on meta goes to meta.
 
-    Prompts, grids and window indices stay on the CPU until they meet features, because hosts read their values.
+    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

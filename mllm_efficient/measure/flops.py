@@ -88,9 +88,9 @@ def cost(
     Args:
         shape: a model's shape, or its name for ``load_shape``.
         text_tokens: every token of a prompt that is not visual.
-        visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
-            height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
-        images: pictures of a prompt, all alike; not with ``visual_tokens``, which says it.
+        visual_tokens: N of a prompt before compression, for images of the family's own kind; image_size: (width,
+            height) in pixels instead, for models whose count depends on it. Without both the model's usual image.
+        images: images of a prompt, all alike; not with ``visual_tokens``, which says it.
         method: as ``me.build`` takes it.
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
@@ -169,7 +169,7 @@ def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) 
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
-    """One new token behind ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
+    """One new token after ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
     return sum(_layer(decoder, 1, n + 1) for n in decoder.cached(cached)) + head_flops(decoder)
 
 
@@ -191,7 +191,7 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
 
 
 def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:
-    """Tower and projector of one picture or video; the method's own projector, if it brings one."""
+    """Tower and projector of one image or video; the method's own projector, if it brings one."""
     other = None if method is None else method.installs
     if other is not None and kept is not None and isinstance(other, MethodProjector):
         n = picture.projected if kept.side is None else kept.side**2
@@ -219,7 +219,7 @@ def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
 
 
 def merging_tower_flops(tower: Tower, patches: tuple[int, int], rounds: Sequence[int]) -> int:
-    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens behind its attention; no further blocks run."""
+    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens after its attention; no further blocks run."""
     d, n = tower.width, patches[0] * patches[1]
     total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
     n += tower.class_token
@@ -258,9 +258,9 @@ def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
 
 
 def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) -> int:
-    """What a method that needs ``clip_text`` has the host compute: the prompt's text in CLIP's space, and every visual token.
+    """What a method that needs ``clip_text`` has the model compute: the prompt's text in CLIP's space, and every visual token.
 
-    where: the CLIP model. width: of the tower. tokens: N of each picture. The text counts as many tokens of CLIP as of the
+    where: the CLIP model. width: of the tower. tokens: N of each image. The text counts as many tokens of CLIP as of the
     language model, and two around them, in pieces as long as CLIP's text tower allows.
     """
     from transformers import CLIPConfig

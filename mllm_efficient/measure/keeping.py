@@ -29,7 +29,7 @@ class Kept:
     rounds: tuple[int, ...] = ()
 
     def at(self, layer: int) -> int:
-        """Tokens and separators of the picture that decoder layer ``layer`` sees. Separators go with the first tokens."""
+        """Tokens and separators of the image that decoder layer ``layer`` sees. Separators go with the first tokens."""
         if not self.per_layer:
             return self.tokens + self.separators
         whole = self.per_layer[layer] == self.per_layer[0]

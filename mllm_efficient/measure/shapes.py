@@ -81,7 +81,7 @@ def load_shape(
 def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
     """The shape with settings of its image processor on top of those that it has."""
     for name in given:
-        if name in shape.config:  # what the model's own config says of pictures too
+        if name in shape.config:  # what the model's own config says of images too
             shape = replace(shape, config={**shape.config, name: given[name]})
     return replace(shape, processor=merged(shape.processor, given))
 

@@ -18,7 +18,7 @@ QUESTION = "Describe what is shown."
 
 @dataclass(frozen=True)
 class Workload:
-    """One prompt: pictures of ``image_size`` (width, height), text tokens beside their placeholders, tokens to generate.
+    """One prompt: images of ``image_size`` (width, height), text tokens beside their placeholders, tokens to generate.
 
     image_size: None is the size the tower takes, or 672 x 672 where it takes any.
     """
@@ -44,9 +44,9 @@ class Workload:
 class Inputs:
     """A batch of equal prompts on the model's device.
 
-    call: what ``generate`` takes. text_only: the same without the images. image_size: (width, height) of the pictures.
+    call: what ``generate`` takes. text_only: the same without the images. image_size: (width, height) of the images.
     visual_tokens: N of a prompt. lengths: tokens of a prompt with and without images. preprocess: makes the inputs anew
-    from pictures in memory; None where there is no processor.
+    from images in memory; None where there is no processor.
     """
 
     call: dict[str, Any]
@@ -99,7 +99,7 @@ def usual_size(adapter: Any) -> Size:
 
 
 def noise(size: Size, seed: int) -> Any:
-    """A picture of seeded noise."""
+    """An image of seeded noise."""
     from PIL import Image
 
     width, height = size

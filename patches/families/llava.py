@@ -174,7 +174,7 @@ class LlavaAdapter(Adapter, LlavaRules):
         return [Encoding(row, shape) for row in tokens]
 
     def become_smaller(self, grid: Grid) -> None:
-        """Makes the model one for pictures of this grid, its position embeddings interpolated as ``resize`` has them in each call."""
+        """Makes the model one for images of this grid, its position embeddings interpolated as ``resize`` has them in each call."""
         embeddings, vision = self.tower.embeddings, self.config.vision_config
         height, width = (cells * vision.patch_size for cells in grid)
         old = embeddings.position_embedding

@@ -79,12 +79,12 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         return items
 
     def tiling(self, size: tuple[int, int]) -> Grid:
-        """(rows, columns) of the tiles of a picture of ``size`` (height, width)."""
-        host = sys.modules[type(self.model.model).__module__]  # each family has this function beside its model
-        return host.get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        """(rows, columns) of the tiles of an image of ``size`` (height, width)."""
+        module = sys.modules[type(self.model.model).__module__]  # each family has this function beside its model
+        return module.get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
 
     def _shape(self, arguments: dict[str, Any], side: int) -> VisualShape:
-        """What the host's own packing makes of an image: it is given the places of the patches instead of their features."""
+        """What the model's own packing makes of an image: it is given the places of the patches instead of their features."""
         tiles, size = len(arguments["pixel_values"]), arguments["image_sizes"]
         base = Plane(side, side)
         if tiles == 1:
@@ -94,10 +94,10 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         canvas = torch.stack([rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1), torch.zeros(len(rows), len(columns))])
         places = canvas.reshape(3, down, side, across, side).permute(1, 3, 2, 4, 0).reshape(down * across, side * side, 3)
         places = torch.cat([torch.ones(1, side * side, 3), places])
-        packed = self.host_pack(self.resized_host(side, arguments), places, size, torch.tensor([0.0, 0.0, -1.0]), arguments)
+        packed = self.pack_tiles(self.resized_model(side, arguments), places, size, torch.tensor([0.0, 0.0, -1.0]), arguments)
         packed = packed[side * side :]
         height = int((packed[:, 2] < 0).sum())
-        if height == 0:  # a picture so long that its map is all padding
+        if height == 0:  # an image so long that its map is all padding
             return VisualShape((base, Plane(0, across * side, tile=1, newline=True)))
         width = len(packed) // height - 1
         if width == 0:  # the same for a tall one: its newline column is left
@@ -113,20 +113,20 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         )  # fmt: skip
         return VisualShape((base, plane))
 
-    def host_pack(self, host: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The host's packing of one image's tiles (tiles, side * side, d) to (length, d)."""
+    def pack_tiles(self, inner: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The model's packing of one image's tiles (tiles, side * side, d) to (length, d)."""
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        packed, _ = host.pack_image_features(
+        packed, _ = inner.pack_image_features(
             [features], torch.tensor([size]), vision_feature_select_strategy=strategy, image_newline=newline
         )
         return packed[0]
 
-    def resized_host(self, side: int, arguments: dict[str, Any]) -> Any:
-        """The host, or one that shares its weights and takes tiles of ``side`` x ``side`` tokens of this image's tiling."""
-        host = self.model.model
+    def resized_model(self, side: int, arguments: dict[str, Any]) -> Any:
+        """The model, or one that shares its weights and takes tiles of ``side`` x ``side`` tokens of this image's tiling."""
+        inner = self.model.model
         if side == self.side:
-            return host
-        smaller = copy.copy(host)
+            return inner
+        smaller = copy.copy(inner)
         config = copy.deepcopy(self.config)
         patch = config.vision_config.patch_size
         down, across = self.tiling(arguments["image_sizes"])
@@ -149,7 +149,7 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
             return [Encoding(f, i.shape) for f, i in zip(features, items)]
         side = grid[0]
         alike: dict[Any, list[int]] = {}
-        for i, item in enumerate(items):  # a smaller host has one tiling
+        for i, item in enumerate(items):  # a smaller model has one tiling
             tiled = len(item.arguments["pixel_values"]) > 1
             alike.setdefault(self.tiling(item.arguments["image_sizes"]) if tiled else None, []).append(i)
         out: dict[int, Encoding] = {}
@@ -158,14 +158,14 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
             for item in (items[i] for i in members):
                 pixels = smaller_pixels(item.arguments["pixel_values"], *(side * self.config.vision_config.patch_size,) * 2)
                 small.append(Item({**item.arguments, "pixel_values": pixels}, self.shape_at(item, grid)))
-            host = self.resized_host(side, small[0].arguments)
+            inner = self.resized_model(side, small[0].arguments)
             with positions_at_hand(tower_of(self.model)):
-                features = self.features(host, small, interpolate_pos_encoding=True)
+                features = self.features(inner, small, interpolate_pos_encoding=True)
             out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
         return [out[i] for i in range(len(items))]
 
     def _watched(self, items: list[Item], needs: frozenset[str]) -> list[Encoding]:
-        """Features, and what else is needed of every tile's tokens packed as the host packs their features."""
+        """Features, and what else is needed of every tile's tokens packed as the model packs their features."""
         first = items[0].arguments
         layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.call_settings)
         features, capture = watched(tower_of(self.model), lambda: self.features(self.model.model, items), layer, str(strategy), needs)
@@ -175,7 +175,7 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         out = []
         for f, item, tiles in zip(features, items, beside.split([len(i.arguments["pixel_values"]) for i in items])):
             newline = tiles.new_zeros(tiles.shape[-1])
-            packed = self.host_pack(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
+            packed = self.pack_tiles(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
             own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
             parts = dict(zip(captures, own.split(widths, dim=1)))
             if "attention" in parts:
@@ -207,18 +207,18 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
         return features[:, features.shape[1] - self.side**2 :]
 
-    def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
-        """(length, D) of each image from the host's ``get_image_features``."""
+    def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        """(length, D) of each image from the model's ``get_image_features``."""
         first = items[0].arguments
         call = {k: v for k, v in first.items() if k not in ("pixel_values", "image_sizes")}
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
         sizes = torch.tensor([i.arguments["image_sizes"] for i in items])
-        with at_hand(host):  # the newline embedding is the host's own
-            return list(host.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
+        with at_hand(inner):  # the newline embedding is the model's own
+            return list(inner.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
 
 
 def _sizes(inputs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of every image as plain numbers, which the host's own rounding is exact with."""
+    """(height, width) of every image as plain numbers, which the model's own rounding is exact with."""
     sizes = inputs.get("image_sizes")
     if inputs.get("pixel_values") is not None and sizes is None:
         raise CountMismatchError("pixel_values without image_sizes: pass both as the processor gives them")
@@ -226,7 +226,7 @@ def _sizes(inputs: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def _on_picture(edges: list[float], tiling: Grid, size: tuple[int, int], side: int, tile: int) -> tuple[float, float, float, float]:
-    """Edges (top, left, bottom, right) in patches of the canvas as fractions of the picture that is centred on it."""
+    """Edges (top, left, bottom, right) in patches of the canvas as fractions of the image that is centred on it."""
     canvas = tiling[0] * tile, tiling[1] * tile
     scale = min(c / s for c, s in zip(canvas, size))
     shown = [min(math.ceil(s * scale), c) for s, c in zip(size, canvas)]

@@ -81,15 +81,15 @@ class VideoFrames(LlavaNextAdapter, VideoRules):
         if needs & OF_TOWER:
             raise UnsupportedModelError(f"frames of a video are pooled, and have no {' and '.join(sorted(needs))} of the tower's own")
         pixels = torch.cat([i.arguments["pixel_values_videos"] for i in items])
-        host, more, shapes = self.model.model, {}, [i.shape for i in items]
+        inner, more, shapes = self.model.model, {}, [i.shape for i in items]
         if grid is not None:
             size = grid[0] * self.config.vision_config.patch_size
             pixels = smaller_pixels(pixels.flatten(0, 1), size, size).unflatten(0, pixels.shape[:2])
-            host, more = self.resized_host(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
+            inner, more = self.resized_model(grid[0], {"image_sizes": (1, 1)}), {"interpolate_pos_encoding": True}
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k in ("vision_feature_layer", "vision_feature_select_strategy")}
-        with at_hand(host), contextlib.nullcontext() if grid is None else positions_at_hand(tower_of(self.model)):
-            features = host.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
+        with at_hand(inner), contextlib.nullcontext() if grid is None else positions_at_hand(tower_of(self.model)):
+            features = inner.get_video_features(pixels, return_dict=True, **call, **more).pooler_output
         # (frames * tokens, d) each, or (frames, tokens, d) where transformers is older
         return [Encoding(f.flatten(0, -2), shape) for f, shape in zip(features, shapes)]
 
@@ -98,7 +98,7 @@ class VideoFrames(LlavaNextAdapter, VideoRules):
 
 
 def unpadded(planes: tuple[Plane, ...], size: tuple[int, int]) -> tuple[Plane, ...]:
-    """The planes on the original picture of ``size`` (width, height), which the model saw in the middle of a square."""
+    """The planes on the original image of ``size`` (width, height), which the model saw in the middle of a square."""
     (width, height), side = size, max(size)
     left, top = -((side - width) // 2) / width, -((side - height) // 2) / height
     return tuple(replace(p, box=(top, left, top + side / height, left + side / width)) for p in planes)
@@ -155,13 +155,13 @@ class LlavaOnevisionAdapter(VideoFrames, LlavaOnevisionRules):
         tiled = [int(n) == 1 for n in numbers for _ in range(int(n))]
         return [*self.images(inputs, tiled), *self.videos(inputs)]
 
-    def host_pack(self, host: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def pack_tiles(self, inner: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
         ratio = arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio
-        packed, _ = host.pack_image_features([features], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio)
+        packed, _ = inner.pack_image_features([features], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio)
         return packed[0]
 
-    def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
-        # The host tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
+    def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        # The model tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
         numbers: list[int] = []
         padded: list[Item] = []
         wanted: list[int] = []
@@ -170,7 +170,7 @@ class LlavaOnevisionAdapter(VideoFrames, LlavaOnevisionRules):
             wanted += range(len(padded), len(padded) + len(run))
             numbers += [max(len(run), 2)] if untiled else [1] * len(run)
             padded += run * 2 if untiled and len(run) == 1 else run
-        found = super().features(host, padded, batch_num_images=torch.tensor(numbers), **more)
+        found = super().features(inner, padded, batch_num_images=torch.tensor(numbers), **more)
         return [found[i] for i in wanted]
 
     def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
@@ -179,5 +179,5 @@ class LlavaOnevisionAdapter(VideoFrames, LlavaOnevisionRules):
         return super().container(modality, features, deep) if modality == "image" else ragged_output(features)
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        alone = len(planes) == 1 and planes[0].frame is None  # one of several pictures of a prompt
+        alone = len(planes) == 1 and planes[0].frame is None  # one of several images of a prompt
         return unpadded(planes, size) if alone else super().place(planes, size, image_processor)

@@ -209,7 +209,7 @@ class QwenVLAdapter(Adapter, QwenVLRules):
         return [Encoding(f, shape, tuple(layer[i] for layer in layers)) for i, (f, shape) in enumerate(zip(out.pooler_output, shapes))]
 
     def _smaller(self, patches: Tensor, shape: VisualShape, grid: Grid) -> Tensor:
-        """Patches (t * h * w, d), blocks of merge x merge together, of the picture made smaller."""
+        """Patches (t * h * w, d), blocks of merge x merge together, of the image made smaller."""
         vision, m, frames = self.config.vision_config, self.merge, len(shape.planes)
         p, depth = vision.patch_size, vision.temporal_patch_size
         (rows, columns), (h, w) = (shape.planes[0].rows, shape.planes[0].columns), grid
