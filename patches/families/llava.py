@@ -112,7 +112,7 @@ class LlavaAdapter(Adapter, LlavaRules):
         pixels = inputs.get("pixel_values")
         if pixels is None:
             return []
-        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
             raise CountMismatchError("pixel_values must be one tensor (images, channels, height, width)")
         if inputs.get("image_sizes") is not None:
             raise UnsupportedModelError("image_sizes belongs to Pixtral towers, which are not supported: leave it out")
