@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_efficient.apply.prepare import Encoded, Prepared, prepare
+from mllm_efficient.apply.encode import Encoded
+from mllm_efficient.apply.prepare import Prepared, prepare
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import environment

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mllm_efficient.apply.prepare import Encoded, encode_items, encoding_key
+from mllm_efficient.apply.encode import Encoded, encode_items, encoding_key
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.composed import runnable
 from mllm_efficient.loading.models import Loaded, require_supported

@@ -17,10 +17,9 @@ from typing import Any
 from mllm_efficient import locking
 from mllm_efficient.apply.plan import check, describe
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.compressors.composed import Composed, before_of, inside_of, runnable
+from mllm_efficient.compressors.composed import before_of, inside_of, runnable
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
-from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError
 from mllm_efficient.loading.models import Loaded, environment, require_supported
@@ -164,18 +163,18 @@ class Flops(PromptFlops):
     def pure_drop(self, budget: Compressor) -> Cost:
         """What leaving out all tokens but those of a budget would cost."""
         # its stages or its router say what is left
-        if isinstance(budget, Composed) or (
-            isinstance(budget, Reducer) and (budget.routes or all(getattr(budget, name) is None for name in BUDGETS))
+        if len(budget.parts) > 1 or (
+            budget.as_reducer is not None and (budget.routes or all(getattr(budget, name) is None for name in BUDGETS))
         ):
             return self.of(Random(tokens=self.of(budget).visual_tokens_kept))
         return self.of(Random(**{name: getattr(budget, name) for name in (*BUDGETS, "min_tokens", "max_tokens", "per")}))
 
     def match(self, cell: Cell) -> Cell:
         """The cell at the budget whose prefill FLOPs are nearest those of a pure token drop at the budget asked for."""
-        if isinstance(cell.method, Composed):
+        if len(cell.method.parts) > 1:
             raise MllmEfficientError(f"--match flops solves one budget, and {cell.spec} has one for each stage: leave it out")
         target, method = self.pure_drop(cell.method).prefill, cell.method
-        if self.of(method).prefill == target or getattr(method, "routes", False):
+        if self.of(method).prefill == target or method.routes:
             return cell
         wanted, fraction = method.budget.count(self.full, fixed=False), method.budget.fraction is not None
         best: tuple[int, int, Compressor] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mllm_efficient.compressors.kinds import PROJECTOR
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Box, Grid, Plane, VisualShape
 
@@ -157,7 +158,7 @@ class Adapter(Rules):
 
     def slot(self, method: Any) -> tuple[Any, str]:
         """The module that holds the part of a trained method, and its name there."""
-        if method.family == "J":
+        if method.kind == PROJECTOR:
             return self.projector_at
         from .decoder.hooks import decoder_of
 
@@ -173,7 +174,7 @@ class Adapter(Rules):
     def widths(self, method: Any) -> tuple[int, int]:
         """Widths of what the part of a trained method takes and of what it gives."""
         width = self.config.get_text_config().hidden_size
-        return self.projector_widths if method.family == "J" else (width, width)
+        return self.projector_widths if method.kind == PROJECTOR else (width, width)
 
     def projected(self, item: Item, side: int) -> VisualShape:
         raise TypeError(f"{type(self).__name__} must define projected")

@@ -185,7 +185,7 @@ class Patient:
 
         prompt = self.prompts[0]
         before = self._logits(prompt)
-        if method.family == "J":
+        if method.kind == "projector":
             with compressed(self.model, method):
                 if not torch.allclose(self._logits(prompt)[:, -1], self._by_hand(method, prompt), rtol=1e-3, atol=1e-4):
                     return "its tokens put among the text by hand give other logits"
@@ -257,7 +257,7 @@ class Patient:
 
 def _all(method: Any) -> dict[str, float]:
     """The setting under which a method keeps everything."""
-    return {"ratio": 1.0} if method.family == "L" else {"keep": 1.0}
+    return {"ratio": 1.0} if method.kind == "in_llm" else {"keep": 1.0}
 
 
 def _differs(what: str, one: tuple[Any, Any], other: tuple[Any, Any]) -> str:

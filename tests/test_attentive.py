@@ -207,7 +207,7 @@ def test_many_images_at_once_are_each_alone(method):
         dataclasses.replace(parts[1], features=-parts[1].features),
     ]
     ks = [max(1, len(v) // 2) for v in parts]
-    together = method.compress_alike(parts, ks, method._choose, lambda n, d: n * n)
+    together = method.compress_alike(parts, ks)
     for one, k, out in zip(parts, ks, together):
         alone = method.compress(one, k)
         assert torch.equal(out.indices, alone.indices) and torch.equal(out.features, alone.features)

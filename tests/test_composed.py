@@ -59,7 +59,7 @@ def rows_of(result: Result) -> list[dict]:
 def test_it_is_one_method_of_its_stages():
     method = me.build("fastv:ratio=0.5 | divprune:tokens=20,newline=keep | tokenflex:tokens=36")
     assert isinstance(method, Composed) and [s.name for s in method.stages] == ["tokenflex", "divprune", "fastv"]
-    assert method.name == "tokenflex | divprune | fastv" and method.family == "JPL" and method.newline == "keep"
+    assert method.name == "tokenflex | divprune | fastv" and method.kind == "projector | pre_llm | in_llm" and method.newline == "keep"
     assert method.trained and method.merges and method.installs == me.TokenFlex(tokens=36) and method.same_weights == "none@tokenflex"
     assert (
         me.build(method.spec()) == me.build(method.to_dict()) == me.build(method) == method and len({method, me.build(method.spec())}) == 1
@@ -74,7 +74,7 @@ def test_it_is_one_method_of_its_stages():
 @pytest.mark.parametrize(
     "spec, says",
     [
-        ("divprune:tokens=9 | pool:tokens=9", "divprune and pool are of one family"),
+        ("divprune:tokens=9 | pool:tokens=9", "divprune and pool are of one kind"),
         ("tokenflex:tokens=9 | dpn", "tokenflex and dpn each bring trained weights: one of them can run"),
         ("tokenflex:tokens=9 | none@dpn", "tokenflex and none each bring trained weights"),
     ],
@@ -441,9 +441,9 @@ def test_show_draws_the_last_stage(tmp_path, picture, spec, says):
 
 
 def test_a_composition_is_built_not_put_together_by_hand():
-    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order J, P, L"):
+    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order projector, pre_llm, in_llm"):
         Composed(stages=(me.FastV(layer=1, ratio=0.5),))
-    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order J, P, L"):
+    with pytest.raises(me.MllmEfficientError, match="two stages or more, in the order projector, pre_llm, in_llm"):
         Composed(stages=(me.FastV(layer=1, ratio=0.5), me.DivPrune(tokens=9)))
 
 
@@ -496,14 +496,14 @@ def test_more_than_is_left_is_clamped_where_pictures_differ():
         assert me.last_report(model).images[0].clamped, spec
 
 
-def test_a_family_of_another_name_is_refused_by_flops_too(registered):
+def test_a_kind_of_another_name_is_refused_by_flops_too(registered):
     @me.register("elsewhere")
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Elsewhere(me.Selector):
-        family = "T"
+        kind = "T"
 
     for spec in ("elsewhere:tokens=9 | fastv:ratio=0.5", "divprune:tokens=9 | elsewhere:tokens=3"):
-        with pytest.raises(me.UnsupportedModelError, match="elsewhere is of family T, which this version does not run"):
+        with pytest.raises(me.UnsupportedModelError, match="elsewhere is of kind T, which this version does not run"):
             cost("llava-1.5-7b", method=spec)
 
 

@@ -205,15 +205,15 @@ def test_other_images_of_a_batch_change_no_bit(name):
 @pytest.mark.parametrize("most", [1, 2**27], ids=["memory for one", "memory for all"])
 def test_images_that_share_a_loop_get_what_each_gets_alone(monkeypatch, most):
     """What a CUDA device does with a batch, here on the CPU: equal sizes together, others by themselves, the order kept."""
-    monkeypatch.setattr("mllm_efficient.compressors.selector.TOGETHER", most)
+    monkeypatch.setattr("mllm_efficient.compressors.sharing.TOGETHER", most)
     cases = [drawn(seed) for seed in range(60)]
     cases += [(x + 0.1, text, k) for x, text, k in cases[::2]]
     parts, ks = [tokens(x, text) for x, text, _ in cases], [k for *_, k in cases]
     method = me.CDPruner(keep=0.5)
-    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+    for one, k, out in zip(parts, ks, method.compress_alike(parts, ks)):
         assert torch.equal(out.indices, method.select(one, k)) and torch.equal(out.features, one.features[out.indices])
     with pytest.raises(me.BadBudgetError, match="cdpruner: 9 of 4 tokens cannot be kept"):
-        method._compress_together([tokens(np.ones((4, 3)), np.ones((1, 3)))], [9])
+        method.compress_alike([tokens(np.ones((4, 3)), np.ones((1, 3)))], [9])
 
 
 # What a method is shown of the question ------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_tome_of_many_images_at_once_is_that_of_each():
     parts = [tokens(drawn(seed)[0]) for seed in (3, 4, 5, 6)]
     parts += [tokens(-parts[0].features.numpy()), tokens(parts[1].features.numpy()[::-1].copy()), parts[2]]
     ks = [max(1, len(v) // 2) for v in parts[:-1]] + [len(parts[-1])]
-    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+    for one, k, out in zip(parts, ks, method.compress_alike(parts, ks)):
         assert torch.equal(out.features, method.compress(one, k).features)
 
 

@@ -88,7 +88,7 @@ def methods_to_try(keep: float) -> list[str]:
     out = []
     for name in me.list_methods():
         cls = me.get_method(name)
-        if cls.family == "P" and not cls.trained and set(cls.needs) <= {"text", "grid"}:
+        if cls.kind == "pre_llm" and not cls.trained and set(cls.needs) <= {"text", "grid"}:
             out.append("none" if name == "none" else f"{name}:keep={keep}")
     return out
 

@@ -316,17 +316,17 @@ def test_settings_in_a_yaml_file_are_checked_like_any(tmp_path):
 
 @pytest.fixture
 def other_families(registered):
-    """Methods of the families J and L."""
+    """Methods of the kinds projector and in_llm."""
 
     @registered("projector")
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Projector(me.Compressor):
-        family = "J"
+        kind = "projector"
 
     @registered("in_decoder")
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class InDecoder(me.Compressor):
-        family = "L"
+        kind = "in_llm"
 
 
 @pytest.mark.parametrize(
@@ -361,11 +361,11 @@ def test_composed_methods_run_projector_then_pre_llm_then_decoder(other_families
 )
 def test_two_of_one_family_are_refused_by_name(other_families, what):
     message = refusal(what)
-    assert "divprune and pool are of one family (P)" in message and "at most one of each" in message
+    assert "divprune and pool are of one kind (pre_llm)" in message and "at most one of each" in message
 
 
 def test_the_same_method_twice_is_two_of_one_family():
-    assert "divprune and divprune are of one family (P)" in refusal("divprune:tokens=64 | divprune:tokens=32")
+    assert "divprune and divprune are of one kind (pre_llm)" in refusal("divprune:tokens=64 | divprune:tokens=32")
 
 
 @pytest.mark.parametrize("what", ["none | divprune:keep=0.1", "divprune:keep=0.1 | none", ["none", "none", "divprune:keep=0.1"]], ids=str)

@@ -368,7 +368,7 @@ def test_a_baseline_on_other_weights_is_an_error(tiny_llava, make_batch, tmp_pat
 
 
 def test_a_baseline_on_trained_weights_is_not_lost_in_a_composition(tiny_llava):
-    with pytest.raises(me.MllmEfficientError, match="one method at a time|of one family"):
+    with pytest.raises(me.MllmEfficientError, match="one method at a time|of one kind"):
         me.wrap(tiny_llava, "none@tokenflex:weights=random | divprune:tokens=9")
 
 

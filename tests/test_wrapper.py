@@ -28,7 +28,7 @@ def methods_to_try() -> list[str]:
     out = []
     for name in me.list_methods():
         cls = me.get_method(name)
-        if cls.family == "P" and not cls.trained and set(cls.needs) <= LlavaAdapter.gives:
+        if cls.kind == "pre_llm" and not cls.trained and set(cls.needs) <= LlavaAdapter.gives:
             out.append("none" if name == "none" else f"{name}:tokens=9")
     return out
 
@@ -132,16 +132,15 @@ def test_a_method_that_cannot_run_is_refused_and_the_model_left_alone(tiny_llava
     assert trace(tiny_llava) == before
 
 
-@pytest.mark.parametrize("family", ["J", "L"])
-def test_a_composition_with_a_family_that_cannot_run_here_is_refused(tiny_llava, registered, family):
+@pytest.mark.parametrize("name", ["projector", "in_llm"])
+def test_a_composition_with_a_kind_that_cannot_run_here_is_refused(tiny_llava, registered, name):
     @registered("other")
     @dataclass(frozen=True, kw_only=True)
     class Other(me.Selector):
-        pass
+        kind = name
 
-    Other.family = family
     for spec in ("other:tokens=9", "divprune:tokens=9 | other:tokens=4", ["other:tokens=9", me.DivPrune(tokens=4)]):
-        with pytest.raises(me.UnsupportedModelError, match=f"other is of family {family}"):
+        with pytest.raises(me.UnsupportedModelError, match=f"other is of kind {name}"):
             me.wrap(tiny_llava, spec)
 
 

@@ -193,7 +193,7 @@ def _weights(adapter: Any, method: Any) -> str | None:
     from mllm_efficient.trained.folder import located
 
     folder = None if method.installs is None else located(adapter, method.installs)
-    clip = getattr(method, "clip", None)
+    clip = method.clip
     path = folder.path if folder is not None else Path(clip).expanduser() if isinstance(clip, str) else None
     if path is None or not path.is_dir():
         return None

@@ -1,4 +1,4 @@
-"""Runs a method on what the host made of each image, as its plan says."""
+"""Runs a method on what the model made of each image, as its plan says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from ..compressors.base import Compressor
 from ..compressors.math.finite import Watch, require_finite
 from ..errors import CountMismatchError
-from ..tokens import CompressedTokens, Plane, VisualTokens
+from ..tokens import CompressedTokens, Plane, VisualShape, VisualTokens
 from .plan import Group, Plan
 from .prompt import require
 from .stopwatch import Stopwatch
@@ -29,7 +29,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Squeezed:
+class CompressedImage:
     """One item, compressed.
 
     features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
@@ -45,10 +45,10 @@ class Squeezed:
     of_merged: Tensor | None = None
 
 
-def squeeze_all(
+def compress_images(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
-) -> tuple[list[Squeezed], float]:
-    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the host waits once.
+) -> tuple[list[CompressedImage], float]:
+    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the CPU waits once.
 
     Raises ``NotFiniteError`` where NaN or infinity is among what a method works on; what it leaves alone may hold them.
     """
@@ -71,7 +71,7 @@ def squeeze_all(
 
 
 def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
-    """(kept tokens, D) of one item without newline columns, on its device throughout: the host waits for nothing."""
+    """(kept tokens, D) of one item without newline columns, on its device throughout: the CPU waits for nothing."""
     return layers_of(method, p, encoding, context)[0]
 
 
@@ -126,13 +126,13 @@ def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Ten
 
 
 def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
-    """The same with every index on the CPU: one copy for the whole batch, because each makes the host wait."""
+    """The same with every index on the CPU: one copy for the whole batch, because each makes the CPU wait."""
     indices = [done.indices.detach() for parts in items for _, done, _ in parts if done.indices is not None]
     if not indices:
         return items
     joined = torch.cat([i.to(indices[0].device, torch.long) for i in indices]).cpu()
-    ours = iter(joined.split([len(i) for i in indices]))
-    return [[(g, d if d.indices is None else replace(d, indices=next(ours)), deep) for g, d, deep in parts] for parts in items]
+    on_cpu = iter(joined.split([len(i) for i in indices]))
+    return [[(g, d if d.indices is None else replace(d, indices=next(on_cpu)), deep) for g, d, deep in parts] for parts in items]
 
 
 def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
@@ -157,14 +157,36 @@ def _pick(values: Tensor, group: Group) -> Tensor:
     return values if group.indices is None else values[group.indices.to(values.device)]
 
 
-def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> Squeezed:
+def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> CompressedImage:
     """Kept tokens, with the separators that stay, in the order of the placeholders they take. Indices are on the CPU."""
     shape = p.seen
     if p.untouched:
-        return Squeezed(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
+        return CompressedImage(encoding.features, encoding.deep, torch.ones(shape.length, dtype=torch.bool), torch.arange(shape.n))
     if not p.groups:
         return _smaller(p, encoding)
-    slots, indices = [], []
+    taken, indices = _placeholders(method, shape, parts)
+    keep = torch.zeros(shape.length, dtype=torch.bool)
+    keep[taken] = True
+    rows = [torch.cat(layers) if len(layers) > 1 else layers[0] for layers in zip(*((done.features, *deep) for _, done, deep in parts))]
+    if p.separators:
+        stay = torch.ones(shape.length, dtype=torch.bool)
+        stay[shape.token_slots] = False
+        stay = stay.nonzero()[:, 0]
+        keep[stay], taken = True, torch.cat([taken, stay])
+        rows = [torch.cat([r, full[stay.to(full.device)]]) for r, full in zip(rows, (encoding.features, *encoding.deep))]
+    if indices is not None and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
+        order = taken.argsort()
+        rows = [r[order.to(r.device)] for r in rows]
+    done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, _merged_planes(parts) if indices is None else None)
+    return done if p.after is None else _after_projector(p, done)
+
+
+def _placeholders(method: Compressor, shape: VisualShape, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
+    """The placeholders that the tokens of all groups take, group after group, and the indices of those that were kept.
+
+    Merged tokens take the first placeholders of their group. Raises ``CountMismatchError`` where a token was selected twice.
+    """
+    slots, indices = list[Tensor](), list[Tensor]()
     for group, done, _ in parts:
         own = torch.arange(shape.n) if group.indices is None else group.indices
         if done.indices is None:
@@ -174,29 +196,13 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
             raise CountMismatchError(f"{method.name} selected the same visual token twice")
         indices.append(own[done.indices])
         slots.append(shape.token_slots[own[done.indices].sort().values])
-    taken = torch.cat(slots)
-    keep = torch.zeros(shape.length, dtype=torch.bool)
-    keep[taken] = True
-    rows = [torch.cat([done.features for _, done, _ in parts]) if len(parts) > 1 else parts[0][1].features]
-    rows += [torch.cat(layers) if len(parts) > 1 else layers[0] for layers in zip(*(layers for _, _, layers in parts))]
-    if p.separators:
-        stay = torch.ones(shape.length, dtype=torch.bool)
-        stay[shape.token_slots] = False
-        stay = stay.nonzero()[:, 0]
-        keep[stay], taken = True, torch.cat([taken, stay])
-        rows = [torch.cat([r, host[stay.to(host.device)]]) for r, host in zip(rows, (encoding.features, *encoding.deep))]
-    if indices and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
-        order = taken.argsort()
-        rows = [r[order.to(r.device)] for r in rows]
-    merged = not indices
-    ordered = None if merged else torch.cat(indices)
-    if ordered is not None and len(parts) > 1 and getattr(method, "order", "raster") == "raster":
-        ordered = ordered.sort().values
-    squeezed = Squeezed(rows[0], tuple(rows[1:]), keep, ordered, _merged_planes(parts) if merged else None)
-    return squeezed if p.after is None else _behind(p, squeezed)
+    if not indices:
+        return torch.cat(slots), None
+    kept = torch.cat(indices)
+    return torch.cat(slots), kept.sort().values if len(parts) > 1 and method.order == "raster" else kept
 
 
-def _behind(p: Plan, s: Squeezed) -> Squeezed:
+def _after_projector(p: Plan, s: CompressedImage) -> CompressedImage:
     """What is left of a projector's tokens, as of the item's own, which that merged."""
     keep = _room(p)
     keep[keep.clone()] = s.keep
@@ -214,27 +220,27 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
     return tuple(out)
 
 
-def _smaller(p: Plan, encoding: Any) -> Squeezed:
-    """A smaller picture, or one behind another projector."""
+def _smaller(p: Plan, encoding: Any) -> CompressedImage:
+    """A smaller image, or one after another projector."""
     after, rows = p.seen, [encoding.features, *encoding.deep]
     if after.separators and not p.separators:
         rows = [r[after.token_slots.to(r.device)] for r in rows]
-    return Squeezed(rows[0], tuple(rows[1:]), _room(p), None, after.planes)
+    return CompressedImage(rows[0], tuple(rows[1:]), _room(p), None, after.planes)
 
 
 def _room(p: Plan) -> Tensor:
-    """(length,) bool, the placeholders that a smaller picture's tokens take: of each plane the first, as far as there are enough."""
+    """(length,) bool, the placeholders that a smaller image's tokens take: of each plane the first, as far as there are enough."""
     after, shape = p.seen, p.shape
     keep = torch.zeros(shape.length, dtype=torch.bool)
-    if p.separators:  # on such hosts it does not matter which placeholders stay
-        require(after.length <= shape.length, "the smaller picture has more newline columns than the full one has room for")
+    if p.separators:  # on such models it does not matter which placeholders stay
+        require(after.length <= shape.length, "the smaller image has more newline columns than the full one has room for")
         keep[: after.length] = True
         return keep
     start = 0
     for full, plane in zip(shape.planes, after.planes):
         keep[shape.token_slots[start : start + min(len(plane), len(full))]] = True
         start += len(full)
-    # Rounding can give a plane of the smaller picture more tokens than the full one has there.
+    # Rounding can give a plane of the smaller image more tokens than the full one has there.
     rest = shape.token_slots[~keep[shape.token_slots]]
     keep[rest[: after.n - int(keep.sum())]] = True
     return keep

@@ -10,11 +10,12 @@ from ..compressors.base import Compressor
 from ..errors import CountMismatchError
 from ..report import CompressionReport, remember
 from .active import Active
+from .encode import has_pixels, keeps_all
 from .generate import within_generate
 from .in_llm import report_of
 from .locate import warn_without_pixels
 from .outputs import call_of, held_back
-from .prepare import has_pixels, keeps_all, prepare
+from .prepare import prepare
 from .prompt import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .signatures import cache_of, parameters_of
 

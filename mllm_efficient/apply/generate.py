@@ -1,4 +1,4 @@
-"""``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+"""``generate`` of a wrapped model: shorten the prompt, run the stock loop, give the original prompt back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, runnable
 from ..errors import CountMismatchError, MllmEfficientError
 from ..report import CompressionReport, remember
 from ..trained.install import inside
+from .encode import has_pixels, keeps_all
 from .locate import warn_without_pixels
-from .original_prompt import OriginalPrompt, allowed_behind, shown_the_prompt, with_prompt
+from .original_prompt import OriginalPrompt, allowed_after_prompt, shown_the_prompt, with_prompt
 from .plan import check
-from .prepare import Prepared, has_pixels, keeps_all, prepare
+from .prepare import Prepared, prepare
 from .prompt import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .sharding import gathered
 from .signatures import cache_of, parameters_of
@@ -40,113 +42,152 @@ def within_generate(model: Any) -> bool:
     return any(run.model is model and run.open for run in _generating.get())
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A call of ``generate``. stock: the model's own ``generate``. inputs: its first argument, where that is no prompt of ids.
+    kwargs: all others by their names."""
+
+    model: Any
+    stock: Any
+    inputs: Tensor | None
+    kwargs: dict[str, Any]
+
+    @property
+    def adapter(self) -> Any:
+        from ..patches import adapter_for
+
+        return adapter_for(self.model)
+
+    @property
+    def cache(self) -> Any:
+        return cache_of(self.kwargs)
+
+    def setting(self, name: str) -> Any:
+        """A generation setting as ``generate`` finds it: argument, given configuration, the model's configuration."""
+        given = self.kwargs.get("generation_config")
+        values = (self.kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
+        return next((v for v in values if v is not None), None)
+
+    def run(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """The stock ``generate``, whose own forward calls the hook leaves alone."""
+        run = _Run(self.model)
+        token = _generating.set((*_generating.get(), run))
+        try:
+            return self.stock(self.model, inputs, **kwargs)
+        finally:
+            run.open = False
+            _generating.reset(token)
+
+
 def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``generate`` of a wrapped model: shrink the prompt, run the stock loop, give the original prompt back."""
+    """``generate`` of a wrapped model: shorten the prompt, run the stock loop, give the original prompt back."""
     from ..patches import adapter_for
 
     method = None if method is None else runnable(method)
     reduces = method is not None and inside_of(method) is not None
     shortened = hasattr(cache_of(kwargs), SEGMENTS_ATTRIBUTE)
-    hooks = inside(adapter_for(model)) if shortened or reduces else contextlib.nullcontext()
-    with hooks:
-        return _generate(model, stock, method, inputs, args, kwargs)
+    adapter = adapter_for(model)
+    with inside(adapter) if shortened or reduces else contextlib.nullcontext():
+        kwargs = {**dict(zip(parameters_of(stock)[1:], args)), **kwargs}
+        if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
+            kwargs, inputs = {**kwargs, "input_ids": inputs}, None
+        return _generate(_Request(model, stock, inputs, adapter.as_tensors(kwargs)), method)
 
 
-def _generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    from ..patches import adapter_for
-
-    kwargs, args = {**dict(zip(parameters_of(stock)[1:], args)), **kwargs}, ()
-    if inputs is not None and kwargs.get("input_ids") is None and torch.is_tensor(inputs) and not inputs.is_floating_point():
-        kwargs, inputs = {**kwargs, "input_ids": inputs}, None
-    kwargs = adapter_for(model).as_tensors(kwargs)
-    ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
+def _generate(request: _Request, method: Compressor | None) -> Any:
+    model, kwargs, cache = request.model, request.kwargs, request.cache
     layout, prepared = layout_on(cache), None
     if method is not None:
-        check(adapter_for(model), method)
-    if method is None and layout is not None:
+        check(request.adapter, method)
+    elif layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")
-    config = kwargs.get("generation_config")
     if not has_pixels(kwargs) and not (cache is not None and int(cache.get_seq_length())):
-        warn_without_pixels(adapter_for(model).placeholders, kwargs)
+        warn_without_pixels(request.adapter.placeholders, kwargs)
     if method is not None and kwargs.get("mm_encoder_outputs") is None:
-        prepared = _prepare_generate(model, method, ids, layout, kwargs, config)
+        prepared = _prepare_generate(request, method, layout)
     if prepared is None or (prepared.layout is None and prepared.staging is None):
-        out = _run(model, stock, inputs, args, kwargs)
+        out = request.run(request.inputs, kwargs)
         return _finish(model, out, prepared.report if prepared else CompressionReport(off=method is None))
+    call = _call_of(request, prepared)
+    if prepared.layout is None:
+        return _finish(model, request.run(None, call), prepared.report)
+    return _generate_shortened(request, prepared, prepared.layout, call)
 
-    assert ids is not None
-    call = {k: v for k, v in kwargs.items() if k not in prepared.tensors and k not in _vision_keys(model)}
+
+def _call_of(request: _Request, prepared: Prepared) -> dict[str, Any]:
+    """The arguments of the stock ``generate`` for what was prepared."""
+    call = {k: v for k, v in request.kwargs.items() if k not in prepared.tensors and k not in request.adapter.encode_keys}
     call |= prepared.model_kwargs
-    chunks = _setting("prefill_chunk_size", kwargs, config, model) is not None
     if prepared.staging is not None:
-        if chunks:
+        if request.setting("prefill_chunk_size") is not None:
             raise MllmEfficientError("prefill_chunk_size cuts a prompt that in-decoder methods need whole: leave it out")
         call["disable_compile"] = True
-    if prepared.layout is None:
-        return _finish(model, _run(model, stock, None, args, call), prepared.report)
+    return call
 
+
+def _generate_shortened(request: _Request, prepared: Prepared, layout: Layout, call: dict[str, Any]) -> Any:
+    """``generate`` with a prompt that has lost columns, as if it had not."""
+    ids = request.kwargs["input_ids"]
+    _refuse_settings(request, layout)
+    call |= _lengths(request, layout) | _seen_by_caller(request, ids, layout.reduced_length)
+    with shown_the_prompt(request.model, ids, layout.reduced_length):
+        out = request.run(None, call)
+    sequences = out if torch.is_tensor(out) else out.sequences
+    repeated = layout.repeated(len(sequences) // len(ids))
+    leave_on(request.cache, repeated)
+    whole = with_prompt(sequences, ids, layout.reduced_length)
+    if torch.is_tensor(out):
+        return _finish(request.model, whole, prepared.report)
+    leave_on(cache_of(out), repeated)
+    out.sequences = whole
+    return _finish(request.model, out, prepared.report)
+
+
+def _refuse_settings(request: _Request, layout: Layout) -> None:
+    """Raises ``MllmEfficientError`` for settings under which a shortened prompt would be read wrongly."""
     from ..patches import transformers_version
 
-    removed = prepared.layout.removed
-    for name in ("max_length", "min_length"):
-        wanted = _setting(name, kwargs, config, model)
-        if wanted is not None:
-            if name == "max_length" and wanted <= ids.shape[1] and _setting("max_new_tokens", kwargs, config, model) is None:
-                raise CountMismatchError(
-                    f"the prompt is {ids.shape[1]} tokens long, and max_length={wanted} leaves no room for an answer: give max_new_tokens"
-                )
-            call[name] = max(wanted - removed, 0)
-    if chunks and transformers_version() < (5, 23):
+    if request.setting("prefill_chunk_size") is not None and transformers_version() < (5, 23):
         raise MllmEfficientError("prefill_chunk_size with images needs transformers 5.23 or newer: leave it out")
-    gaps = prepared.layout.positions == "keep" and not prepared.layout.mrope
-    if gaps and _setting("use_cache", kwargs, config, model) is False:
+    gaps = layout.positions == "keep" and not layout.mrope
+    if gaps and request.setting("use_cache") is False:
         raise MllmEfficientError("positions='keep' needs the cache: without it gaps are read as packed sequences")
-    length = prepared.layout.reduced_length
+
+
+def _lengths(request: _Request, layout: Layout) -> dict[str, int]:
+    """``max_length`` and ``min_length`` of the shortened prompt. Raises ``CountMismatchError`` where no room for an answer is left."""
+    out = dict[str, int]()
+    for name in ("max_length", "min_length"):
+        wanted = request.setting(name)
+        if wanted is None:
+            continue
+        if name == "max_length" and wanted <= layout.full_length and request.setting("max_new_tokens") is None:
+            raise CountMismatchError(
+                f"the prompt is {layout.full_length} tokens long, and max_length={wanted} leaves no room for an answer: give max_new_tokens"
+            )
+        out[name] = max(wanted - layout.removed, 0)
+    return out
+
+
+def _seen_by_caller(request: _Request, ids: Tensor, reduced_length: int) -> dict[str, Any]:
+    """The caller's streamer and ``prefix_allowed_tokens_fn``, which see the original prompt."""
+    kwargs, out = request.kwargs, dict[str, Any]()
     if kwargs.get("streamer") is not None:
-        call["streamer"] = OriginalPrompt(kwargs["streamer"], ids)
+        out["streamer"] = OriginalPrompt(kwargs["streamer"], ids)
     if kwargs.get("prefix_allowed_tokens_fn") is not None:
-        beams, returned = (_setting(name, kwargs, config, model) or 1 for name in ("num_beams", "num_return_sequences"))
-        call["prefix_allowed_tokens_fn"] = allowed_behind(kwargs["prefix_allowed_tokens_fn"], ids, length, returned if beams == 1 else 1)
-    with shown_the_prompt(model, ids, length):
-        out = _run(model, stock, None, args, call)
-    sequences = out if torch.is_tensor(out) else out.sequences
-    layout = prepared.layout.repeated(len(sequences) // len(ids))
-    leave_on(cache, layout)
-    if torch.is_tensor(out):
-        return _finish(model, with_prompt(out, ids, length), prepared.report)
-    leave_on(cache_of(out), layout)
-    out.sequences = with_prompt(out.sequences, ids, length)
-    return _finish(model, out, prepared.report)
+        beams, returned = (request.setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        each = returned if beams == 1 else 1
+        out["prefix_allowed_tokens_fn"] = allowed_after_prompt(kwargs["prefix_allowed_tokens_fn"], ids, reduced_length, each)
+    return out
 
 
-def _run(model: Any, stock: Any, inputs: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The stock ``generate``, whose own forward calls the hook leaves alone."""
-    run = _Run(model)
-    token = _generating.set((*_generating.get(), run))
-    try:
-        return stock(model, inputs, *args, **kwargs)
-    finally:
-        run.open = False
-        _generating.reset(token)
-
-
-def _setting(name: str, kwargs: dict[str, Any], config: Any, model: Any) -> Any:
-    """A generation setting as ``generate`` finds it: argument, given configuration, the model's configuration."""
-    values = (kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
-    return next((v for v in values if v is not None), None)
-
-
-def _prepare_generate(
-    model: Any, method: Any, ids: Tensor | None, layout: Layout | None, kwargs: dict[str, Any], config: Any
-) -> Prepared | None:
-    from ..patches import adapter_for
-
+def _prepare_generate(request: _Request, method: Compressor, layout: Layout | None) -> Prepared | None:
+    """The call as ``prepare`` makes it; None where there is nothing to compress. layout: of the cache that it goes on from."""
+    kwargs, ids, cache, adapter = request.kwargs, request.kwargs.get("input_ids"), request.cache, request.adapter
     if not has_pixels(kwargs) and layout is None:
         return None
     if ids is None:
         raise CountMismatchError("images without input_ids cannot be compressed: pass the processor's input_ids")
-    adapter = adapter_for(model)
-    cache = cache_of(kwargs)
     if holds_uncompressed(cache):
         seen = int(cache.get_seq_length())
         if keeps_all(adapter, method, {**kwargs, "input_ids": ids[:, seen:]}):
@@ -154,23 +195,17 @@ def _prepare_generate(
         raise CountMismatchError(UNCOMPRESSED_CACHE)
     mask = kwargs.get("attention_mask")
     if mask is None:
-        ends = _setting("eos_token_id", kwargs, config, model)
-        mask = _infer_mask(ids, _setting("pad_token_id", kwargs, config, model), ends)
+        mask = _infer_mask(ids, request.setting("pad_token_id"), request.setting("eos_token_id"))
     if layout is not None:
         if ids.shape[0] != len(layout.ids) or not torch.equal(ids[:, : layout.full_length].cpu(), layout.ids):
             raise CountMismatchError("the cache holds another prompt: pass input_ids that begin with the earlier conversation")
         layout = layout.grown(ids, mask, int(cache.get_seq_length()))
-    vision = {
-        k: kwargs[k] for k in (*_vision_keys(model), "mm_token_type_ids", "token_type_ids", "position_ids") if kwargs.get(k) is not None
-    }
+    names = (*adapter.encode_keys, "mm_token_type_ids", "token_type_ids", "position_ids")
+    vision = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     with torch.no_grad():
-        return gathered(model, functools.partial(prepare, model, method, past=layout), input_ids=ids, attention_mask=mask, **vision)
-
-
-def _vision_keys(model: Any) -> tuple[str, ...]:
-    from ..patches import adapter_for
-
-    return adapter_for(model).encode_keys
+        return gathered(
+            request.model, functools.partial(prepare, request.model, method, past=layout), input_ids=ids, attention_mask=mask, **vision
+        )
 
 
 def _infer_mask(ids: Tensor, pad: int | None, eos: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""In-decoder methods (family L) on a call: where its visual tokens stand, what each stage leaves, and what is reported."""
+"""In-decoder methods on a call: where its visual tokens stand, what each stage leaves, and what is reported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..compressors.reducer import Reducer, spread_out
 from ..errors import CountMismatchError
 from ..report import CompressionReport
 from ..tokens import Grid, Plane, grids_of
-from .compress import Squeezed
-from .locate import Located
+from .compress import CompressedImage
+from .locate import PlacedImage
 from .plan import Plan
 from .prompt import IGNORE, Layout
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Standing:
+class PromptImage:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
@@ -39,39 +39,38 @@ class Standing:
     grids: tuple[Grid, ...] | None = None
 
 
-def standing(f: Located, p: Plan) -> Standing:
+def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
     """An image all of whose tokens are in the prompt."""
-    columns = f.columns.cpu()
-    between = torch.ones(len(columns), dtype=torch.bool)
-    between[p.shape.token_slots] = False
-    planes = p.shape.planes
-    return Standing(f.row, columns[p.shape.token_slots], columns[between], places_of(planes), torch.arange(p.shape.n), grids_of(planes))
+    columns, slots, planes = image.columns.cpu(), p.shape.token_slots, p.shape.planes
+    is_separator = torch.ones(len(columns), dtype=torch.bool)
+    is_separator[slots] = False
+    return PromptImage(image.row, columns[slots], columns[is_separator], places_of(planes), torch.arange(p.shape.n), grids_of(planes))
 
 
-def standing_in(layout: Layout, f: Located, p: Plan, s: Squeezed) -> Standing:
+def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: CompressedImage) -> PromptImage:
     """What a method before the decoder left of an image, in the prompt that is left."""
-    valid = layout.mask[f.row].bool()
+    valid = layout.mask[image.row].bool()
     short = torch.full((layout.full_length,), -1)
-    short[layout.columns[f.row, valid]] = torch.arange(layout.reduced_length)[valid]
-    kept = s.keep.nonzero()[:, 0]
+    short[layout.columns[image.row, valid]] = torch.arange(layout.reduced_length)[valid]
+    kept = done.keep.nonzero()[:, 0]
     is_token = torch.zeros(len(kept), dtype=torch.bool)
-    if s.indices is not None:
+    if done.indices is not None:
         is_token[torch.isin(kept, p.shape.token_slots)] = True
-        planes, origin = p.shape.planes, s.indices  # as they stand, which order="picked" shuffles
+        planes, origin = p.shape.planes, done.indices  # as they stand, which order="picked" shuffles
     else:
-        planes = s.kept_planes or ()
-        origin = torch.arange(sum(len(plane) for plane in planes)) if s.of_merged is None else s.of_merged
+        planes = done.kept_planes or ()
+        origin = torch.arange(sum(len(plane) for plane in planes)) if done.of_merged is None else done.of_merged
         is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
-    columns, grids = short[f.columns.cpu()[kept]], grids_of(planes)
-    whole = len(origin) == sum(rows * columns for rows, columns in grids)
-    return Standing(f.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, grids if whole else None)
+    columns, grids = short[image.columns.cpu()[kept]], grids_of(planes)
+    filled = len(origin) == sum(rows * columns for rows, columns in grids)
+    return PromptImage(image.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, grids if filled else None)
 
 
 def staging_of(
     method: Reducer,
     positions: str,
     mask: Tensor,
-    images: Sequence[Standing],
+    images: Sequence[PromptImage],
     adapter: Any,
     ids: Tensor,
     labels: Tensor | None = None,

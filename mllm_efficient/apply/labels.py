@@ -92,7 +92,7 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     wrapped, and of a batch in which nothing is compressed, come back as they are.
     """
     from ..patches import adapter_for
-    from .prepare import has_pixels
+    from .encode import has_pixels
     from .wrap import method_of
 
     labels, ids, method = batch["labels"], batch.get("input_ids"), method_of(model)

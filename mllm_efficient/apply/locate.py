@@ -12,7 +12,7 @@ from ..errors import CountMismatchError
 
 
 @dataclass(frozen=True)
-class Located:
+class PlacedImage:
     """An item with its place. index: among the items of the call. token: its placeholder. columns: (length,) of ``row``."""
 
     item: Any
@@ -22,7 +22,7 @@ class Located:
     columns: Tensor
 
 
-def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[Located]:
+def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[PlacedImage]:
     """The items in prompt order. ids: (B, L). placeholders: the token of each modality.
 
     Placeholders of a modality are consumed in order by the lengths of its items. Boundaries come from the lengths,
@@ -34,24 +34,24 @@ def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[
     out = []
     for modality, token in placeholders.items():
         where = (ids == token).nonzero()
-        mine = [(i, item) for i, item in enumerate(items) if item.shape.modality == modality]
-        lengths = [item.shape.length for _, item in mine]
+        of_kind = [(i, item) for i, item in enumerate(items) if item.shape.modality == modality]
+        lengths = [item.shape.length for _, item in of_kind]
         if len(where) != sum(lengths):
             cut = "; max_length or truncation of the processor cuts prompts off: leave them out" if len(where) < sum(lengths) else ""
             raise CountMismatchError(
-                f"the prompt has {len(where)} {modality} placeholders and its {len(mine)} {modality}(s) give {sum(lengths)} tokens: "
+                f"the prompt has {len(where)} {modality} placeholders and its {len(of_kind)} {modality}(s) give {sum(lengths)} tokens: "
                 f"use the processor that belongs to the model, and one <{modality}> per {modality}{cut}"
             )
         start = 0
-        for n, ((i, item), length) in enumerate(zip(mine, lengths)):
+        for n, ((i, item), length) in enumerate(zip(of_kind, lengths)):
             rows, columns = where[start : start + length].T
             if len(rows) and rows[0] != rows[-1]:
                 raise CountMismatchError(
                     f"the tokens of {modality} {n} would span two rows of the batch: one <{modality}> per {modality} in each row"
                 )
-            out.append(Located(item, i, token, int(rows[0]), columns))
+            out.append(PlacedImage(item, i, token, int(rows[0]), columns))
             start += length
-    return sorted(out, key=lambda f: (f.row, int(f.columns[0])))
+    return sorted(out, key=lambda image: (image.row, int(image.columns[0])))
 
 
 def warn_without_pixels(placeholders: dict[str, int], inputs: dict[str, Any]) -> None:

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..errors import CountMismatchError, MllmEfficientError
 from ..report import remember
 from .active import active_on
+from .encode import has_pixels
 from .generate import within_generate
 from .in_llm import report_of
-from .prepare import Prepared, has_pixels
+from .prepare import Prepared
 from .prompt import IGNORE, Layout, leave_on
 
 LENGTHS = ("short", "full")

@@ -7,22 +7,30 @@ picture of their grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compress import Squeezed
-from .locate import Located
+from .compress import CompressedImage
+from .locate import PlacedImage
 from .plan import Plan
 from .prompt import Layout, require, with_text_row
 
-Image = tuple[Located, Plan, Squeezed | None]
+KnownImage = tuple[PlacedImage, Plan, CompressedImage | None]
 
 
 def place(
-    adapter: Any, layout: Layout, ids: Tensor, mask: Tensor, short_ids: Tensor, short_mask: Tensor, past: Layout | None, images: list[Image]
+    adapter: Any,
+    layout: Layout,
+    ids: Tensor,
+    mask: Tensor,
+    short_ids: Tensor,
+    short_mask: Tensor,
+    past: Layout | None,
+    images: Sequence[KnownImage],
 ) -> tuple[Layout, Tensor | None]:
     """The layout with the position that follows it, and positions (B, R) or (4, B, R); None where they simply count on.
 
@@ -49,7 +57,7 @@ def place(
     return replace(layout, following=following.cpu(), mrope=True), with_text_row(places, valid)
 
 
-def native(adapter: Any, ids: Tensor, mask: Tensor, images: list[Image], rule: str) -> tuple[Tensor, Tensor]:
+def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, Tensor]:
     """The model's positions (3, B, L) of a prompt, and of one more text token behind each row (B,)."""
     types, grids, seconds = _kinds(adapter, ids.cpu(), images, rule)
     one = torch.ones_like(ids[:, :1])
@@ -58,33 +66,33 @@ def native(adapter: Any, ids: Tensor, mask: Tensor, images: list[Image], rule: s
     return places[..., :-1], places[0, :, -1]
 
 
-def _kinds(adapter: Any, ids: Tensor, images: list[Image], rule: str) -> tuple[Tensor, dict[str, list], list]:
+def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list], list]:
     """(B, L) the kind of each column, the (t, h, w) of each item that is a grid, and the seconds of each video's frames."""
     types = torch.zeros_like(ids)
     for kind, token in enumerate(adapter.placeholders.values(), start=1):
         types[ids == token] = kind
     grids: dict[str, list] = {modality: [] for modality in adapter.placeholders}
     seconds = []
-    for f, p, s in sorted(images, key=lambda image: image[0].index):
-        planes = p.shape.planes if rule == "keep" or p.untouched or s is None else s.kept_planes
+    for image, p, done in sorted(images, key=lambda known: known[0].index):
+        planes = p.shape.planes if rule == "keep" or p.untouched or done is None else done.kept_planes
         if planes is None:  # selected tokens, which count on as text does
-            types[f.row, _columns(ids, f, images)] = 0
+            types[image.row, _columns(ids, image, images)] = 0
             continue
         same = len({(plane.rows, plane.columns) for plane in planes}) == 1
         require(same, "tokens merged to no grid have no place in M-RoPE: use a method that selects, or one that pools")
         grids[p.shape.modality].append((len(planes), planes[0].rows, planes[0].columns))
-        if "second_per_grid_ts" in f.item.arguments:
-            seconds.append(f.item.arguments["second_per_grid_ts"])
+        if "second_per_grid_ts" in image.item.arguments:
+            seconds.append(image.item.arguments["second_per_grid_ts"])
     return types, grids, seconds
 
 
-def _columns(ids: Tensor, wanted: Located, images: list[Image]) -> Tensor:
+def _columns(ids: Tensor, wanted: PlacedImage, images: Sequence[KnownImage]) -> Tensor:
     """Reduced columns of an item: its row's placeholders of its kind, behind those of the items before it."""
     before = 0
-    for f, _, s in images:
-        assert s is not None
-        length = int(s.keep.sum())
-        if f is wanted:
+    for image, _, done in images:
+        assert done is not None
+        length = int(done.keep.sum())
+        if image is wanted:
             return (ids[wanted.row] == wanted.token).nonzero()[before : before + length, 0]
-        before += length if (f.row, f.token) == (wanted.row, wanted.token) else 0
+        before += length if (image.row, image.token) == (wanted.row, wanted.token) else 0
     raise AssertionError("the item is not among the images")

@@ -1,8 +1,8 @@
-"""Encode, compress, shrink: the explicit path that everything else is a skin over.
+"""Encode, compress, shorten: the explicit path that ``wrap`` and ``generate`` take too.
 
-The stock vision tower and projector run, each image's tokens are compressed, the surplus placeholder columns leave the
-prompt, and the model gets the shorter prompt with the features as ``mm_encoder_outputs``. Model, cache, positions,
-masks and ``generate`` stay stock.
+The stock vision tower and projector run, each image's tokens are compressed, the placeholder columns of those that went leave the
+prompt, and the model gets the shorter prompt with the features as ``mm_encoder_outputs``. Model, cache, positions, masks and
+``generate`` stay stock. ``prepare`` shows the steps in their order, with the record that each hands to the next.
 """
 
 from __future__ import annotations
@@ -14,34 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compressors.base import Compressor, generator_for
-from ..compressors.composed import before_of, inside_of, projector_of, runnable, stages_of
+from ..compressors.composed import runnable, stages_of
 from ..compressors.none import NoCompression
-from ..errors import UnsupportedModelError
 from ..report import CompressionReport, ImageReport
-from ..trained.folder import held, module_of, require_held
-from .active import active_on
-from .compress import Context, Squeezed, squeeze_all
-from .in_llm import instruction_end, report_of, staging_of, standing, standing_in
-from .labels import count_for, entering, leaves_alone, of_text, stays_long, visual_in
-from .locate import Located, locate
-from .plan import Plan, check, plan, position_rule
+from .call import Call, parse_call, place_images
+from .compress import CompressedImage, compress_images
+from .context import contexts_of
+from .encode import Encoded, encode, encode_items, encoding_key, has_pixels, keeps_all
+from .in_llm import report_of, shortened_image, staging_of, whole_image
+from .labels import count_for
+from .locate import PlacedImage
+from .plan import Plan, check, plan
 from .positions import native, place
-from .prompt import EncoderOutputs, Layout, lay_out, require, shrink, with_text_row
+from .prompt import EncoderOutputs, Layout, lay_out, require, take_columns, with_text_row
 
-IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The vision side of a call, for ``prepare(..., encoded=...)``: what the host made of every item of the call.
-
-    made_for: of each item the extra tensors it carries and how else it was seen (``encoding_key``).
-    """
-
-    items: list[Any]
-    encodings: list[Any]
-    made_for: list[tuple[frozenset[str], Any]]
+Features = list[tuple[str, Tensor, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,7 @@ class Prepared:
 
     report: what was done. layout: None where no column left the prompt. staging: what is to be done inside the decoder,
     whose report is complete when a forward has run. visual_keep_mask: (B, L) bool, False where a visual token left the prompt.
+    features: (modality, (n, D), the same of each deepstack layer) of each image; pack: makes ``mm_encoder_outputs`` of them.
 
     ``generate`` goes on from it by itself. A decode loop written by hand over the stock ``forward`` must pass
     ``position_ids=layout.positions_of(mask, 1)`` with the reduced mask where that is not None (kept positions, M-RoPE):
@@ -57,8 +45,8 @@ class Prepared:
     """
 
     tensors: dict[str, Any]
-    features: list[tuple[str, Tensor, tuple[Tensor, ...]]] | None
-    pack: Callable[[list[tuple[str, Tensor, tuple[Tensor, ...]]]], dict[str, Any]]
+    features: Features | None
+    pack: Callable[[Features], dict[str, Any]]
     planned: CompressionReport
     layout: Layout | None
     staging: Any = None
@@ -83,47 +71,25 @@ class Prepared:
         return torch.ones_like(ids, dtype=torch.bool) if self.layout is None else self.layout.keep.to(ids.device)
 
 
-def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
-    """Runs the vision side as ``compressor`` needs it, for ``prepare(..., encoded=...)``.
+@dataclass(frozen=True)
+class ImagePlan:
+    """What is to be done to one image. pre_llm: by the stages before the decoder, on its tokens; whole: by all stages together."""
 
-    inputs: the processor's output, ``input_ids`` included. Methods with the same needs give the same result, so a
-    comparison encodes each image once.
+    pre_llm: Plan
+    whole: Plan
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What the images of a call became before the decoder.
+
+    encodings: what the model made of each, in prompt order. images: what is left of each; None where the prompt stays whole,
+    because tokens go inside the decoder alone. seconds: that compressing took.
     """
-    from ..patches import adapter_for
 
-    adapter, method = adapter_for(model), runnable(compressor)
-    return encode_items(adapter, method, adapter.items(inputs))
-
-
-def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
-    """``encode`` of items that the adapter found. The host runs once on all that are alike."""
-    keys = [encoding_key(adapter, method, i) for i in items]
-    needs = keys[0][0] if keys else frozenset()
-    require_installed(adapter, method)
-    projector = projector_of(method)
-    if items and projector is not None:
-        (side,) = {plan(adapter, projector, item).side for item in items}
-        return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
-    if items and keys[0][1][0] == IN_TOWER:
-        (rounds,) = {rounds for _, (_, rounds, _) in keys}
-        return Encoded(items, adapter.merge_in_tower(items, rounds), keys)
-    return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
-
-
-def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
-    """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
-    before, projector = before_of(method), projector_of(method)
-    seen = plan(adapter, before or NoCompression(), item)
-    other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
-    if seen.rounds:
-        other = (IN_TOWER, seen.rounds, held(adapter))
-    of_tower = frozenset() if before is None else frozenset(before.needs) & {"attention", "keys", "clip_text"}
-    return of_tower, other
-
-
-def keeps_all(adapter: Any, method: Any, inputs: dict[str, Any]) -> bool:
-    """Whether a method leaves the images of a call as they are, so that the call needs no change."""
-    return all(plan(adapter, runnable(method), item).untouched for item in adapter.items(inputs))
+    encodings: list[Any]
+    images: list[CompressedImage] | None
+    seconds: float = 0.0
 
 
 def prepare(
@@ -138,7 +104,7 @@ def prepare(
     past: Layout | None = None,
     **inputs: Any,
 ) -> Prepared:
-    """Compresses the images and videos of a call and removes their surplus columns from its prompt.
+    """Compresses the images and videos of a call and removes the columns of tokens that went from its prompt.
 
     Args:
         model: a supported transformers model, bare, wrapped by this package, or under PEFT.
@@ -154,108 +120,69 @@ def prepare(
     """
     from ..patches import adapter_for
 
-    adapter, whole = adapter_for(model), runnable(compressor)
-    method, inside = before_of(whole) or NoCompression(), inside_of(whole)
-    of_tokens = stages_of(method)[-1]
-    inputs = adapter.as_tensors(inputs)
-    vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
-    rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
-    if labels is not None:
-        rest["labels"] = labels
-    if encoded is None and not has_pixels(vision) and past is None:
-        return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, CompressionReport())
-    check(adapter, whole)
-    require_installed(adapter, whole)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
-    require(mask.shape == input_ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)} differ")
-    require(rest.get("position_ids") is None, "position_ids cannot be given with compression: use positions='keep'")
-    require(past is None or input_ids.shape[1] > past.full_length, "this turn adds no token to the cached prompt")
-    start = past.full_length if past else 0
-    ids_cpu, mask_cpu = input_ids.cpu(), mask.cpu().bool()
-    if past is not None:
-        same = input_ids.shape[0] == past.ids.shape[0] and torch.equal(ids_cpu[:, :start], past.ids)
-        require(same, "the cache holds another prompt: pass input_ids that begin with the prompt of the earlier turn")
-    positions = position_rule(adapter, method)
-    rule = inside.positions or positions if inside is not None else positions
-    same_rule = past is None or past.positions == positions
-    require(same_rule, f"the cache was made with positions={past and past.positions!r}, which a later turn cannot change")
-    new_ids, new_mask = ids_cpu[:, start:], mask_cpu[:, start:]
-    items = encoded.items if encoded else adapter.items({**vision, "input_ids": new_ids, "attention_mask": new_mask})
-    found = locate(new_ids, adapter.placeholders, items)
-    plans = [plan(adapter, method, f.item) for f in found]
-    require(image_keys is None or len(image_keys) == len(found), f"{len(image_keys or ())} image_keys for {len(found)} images")
-    alone = inside is not None and method.name == NoCompression.name
-    settings = {"stages": tuple(stage.to_dict() for stage in stages_of(whole)), "positions": rule, "decoder_layers": adapter.decoder_layers}
-    if encoded is not None:
-        for f in found:
-            needs, smaller = encoding_key(adapter, method, f.item)
-            have, seen = encoded.made_for[f.index]
-            require(needs <= have, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
-            require(smaller == seen, f"this encoding saw images of another size or projector than {method.name} asks for")
-    inner = [plan(adapter, inside, f.item) for f in found] if inside is not None and alone else plans
-    ends = [plan(adapter, whole, f.item) for f in found]
-    if past is None and leaves_alone(adapter, whole, [f.item for f in found]):
-        report = CompressionReport(tuple(_image(f, p, None, end) for f, p, end in zip(found, plans, ends)), **settings)
-        if encoded is None:
-            return _stock(adapter, input_ids, attention_mask, {**rest, **vision}, report)
-        every = [(p.shape.modality, encoded.encodings[f.index].features, encoded.encodings[f.index].deep) for f, p in zip(found, plans)]
-        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        if adapter.mrope:
-            places, _ = native(adapter, input_ids, mask, [(f, p, None) for f, p in zip(found, plans)], "keep")
-            tensors["position_ids"] = with_text_row(places, mask)
-        return Prepared(_given(tensors), every, adapter.pack, report, None)
+    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    inputs |= {"image_keys": image_keys, "encoded": encoded, "past": past}
+    call = parse_call(adapter_for(model), runnable(compressor), inputs)
+    if not call.has_images:
+        return _as_it_came(call, CompressionReport())
+    placed = place_images(call)
+    plans = plan_images(call, placed)
+    if _keeps_everything(call, plans):
+        return _uncompressed(call, placed, plans)
+    compressed = encode_and_compress(call, placed, plans)
+    return assemble(call, placed, plans, compressed)
 
-    long = stays_long(adapter, whole)
-    if labels is not None:
-        visual = visual_in(adapter, ids_cpu)
-        rest["labels"] = entering(labels, mask_cpu, visual, repacked=False) if long else of_text(labels, visual)
-    require(rest.get("shift_labels") is None, "shift_labels cannot be compressed: pass labels, which the model shifts itself")
+
+def plan_images(call: Call, placed: list[PlacedImage]) -> list[ImagePlan]:
+    """What the method will do to each image, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
+    pre_llm = [plan(call.adapter, call.pre_llm, image.item) for image in placed]
+    if call.in_llm is None:
+        return [ImagePlan(one, one) for one in pre_llm]
+    return [ImagePlan(one, plan(call.adapter, call.method, image.item)) for one, image in zip(pre_llm, placed)]
+
+
+def encode_and_compress(call: Call, placed: list[PlacedImage], plans: list[ImagePlan]) -> Compressed:
+    """Runs the vision side, unless the caller has, and the stage that compresses tokens before the decoder.
+
+    Raises:
+        CountMismatchError: new images for a stage in the decoder on a cache that holds a conversation.
+        NotFiniteError: NaN or infinity among what is compressed.
+    """
+    call.loss_labels  # noqa: B018  (raises on labels that do not fit, before the tower runs)
+    encoded = call.encoded
     if encoded is None:
-        encoded = encode_items(adapter, method, items)
-    staging: Any = None
-    if inside is not None and long:
-        _recount(rest, labels)
-        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-        here = [standing(f, p) for f, p in zip(found, inner)]
-        staging = staging_of(inside, rule, mask_cpu, here, adapter, input_ids, rest.get("labels"), image_keys)
-        every = [(f.item.shape.modality, e.features, e.deep) for f, e in ((f, encoded.encodings[f.index]) for f in found)]
-        report = CompressionReport(tuple(_image(f, p, None, p) for f, p in zip(found, inner)), **settings)
-        return Prepared(_given(tensors), every, adapter.pack, report, None, staging)
-    require(inside is None or past is None or not found, "new images on a cache that holds a conversation: start with an empty cache")
-    before = past.images.tolist() if past else [0] * len(ids_cpu)
-    given = rest.get("labels")
-    contexts = _contexts(
-        adapter, of_tokens, found, input_ids[:, start:], new_mask, image_keys, before, None if given is None else given[:, start:]
-    )
-    squeezed, seconds = squeeze_all(of_tokens, plans, [encoded.encodings[f.index] for f in found], contexts)
-    keep = torch.ones_like(mask_cpu)
-    if past is not None:
-        keep[:, :start] = past.keep
-    for f, s in zip(found, squeezed):
-        keep[f.row, f.columns + start] = s.keep
-    images_of = torch.tensor(before) + torch.bincount(torch.tensor([f.row for f in found], dtype=torch.long), minlength=len(ids_cpu))
-    layout = lay_out(ids_cpu, mask_cpu, keep, past, images_of, positions)
-    tensors = shrink(layout, input_ids, mask, rest, _pad_id(adapter))
-    _recount(tensors, labels)
+        items = [image.item for image in sorted(placed, key=lambda image: image.index)]
+        encoded = encode_items(call.adapter, call.pre_llm, items)
+    encodings = [encoded.encodings[image.index] for image in placed]
+    if call.whole_prompt:
+        return Compressed(encodings, None)
+    fresh = call.in_llm is None or call.past is None or not placed
+    require(fresh, "new images on a cache that holds a conversation: start with an empty cache")
+    images, seconds = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts_of(call, placed))
+    return Compressed(encodings, images, seconds)
+
+
+def assemble(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], compressed: Compressed) -> Prepared:
+    """The arguments of the stock model: the prompt that is left, its positions and labels, and what the decoder is to do."""
+    if compressed.images is None:
+        return _for_decoder_alone(call, placed, plans, compressed.encodings)
+    layout = _layout_of(call, placed, compressed.images)
+    rest = call.rest if call.loss_labels is None else {**call.rest, "labels": call.loss_labels}
+    tensors = take_columns(layout, call.input_ids, call.mask, rest, _pad_id(call.adapter))
+    _recount(tensors, call.labels)
     short = tensors["input_ids"], tensors["attention_mask"]
-    layout, positions_of = place(adapter, layout, input_ids, mask, *short, past, list(zip(found, plans, squeezed)))
-    if positions_of is not None:
-        tensors["position_ids"] = positions_of
-    images = tuple(_image(f, p, s, end) for f, p, s, end in zip(found, plans, squeezed, ends))
-    report = CompressionReport(images, compress_seconds=seconds, **settings)
-    features = [(p.shape.modality, s.features, s.deep) for p, s in zip(plans, squeezed)]
-    if inside is None or not found:
-        return Prepared(_given(tensors), features or None, adapter.pack, report, layout)
-    left = [standing_in(layout, f, p, s) for f, p, s in zip(found, plans, squeezed)]
-    staging = staging_of(inside, rule, layout.mask.bool(), left, adapter, short[0], tensors.get("labels"), image_keys)
-    return Prepared(_given(tensors), features or None, adapter.pack, report, layout, staging)
-
-
-def _recount(tensors: dict[str, Any], labels: Tensor | None) -> None:
-    """Puts the number of labels that enter the loss in the place of a count of all ``labels`` (B, L) of this call."""
-    if labels is not None and tensors.get("num_items_in_batch") is not None:
-        tensors["num_items_in_batch"] = count_for(tensors["num_items_in_batch"], labels, tensors["labels"])
+    known = [(image, p.pre_llm, done) for image, p, done in zip(placed, plans, compressed.images)]
+    layout, position_ids = place(call.adapter, layout, call.input_ids, call.mask, *short, call.past, known)
+    if position_ids is not None:
+        tensors["position_ids"] = position_ids
+    staging = None
+    if call.in_llm is not None and placed:
+        left = [shortened_image(layout, *one) for one in known]
+        mask, labels = layout.mask.bool(), tensors.get("labels")
+        staging = staging_of(call.in_llm, call.final_positions, mask, left, call.adapter, short[0], labels, call.image_keys)
+    report = _report(call, [_image(*one, p.whole) for one, p in zip(known, plans)], compressed.seconds)
+    features = [(p.shape.modality, done.features, done.deep) for _, p, done in known]
+    return Prepared(_given(tensors), features or None, call.adapter.pack, report, layout, staging)
 
 
 def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
@@ -270,94 +197,93 @@ def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
     return prepared.report
 
 
-def require_installed(adapter: Any, method: Compressor) -> None:
-    """A baseline on a trained method's weights is nothing but another name where the model does not hold them.
-
-    And nothing of an in-decoder method happens in a decoder without its hooks.
-    """
-    active = active_on(adapter.model)
-    if active is not None:
-        active.of_call(adapter.model)  # raises where the weights are those of another thread's block
-    inside, part = inside_of(method), method.installs
-    if inside is not None and not adapter.reached_inside:
-        raise UnsupportedModelError(f"{inside.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
-    require_held(adapter, method)
-    if part is not None and projector_of(method) is None and held(adapter) is None:
-        raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
+# ------------------------------------------------------------------------------------------------ calls whose prompt stays as it is
 
 
-def has_pixels(inputs: dict[str, Any]) -> bool:
-    """Whether a call brings images or videos."""
-    from ..patches.base import PIXELS
-
-    return any(inputs.get(name) is not None for name in PIXELS)
+def _as_it_came(call: Call, report: CompressionReport) -> Prepared:
+    return Prepared(_given({**call.tensors(call.labels), **call.vision}), None, call.adapter.pack, report, None)
 
 
-def _image(f: Located, p: Plan, s: Squeezed | None, end: Plan) -> ImageReport:
-    """What stands in the prompt after ``p``; end: the plan of all stages."""
-    inside = bool(p.stages) and not p.untouched  # what stays is known when the decoder has run
-    indices = (None if inside else torch.arange(p.shape.n)) if s is None else s.indices
-    kept_planes = None if s is None else s.kept_planes
-    one = kept_planes is not None and len(kept_planes) == 1
+def _keeps_everything(call: Call, plans: list[ImagePlan]) -> bool:
+    """Whether every image stays as it is, so that the call is the stock model's."""
+    both = call.in_llm is not None and call.pre_llm.name != NoCompression.name
+    return call.past is None and not both and all(p.whole.untouched for p in plans)
+
+
+def _uncompressed(call: Call, placed: list[PlacedImage], plans: list[ImagePlan]) -> Prepared:
+    """A call all of whose visual tokens stay; with the features, where the vision side has run already."""
+    report = _report(call, [_image(image, p.pre_llm, None, p.whole) for image, p in zip(placed, plans)])
+    if call.encoded is None:
+        return _as_it_came(call, report)
+    tensors = call.tensors(call.labels)
+    if call.adapter.mrope:
+        known = [(image, p.pre_llm, None) for image, p in zip(placed, plans)]
+        places, _ = native(call.adapter, call.input_ids, call.mask, known, "keep")
+        tensors["position_ids"] = with_text_row(places, call.mask)
+    features = _all_features(placed, [call.encoded.encodings[image.index] for image in placed])
+    return Prepared(_given(tensors), features, call.adapter.pack, report, None)
+
+
+def _for_decoder_alone(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], encodings: list[Any]) -> Prepared:
+    """A call all of whose visual tokens enter the decoder, inside which some go."""
+    assert call.in_llm is not None
+    tensors = call.tensors(call.loss_labels)
+    _recount(tensors, call.labels)
+    images = [whole_image(image, p.whole) for image, p in zip(placed, plans)]
+    labels, rule = tensors.get("labels"), call.final_positions
+    staging = staging_of(call.in_llm, rule, call.mask_cpu, images, call.adapter, call.input_ids, labels, call.image_keys)
+    report = _report(call, [_image(image, p.whole, None, p.whole) for image, p in zip(placed, plans)])
+    return Prepared(_given(tensors), _all_features(placed, encodings), call.adapter.pack, report, None, staging)
+
+
+def _all_features(placed: list[PlacedImage], encodings: list[Any]) -> Features:
+    return [(image.item.shape.modality, e.features, e.deep) for image, e in zip(placed, encodings)]
+
+
+# ------------------------------------------------------------------------------------------------ parts of what is assembled
+
+
+def _layout_of(call: Call, placed: list[PlacedImage], images: list[CompressedImage]) -> Layout:
+    """Which columns of the prompt are left."""
+    ids, mask, past, start = call.ids_cpu, call.mask_cpu, call.past, call.start
+    keep = torch.ones_like(mask)
+    if past is not None:
+        keep[:, :start] = past.keep
+    for image, done in zip(placed, images):
+        keep[image.row, image.columns + start] = done.keep
+    new_images = torch.bincount(torch.tensor([image.row for image in placed], dtype=torch.long), minlength=len(ids))
+    return lay_out(ids, mask, keep, past, torch.tensor(call.cached_images) + new_images, call.positions)
+
+
+def _recount(tensors: dict[str, Any], labels: Tensor | None) -> None:
+    """Puts the number of labels that enter the loss in the place of a count of all ``labels`` (B, L) of this call."""
+    if labels is not None and tensors.get("num_items_in_batch") is not None:
+        tensors["num_items_in_batch"] = count_for(tensors["num_items_in_batch"], labels, tensors["labels"])
+
+
+def _report(call: Call, images: list[ImageReport], seconds: float = 0.0) -> CompressionReport:
+    stages = tuple(stage.to_dict() for stage in stages_of(call.method))
+    return CompressionReport(tuple(images), stages, call.final_positions, call.adapter.decoder_layers, seconds)
+
+
+def _image(image: PlacedImage, p: Plan, done: CompressedImage | None, whole: Plan) -> ImageReport:
+    """What stands in the prompt after ``p``; whole: the plan of all stages."""
+    decided_inside = bool(p.stages) and not p.untouched  # what stays is known when the decoder has run
+    indices = (None if decided_inside else torch.arange(p.shape.n)) if done is None else done.indices
+    kept_planes = None if done is None else done.kept_planes
+    grid = p.shape.grid
+    if kept_planes is not None:
+        grid = (kept_planes[0].rows, kept_planes[0].columns) if len(kept_planes) == 1 else None
     return ImageReport(
-        f.row, p.shape.n, p.kept, indices,
-        (kept_planes[0].rows, kept_planes[0].columns) if one and kept_planes else p.shape.grid if kept_planes is None else None,
-        p.shape.tile(), end.clamped, p.shape.modality, p.shape.planes, kept_planes, p.shape.frame(), p.shape.separators, end.separators,
-        p.per_layer, of_merged=None if s is None else s.of_merged,
+        row=image.row, full=p.shape.n, kept=p.kept, indices=indices, grid=grid, tile=p.shape.tile(), clamped=whole.clamped,
+        modality=p.shape.modality, planes=p.shape.planes, kept_planes=kept_planes, frame=p.shape.frame(),
+        separators_full=p.shape.separators, separators_kept=whole.separators, per_layer=p.per_layer,
+        of_merged=None if done is None else done.of_merged,
     )  # fmt: skip
 
 
 def _given(tensors: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in tensors.items() if v is not None}
-
-
-def _stock(adapter, input_ids, attention_mask, rest: dict[str, Any], report: CompressionReport) -> Prepared:
-    """The call as it came."""
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, **rest}
-    return Prepared(_given(tensors), None, adapter.pack, report, None)
-
-
-def _contexts(
-    adapter, method, found: list[Located], ids: Tensor, mask: Tensor, image_keys, before: list[int], labels: Tensor | None
-) -> list[Context]:
-    """What a method may ask for beyond the tower's output: a generator and the row's text up to the answer.
-
-    ``before``: images that each row had in earlier turns. ``labels``: (B, L) of the same columns; an answer in a prompt, as
-    in training, is not shown to the method, which could not know it when it generates.
-    """
-    from ..patches.tower.clip import words_of
-
-    out: list[Context] = []
-    seen = list(before)
-    question = _question(adapter, ids.cpu(), mask, labels) if {"text", "clip_text"} & set(method.needs) else None
-    clip = _clip(adapter, method) if found else None
-    said: dict[int, Tensor | None] = {}
-    for i, f in enumerate(found):
-        index = seen[f.row]
-        seen[f.row] += 1
-        row = None if question is None else ids[f.row][question[f.row].to(ids.device)]
-        text = adapter.embed_text(row) if row is not None and "text" in method.needs else None
-        if clip is not None and row is not None and f.row not in said:
-            words = words_of(adapter, row)
-            said[f.row] = clip.text(words) if words else None
-        out.append(Context(generator_for(method, index if image_keys is None else image_keys[i]), text, said.get(f.row), clip))
-    return out
-
-
-def _clip(adapter: Any, method: Compressor) -> Any:
-    """The CLIP that a method names, None for one that needs none."""
-    if "clip_text" not in method.needs:
-        return None
-    from ..patches.tower.clip import clip_of
-
-    return clip_of(adapter, str(getattr(method, "clip", None)))
-
-
-def _question(adapter: Any, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
-    """(B, L) bool, the columns of each row's text up to its answer: no placeholder, no padding. All on the CPU."""
-    visual = torch.isin(ids, torch.tensor(list(adapter.placeholders.values())))
-    last = instruction_end(mask, visual & mask, labels)
-    return mask & ~visual & (torch.arange(mask.shape[1]) <= last[:, None])
 
 
 def _pad_id(adapter: Any) -> int:
@@ -366,4 +292,7 @@ def _pad_id(adapter: Any) -> int:
     return pad if isinstance(pad, int) and pad >= 0 and pad not in adapter.placeholders.values() else 0
 
 
-__all__ = ["Encoded", "Prepared", "check", "encode", "has_pixels", "keeps_all", "prepare"]
+__all__ = [
+    "Compressed", "Encoded", "ImagePlan", "Prepared", "assemble", "check", "encode", "encode_and_compress", "encode_items", "encoding_key",
+    "has_pixels", "keeps_all", "look", "plan_images", "prepare",
+]  # fmt: skip

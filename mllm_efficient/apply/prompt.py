@@ -121,7 +121,7 @@ def lay_out(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, images
     return Layout(ids, keep, columns, valid.long(), images, positions)
 
 
-def shrink(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict[str, Any], pad_id: int) -> dict[str, Any]:
+def take_columns(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest: dict[str, Any], pad_id: int) -> dict[str, Any]:
     """Every (B, L) tensor of a call at the layout's columns; padding is ``pad_id``, 0 or, for labels, -100."""
     columns, valid = layout.columns.to(input_ids.device), layout.mask.to(input_ids.device).bool()
     out = dict(rest)

@@ -104,10 +104,9 @@ def show(
 def title(method: Compressor) -> str:
     """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
     from ..compressors.base import BUDGET_FIELDS
-    from ..compressors.composed import Composed
 
-    if isinstance(method, Composed):
-        return ", then ".join(title(stage) for stage in method.stages)
+    if len(method.parts) > 1:
+        return ", then ".join(title(stage) for stage in method.parts)
     name = "No compression" if method.name == "none" else type(method).__name__
     settings = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "method" and k not in BUDGET_FIELDS)
     return f"{name} ({settings})" if settings else name

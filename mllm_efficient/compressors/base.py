@@ -1,21 +1,29 @@
-"""The base classes of pre-LLM methods. A new method overrides one function (CONTRIBUTING.md shows one in 40 lines)."""
+"""The base class of all methods. A new one overrides one function (CONTRIBUTING.md shows one in 40 lines)."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadSettingError
 from ..lazy import torch
-from ..tokens import CompressedTokens, VisualTokens
+from ..plans import Plan
+from ..tokens import CompressedTokens, Grid, VisualShape, VisualTokens, grids_of
+from . import fit, sharing
+from .grouping import groups_of
+from .kinds import IN_LLM, PRE_LLM, OldFamily, read_old_family
 
 if TYPE_CHECKING:
-    pass
+    from .projector import Projector
+    from .reducer import Reducer
+    from .resizer import Resizer
 
+RANDOM = "random"  # in place of a folder of weights: ones that are drawn, for timing alone
+CHOICES = frozenset({"score", "select", "merge", "compress"})  # what a subclass that chooses in another way overrides
 BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 
 
@@ -28,14 +36,31 @@ class Compressor:
     leaves every kept token at its place in the uncompressed prompt. per: what the budget is for: every "image" (or
     video), every "tile" of an anyres image, every "frame" of a video. newline: None drops the newline and separator
     columns of an image that loses tokens, "keep" keeps them all.
+
+    kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
+    between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
+    are new ones. channelwise: whether it merges every channel by itself, by places alone, so that features which some models add in
+    later layers (deepstack) can be merged alike. routes: whether it decides image by image what is done. shares_work: whether
+    ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew.
+
+    Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
+    CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
+
+    What a kind of method means for an image's plan, for a model it is to run in, and in words, are methods of that kind:
+    ``plan``, ``check``, ``describe`` and their parts. Everything named ``adapter`` is a ``patches.base.Adapter``, or the rules of a
+    model's shape.
     """
 
     name: ClassVar[str] = ""
-    family: ClassVar[str] = "P"
+    kind: ClassVar[str] = PRE_LLM
+    family = OldFamily()
     needs: ClassVar[Any] = frozenset()
     trained: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     merges: ClassVar[bool] = False
+    channelwise: ClassVar[bool] = False
+    routes: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = False
 
     keep: float | None = None
     tokens: int | None = None
@@ -46,11 +71,30 @@ class Compressor:
     per: str = "image"
     newline: str | None = None
 
+    if TYPE_CHECKING:
+
+        @property
+        def order(self) -> str: ...
+        @property
+        def seed(self) -> int: ...
+        @property
+        def clip(self) -> str | None: ...
+        @property
+        def weights(self) -> str | None: ...
+    else:  # what a method has that does not declare a setting of this name
+        order, seed, clip, weights = "raster", 0, None, None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        read_old_family(cls)
+        if "shares_work" not in cls.__dict__ and not CHOICES.isdisjoint(cls.__dict__):
+            cls.shares_work = False
+
     def __post_init__(self):
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
-        if self.positions == "keep" and self.merges and self.family != "L":  # inside the decoder it takes the place of one of them
+        if self.positions == "keep" and self.merges and self.kind != IN_LLM:  # inside the decoder it takes the place of one of them
             raise BadSettingError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
             raise BadSettingError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
@@ -73,11 +117,8 @@ class Compressor:
 
     @property
     def in_tower(self) -> bool:
-        """Whether the method merges in the blocks of the tower: it defines ``in_blocks(n, k, blocks)``, the pairs in each."""
+        """Whether the method merges in the blocks of the tower: a ``Merger`` that defines ``in_blocks``."""
         return False
-
-    def in_blocks(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
-        raise TypeError(f"{type(self).__name__} must define in_blocks(n, k, blocks)")
 
     @property
     def installs(self) -> Compressor | None:
@@ -87,8 +128,7 @@ class Compressor:
     @property
     def same_weights(self) -> str | None:
         """Specification of the baseline with all tokens on a trained method's weights: ``none@tokenflex``."""
-        weights = getattr(self, "weights", None)
-        return None if self.installs is not self else f"none@{self.name}" + (f":weights={weights}" if weights else "")
+        return None if self.installs is not self else f"none@{self.name}" + (f":weights={self.weights}" if self.weights else "")
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
@@ -108,8 +148,140 @@ class Compressor:
         return 0
 
     def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """Every part by itself, with its own K. For a method that can share work between images: it overrides this."""
+        """Every part as by itself, with its own K."""
+        if self.shares_work and sharing.pays(parts):
+            return self.compress_alike(parts, ks)
         return [self.compress(v, k) for v, k in zip(parts, ks)]  # type: ignore[attr-defined]
+
+    def compress_alike(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """The same, ``compress_batch`` for all that are alike in size, K, dtype and device, as far as memory allows."""
+        done: dict[int, CompressedTokens] = {}
+        for some, k in sharing.alike(self.name, parts, ks, self.batch_entries):
+            done |= zip(some, self.compress_batch([parts[i] for i in some], k))
+        return [done[i] for i in range(len(parts))]
+
+    def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
+        """K tokens of each of some parts that are alike, at once: what ``compress`` gives for each, to the bit."""
+        raise TypeError(f"{type(self).__name__} sets shares_work and must define compress_batch(parts, k)")
+
+    def batch_entries(self, n: int, d: int) -> int:
+        """The numbers that a part of n tokens of width d keeps in memory meanwhile."""
+        return n * n
+
+    # ------------------------------------------------------------------------------ what a kind is
+
+    @property
+    def parts(self) -> tuple[Compressor, ...]:
+        """The methods that run, in their order: itself, or the stages of a composition."""
+        return (self,)
+
+    def map_parts(self, change: Callable[[Compressor], Compressor]) -> Compressor:
+        """The same with every one of ``parts`` changed."""
+        return change(self)
+
+    @property
+    def as_projector(self) -> Projector | None:
+        """The part that takes the projector's place."""
+        return None
+
+    @property
+    def as_reducer(self) -> Reducer | None:
+        """The part that works inside the decoder."""
+        return None
+
+    @property
+    def as_resizer(self) -> Resizer | None:
+        """The method itself where it makes the image smaller instead of its tokens fewer."""
+        return None
+
+    @property
+    def merges_tokens(self) -> bool:
+        """Whether tokens of the image as it came are merged, so that their rows and contents are lost."""
+        return self.merges
+
+    @property
+    def fills_rectangles(self) -> bool:
+        """Whether what is left of an image are rectangles of tokens, each over its own part of the image."""
+        return False
+
+    # ------------------------------------------------------------------------------ what it will do to an image
+
+    def plan(self, adapter: Any, item: Any) -> Plan:
+        """What becomes of an item of the adapter, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
+        shape: VisualShape = item.shape
+        groups = groups_of(self, shape, self.budget.count(shape.n, fixed=adapter.fixed_count))
+        kept = sum(g.kept for g in groups)
+        clamped = self.tokens is not None and any(self.tokens > g.n for g in groups)
+        if kept == shape.n and self.full_is_identity:
+            return replace(self.untouched_plan(shape), clamped=clamped)
+        keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
+        return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+
+    def untouched_plan(self, shape: VisualShape) -> Plan:
+        """The plan that leaves everything as it is."""
+        clamped = self.tokens is not None and self.tokens > shape.n
+        return Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
+
+    def plan_after(self, adapter: Any, item: Any, before: Compressor, done: Plan) -> Plan:
+        """``plan`` of what the stage ``before`` leaves by its plan ``done``."""
+        then = self.plan(adapter, replace(item, shape=done.seen))
+        return replace(then, shape=done.shape, side=done.side, after=done.after, untouched=False)
+
+    def grids_left(self, planned: Plan) -> tuple[Grid, ...] | None:
+        """The rectangles that the tokens fill that are left, None where they fill none."""
+        return None if planned.groups else grids_of(planned.seen.planes)
+
+    # ------------------------------------------------------------------------------ which models it runs in
+
+    def check(self, adapter: Any) -> None:
+        """Raises ``UnsupportedModelError`` or ``BadBudgetError`` where a model cannot run it at all, before any call is made."""
+        fit.require_slot(self, adapter)
+        self.check_needs(adapter)
+        self.check_parts(adapter)
+        fit.require_newlines(self, adapter)
+        fit.require_order(self, adapter, self.position_rule(adapter))
+        fit.require_later_layers(self, adapter)
+        usual = adapter.usual()
+        if usual is not None:
+            self.check_budget(adapter, usual)
+
+    def check_needs(self, adapter: Any) -> None:
+        fit.require_needs(self, adapter)
+
+    def check_parts(self, adapter: Any) -> None:
+        fit.require_parts(self, adapter)
+
+    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+        """Raises ``BadBudgetError`` where the budget cannot be met on the shape that every image has."""
+        self.budget.count(usual.n, fixed=adapter.fixed_count)
+
+    def position_rule(self, adapter: Any) -> str:
+        """ "renumber" or "keep": the method's own rule, else the model's. A merged token has no old position to keep."""
+        return self.positions or ("renumber" if self.merges else adapter.positions)
+
+    # ------------------------------------------------------------------------------ in words
+
+    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+        """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
+        if shape is None:
+            return self.describe_any()
+        planned = self.plan(adapter, adapter.item_of(shape))
+        return f"{self.describe_plan(planned, adapter)} (removes {100 * (1 - planned.kept / shape.n):.1f}%)"
+
+    def describe_any(self) -> str:
+        each = {"image": "image or video", "tile": "tile", "frame": "frame"}[self.per]
+        if self.tokens is not None:
+            return f"{self.name} keeps up to {self.tokens} tokens per {each}"
+        fraction = self.budget.fraction or 0.0
+        if fraction == 1:
+            return f"{self.name} keeps every token"
+        return f"{self.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
+
+    def describe_plan(self, planned: Plan, adapter: Any, first: bool = True) -> str:
+        """What a plan says, as the first stage of a composition or a later one."""
+        if not first:
+            return f"{self.name} {planned.kept} of them"
+        return f"{self.name} keeps {planned.kept} of {planned.shape.n} tokens per {planned.shape.modality}"
 
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
@@ -128,14 +300,14 @@ class Compressor:
 
 def query_aware(cls: type[Compressor]) -> bool:
     """Whether a method looks at the question. All that in-decoder methods can be shown depends on it."""
-    return bool(cls.needs) or getattr(cls, "routes", False) if cls.family == "L" else bool({"text", "clip_text"} & set(cls.needs))
+    return bool(cls.needs) or cls.routes if cls.kind == IN_LLM else bool({"text", "clip_text"} & set(cls.needs))
 
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:
     """A CPU generator of its own for (the method's seed, the image's key): batches never change a result."""
     import hashlib
 
-    text = f"{getattr(compressor, 'seed', 0)}/{key}".encode()
+    text = f"{compressor.seed}/{key}".encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)
 

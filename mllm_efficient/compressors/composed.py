@@ -3,51 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget
 from ..errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
-from ..trained.files import RANDOM
-from .base import Compressor
-from .projector import Projector
-from .reducer import Reducer
+from ..plans import Plan
+from ..tokens import VisualShape
+from .base import RANDOM, Compressor
+from .kinds import JOIN, ORDER, PRE_LLM
 
-Method = TypeVar("Method", bound=Compressor)
+if TYPE_CHECKING:
+    from .projector import Projector
+    from .reducer import Reducer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Compressor):
-    """At most one method of each family, in the order J (projector), P (before the language model), L (in the decoder).
+    """At most one method of each kind, in the order projector, pre_llm, in_llm.
 
     Each has a budget of its own, of what the one before it leaves. ``me.build("tokenflex:tokens=144 | divprune:keep=0.5")``
-    makes one. name and family are those of the stages together; needs, per and newline are those of the stage of family P.
+    makes one. name and kind are those of the stages together; needs, per and newline are those of the ``pre_llm`` stage.
     """
 
     stages: tuple[Compressor, ...] = ()
 
     def __post_init__(self):
-        if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
-            raise MllmEfficientError("a composition has two stages or more, in the order J, P, L: me.build makes one")
-        for family in {stage.family for stage in self.stages}:
-            same = [stage.name for stage in self.stages if stage.family == family]
-            if len(same) > 1:
-                raise MllmEfficientError(f"{' and '.join(same)} are of one family ({family}): at most one of each can run")
-        trained = [stage.name for stage in self.stages if stage.installs is not None]
-        if len(trained) > 1:
-            raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")
+        self._check_stages()
         of_whole: dict[str, Any] = {
-            "name": " | ".join(stage.name for stage in self.stages),
-            "family": "".join(stage.family for stage in self.stages),
-            "needs": frozenset().union(*(stage.needs for stage in self.stages if not isinstance(stage, Reducer))),
+            "name": JOIN.join(stage.name for stage in self.stages),
+            "kind": JOIN.join(stage.kind for stage in self.stages),
+            "needs": frozenset().union(*(stage.needs for stage in self.stages if stage.as_reducer is None)),
             "merges": any(stage.merges for stage in self.stages),
             "trained": any(stage.trained for stage in self.stages),
         }
-        of_tokens = next((stage for stage in self.stages if stage.family == "P"), None)
+        of_tokens = next((stage for stage in self.stages if stage.kind == PRE_LLM), None)
         if of_tokens is not None:
             of_whole |= {"per": of_tokens.per, "newline": of_tokens.newline}
         for name, value in of_whole.items():
             object.__setattr__(self, name, value)
+
+    def _check_stages(self) -> None:
+        """Raises for stages that cannot run one after the other in any model."""
+        if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
+            raise MllmEfficientError("a composition has two stages or more, in the order projector, pre_llm, in_llm: me.build makes one")
+        for kind in {stage.kind for stage in self.stages}:
+            same = [stage.name for stage in self.stages if stage.kind == kind]
+            if len(same) > 1:
+                raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
+        trained = [stage.name for stage in self.stages if stage.installs is not None]
+        if len(trained) > 1:
+            raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")
 
     @property
     def budget(self) -> Budget:
@@ -75,6 +82,75 @@ class Composed(Compressor):
     def spec(self) -> str:
         return " | ".join(stage.spec() for stage in self.stages)
 
+    @property
+    def parts(self) -> tuple[Compressor, ...]:
+        return self.stages
+
+    def map_parts(self, change: Callable[[Compressor], Compressor]) -> Compressor:
+        return dataclasses.replace(self, stages=tuple(stage.map_parts(change) for stage in self.stages))
+
+    @property
+    def as_projector(self) -> Projector | None:
+        return next((stage.as_projector for stage in self.stages if stage.as_projector is not None), None)
+
+    @property
+    def as_reducer(self) -> Reducer | None:
+        return next((stage.as_reducer for stage in self.stages if stage.as_reducer is not None), None)
+
+    def plans(self, adapter: Any, item: Any) -> list[Plan]:
+        """The plan after each stage, all of the item's own shape."""
+        out = [self.stages[0].plan(adapter, item)]
+        for before, stage in zip(self.stages, self.stages[1:]):
+            out.append(stage.plan_after(adapter, item, before, out[-1]))
+        return out
+
+    def plan(self, adapter: Any, item: Any) -> Plan:
+        return self.plans(adapter, item)[-1]
+
+    def check(self, adapter: Any) -> None:
+        for stage in self.stages:
+            if stage.as_reducer is None:
+                stage.check(adapter)
+        if self.as_reducer is not None:
+            self._check_in_llm(adapter, self.as_reducer)
+        if self.as_projector is not None and self.stages[1].as_reducer is None:
+            self._check_after(self.as_projector, self.stages[1])
+        usual = adapter.usual()
+        if usual is not None:
+            self.plan(adapter, adapter.item_of(usual))
+
+    def _check_in_llm(self, adapter: Any, reducer: Reducer) -> None:
+        """Raises where the last stage cannot work on what the one before it leaves."""
+        adapter.check_inside(reducer)
+        before = self.stages[-2]
+        if reducer.routes and not before.fills_rectangles:
+            raise UnsupportedModelError(f"{reducer.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
+        keeps_newlines = before.newline == "keep" or (before.kind == PRE_LLM and before.fraction == 1)
+        if reducer.newline == "keep" and not keeps_newlines:
+            raise UnsupportedModelError(
+                f"{reducer.name}: newline='keep' has no effect behind {before.name}, which leaves none: leave it out"
+            )
+
+    def _check_after(self, projector: Projector, stage: Compressor) -> None:
+        """Raises where a stage cannot work on the tokens of a trained projector."""
+        if stage.as_resizer is not None or stage.in_tower:
+            does = "merges in the tower" if stage.in_tower else "makes the picture smaller"
+            raise UnsupportedModelError(f"{stage.name} {does}, and {projector.name} gives as many tokens: use one of them")
+        tokens, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(stage.needs))
+        if lacking:
+            raise UnsupportedModelError(f"{stage.name} needs {', '.join(lacking)} of the tower's tokens, which {tokens} have not")
+        if stage.positions == "keep" or stage.newline == "keep":
+            given = "positions" if stage.positions == "keep" else "newline"
+            raise UnsupportedModelError(f"{stage.name}: {given}='keep' has no effect on {tokens}: leave it out")
+
+    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+        """``tokenflex keeps 144 of 576 tokens per image, then divprune 72 of them (removes 87.5%)``."""
+        if shape is None:
+            return ", then ".join(stage.describe(None, adapter) for stage in self.stages)
+        plans = self.plans(adapter, adapter.item_of(shape))
+        parts = [stage.describe_plan(done, adapter, first=i == 0) for i, (stage, done) in enumerate(zip(self.stages, plans))]
+        return f"{', then '.join(parts)} (removes {100 * (1 - plans[-1].kept / shape.n):.1f}%)"
+
 
 def compose(stages: list[Compressor]) -> Compressor:
     """The stages in the order they run, as one method; a single one as it is."""
@@ -84,44 +160,46 @@ def compose(stages: list[Compressor]) -> Compressor:
 
 
 def _place(stage: Compressor) -> int:
-    return "JPL".index(stage.family) if stage.family in tuple("JPL") else len("JPL")
+    return ORDER.index(stage.kind) if stage.kind in ORDER else len(ORDER)
 
 
 def runnable(compressor: Any) -> Compressor:
-    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a family other than J, P and L."""
+    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a kind that this version does not run."""
     from ..registry import build
 
     method = build(compressor)
     for stage in stages_of(method):
-        if stage.family != "P" and not isinstance(stage, (Projector, Reducer)):
-            raise UnsupportedModelError(f"{stage.name} is of family {stage.family}, which this version does not run")
+        if stage.kind != PRE_LLM and stage.as_projector is None and stage.as_reducer is None:
+            raise UnsupportedModelError(f"{stage.name} is of kind {stage.kind}, which this version does not run")
     return method
 
 
 def stages_of(method: Compressor) -> tuple[Compressor, ...]:
     """The methods that run, in their order."""
-    return method.stages if isinstance(method, Composed) else (method,)
+    return method.parts
 
 
 def projector_of(method: Compressor) -> Projector | None:
     """The stage that takes the projector's place."""
-    return next((stage for stage in stages_of(method) if isinstance(stage, Projector)), None)
+    return method.as_projector
 
 
 def inside_of(method: Compressor) -> Reducer | None:
     """The stage inside the decoder."""
-    return next((stage for stage in stages_of(method) if isinstance(stage, Reducer)), None)
+    return method.as_reducer
 
 
 def before_of(method: Compressor) -> Compressor | None:
     """What runs before the decoder: a projector, a method on its tokens, or one after the other."""
-    before = [stage for stage in stages_of(method) if not isinstance(stage, Reducer)]
+    before = [stage for stage in stages_of(method) if stage.as_reducer is None]
     return compose(before) if before else None
 
 
-def or_random(method: Method) -> Method:
+def or_random(method: Compressor) -> Compressor:
     """The method with random weights where it has none: for shapes without weights, whose cost does not depend on them."""
-    if isinstance(method, Composed):
-        return dataclasses.replace(method, stages=tuple(or_random(stage) for stage in method.stages))
-    fresh = method.trained and getattr(method, "weights", None) is None
-    return dataclasses.replace(method, weights=RANDOM) if fresh else method  # type: ignore[call-arg]
+
+    def drawn(stage: Compressor) -> Compressor:
+        fresh = stage.trained and stage.weights is None
+        return dataclasses.replace(stage, weights=RANDOM) if fresh else stage  # type: ignore[call-arg]
+
+    return method.map_parts(drawn)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..errors import CountMismatchError
-from ..tokens import CompressedTokens, VisualTokens
+from ..errors import CountMismatchError, UnsupportedModelError
+from ..plans import Plan
+from ..tokens import CompressedTokens, Grid, Plane, VisualShape, VisualTokens
 from .base import Compressor
 
 
@@ -14,12 +15,10 @@ from .base import Compressor
 class Merger(Compressor):
     """Makes new tokens out of N. Override ``merge(v, k) -> CompressedTokens``, and ``yields`` where it gives fewer than k.
 
-    channelwise: whether every channel is merged by itself and by places alone, as pooling does, so that the features
-    that some models add in later layers (deepstack) can be merged alike.
+    One that merges in the blocks of the tower says so by ``in_tower``, and defines ``in_blocks``.
     """
 
     merges: ClassVar[bool] = True
-    channelwise: ClassVar[bool] = False
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         raise TypeError(f"{type(self).__name__} must define merge(v, k)")
@@ -33,3 +32,37 @@ class Merger(Compressor):
         if len(out) != wanted:
             raise CountMismatchError(f"{self.name}: merge gave {len(out)} tokens where {wanted} were asked")
         return out
+
+    def in_blocks(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
+        """Pairs that each of so many blocks of a tower merges, on the way from n tokens to k."""
+        raise TypeError(f"{type(self).__name__} must define in_blocks(n, k, blocks)")
+
+    @property
+    def fills_rectangles(self) -> bool:
+        return type(self).target is not Merger.target
+
+    def plan(self, adapter: Any, item: Any) -> Plan:
+        if not self.in_tower:
+            return super().plan(adapter, item)
+        untouched = self.untouched_plan(item.shape)
+        n, k = item.shape.n, self.budget.count(item.shape.n, fixed=adapter.fixed_count)
+        if k == n:
+            return untouched
+        after, rounds = VisualShape((Plane(1, k, placed=False),)), self.in_blocks(n, k, adapter.tower_blocks)
+        return Plan(item.shape, k, after=after, rounds=rounds, clamped=untouched.clamped)
+
+    def grids_left(self, planned: Plan) -> tuple[Grid, ...] | None:
+        return tuple(self.target(g.grid, g.k) for g in planned.groups) if planned.groups else super().grids_left(planned)
+
+    def check_parts(self, adapter: Any) -> None:
+        super().check_parts(adapter)
+        if self.in_tower and (not adapter.tower_blocks or (usual := adapter.usual()) is None or len(usual.planes) > 1):
+            raise UnsupportedModelError(
+                f"{self.name}: at='tower' merges in a LLaVA-1.5's tower that gives the patches of one layer, which {adapter.name} has not: "
+                "leave at= out"
+            )
+
+    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+        k = self.budget.count(usual.n, fixed=adapter.fixed_count)
+        if self.in_tower and k < usual.n:
+            self.in_blocks(usual.n, k, adapter.tower_blocks)

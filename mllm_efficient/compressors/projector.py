@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import BadBudgetError, BadSettingError
+from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
+from ..plans import Plan
+from ..tokens import VisualShape
 from .base import Compressor
+from .kinds import PROJECTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class Projector(Compressor):
     "random" draws them, for timing alone; None is what ships for the embedded model.
     """
 
-    family: ClassVar[str] = "J"
+    kind: ClassVar[str] = PROJECTOR
     trained: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
@@ -57,3 +60,26 @@ class Projector(Compressor):
     def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
         """FLOPs of making n tokens, matrix products alone."""
         raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
+
+    @property
+    def as_projector(self) -> Projector:
+        return self
+
+    @property
+    def fills_rectangles(self) -> bool:
+        return True
+
+    def plan(self, adapter: Any, item: Any) -> Plan:
+        shape: VisualShape = item.shape
+        if shape.modality != "image":
+            raise UnsupportedModelError(f"{self.name} projects pictures, and this call has a video")
+        side = self.side(adapter.unit(item))
+        after: VisualShape = adapter.projected(item, side)
+        if after.n > shape.n:
+            raise BadBudgetError(
+                f"{self.name}: {side * side} tokens for each of {len(after.planes)} views are {after.n}: the prompt has room for {shape.n}"
+            )
+        return Plan(shape, after.n, side=side, after=after)
+
+    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+        self.budget.count(len(usual.planes[-1]), fixed=adapter.fixed_count)

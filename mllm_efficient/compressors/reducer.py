@@ -1,16 +1,18 @@
-"""The base class of in-decoder methods (family L): fewer visual tokens from one decoder layer to the next."""
+"""The base class of in-decoder methods: fewer visual tokens from one decoder layer to the next."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget
 from ..errors import BadBudgetError, BadSettingError, CountMismatchError
-from ..tokens import Decision, Grid, LayerTokens, ReducedTokens
+from ..plans import Plan
+from ..tokens import Decision, Grid, LayerTokens, ReducedTokens, VisualShape, grids_of
 from .base import Compressor
+from .kinds import IN_LLM
 from .math.finite import read_found, require_scores
 
 if TYPE_CHECKING:
@@ -30,8 +32,7 @@ class Reducer(Compressor):
     overrides ``reduce``; one that decides image by image what is done sets ``routes`` and overrides ``decide``.
     """
 
-    family: ClassVar[str] = "L"
-    routes: ClassVar[bool] = False
+    kind: ClassVar[str] = IN_LLM
 
     ratio: float | None = None
     ratios: str | None = None
@@ -127,7 +128,7 @@ class Reducer(Compressor):
     def choice_flops(self, n: int, k: int, text: int, d: int, full: int) -> int:
         """FLOPs of the method's own products: k of an image's n tokens, of ``full`` at first, beside ``text`` text tokens of width d.
 
-        What the host does for it (attention, keys) is not among them.
+        What the model does for it (attention, keys) is not among them.
         """
         return 0
 
@@ -166,6 +167,56 @@ class Reducer(Compressor):
     def per_layer(self, n: int, depth: int, *, fixed: bool = True, grids: Sequence[Grid] | None = None) -> tuple[int, ...]:
         """Visual tokens of an image with n at each decoder layer."""
         return spread_out(n, self.stages(depth), self.counts(n, depth, fixed=fixed, grids=grids), depth)
+
+    # ------------------------------------------------------------------------------ as a kind of method
+
+    @property
+    def as_reducer(self) -> Reducer:
+        return self
+
+    def plan(self, adapter: Any, item: Any) -> Plan:
+        return self._reduced(adapter, self.untouched_plan(item.shape), grids_of(item.shape.planes))
+
+    def plan_after(self, adapter: Any, item: Any, before: Compressor, done: Plan) -> Plan:
+        return self._reduced(adapter, done, before.grids_left(done))
+
+    def _reduced(self, adapter: Any, before: Plan, grids: tuple[Grid, ...] | None) -> Plan:
+        """What becomes of the tokens that ``before`` leaves, which fill ``grids``."""
+        depth, n = adapter.decoder_layers, before.kept
+        layers, counts = self.stages(depth), self.counts(n, depth, fixed=adapter.fixed_count, grids=grids)
+        per_layer = spread_out(n, layers, counts, depth)
+        untouched = min(counts) == n and not self.merges
+        return replace(
+            before, kept=round(sum(per_layer) / depth), separators=before.separators if untouched or self.newline == "keep" else 0,
+            untouched=before.untouched and untouched, clamped=before.clamped or (self.tokens is not None and self.tokens > n),
+            stages=tuple(zip(layers, counts)), per_layer=per_layer, entering=before.separators,
+        )  # fmt: skip
+
+    def check_needs(self, adapter: Any) -> None:
+        adapter.check_inside(self)
+
+    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+        self.counts(usual.n, adapter.decoder_layers, fixed=adapter.fixed_count)
+
+    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+        if shape is not None and not self.routes:
+            return self.describe_plan(self.plan(adapter, adapter.item_of(shape)), adapter)
+        layers = ", ".join(map(str, self.stages(adapter.decoder_layers)))
+        if self.routes:
+            return f"{self.name} pools the tokens of each image in front of layer {layers}"
+        return f"{self.name} drops tokens of each image at layer {layers}"
+
+    def describe_plan(self, planned: Plan, adapter: Any, first: bool = True) -> str:
+        """``fastv keeps 576 tokens up to layer 2, then 115 (layer average 143.8)``."""
+        if self.routes:
+            return self.describe(None, adapter)
+        counts = [planned.per_layer[0], *(count for _, count in planned.stages)]
+        if min(counts) == counts[0]:
+            return f"{self.name} keeps every token"
+        spans = [f"{count} up to layer {layer}" for count, (layer, _) in zip(counts, planned.stages)]
+        spans[0] = spans[0].replace(" up", " tokens up", 1)
+        average = sum(planned.per_layer) / len(planned.per_layer)
+        return f"{self.name} keeps {', then '.join([*spans, str(counts[-1])])} (layer average {average:.1f})"
 
 
 @dataclass(frozen=True, kw_only=True)

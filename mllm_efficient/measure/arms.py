@@ -8,10 +8,10 @@ from typing import Any
 
 from ..apply.plan import check, plan
 from ..compressors.base import Compressor
+from ..compressors.kinds import PRE_LLM
 from ..compressors.none import NoCompression
 from ..compressors.random import Random
 from ..compressors.resize import Resize
-from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError
 from .timing import Series
 
@@ -65,11 +65,11 @@ def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantizatio
     for chosen in arms[1:]:
         if chosen.kept == item.shape.n:
             continue
-        whole = chosen.method.per == "image" and chosen.method.family == "P"
+        whole = chosen.method.per == "image" and chosen.method.kind == PRE_LLM
         asked = chosen.method.budget.count(item.shape.n, fixed=adapter.fixed_count) if whole else chosen.kept
-        same: dict[str, Any] = {"newline": chosen.method.newline if adapter.separators and not _merges_rows(chosen.method) else None}
+        same: dict[str, Any] = {"newline": chosen.method.newline if adapter.separators and not chosen.method.merges_tokens else None}
         for reference in (Random(tokens=chosen.kept, **same), Resize(tokens=asked, **same)):
-            if isinstance(chosen.method, Resizer) or reference.spec() in left_out:
+            if chosen.method.as_resizer is not None or reference.spec() in left_out:
                 continue
             try:
                 check(adapter, reference)
@@ -80,10 +80,6 @@ def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantizatio
             if not any(a.method.name == added.method.name and a.kept == added.kept for a in arms):
                 arms.append(added)
     return arms, left_out
-
-
-def _merges_rows(method: Compressor) -> bool:
-    return method.merges and not isinstance(method, Resizer)
 
 
 def free_choice(arm: Arm, arms: Sequence[Arm]) -> Arm | None:

@@ -69,7 +69,8 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known image.
     """
-    from ..apply.prepare import Encoded, encode_items, encoding_key, prepare
+    from ..apply.encode import Encoded, encode_items, encoding_key
+    from ..apply.prepare import prepare
     from ..patches import adapter_for
     from ..trained.install import installed
 

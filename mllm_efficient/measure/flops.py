@@ -19,7 +19,6 @@ from typing import Any
 from ..apply.plan import check
 from ..compressors.base import Compressor
 from ..compressors.composed import before_of, compose, inside_of, or_random, runnable, stages_of
-from ..compressors.projector import Projector as MethodProjector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
@@ -109,8 +108,8 @@ def cost(
     compressor, rules, decoder = runnable(method), model.rules, model.decoder
     before, inside = before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
-        inside = or_random(inside)
-        compressor = compose([inside] if before is None else [before, inside])
+        drawn = or_random(inside)
+        inside, compressor = drawn.as_reducer, compose([drawn] if before is None else [before, drawn])
     check(rules, compressor)
     pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
@@ -192,8 +191,8 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
 
 def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:
     """Tower and projector of one image or video; the method's own projector, if it brings one."""
-    other = None if method is None else method.installs
-    if other is not None and kept is not None and isinstance(other, MethodProjector):
+    other = None if method is None or method.installs is None else method.installs.as_projector
+    if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
     elif kept is not None and kept.rounds:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from ..apply.prepare import encode, prepare
+from ..apply.encode import encode
+from ..apply.prepare import prepare
 from ..apply.signatures import cache_of
 from ..apply.wrap import compressed, method_of
 from ..compressors.none import NoCompression

@@ -21,8 +21,6 @@ import torch
 
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
-from ..compressors.projector import Projector
-from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..loading.lora import is_adapter
 from ..loading.models import BUILTIN, ModelOptions, builtin_folder
@@ -76,11 +74,11 @@ class Launch:
         self.image_size = image_size or usual_size(self.shapes.adapter)
         self.methods = [NoCompression(), *(m for m in methods if m.spec() != NoCompression.name)]
         for method in self.methods[1:]:
-            if isinstance(method, Resizer) and self.shapes.adapter.usual() is not None:
+            if method.as_resizer is not None and self.shapes.adapter.usual() is not None:
                 continue
             require_served(method)
             self.shapes.check(method)
-            if self.random and isinstance(method, Projector):
+            if self.random and method.as_projector is not None:
                 raise MllmEfficientError(f"{method.name} needs its weights: leave --random-weights out")
 
     def _config(self) -> Any:
@@ -117,7 +115,7 @@ class Launch:
             more: list[str] = []
             if i == 0:
                 own = source
-            elif isinstance(method, Resizer | Projector):
+            elif method.as_resizer is not None or method.as_projector is not None:
                 own = str(folder / f"arm{i}")
                 self._write(method, plan, Path(own))
             else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..compressors.base import Compressor, generator_for
 from ..compressors.composed import runnable
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
-from ..compressors.resizer import Resizer
+from ..compressors.kinds import PRE_LLM
 from ..errors import MllmEfficientError
 from ..loading.models import DTYPES, ModelOptions, pick_device
 from ..tokens import VisualTokens
@@ -172,7 +172,7 @@ def cost_of_methods(
     for spec in specs:
         for _, _, k, _ in shapes:
             method = at_budget(spec, k)
-            if method.family != "P" or isinstance(method, Resizer) or method.in_tower:
+            if method.kind != PRE_LLM or method.as_resizer is not None or method.in_tower:
                 raise MllmEfficientError(f"{spec} does not work on tokens before the language model: --selection measures those that do")
     for n, d, k, grid in shapes:
         draw = torch.Generator().manual_seed(options.seed)

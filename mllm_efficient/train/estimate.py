@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..apply.plan import check
-from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..loading.processor import apply, open_processor
 from ..measure.flops import load_shape
@@ -85,8 +84,8 @@ def count_parameters(recipe: Recipe, shape: ModelShape) -> dict[str, int]:
         out[part] += parameter.numel()
     method = method_of(recipe)
     with torch.device("meta"):
-        if isinstance(method, Reducer):
-            router = method.module(shape.decoder.width, shape.decoder.width, **method.sizes(shape.decoder.layers))  # type: ignore[attr-defined]
+        if method.as_reducer is not None:
+            router = method.module(shape.decoder.width, shape.decoder.width, **method.sizes(shape.decoder.layers))
             out["router"] = sum(p.numel() for p in router.parameters())
         else:
             projector = method.module(shape.projector.inputs, shape.projector.outputs, **recipe.settings)

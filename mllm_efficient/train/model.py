@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..apply.encode import Encoded, encode_items, has_pixels
 from ..apply.locate import locate
-from ..apply.prepare import Encoded, Prepared, encode_items, has_pixels, prepare
+from ..apply.prepare import Prepared, prepare
 from ..apply.prompt import IGNORE
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
@@ -39,7 +40,7 @@ class TrainingModel(nn.Module):
         self.host = host  # the model, or the PEFT model around it
         self.outside = (adapter, (own,))  # no submodules of this one
         self.method, self.routing = method, routing or RoutingConfig()
-        self.routed_as = {r: method.routed(r) for r in ("learned", "random")} if method.family == "L" else {}  # type: ignore[attr-defined]
+        self.routed_as = {r: method.routed(r) for r in ("learned", "random")} if method.as_reducer is not None else {}  # type: ignore[attr-defined]
         self.carried: set[str] = set()  # weights of the host that came with the method's start
 
         self.kept: list[float] | None = None  # of a method that routes, the share of an image's tokens left after each stage
@@ -107,8 +108,9 @@ class TrainingModel(nn.Module):
         count: visual tokens per tile, of a projector. routing: of a method that routes, whose sums are ``routed``; seed: of the
         kernels that it draws, another for every step and process.
         """
-        if isinstance(self.method, Projector):
-            method = replace(self.method, tokens=count)
+        projector = self.method.as_projector
+        if projector is not None:
+            method = replace(projector, tokens=count)
             return self.distil(method, batch) if objective == "distil" else self.answers(method, batch)
         return self.answers_routed(self.routed_as[routing], batch, seed)
 

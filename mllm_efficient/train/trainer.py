@@ -20,7 +20,6 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..apply.plan import check
 from ..compressors.projector import Projector
-from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, NotFiniteError
 from ..loading.lora import base_of_folder
 from ..loading.models import BUILTIN, Loaded, ModelOptions, load, pick_device, require_supported
@@ -206,17 +205,17 @@ def build_model(recipe: Recipe, loaded: Loaded) -> TrainingModel:
     own = getattr(*adapter.projector_at) if adapter.projects else torch.nn.Identity()
     if recipe.start is None:
         torch.manual_seed(recipe.seed)
-        sizes = method.sizes(adapter.decoder_layers) if method.family == "L" else recipe.settings
+        sizes = method.sizes(adapter.decoder_layers) if method.as_reducer is not None else recipe.settings
         parts = trained.Parts(method.module(*adapter.widths(method), **sizes).to(loaded.model.device, loaded.model.dtype))
     else:
         parts = trained.parts_of(adapter, method)
-        lost = isinstance(method, Projector) or any("lora" in s.train for s in recipe.stages)
+        lost = method.as_projector is not None or any("lora" in s.train for s in recipe.stages)
         if parts.delta and lost and not any("language_model" in s.train for s in recipe.stages):
             raise MllmEfficientError(f"start={recipe.start} has a language model of its own, which would be lost: train language_model too")
     if recipe.bf16:
         parts.module.float()  # small updates are lost in bfloat16 weights
     install(adapter, method, parts)
-    if isinstance(method, Reducer):
+    if method.as_reducer is not None:
         adapter.reach_inside()
     else:
         own.requires_grad_(False)
@@ -279,7 +278,7 @@ def _run(recipe: Recipe, records: dict[str, Any], folder: Path) -> Path:
             _run_stage(recipe, stage, loaded, model, records[stage.name], folder)
     final = folder / FINAL
     if not final.exists():
-        if isinstance(model.method, Reducer):
+        if model.method.as_reducer is not None:
             _settle(recipe, loaded, model, records[recipe.stages[-1].name], folder)
         if int(os.environ.get("RANK", 0)) == 0:
             publish(recipe, model, base, final)
@@ -419,14 +418,14 @@ def publish(recipe: Recipe, model: TrainingModel, base: dict[str, Any], folder: 
     shutil.rmtree(partial, ignore_errors=True)
     about: dict[str, Any] = {"trained_on": recipe.model, "recipe": _lasting(recipe)}
     shown: Any = replace(model.method, tokens=max(recipe.counts)) if recipe.counts else model.method
-    if shown.family == "L":
+    if shown.as_reducer is not None:
         about |= {**shown.as_trained, "kept": model.kept}
     trained.save(partial, shown, model.trained_module, base, about)
     kinds = {part for s in recipe.stages for part in s.train}
     if "lora" in kinds:
         model.host.save_pretrained(partial / trained.DELTA)
     else:
-        hosts = ("language_model", *(("projector", "vision_tower") if isinstance(shown, Reducer) else ()))
+        hosts = ("language_model", *(("projector", "vision_tower") if shown.as_reducer is not None else ()))
         named = {name.removeprefix("host."): (part, p) for part in hosts for name, p in model.parts()[part]}
         moved: dict[str, torch.Tensor] = {name: p for name, (part, p) in named.items() if part in kinds or name in model.carried}
         if moved:

@@ -45,7 +45,7 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
         raise MllmEfficientError(f"a served folder of {adapter.name} has a video processor: {NEEDS_VIDEO}")
     if adapter.name not in FAMILIES:
         raise MllmEfficientError(f"{adapter.name} is not served: {', '.join(FAMILIES)} are")
-    plain = method if isinstance(method, Resizer) and adapter.usual() is not None else None
+    plain = method.as_resizer if adapter.usual() is not None else None
     if plain is None:
         require_served(method)
     elif allowed:
@@ -66,8 +66,8 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
         else:
             own = {k: v for k, v in method.to_dict().items() if k != "weights"}
             extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
-        if isinstance(method, Projector):
-            extra[PROJECTOR] = _projector(loaded, adapter, method, partial)
+        if method.as_projector is not None:
+            extra[PROJECTOR] = _projector(loaded, adapter, method.as_projector, partial)
         loaded.model.save_pretrained(partial)
         loaded.processor.save_pretrained(partial)
         _named_for_vllm(partial)

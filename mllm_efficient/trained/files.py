@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ..compressors.base import RANDOM as RANDOM
 from ..errors import MllmEfficientError
 from ..parsing import read_json
 
@@ -19,7 +20,6 @@ CONFIG, WEIGHTS, DELTA = "config.json", "compressor.safetensors", "base_delta"
 COMPRESSION = "compression.json"  # in the folder of a model that was saved while it was wrapped
 PART_KEYS, DELTA_KEYS = "compressor.", "base_delta."  # begin the names of trained weights among those of such a model
 SERVED = "visual_token_compression"  # in a model's config: the method that vLLM serves it with
-RANDOM = "random"  # in place of a folder: weights that are drawn, for timing alone
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,11 @@ def located(adapter: Any, method: Compressor) -> Folder | None:
         raise MllmEfficientError(f"weights={weights} is a {name}, not a {method.name}")
     have, want = (sizes["inputs"], sizes["outputs"]), adapter.widths(method)
     if have != want:
-        part = "projector" if method.family == "J" else "router"
+        part = "projector" if method.as_projector is not None else "router"
         raise MllmEfficientError(f"{folder.path} is a {part} {have[0]} -> {have[1]}, and {adapter.name} needs {want[0]} -> {want[1]}")
     if odd:
         raise MllmEfficientError(f"{folder.path} was trained on another model: {odd}")
-    if isinstance(method, Projector):
+    if method.as_projector is not None:
         _check_sizes(adapter, method, {k: v for k, v in sizes.items() if k not in ("inputs", "outputs")}, folder.path / WEIGHTS)
     return folder
 
@@ -163,20 +163,20 @@ class Parts:
 
 def parts_of(adapter: Any, method: Any) -> Parts:
     """A trained method's parts on the model's device and in its dtype. Raises ``MllmEfficientError`` for weights that do not fit."""
-    if isinstance(method, Projector):
-        like = _replaced(adapter, method)
+    if method.as_projector is not None:
+        like = _replaced(adapter, method.as_projector)
     else:
         like = next(adapter.slot(method)[0].layers[-1].parameters())
         if like.is_meta and any(hasattr(m, "_hf_hook") for m in adapter.slot(method)[0].layers[-1].modules()):
             like = torch.empty(0, dtype=adapter.model.dtype)  # offloaded layers: the router is small, and stays on the CPU
     folder = located(adapter, method)
     config = {} if folder is None else {k: v for k, v in folder.config["sizes"].items() if k not in ("inputs", "outputs")}
-    if method.family == "L":
+    if method.as_reducer is not None:
         sizes = method.sizes(adapter.decoder_layers)
         if folder is not None and method.has_router and config != sizes:
             raise MllmEfficientError(f"{folder.path} has routers for {config}, and {method.spec()} needs {sizes}")
         config = config or sizes
-    if folder is not None and method.family == "L":
+    if folder is not None and method.as_reducer is not None:
         _check_sizes(adapter, method, config, folder.path / WEIGHTS)
     with torch.device(like.device), torch.random.fork_rng(enabled=not like.is_meta):
         if not like.is_meta:
@@ -210,13 +210,12 @@ def _state_of(method: Compressor) -> str:
 
 def weights_of(method: Compressor) -> str | None:
     """The folder, hub id or "random" that a trained method names."""
-    weights: str | None = getattr(method, "weights", None)
-    return weights
+    return method.weights
 
 
 def mark(method: Compressor) -> str:
     """The method without its budget. A router's random weights depend on its settings."""
-    if isinstance(method, Reducer) and weights_of(method) == RANDOM:
+    if method.as_reducer is not None and weights_of(method) == RANDOM:
         settled: dict[str, Any] = method.settled  # type: ignore[attr-defined]
         return f"{method.name}:weights={RANDOM},at={settled['at']},kernels={settled['kernels']}"
     return f"{method.name}:weights={weights_of(method)}" if weights_of(method) else method.name
@@ -234,7 +233,8 @@ def held(adapter: Any) -> str | None:
 def require_held(adapter: Any, method: Compressor) -> None:
     """Raises where a model holds the weights of another trained method than this one is of."""
     part, there = method.installs, held(adapter)
-    named = part is not None and (weights_of(part) is not None or part.family == "L")  # a projector without weights is the one held
+    # a projector without weights is the one held
+    named = part is not None and (weights_of(part) is not None or part.as_reducer is not None)
     if part is not None and there is not None and named and there != mark(part):
         raise MllmEfficientError(f"the model holds {there}, so {method.spec()} cannot run on it: unwrap it first")
 

@@ -23,7 +23,6 @@ from ..apply.active import active_on
 from ..apply.sharding import has_shards
 from ..apply.signatures import parameters_of
 from ..compressors.base import Compressor
-from ..compressors.composed import Composed
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..registry import build
 from .base_model import base_of
@@ -79,14 +78,16 @@ def method_in(folder: Path) -> Compressor:
 
 def relocated(method: Compressor, weights: str | None) -> Compressor:
     """A method whose trained part, if it has any, is in another folder; None names none."""
-    if isinstance(method, Composed):
-        return dataclasses.replace(method, stages=tuple(relocated(stage, weights) for stage in method.stages))
+    return method.map_parts(lambda stage: _relocated(stage, weights))
+
+
+def _relocated(method: Compressor, weights: str | None) -> Compressor:
     part = method.installs
     if part is method:
         return dataclasses.replace(method, weights=weights)  # type: ignore[call-arg]
     if part is None:
         return method
-    kept = {k: v for k, v in relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
+    kept = {k: v for k, v in _relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
     on = ",".join(f"{name}={value}" for name, value in kept.items())
     return dataclasses.replace(method, on=f"{part.name}:{on}" if on else part.name)  # type: ignore[call-arg]
 

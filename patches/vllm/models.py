@@ -190,7 +190,7 @@ class CompressedModel(Planned):
             logger.warning("visual tokens: no test of mllm-efficient has run with %s: compare answers first", ", ".join(unknown))
         usual = self.shapes.adapter.usual()
         self.room = vllm_config.scheduler_config.max_num_batched_tokens
-        if usual is None or method.family == "J":
+        if usual is None or method.as_projector is not None:
             logger.info("visual tokens: %s", describe(method, usual, self.shapes.adapter))
         else:
             logger.info("visual tokens: %s, %d -> %d per image", method.name, usual.n, self.planned(method, 0, 0).kept)

@@ -9,10 +9,6 @@ from typing import Any
 
 from mllm_efficient import __version__
 from mllm_efficient.compressors.base import Compressor, parameters
-from mllm_efficient.compressors.composed import Composed
-from mllm_efficient.compressors.projector import Projector
-from mllm_efficient.compressors.reducer import Reducer
-from mllm_efficient.compressors.resizer import Resizer
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from mllm_efficient.registry import BUILTIN, build, get_method
 from mllm_efficient.trained.files import SERVED as KEY  # in the model's config and in --hf-overrides
@@ -91,15 +87,15 @@ def servable() -> list[str]:
 def _why_not(method: Compressor) -> str | None:
     """Why a method cannot be served; None where it can."""
     why: str | None
-    if isinstance(method, Composed):
+    if len(method.parts) > 1:
         why = "runs several methods one after the other, and vLLM one"
-    elif isinstance(method, Reducer):
+    elif method.as_reducer is not None:
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
     elif method.in_tower:
         why = "merges in the tower, which vLLM runs as it is: leave at= out"
-    elif isinstance(method, Resizer):
+    elif method.as_resizer is not None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
@@ -115,7 +111,7 @@ def _why_not(method: Compressor) -> str | None:
 
 
 def is_projector(settings: Settings | None) -> bool:
-    return settings is not None and isinstance(settings.method, Projector)
+    return settings is not None and settings.method.as_projector is not None
 
 
 def untested(config: Any) -> list[str]:

@@ -1,0 +1,110 @@
+"""The vision side of a call: what a method needs of the tower and projector, run once and kept for other methods with the same needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..compressors.base import Compressor
+from ..compressors.composed import before_of, inside_of, projector_of, runnable
+from ..compressors.none import NoCompression
+from ..errors import UnsupportedModelError
+from ..trained.folder import held, module_of, require_held
+from .active import active_on
+from .plan import plan
+from .prompt import require
+
+if TYPE_CHECKING:
+    from .locate import PlacedImage
+
+IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
+OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the tower is watched
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The vision side of a call, for ``prepare(..., encoded=...)``: what the model made of every item of the call.
+
+    made_for: of each item the extra tensors it carries and how else it was seen (``encoding_key``).
+    """
+
+    items: list[Any]
+    encodings: list[Any]
+    made_for: list[tuple[frozenset[str], Any]]
+
+
+def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
+    """Runs the vision side as ``compressor`` needs it, for ``prepare(..., encoded=...)``.
+
+    Args:
+        model: a supported transformers model.
+        compressor: a method, specification string, dict or YAML file. Methods with the same needs give the same result, so
+            a comparison encodes each image once.
+        inputs: the processor's output, ``input_ids`` included.
+    """
+    from ..patches import adapter_for
+
+    adapter, method = adapter_for(model), runnable(compressor)
+    return encode_items(adapter, method, adapter.items(inputs))
+
+
+def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
+    """``encode`` of items that the adapter found. The model runs once on all that are alike."""
+    keys = [encoding_key(adapter, method, i) for i in items]
+    needs = keys[0][0] if keys else frozenset()
+    require_installed(adapter, method)
+    projector = projector_of(method)
+    if items and projector is not None:
+        (side,) = {plan(adapter, projector, item).side for item in items}
+        return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
+    if items and keys[0][1][0] == IN_TOWER:
+        (rounds,) = {rounds for _, (_, rounds, _) in keys}
+        return Encoded(items, adapter.merge_in_tower(items, rounds), keys)
+    return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
+
+
+def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
+    """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
+    before, projector = before_of(method), projector_of(method)
+    seen = plan(adapter, before or NoCompression(), item)
+    other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
+    if seen.rounds:
+        other = (IN_TOWER, seen.rounds, held(adapter))
+    of_tower = frozenset() if before is None else frozenset(before.needs) & OF_TOWER
+    return of_tower, other
+
+
+def require_encoding(adapter: Any, method: Compressor, encoded: Encoded, image: PlacedImage) -> None:
+    """Raises ``CountMismatchError`` where an image was encoded for a method with other needs than this one before the decoder."""
+    needs, seen = encoding_key(adapter, method, image.item)
+    needs_then, seen_then = encoded.made_for[image.index]
+    require(needs <= needs_then, f"{method.name} needs {', '.join(sorted(needs))}, which this encoding does not hold")
+    require(seen == seen_then, f"this encoding saw images of another size or projector than {method.name} asks for")
+
+
+def require_installed(adapter: Any, method: Compressor) -> None:
+    """A baseline on a trained method's weights is nothing but another name where the model does not hold them.
+
+    And nothing of an in-decoder method happens in a decoder without its hooks.
+    """
+    active = active_on(adapter.model)
+    if active is not None:
+        active.of_call(adapter.model)  # raises where the weights are those of another thread's block
+    inside, part = inside_of(method), method.installs
+    if inside is not None and not adapter.reached_inside:
+        raise UnsupportedModelError(f"{inside.name} works inside the decoder, which prepare does not reach: use wrap or compressed")
+    require_held(adapter, method)
+    if part is not None and projector_of(method) is None and held(adapter) is None:
+        raise UnsupportedModelError(f"{method.spec()} needs the weights in the model: use wrap or compressed")
+
+
+def has_pixels(inputs: dict[str, Any]) -> bool:
+    """Whether a call brings images or videos."""
+    from ..patches.base import PIXELS
+
+    return any(inputs.get(name) is not None for name in PIXELS)
+
+
+def keeps_all(adapter: Any, method: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a method leaves the images of a call as they are, so that the call needs no change."""
+    return all(plan(adapter, runnable(method), item).untouched for item in adapter.items(inputs))

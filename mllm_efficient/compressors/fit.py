@@ -1,0 +1,68 @@
+"""What of a method's settings a model cannot run, said before any call is made. Each raises ``UnsupportedModelError``.
+
+adapter: whatever says of a model ``name``, ``gives``, ``parts``, ``separators``, ``deepstack`` and the like; see ``patches.base.Adapter``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .base import Compressor
+
+
+def require_slot(method: Compressor, adapter: Any) -> None:
+    """There is a projector for a trained one to replace."""
+    trained = method.installs
+    if trained is not None and trained.as_projector is not None and not adapter.projects:
+        raise UnsupportedModelError(f"{trained.name} takes the place of LLaVA's projector, which {adapter.name} has not")
+
+
+def require_needs(method: Compressor, adapter: Any) -> None:
+    """The model gives what a method that works before the decoder asks for."""
+    lacking = sorted(set(method.needs) - adapter.gives)
+    if lacking:
+        raise UnsupportedModelError(f"{method.name} needs {', '.join(lacking)}, which {adapter.name} does not give")
+    if "clip_text" in method.needs and not isinstance(method.clip, str):
+        raise UnsupportedModelError(f"{method.name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
+
+
+def require_parts(method: Compressor, adapter: Any) -> None:
+    """The model has the parts that ``per`` names."""
+    if method.per != "image" and method.per not in adapter.parts:
+        known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
+        raise UnsupportedModelError(f"{method.name}: per={method.per!r} has no effect on {adapter.name}, which knows {known}")
+
+
+def require_newlines(method: Compressor, adapter: Any) -> None:
+    """``newline="keep"`` has an effect, and the newline columns that stay belong to rows that stay."""
+    if method.newline != "keep":
+        return
+    if not adapter.separators:
+        raise UnsupportedModelError(f"{method.name}: newline='keep' has no effect on {adapter.name}, which has no newline columns")
+    if method.merges_tokens:
+        raise UnsupportedModelError(f"{method.name} merges rows, and a newline column belongs to a row: leave newline= out")
+
+
+def require_order(method: Compressor, adapter: Any, positions: str) -> None:
+    """Tokens in the order of their choice have no places to keep. positions: the rule, "renumber" or "keep"."""
+    if method.order != "picked":
+        return
+    if positions == "keep" or method.newline == "keep":
+        raise UnsupportedModelError(
+            f"{method.name}: order='picked' shuffles tokens, which {adapter.name} places by position: use positions='renumber'"
+        )
+    if method.per != "image":
+        raise UnsupportedModelError(
+            f"{method.name}: order='picked' is the order of one choice, and per={method.per!r} makes several: give one of them"
+        )
+
+
+def require_later_layers(method: Compressor, adapter: Any) -> None:
+    """Features that a model adds in later layers (deepstack) can follow their tokens."""
+    if adapter.deepstack and method.merges_tokens and not method.channelwise:
+        raise UnsupportedModelError(
+            f"{method.name} merges by content, and the features that {adapter.name} adds in later layers cannot follow"
+        )
