@@ -62,7 +62,7 @@ def _require_present(path: Path) -> None:
     """Raises ``UnsupportedModelError`` for a config.json, or a folder with one, of a family that this transformers does not have."""
     from ..patches import FAMILIES, require_present
 
-    kind = read_object(path / "config.json" if path.is_dir() else path).get("model_type")
+    kind = str(read_object(path / "config.json" if path.is_dir() else path).get("model_type"))
     if kind in FAMILIES.values():
         require_present(kind)
 
