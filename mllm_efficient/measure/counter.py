@@ -78,12 +78,8 @@ def count(
     if inside is None or model.device.type == "meta":
         method = or_random(method)
         inside = inside_of(method)
-    rules = shape.rules
-    pictures = rules.prompt(visual_tokens, image_size, exact=True, images=images)
-    if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
-        raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
     adapter, meta = adapter_for(model), model.device.type == "meta"
-    inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size, processor)
+    inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
     if meta and inside is not None and inside.has_router:
@@ -93,8 +89,7 @@ def count(
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
-            if {"text", "clip_text"} & set(method.needs):
-                raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
+            _require_no_text(method)
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
         unknown = Uncounted()
@@ -110,19 +105,38 @@ def count(
 
         if prepared.staging is not None:
             prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
-        call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
-        # A cache from the start: position ids without one are searched for packed sequences, by value.
-        cache = _cache(model)
-        with flop_counter() as prefill:
-            model(**call, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
-        ids = prepared.tensors["input_ids"]
-        with flop_counter() as decode:
-            for i in range(new_tokens - 1):
-                token = torch.full((batch_size, 1), _text_id(adapter), device=ids.device)
-                model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
+        prefill, decode = _decoded(model, prepared, _text_id(adapter), new_tokens)
     inside_prefill = sum(c.get_total_flops() for c in choosing)
-    phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
-    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3], tuple(sorted(unknown.seen)))
+    before = compress.get_total_flops()
+    return Counted(vision.get_total_flops(), before + inside_prefill, prefill - inside_prefill, decode, tuple(sorted(unknown.seen)))
+
+
+def _images(shape: ModelShape, visual_tokens: int | None, image_size: Size | None, images: int) -> list[Views]:
+    """The images of a prompt. Raises ``MllmEfficientError`` for tokens that are of no known image."""
+    rules = shape.rules
+    found = rules.prompt(visual_tokens, image_size, exact=True, images=images)
+    if any(not image.whole or (rules.separators and image.size and not image.shape.separators) for image in found):
+        raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
+    return found
+
+
+def _require_no_text(method: Compressor) -> None:
+    if {"text", "clip_text"} & set(method.needs):
+        raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
+
+
+def _decoded(model: Any, prepared: Any, token_id: int, new_tokens: int) -> tuple[int, int]:
+    """FLOPs of the prefill, and of every forward after it."""
+    call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
+    # A cache from the start: position ids without one are searched for packed sequences, by value.
+    cache, ids = _cache(model), prepared.tensors["input_ids"]
+    with flop_counter() as prefill:
+        model(**call, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
+    with flop_counter() as decode:
+        for i in range(new_tokens - 1):
+            token = torch.full((len(ids), 1), token_id, device=ids.device)
+            model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
+    return prefill.get_total_flops(), decode.get_total_flops()
 
 
 class Uncounted(TorchDispatchMode):
@@ -144,20 +158,20 @@ class Uncounted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _inputs(adapter: Any, shape: ModelShape, pictures: list[Views], text_tokens: int, batch: int, processor: Any = None) -> dict[str, Any]:
+def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, processor: Any = None) -> dict[str, Any]:
     """A call with these images in every prompt: noise on the model's device, prompts on the CPU."""
     device, dtype = adapter.model.device, adapter.model.dtype
-    sizes: list[Any] = [adapter.example_size if adapter.fixed_count else p.size for p in pictures]
+    sizes: list[Any] = [adapter.example_size if adapter.fixed_count else p.size for p in images]
 
     def noise(*size: int) -> Tensor:
         return torch.zeros(size, device="meta", dtype=dtype) if device.type == "meta" else torch.rand(size).to(device, dtype)
 
     if processor is None or None in sizes:
-        vision, lengths = adapter.example(pictures, noise), [p.shape.length for p in pictures]
+        vision, lengths = adapter.example(images, noise), [p.shape.length for p in images]
     else:
         vision, lengths = _processed(adapter, processor, sizes)
         vision = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
-    placeholder, text = adapter.placeholders[pictures[0].shape.modality], [_text_id(adapter)] * text_tokens
+    placeholder, text = adapter.placeholders[images[0].shape.modality], [_text_id(adapter)] * text_tokens
     prompt: list[int] = []
     for length in lengths:  # some models tell images by the text between them
         prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]

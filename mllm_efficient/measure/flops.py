@@ -114,23 +114,12 @@ def cost(
     pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
-    if visual_per_layer is None:
-        lengths = [text_tokens + sum(k.at(layer) for k in kept) for layer in range(decoder.layers)]
-    else:
-        _require(len(visual_per_layer) == decoder.layers, _layers_differ(len(visual_per_layer), model))
-        lengths = [text_tokens + separators + n for n in visual_per_layer]
-    _require(min(lengths) > 0, "a prompt without tokens")
+    lengths = _lengths(model, kept, text_tokens, visual_per_layer)
     vision = compress = decode = 0
     if convention == EXACT:
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
-        if before is not None:
-            width = model.tower.width // model.tower.heads if "keys" in before.needs else decoder.width
-            of_tokens = stages_of(before)[-1]
-            compress = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
-            if "clip_text" in before.needs and any(one.groups for one in kept):
-                compress += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, [p.shape.n for p in pictures], text_tokens)
-        if inside is not None:
-            compress += choosing_flops(decoder, inside, kept, text_tokens)
+        compress = 0 if before is None else _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens)
+        compress += 0 if inside is None else choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
@@ -143,6 +132,29 @@ def cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
         b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
     )  # fmt: skip
+
+
+def _lengths(model: ModelShape, kept: Sequence[Kept], text: int, visual_per_layer: Sequence[int] | None) -> list[int]:
+    """Tokens of the prompt in each decoder layer."""
+    layers = model.decoder.layers
+    if visual_per_layer is None:
+        lengths = [text + sum(k.at(layer) for k in kept) for layer in range(layers)]
+    else:
+        given = len(visual_per_layer)
+        _require(given == layers, f"visual tokens of {given} layers given, and {model.name} has {layers}")
+        lengths = [text + sum(k.separators for k in kept) + n for n in visual_per_layer]
+    _require(min(lengths) > 0, "a prompt without tokens")
+    return lengths
+
+
+def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], tokens: Sequence[int], text: int) -> int:
+    """The products of a method that runs before the decoder. tokens: N of each image."""
+    width = model.tower.width // model.tower.heads if "keys" in method.needs else model.decoder.width
+    of_tokens = stages_of(method)[-1]
+    total = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+    if "clip_text" in method.needs and any(one.groups for one in kept):
+        total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
+    return total
 
 
 def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text: int) -> int:
@@ -282,10 +294,6 @@ def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) 
 def _words(pictures: list[Views]) -> str:
     first = pictures[0].says
     return first if len(pictures) == 1 else f"{len(pictures)} pictures, each {first}"
-
-
-def _layers_differ(given: int, model: ModelShape) -> str:
-    return f"visual tokens of {given} layers given, and {model.name} has {model.decoder.layers}"
 
 
 def _require(ok: bool, message: str) -> None:
