@@ -76,7 +76,7 @@ class EnterBase:
 
 
 class MarkBase:
-    """The hook behind the base model: puts on the output which columns its states belong to, and the layout on the cache."""
+    """The hook after the base model: puts on the output which columns its states belong to, and the layout on the cache."""
 
     def __init__(self, top: Any, active: Active):
         self.top, self.active = top, active

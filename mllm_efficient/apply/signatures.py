@@ -1,6 +1,6 @@
 """How the installed transformers names what passes between a caller, a model and its decoder layers.
 
-The names are read from the host's own signatures: transformers 5.24 renamed ``past_key_values`` to ``cache`` in every
+The names are read from the model's own signatures: transformers 5.24 renamed ``past_key_values`` to ``cache`` in every
 ``forward``, and a hook that reads the old name finds nothing and answers wrongly without a word.
 """
 
@@ -24,7 +24,7 @@ def parameters_of(function: Callable) -> tuple[str, ...]:
 
 
 def cache_name(function: Callable) -> str:
-    """The name under which a host's ``forward`` takes its cache.
+    """The name under which a model's ``forward`` takes its cache.
 
     Raises:
         UnsupportedModelError: it has none of the names this package knows.

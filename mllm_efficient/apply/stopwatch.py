@@ -1,4 +1,4 @@
-"""The time that work takes on its device, without making the host wait while it is handed over."""
+"""The time that work takes on its device, without making the CPU wait while it is handed over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drop-in skin: ``wrap`` a model, use it as before, ``unwrap`` it.
+"""The drop-in interface: ``wrap`` a model, use it as before, ``unwrap`` it.
 
 ``forward`` is reached by a module-level pre-hook (a class-level ``forward`` is silently lost when accelerate replaces
 the instance's), ``generate`` by swapping the class in place for a subclass of the same name. Nothing else is put on
@@ -157,7 +157,7 @@ def _put_on(adapter: Any, method: Compressor, alone: bool) -> CompressForward:
         inner.model.register_forward_hook(MarkBase(inner, hook.active), with_kwargs=True)
     try:
         if alone:
-            require_idle(inner)  # behind the skin, which whoever calls from now on waits in
+            require_idle(inner)  # after the hooks are on, in which whoever calls from now on waits
             hook.undo = install(adapter, method)
     except BaseException:
         _take_off(adapter, None, alone=False)
@@ -179,11 +179,11 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
     if hook.active.used:
         return
     for module in (inner, inner.model):
-        for hooks, with_kwargs, ours in (
+        for hooks, with_kwargs, is_own in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, (CompressForward, EnterBase))),
             (module._forward_hooks, module._forward_hooks_with_kwargs, lambda h: h is mark_output or isinstance(h, MarkBase)),
         ):
-            for key in [k for k, h in hooks.items() if ours(h)]:
+            for key in [k for k, h in hooks.items() if is_own(h)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
     inner.__class__ = _class_without(inner.__class__)
@@ -242,7 +242,7 @@ def _class_for(cls: Any) -> Any:
         def generate(self, inputs=None, *args, compression=_UNSET, **kwargs):
             hook = _hook_of(self)
             method = None if hook is None else hook.active.of_call(self)
-            if method is None and compression is _UNSET:  # the skin is there for another thread
+            if method is None and compression is _UNSET:  # the class is there for another thread
                 return stock(self, inputs, *args, **kwargs)
             return run_generate(self, stock, method if compression is _UNSET else compression, inputs, args, kwargs)
 
@@ -272,9 +272,9 @@ def _class_for(cls: Any) -> Any:
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
-        ours: dict[str, Any] = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
-        ours |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
-        _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
+        own: dict[str, Any] = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
+        own |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
+        _swapped[cls] = type(cls.__name__, (cls,), {**names, **own})
     return _swapped[cls]
 
 
@@ -282,7 +282,7 @@ def _class_for(cls: Any) -> Any:
 def _class_without(cls: Any) -> Any:
     """The class that a wrapped model had, or would have if it had not been wrapped.
 
-    What was done since may have made a subclass of ours in place, as ``fully_shard`` does of (FSDPModule, ours).
+    What was done since may have made a subclass of a wrapped class in place, as ``fully_shard`` does of (FSDPModule, wrapped class).
     """
     if cls in _swapped.values():
         return cls.__mro__[1]

@@ -195,6 +195,10 @@ class Compressor:
         keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
         return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
 
+    def plans(self, adapter: Any, item: Any) -> list[Plan]:
+        """The plan after each of ``parts``, all of the item's own shape."""
+        return [self.plan(adapter, item)]
+
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""
         clamped = self.tokens is not None and self.tokens > shape.n

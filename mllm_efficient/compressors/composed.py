@@ -98,7 +98,6 @@ class Composed(Compressor):
         return next((stage.as_reducer for stage in self.stages if stage.as_reducer is not None), None)
 
     def plans(self, adapter: Any, item: Any) -> list[Plan]:
-        """The plan after each stage, all of the item's own shape."""
         out = [self.stages[0].plan(adapter, item)]
         for before, stage in zip(self.stages, self.stages[1:]):
             out.append(stage.plan_after(adapter, item, before, out[-1]))
@@ -128,7 +127,7 @@ class Composed(Compressor):
         keeps_newlines = before.newline == "keep" or (before.kind == PRE_LLM and before.fraction == 1)
         if reducer.newline == "keep" and not keeps_newlines:
             raise UnsupportedModelError(
-                f"{reducer.name}: newline='keep' has no effect behind {before.name}, which leaves none: leave it out"
+                f"{reducer.name}: newline='keep' has no effect after {before.name}, which leaves none: leave it out"
             )
 
     def _check_after(self, projector: Projector, stage: Compressor) -> None:

@@ -15,10 +15,10 @@ from .kinds import PROJECTOR
 
 @dataclass(frozen=True, kw_only=True)
 class Projector(Compressor):
-    """Replaces the model's projector by a trained one that gives side x side tokens per picture, side chosen at run time.
+    """Replaces the model's projector by a trained one that gives side x side tokens per image, side chosen at run time.
 
-    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one picture, or of each tile of an anyres
-    picture: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
+    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one image, or of each tile of an anyres
+    image: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
     "random" draws them, for timing alone; None is what ships for the embedded model.
     """
 

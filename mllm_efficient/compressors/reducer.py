@@ -140,8 +140,10 @@ class Reducer(Compressor):
         """``layers(depth)``, checked. Raises ``BadBudgetError`` for layers that the decoder has not."""
         layers = tuple(self.layers(depth))
         if not layers or any(not 1 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
-            said = ", ".join(map(str, layers)) or "none"
-            raise BadSettingError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
+            asked = ", ".join(map(str, layers)) or "none"
+            raise BadSettingError(
+                f"{self.name}: tokens cannot go at layer {asked} of a decoder of {depth}: use 1 to {depth - 1}, ascending"
+            )
         for layer in layers:
             if self.rater(layer) not in (layer - 1, layer):
                 raise BadSettingError(
