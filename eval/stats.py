@@ -52,11 +52,14 @@ def draws(clusters: int, seed: int = 0, name: str = "") -> np.ndarray:
     return _kept(clusters, seed, name) if clusters <= CACHED else np.concatenate(list(_counts(clusters, seed, name)))
 
 
+def blocks(clusters: int, seed: int = 0, name: str = "") -> Iterator[np.ndarray]:
+    """The rows of ``draws``, a part at a time where they are too many to keep."""
+    yield from [_kept(clusters, seed, name)] if clusters <= CACHED else _counts(clusters, seed, name)
+
+
 def sums(values: np.ndarray, seed: int = 0, name: str = "") -> np.ndarray:
     """(RESAMPLES, columns) the sums of values (clusters, columns) over each resample's clusters."""
-    if len(values) <= CACHED:
-        return _kept(len(values), seed, name) @ values
-    return np.concatenate([block @ values for block in _counts(len(values), seed, name)])
+    return np.concatenate([block @ values for block in blocks(len(values), seed, name)])
 
 
 def grouped(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -81,6 +84,7 @@ def interval(values: np.ndarray, clusters: int | None = None, tail: float = TAIL
     return float(ends[0]), float(ends[1])
 
 
+@functools.lru_cache(maxsize=1024)
 def widened(tail: float, clusters: int) -> float:
     """The tail of resamples that stands for a tail of the truth: resamples of n clusters spread too little, by sqrt((n - 1) / n)
     and by what the standard error is unsure of."""
@@ -140,11 +144,14 @@ class Estimate:
         return self.counted or (min(self.up, self.down) if self.origin else self.up + self.down) < FEW
 
     def interval(self, tail: float = TAIL) -> tuple[float, float]:
-        """The bounds, ``tail`` on either side: those of the resamples, or the wider of these and exact ones."""
+        """The bounds, ``tail`` on either side: those of the resamples, or the wider of these and exact ones; of a plain count out of
+        clusters of one size exact ones alone."""
+        exact = self.exact(tail) if self.exactly else None
+        if exact is not None and self.counted and self.origin and abs(self.weight - self.clusters) < 1e-6:
+            return exact
         low, high = interval(self.drawn, self.clusters, tail)
-        if not self.exactly:
+        if exact is None:
             return low, high
-        exact = self.exact(tail)
         return min(low, exact[0]), max(high, exact[1])
 
     def exact(self, tail: float) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.parsing import parse_yaml, read_yaml
 from mllm_efficient.registry import get_method
+from mllm_efficient.writing import write_text, writing
 
 from .record.samples import SAMPLES_FILE, fingerprint_of
 
@@ -224,7 +225,7 @@ class BenchFile:
         """Keeps what did not fail; a method that is there already stays as it is."""
         new = [r for r in rows if r["failed"] is None and r["method"] not in self.rows]
         lines = [json.dumps({"fingerprint": self.fingerprint, "method": r["method"], "row": r, "about": about}) + "\n" for r in new]
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write("".join(lines))
         self.rows |= {r["method"]: r for r in new}
         self.about = self.about or about
@@ -298,11 +299,4 @@ def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file in one step: a reader finds the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise MllmEfficientError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -14,6 +14,7 @@ from .stats import Estimate, Scores, points
 
 OVERALL = "overall"
 MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table behind the others
+CALIBRATION = ("ECE", "AURC")  # those that second turns have too
 
 
 def rows_of(
@@ -155,12 +156,12 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
             by_method.setdefault(row["method"], {})[row["task"]] = row
         elif row["task"] == OVERALL:
             second[row["method"]] = row
-    header += ["2nd turn", "vs none in it [95%]"] if second else []
+    header += ["2nd turn", "vs none in it [95%]", *(f"{n} in it" for n in CALIBRATION)] if second else []
     first = next(iter(by_method.values()))
     lines = []
     if first[OVERALL]["floor"] is not None:
         lines.append([NO_IMAGE, "0", *(_one(first[t]["floor"]) for t in [*tasks, OVERALL]), "", "", ""] + [""] * (against + len(more)))
-        lines[0] += [_one(second["none"]["floor"]), ""] if second else []
+        lines[0] += [_one(second["none"]["floor"]), "", *[""] * len(CALIBRATION)] if second else []
     for method, by_task in by_method.items():
         total = by_task[OVERALL]
         share = "" if total["region_share"] is None else f"{100 * total['region_share']:.0f}%"
@@ -170,7 +171,8 @@ def text_table(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> tuple[li
         if against:
             line.append("" if method == total["against"] else _signed(total["against_difference"], total["against_interval"]))
         line += [_one(total[MORE[n]]) for n in more]
-        line += [_one(second[method]["score"]), _change(second[method])] if second else []
+        if second:
+            line += [_one(second[method]["score"]), _change(second[method]), *(_one(second[method][MORE[n]]) for n in CALIBRATION)]
         lines.append(line)
     return header, lines
 

@@ -71,8 +71,13 @@ def follow_ups(samples: Sequence[Sample]) -> list[FollowUp]:
     return [FollowUp(group[i - 1], s) for group in by_image.values() if len(group) > 1 for i, s in enumerate(group)]
 
 
-def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> tuple[list[str], list[str], Prepared | None]:
-    """First answers, second answers, and what was done to the images in the first turn. method: None leaves the image out."""
+def converse(
+    run: Run, method: Compressor | None, batch: Sequence[FollowUp], watched: Any = None
+) -> tuple[list[str], Tensor, Prepared | None]:
+    """First answers, the (B, T) tokens of the second ones, and what was done to the images in the first turn.
+
+    method: None leaves the image out. watched: a logits processor of the second turn.
+    """
     model, images = run.loaded.model, method is not None
     asked = run.inputs([f.first for f in batch], images=images)
     prompt = asked["input_ids"]
@@ -91,14 +96,15 @@ def converse(run: Run, method: Compressor | None, batch: Sequence[FollowUp]) -> 
             leave_on(cache_of(first), layout)
         answers = said[:, prompt.shape[1] :]
         turns = [next_turn(run.loaded, run.worded(f.first), run.worded(f.second), int(images)) for f in batch]
-        more, new = padded(turns, prompt)
-        ids = torch.cat([said, more], 1)
+        added, new = padded(turns, prompt)
+        ids = torch.cat([said, added], 1)
         call = {"input_ids": ids, "attention_mask": torch.cat([asked["attention_mask"], spoken(answers, endings(model)), new], 1)}
         if "mm_token_type_ids" in asked:
             types = asked["mm_token_type_ids"]
             call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(ids), ids.shape[1] - types.shape[1])], 1)
-        second = run.generate(call, **with_cache(model, cache_of(first)))
-    return run.decoded(answers), run.decoded(second[:, ids.shape[1] :]), prepared
+        more = {} if watched is None else {"logits_processor": [watched]}
+        second = run.generate(call, **with_cache(model, cache_of(first)), **more)
+    return run.decoded(answers), second[:, ids.shape[1] :], prepared
 
 
 def spoken(answers: Tensor, ends: set[int]) -> Tensor:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from . import moved
 
-__version__ = "0.1.0"
-
 # In a source checkout the folders eval/, patches/ and configs/ beside this package are its subpackages.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "patches" / "rules.py").is_file():
@@ -32,6 +30,7 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
+    "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
     "prepare": "apply.prepare", "Prepared": "apply.prepare",
     "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
@@ -44,6 +43,8 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    __version__: str
+
     from .apply.encode import Encoded as Encoded
     from .apply.encode import encode as encode
     from .apply.labels import mask_labels as mask_labels
@@ -89,6 +90,8 @@ if TYPE_CHECKING:
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .eval.builtin.sample import builtin as builtin
+    from .eval.builtin.sample import sample as sample
     from .patches.checkup import Checkup as Checkup
     from .patches.checkup import doctor as doctor
     from .registry import build as build
@@ -107,7 +110,19 @@ if TYPE_CHECKING:
     from .trained.saving import from_pretrained as from_pretrained
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mllm-efficient")
+    except PackageNotFoundError:  # files on PYTHONPATH that nothing installed
+        return "0+unknown"
+
+
 def __getattr__(name: str):
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name in _HOME:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value

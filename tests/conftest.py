@@ -8,12 +8,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test ne
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+
+from .once import pytest_collection_modifyitems, pytest_runtest_protocol, pytest_runtest_teardown  # noqa: F401
 
 torch.set_num_threads(1)
 
@@ -33,6 +36,12 @@ PROMPTS = {
     "touching images": ("user : <image><image> are the rings green ? assistant :", 2),
 }
 MIXED = ("one image", "two images", "text only", "long text")
+
+
+def pytest_collection_finish() -> None:
+    """What is alive by now stays so, and every full collection of garbage, torch's and the tests' own, would look at all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def by_attention(attention):
     return sorted(range(len(attention)), key=lambda i: (-attention[i], i))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_fastervlm_is_the_top_of_attention(seed):
     x, attention, keys, k = drawn(seed)
@@ -67,6 +68,7 @@ def slow_vispruner(x, attention, k, r):
     return sorted(important + (rest if len(important) < k else []))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_vispruner_is_the_slow_removal_of_duplicates(seed):
     x, attention, keys, k = drawn(seed)
@@ -88,6 +90,7 @@ def slow_scope(x, attention, k, alpha):
     return chosen
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_scope_is_the_slow_greedy_coverage(seed):
     x, attention, keys, k = drawn(seed)
@@ -112,6 +115,7 @@ def slow_visionzip(x, attention, keys, k, share):
     return np.stack([rows[i] for i in sorted(rows)])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_visionzip_is_the_slow_merge(seed):
     x, attention, keys, k = drawn(seed)
@@ -136,6 +140,7 @@ def slow_prumerge(x, attention, keys, k, share, neighbours):
     return np.stack(out)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prumerge_plus_is_the_slow_merge(seed):
     x, attention, keys, k = drawn(seed)
@@ -207,7 +212,7 @@ def test_many_images_at_once_are_each_alone(method):
         dataclasses.replace(parts[1], features=-parts[1].features),
     ]
     ks = [max(1, len(v) // 2) for v in parts]
-    together = method.compress_alike(parts, ks, method._choose, lambda n, d: n * n)
+    together = method.compress_alike(parts, ks)
     for one, k, out in zip(parts, ks, together):
         alone = method.compress(one, k)
         assert torch.equal(out.indices, alone.indices) and torch.equal(out.features, alone.features)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import mllm_efficient as me
 from mllm_efficient.budget import Budget, fit_grid
 
+pytestmark = pytest.mark.once
+
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
 

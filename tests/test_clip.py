@@ -103,6 +103,7 @@ def similarities(x):
 # ------------------------------------------------------------------------------------------------ the choice
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(200))
 def test_it_is_the_slow_greedy_choice_by_determinants(seed):
     x, _, k = drawn(seed)
@@ -117,7 +118,7 @@ def test_it_is_the_slow_greedy_choice_by_determinants(seed):
     v = me.VisualTokens(torch.tensor(x), clip_text=torch.tensor(said), clip_patches=torch.tensor(patches))
     method = me.CDPruner(tokens=k, relevance="clip", clip="somewhere")
     assert method.select(v).tolist() == sorted(slow_dpp(r, s, k))
-    together = method._compress_together([v, v], [k, k])
+    together = method.compress_alike([v, v], [k, k])
     assert all(out.indices.tolist() == method.select(v).tolist() for out in together)
 
 

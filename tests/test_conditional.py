@@ -73,6 +73,7 @@ def slow_dpp(r: np.ndarray, s: np.ndarray, k: int) -> list[int]:
     return chosen
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     x, text, k = drawn(seed)
@@ -81,6 +82,7 @@ def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     assert found == sorted(slow_dpp(*kernel(x, text), k))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(50))
 def test_cdpruner_in_float32_reaches_the_determinant_of_float64(seed):
     """Of rows in general position and K below D. Float32 may take another token where two are alike to seven digits."""
@@ -205,15 +207,15 @@ def test_other_images_of_a_batch_change_no_bit(name):
 @pytest.mark.parametrize("most", [1, 2**27], ids=["memory for one", "memory for all"])
 def test_images_that_share_a_loop_get_what_each_gets_alone(monkeypatch, most):
     """What a CUDA device does with a batch, here on the CPU: equal sizes together, others by themselves, the order kept."""
-    monkeypatch.setattr("mllm_efficient.compressors.selector.TOGETHER", most)
+    monkeypatch.setattr("mllm_efficient.compressors.sharing.TOGETHER", most)
     cases = [drawn(seed) for seed in range(60)]
     cases += [(x + 0.1, text, k) for x, text, k in cases[::2]]
     parts, ks = [tokens(x, text) for x, text, _ in cases], [k for *_, k in cases]
     method = me.CDPruner(keep=0.5)
-    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+    for one, k, out in zip(parts, ks, method.compress_alike(parts, ks)):
         assert torch.equal(out.indices, method.select(one, k)) and torch.equal(out.features, one.features[out.indices])
     with pytest.raises(me.BadBudgetError, match="cdpruner: 9 of 4 tokens cannot be kept"):
-        method._compress_together([tokens(np.ones((4, 3)), np.ones((1, 3)))], [9])
+        method.compress_alike([tokens(np.ones((4, 3)), np.ones((1, 3)))], [9])
 
 
 # What a method is shown of the question ------------------------------------------------------------------------------
@@ -301,6 +303,7 @@ def slow_tome(x: np.ndarray, k: int, r: int | None = None) -> tuple[list[np.ndar
     return [row for row, _ in now], [members for _, members in now]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_tome_is_the_slow_matching(seed):
     x, _, k = drawn(seed)
@@ -352,7 +355,7 @@ def test_tome_of_many_images_at_once_is_that_of_each():
     parts = [tokens(drawn(seed)[0]) for seed in (3, 4, 5, 6)]
     parts += [tokens(-parts[0].features.numpy()), tokens(parts[1].features.numpy()[::-1].copy()), parts[2]]
     ks = [max(1, len(v) // 2) for v in parts[:-1]] + [len(parts[-1])]
-    for one, k, out in zip(parts, ks, method._compress_together(parts, ks)):
+    for one, k, out in zip(parts, ks, method.compress_alike(parts, ks)):
         assert torch.equal(out.features, method.compress(one, k).features)
 
 
@@ -417,6 +420,7 @@ def drawn_grid(seed: int) -> tuple[np.ndarray, tuple[int, int], int, list[float]
     return x, grid, int(draw.integers(1, math.prod(grid) + 1)), [round(float(p), 2) for p in draw.uniform(0.3, 6, groups)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pooling_is_the_slow_loop_in_every_operation(seed):
     x, grid, k, powers = drawn_grid(seed)

@@ -19,6 +19,8 @@ import mllm_efficient as me
 from mllm_efficient.compressors import divprune
 from mllm_efficient.compressors.divprune import distances, farthest_first
 
+pytestmark = pytest.mark.once
+
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
 
@@ -387,10 +389,10 @@ def several() -> tuple[list[me.VisualTokens], list[int]]:
 def test_images_chosen_together_are_those_chosen_alone(monkeypatch, metric, order, together):
     """What a GPU does, here on the CPU. Whole numbers: the distances are exact whoever shares the product."""
     shapes = []
-    monkeypatch.setattr("mllm_efficient.compressors.selector.TOGETHER", together)
+    monkeypatch.setattr("mllm_efficient.compressors.sharing.TOGETHER", together)
     monkeypatch.setattr(divprune, "distances", lambda x, m: shapes.append(tuple(x.shape)) or distances(x, m))
     method, (parts, ks) = me.DivPrune(keep=0.5, metric=metric, order=order), several()
-    done = method._compress_together(parts, ks)
+    done = method.compress_alike(parts, ks)
     sizes = {2**26: (3, 3, 3), 2 * 30**2: (2, 1, 2, 1, 3), 1: (1,) * 9}[together]
     assert [s[0] for s in shapes] == list(sizes), "every product is of as many images as may be together"
     for v, k, out in zip(parts, ks, done):
@@ -402,9 +404,9 @@ def test_one_bad_image_among_several_raises():
     parts, ks = several()
     parts[3].features[2, 1] = float("nan")
     with pytest.raises(me.MllmEfficientError, match="NaN or infinity"):
-        me.DivPrune(keep=0.5)._compress_together(parts, ks)
+        me.DivPrune(keep=0.5).compress_alike(parts, ks)
     with pytest.raises(me.BadBudgetError, match="31 of 30 tokens cannot be kept"):
-        me.DivPrune(keep=0.5)._compress_together(parts[:1], [31])
+        me.DivPrune(keep=0.5).compress_alike(parts[:1], [31])
 
 
 def test_a_batch_with_a_zero_row_scales_only_what_it_must():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -127,7 +132,8 @@ def test_answers_are_judged_again_on_resume(tmp_path, capsys):
     [
         ({"WORLD_SIZE": "2"}, "several processes on a CPU need ACCELERATE_USE_CPU=true"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, None),
-        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one process, not several"),
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one process, where several"),
+        ({"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one process, where several"),
         ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, None),
         ({}, None),
     ],
@@ -145,12 +151,39 @@ def test_launchers_that_do_something_else_in_silence_are_told(monkeypatch, envir
         check_launch(distributed_on_cpu=True)
 
 
-@pytest.mark.parametrize("command", ["eval", "data", "sweep", "train", "export", "show", "report"])
-def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path, command):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "command", "says"),
+    [
+        ("accelerate.commands.launch --cpu --num_processes 2", "train --config tokenflex_builtin", "started one process, where several"),
+        ("accelerate.commands.launch --num_processes 2", "eval --tasks me_builtin", "started one process, where several"),
+        (
+            "torch.distributed.run --standalone --nproc_per_node 2",
+            "eval --tasks me_builtin",
+            "need ACCELERATE_USE_CPU=true before torchrun",
+        ),
+    ],
+)
+def test_real_launchers_are_told(launcher, command, says):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")} | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-m", *launcher.split(), "-m", "mllm_efficient", *command.split()]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mllm-efficient: ")]
+    assert lines and all(says in line for line in lines)
+
+
+READ_ONLY = Path("/sys")  # where the system lets nobody make a file, not even root
+PLACES = [("file", c) for c in ("eval", "data", "sweep", "train", "export", "show", "report")]
+PLACES += [("read-only", c) for c in ("eval", "train", "export")] if READ_ONLY.is_mount() else []
+
+
+@pytest.mark.parametrize(("place", "command"), PLACES)
+def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path, place, command):
     (tmp_path / "file").write_text("")
     (tmp_path / "r.jsonl").write_text('{"prompt": "is it red ?"}')
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    there = tmp_path / "file" / "out"  # below a file, where nothing can be, whoever runs this
+    there = tmp_path / "file" / "out" if place == "file" else READ_ONLY / "out"  # below a file nothing can be, whoever runs this
     argv = {
         "eval": ["eval", "--limit", "1", "--output-dir", there],
         "data": ["eval", "--data", tmp_path / "r.jsonl", "--output-dir", there],
@@ -163,3 +196,75 @@ def test_a_place_that_cannot_be_written_is_one_line(capsys, tmp_path, command):
     assert main([str(a) for a in argv]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("mllm-efficient: ")
+
+
+# ------------------------------------------------------------------------------------------------ full disks
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """The system refuses to make any file larger, as it does on a full disk, with another message."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def last(capsys) -> str:
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("source", ["builtin", "data"])
+def test_a_full_disk_stops_an_evaluation_in_one_line_and_loses_nothing(capsys, tmp_path, source):
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps({"prompt": f"is it {i} ?"}) + "\n" for i in range(70)))
+    asked = ["eval", "--limit", "70", "--batch-size", "7", "--device", "cpu", "--json"]
+    asked += ["--data", str(tmp_path / "r.jsonl"), "--max-new-tokens", "1"] if source == "data" else []
+    with files_of_at_most(8000):
+        assert main([*asked, "--output-dir", str(tmp_path / "out")]) == 2
+    assert f"cannot write {tmp_path / 'out' / 'samples.jsonl'}: File too large" in last(capsys)
+    before = (tmp_path / "out" / "samples.jsonl").read_bytes()
+    kept = before[: before.rindex(b"\n") + 1]
+    with files_of_at_most(300):  # still full
+        assert main([*asked, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "cannot write" in last(capsys) and json.loads((tmp_path / "out" / "run.json").read_text())["model"] == "builtin"
+    assert main([*asked, "--output-dir", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "answers are there already" in err and (tmp_path / "out" / "samples.jsonl").read_bytes().startswith(kept)
+    assert main([*asked, "--output-dir", str(tmp_path / "whole")]) == 0
+    assert json.loads(out)["rows"] == json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_a_full_disk_stops_a_training_in_one_line_and_it_goes_on(capsys, tmp_path):
+    Image.effect_noise((144, 144), 60).convert("RGB").save(tmp_path / "a.png")
+    (tmp_path / "r.jsonl").write_text('{"image": "a.png", "prompt": "what is it ?", "answer": "a ring"}\n' * 4)
+    data = f"{{path: {tmp_path / 'r.jsonl'}}}"
+    asked = ["train", "--config", "tokenflex_builtin", f"output_dir={tmp_path / 'run'}", "counts={36: 1}", f"data={data}"]
+    asked += [f"stages.0.data={data}", "independent_turns=false"]
+    asked += [f"stages.{i}.{k}" for i in (0, 1) for k in ("steps=2", "batch_size=2", "save_steps=1")]
+    with files_of_at_most(20_000):
+        assert main(asked) == 2
+        assert f"cannot write {tmp_path / 'run'}" in last(capsys)
+    assert not list((tmp_path / "run").rglob("compressor.safetensors"))
+    assert main(asked) == 0 and (tmp_path / "run" / "final" / "compressor.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["divprune:tokens=36", "tokenflex:tokens=36", "resize:tokens=36"])
+def test_a_full_disk_leaves_nothing_of_an_export(capsys, tmp_path, method):
+    asked = ["export", "--method", method, "--output-dir", str(tmp_path / "served")]
+    with files_of_at_most(200_000):
+        assert main(asked) == 2
+    assert last(capsys).endswith(f"cannot write {tmp_path / 'served'}: File too large") and not list(tmp_path.iterdir())
+    assert main(asked) == 0 and (tmp_path / "served" / "config.json").is_file()
+
+
+def test_generated_pictures_that_do_not_fit_are_one_line(tmp_path):
+    from mllm_efficient.eval.builtin.recipe.data import build
+
+    with files_of_at_most(100_000), pytest.raises(me.MllmEfficientError, match="cannot write .*: File too large"):
+        build("train", 64, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -467,6 +467,7 @@ def test_a_second_turn_is_that_of_the_wrapped_model_by_hand(spec, name, loaded, 
     pairs = follow_ups(samples("val", 35))[:5]
     evaluation = Run(other, samples("val", 35), [me.build("none")], turns=2)
     firsts, seconds, prepared = converse(evaluation, me.build(spec), pairs)
+    seconds = evaluation.decoded(seconds)
     assert (
         prepared.report.images[0].kept
         == evaluation.prepared(me.build(spec), [pairs[0].first], evaluation.inputs([pairs[0].first], True)).report.images[0].kept
@@ -485,6 +486,30 @@ def test_a_second_turn_is_that_of_the_wrapped_model_by_hand(spec, name, loaded, 
         assert second == other.processor.decode(two[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("spec", ["none", "divprune:keep=0.25", "fastv:layer=1,keep=0.5"])
+def test_confidence_is_that_of_the_steps_of_generate(spec, loaded):
+    """One by one with all of its steps' logits, in both turns; the harness has them in a batch and holds one step at a time."""
+    questions, arm = samples("val", 35), me.build(spec).spec()
+    evaluation = Run(loaded, questions, [me.build("none"), *([me.build(spec)] if spec != "none" else [])], turns=2)
+    records = {(r["method"], r["id"]): r for r in evaluation.answer_all()}
+    how = {"max_new_tokens": evaluation.max_new_tokens, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+    def slow(out, length):
+        ids = out.sequences[0, length:]
+        return float(torch.stack([step[0].log_softmax(-1)[i] for step, i in zip(out.logits, ids, strict=True)]).mean().exp())
+
+    for pair in follow_ups(questions)[:4]:
+        inputs = loaded.inputs([loaded.prompt(pair.first.question.text, 1)], [pair.first.picture(evaluation.size)])
+        with me.compressed(loaded.model, spec):
+            one = loaded.model.generate(**inputs, **how)
+            more = next_turn(loaded, pair.first.question.text, pair.second.question.text, 1)
+            said = one.sequences[:, :-1] if int(one.sequences[0, -1]) == loaded.model.generation_config.eos_token_id else one.sequences
+            ids = torch.cat([said, torch.tensor([more])], 1)
+            two = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one.past_key_values, **how)
+        assert records[arm, pair.first.id]["confidence"] == pytest.approx(slow(one, inputs["input_ids"].shape[1]), abs=1e-5)
+        assert records[arm, pair.id]["confidence"] == pytest.approx(slow(two, ids.shape[1]), abs=1e-5)
+
+
 def test_the_second_turn_sees_the_tokens_that_were_chosen_in_the_first(loaded, looks, registered):
     """A fresh call on the whole conversation that keeps exactly those tokens answers the same; those of its own words do not."""
     chosen: list[int] = []
@@ -501,7 +526,8 @@ def test_the_second_turn_sees_the_tokens_that_were_chosen_in_the_first(loaded, l
     records = {(r["method"], r["id"]): r for r in evaluation.answer_all() if r.get("turns") == 2}
     for pair in pairs[:25]:
         looks.clear()
-        firsts, (answer,), prepared = converse(evaluation, method, [pair])
+        firsts, ids, prepared = converse(evaluation, method, [pair])
+        (answer,) = evaluation.decoded(ids)
         assert len(looks) == 1  # nothing is chosen in the second turn
         assert records[method.spec(), pair.id]["answer"] == first_word(answer)
         assert records[method.spec(), pair.id]["first_answer"] == firsts[0].strip()
@@ -545,8 +571,12 @@ def test_second_turns_have_rows_and_a_column_of_their_own(capsys, tmp_path):
         assert row["turn_difference"] == pytest.approx(row["score"] - row["first_turn"], abs=0.011)
         assert row["difference"] == pytest.approx(row["score"] - row["baseline"], abs=0.011)
     header, lines = text_table(twice["rows"], CATEGORIES)
-    assert header[-2:] == ["2nd turn", "vs none in it [95%]"] and [len(line) for line in lines] == [len(header)] * 3
-    assert lines[2][-2] == f"{second[-1]['score']:.1f}" and len(text_table(once["rows"], CATEGORIES)[0]) == len(header) - 2
+    assert (
+        header[-4:] == ["2nd turn", "vs none in it [95%]", "ECE in it", "AURC in it"] and [len(line) for line in lines] == [len(header)] * 3
+    )
+    assert lines[2][-4] == f"{second[-1]['score']:.1f}" and len(text_table(once["rows"], CATEGORIES)[0]) == len(header) - 4
+    low, high = second[-1]["ece_interval"]
+    assert low <= second[-1]["ece"] <= high and lines[2][-2] == f"{second[-1]['ece']:.1f}"
     assert main(["eval", "--turns", "3"]) == 2
 
 

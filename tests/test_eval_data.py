@@ -16,7 +16,7 @@ import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval import agreement, stats
 from mllm_efficient.eval.agreement import Agreement, cut, divergence, first_difference
-from mllm_efficient.eval.agreement_rows import agreement_rows, agreement_table, worst, worst_table
+from mllm_efficient.eval.agreement_rows import agreement_rows, agreement_table, by_length, length_table, worst, worst_table
 from mllm_efficient.eval.builtin.suite import samples
 from mllm_efficient.eval.requests import prompts_of, read_requests
 from mllm_efficient.loading.models import Loaded, ModelOptions, load
@@ -223,6 +223,37 @@ def test_rows_begin_with_the_baseline_and_equal_a_slow_count(loaded, data):
     assert [len(line) for line in lines] == [len(header)] * 3 and lines[0][0] == "none"
 
 
+def answered(method: str, name: str, tokens: int, same: bool, exact: bool | None = None, error: str | None = None) -> dict:
+    """A record of a request with an image; ``same``: in the same words."""
+    out = {"method": method, "id": name, "task": "agreement", "error": error, "expected": None, "token_ids": [1] * tokens}
+    return out | {"normalised_match": same, "exact_match": same if exact is None else exact}
+
+
+def test_agreement_by_the_length_of_the_uncompressed_answer_equals_a_slow_count():
+    """Bins by powers of two of the baseline's tokens, not of the method's; one that failed agrees with nothing."""
+    lengths = [1, 2, 3, 4, 4, 5, 8, 9, 16, 33]
+    base = [answered("none", str(i), n, True) for i, n in enumerate(lengths)]
+    mine = [answered("m", str(i), 7, i % 3 > 0, exact=i % 2 > 0) for i in range(len(lengths) - 1)]
+    mine.append({**answered("m", "9", 0, True, error="it broke"), "normalised_match": None})
+    records = [*base, *mine, {**answered("m", "text", 4, False), "task": "text-only"}]
+    found = by_length(records, "m", "none")
+    assert list(found) == ["1", "2", "3-4", "5-8", "9-16", "33-64"]
+    for cell in found.values():
+        low, high = cell["tokens"]
+        inside = [r for r, n in zip(mine, lengths) if low <= n <= high]
+        assert cell["n"] == len(inside)
+        for metric in ("exact_match", "normalised_match"):
+            right = sum(bool(r[metric]) and r["error"] is None for r in inside)
+            assert cell[metric] == round(100 * right / len(inside), 2)
+            between = stats.proportion(right, len(inside))
+            assert cell[f"{metric}_interval"] == pytest.approx([100 * b for b in between], abs=0.01)
+    rows = [{"method": "none", "task": "overall"}, {"method": "m", "task": "overall", "by_length": found}]
+    header, lines = length_table(rows)
+    assert header == ["tokens of the answer", *found] and lines[0] == ["requests", "1", "1", "3", "2", "2", "1"]
+    assert lines[1][0] == "m" and lines[1][3] == "66.7 [9.4, 99.2]"
+    assert length_table([{"method": "m", "by_length": {"1": found["1"]}}]) == ([], [])  # all as long: the main table says it
+
+
 def test_the_worst_are_by_kl_with_both_answers(loaded, data):
     records = run(loaded, data, "random:keep=0.0625", "divprune:keep=0.0625").answer_all()
     far = worst(records, 4)
@@ -412,6 +443,8 @@ def test_the_command_prints_tables_and_json_and_keeps_results(capsys, data, tmp_
     assert main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "same answer" in out and "text-only" in out and "Farthest" in out
+    curve = next(r["by_length"] for r in json.loads((tmp_path / "out" / "results.json").read_text())["rows"] if "by_length" in r)
+    assert sum(c["n"] for c in curve.values()) == 11 and ("tokens of the answer" in out) == (len(curve) > 1)
     kept = json.loads((tmp_path / "out" / "results.json").read_text())
     assert main([*argv, "--json", "--output-dir", str(tmp_path / "out")]) == 0
     printed = json.loads(capsys.readouterr().out)

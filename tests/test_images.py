@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from PIL import Image
 
 from mllm_efficient.cli import main
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.media.images import find, load_image, size_of
+from mllm_efficient.media.images import converting, find, load_image, size_of
+
+from .modes import FLOATS, RULE, levels, pixels_seen, write
 
 RED, BLUE = (220, 30, 30), (30, 40, 200)
 
@@ -115,32 +119,6 @@ def test_missing_folder_text_truncated_and_empty_files(tmp_path):
 # ------------------------------------------------------------------------------------------------ one rule for every mode
 
 
-def levels(mode: str, value) -> Image.Image:
-    """A picture of one value, with black in a corner."""
-    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
-    if dtype is None:
-        return Image.new(mode, (32, 32), value)
-    array = np.full((32, 32), value, dtype)
-    array[:16, :16] = 0
-    return Image.fromarray(array)
-
-
-RULE = {  # mode and value, and what is seen at the other corner
-    "16 bits that fit in 8": (("I;16", 200), (200,) * 3),
-    "16 bits, dark": (("I;16", 4000), (15,) * 3),
-    "16 bits, half": (("I;16", 32768), (127,) * 3),
-    "16 bits, white": (("I;16", 65535), (255,) * 3),
-    "32 bits that fit in 8": (("I", 200), (200,) * 3),
-    "32 bits that fit in 16": (("I", 32768), (127,) * 3),
-    "32 bits": (("I", 2**30), (127,) * 3),
-    "transparent red": (("RGBA", (255, 0, 0, 0)), (255,) * 3),
-    "red": (("RGBA", (255, 0, 0, 255)), (255, 0, 0)),
-    "transparent grey": (("LA", (10, 0)), (255,) * 3),
-    "palette": (("P", 0), (0, 0, 0)),
-    "cmyk": (("CMYK", (0, 0, 0, 255)), (0, 0, 0)),
-}
-
-
 @pytest.mark.parametrize("name", RULE)
 def test_every_mode_by_one_rule_however_it_comes(tmp_path, name):
     (mode, value), seen = RULE[name]
@@ -157,7 +135,7 @@ def test_every_mode_by_one_rule_however_it_comes(tmp_path, name):
     dark = [w for w in said if "is nearly black" in str(w.message)]
     assert len(dark) == (len(sources) if name == "16 bits, dark" else 0)
     if dark:
-        assert "its values go to 4,000, and 65,535 is white (--image-range auto stretches them)" in str(dark[0].message)
+        assert "its values go to 4,000, and 65,535 is white (to stretch them, take --image-range auto" in str(dark[0].message)
 
 
 def test_auto_stretches_lowest_to_highest():
@@ -169,7 +147,7 @@ def test_auto_stretches_lowest_to_highest():
     with pytest.raises(MllmEfficientError, match="NaN or infinite"):
         load_image(np.full((9, 9), np.nan), "auto")
     with pytest.raises(MllmEfficientError, match=r"floating-point values, which have no fixed range: .*--image-range auto"):
-        load_image(levels("F", 0.5))
+        load_image(levels(*FLOATS))
     with pytest.raises(MllmEfficientError, match="image range 'half' is not one of full, auto"):
         load_image(levels("L", 3), "half")
 
@@ -211,40 +189,59 @@ def test_home_is_the_users_folder(tmp_path, monkeypatch):
     assert find("~/a.png") == tmp_path / "a.png" and load_image("~/a.png").size == (40, 20)
 
 
-MODES = {"I;16": 4000, "I": 200, "RGBA": (255, 0, 0, 0), "LA": (10, 0), "P": 0, "CMYK": (0, 255, 255, 0)}
+def commands(folder: Path, paths: Sequence[Path], image_range: str) -> dict[str, list[str]]:
+    """Every command that takes pictures, on these. Each training step is of one record."""
+    given = [word for path in paths for word in ("--image", str(path))]
+    data, ours = folder / "r.jsonl", ["--image-range", image_range]
+    records = [{"image": path.name, "prompt": "what is it ?", "answer": "a ring"} for path in paths]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = f"{{path: {data}, image_range: {image_range}}}"
+    recipe = ["output_dir=" + str(folder / "run"), "counts={36: 1}", f"data={source}", f"stages.0.data={source}", "independent_turns=false"]
+    steps = [f"stages.{i}.{k}" for i in (0, 1) for k in (f"steps={len(paths)}", "batch_size=1")]
+    sweep = ["--method", "uniform", "--keep", "0.5", "--output-tokens", "1", "--repeats", "1", "--output-dir", str(folder / "sweep")]
+    return {
+        "generate": ["generate", *given, "--prompt", "what is it ?", "--max-new-tokens", "1", *ours],
+        "show": ["show", *given, "--method", "divprune:keep=0.5", "--output", str(folder / "o.png"), *ours],
+        "eval": ["eval", "--data", str(data), "--max-new-tokens", "1", *ours],
+        "sweep": ["sweep", "--data", str(data), "--max-new-tokens", "1", *sweep, *ours],
+        "train": ["train", "--config", "tokenflex_builtin", *recipe, *steps],
+    }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_commands_see_the_same_pixels(tmp_path, monkeypatch, mode):
-    """generate, show, eval --data and training hand the processor what ``load_image`` gives."""
-    from mllm_efficient.loading.models import ModelOptions, load
-    from mllm_efficient.train.data import read
-    from mllm_efficient.train.encoding import Collator
+@pytest.mark.filterwarnings("ignore:.* is nearly black")
+@pytest.mark.parametrize("command", ["generate", "show", "eval", "sweep", "train"])
+@pytest.mark.parametrize("image_range", ["full", "auto"])
+def test_commands_see_the_pixels_of_the_rule(capsys, tmp_path, monkeypatch, command, image_range):
+    """The processor gets what ``load_image`` gives, of every mode; floating-point ones where they are stretched."""
+    paths, seen = write(tmp_path, 144, floats=image_range == "auto"), pixels_seen(monkeypatch)
+    wanted = {np.asarray(load_image(path, image_range)).tobytes() for path in paths}
+    assert main(commands(tmp_path, paths, image_range)[command]) == 0, capsys.readouterr().err
+    assert wanted <= set(seen) and len(set(seen) - wanted) == (command == "sweep")  # which also times a picture of its own
 
-    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
-    levels(mode, MODES[mode]).resize((144, 144)).save(path)
-    (tmp_path / "r.jsonl").write_text(json.dumps({"image": path.name, "prompt": "what is it ?", "answer": "a ring"}))
-    processor = load(ModelOptions(device="cpu")).processor
-    seen = []
-    kind = type(processor.image_processor)
-    real = kind.preprocess
 
-    def spy(self, images, *args, **kwargs):
-        flat = [i for part in (images if isinstance(images, list) else [images]) for i in (part if isinstance(part, list) else [part])]
-        seen.extend(np.asarray(i).tobytes() for i in flat if hasattr(i, "getpixel"))
-        return real(self, images, *args, **kwargs)
+@pytest.mark.parametrize("command", ["generate", "show", "eval", "sweep", "train"])
+def test_commands_refuse_floating_point_pictures_in_one_line(capsys, tmp_path, command):
+    path = tmp_path / "f.tif"
+    levels(*FLOATS, 144).save(path)
+    assert main(commands(tmp_path, [path], "full")[command]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "f.tif has floating-point values, which have no fixed range" in line
+    assert line.endswith("take --image-range auto or, in a recipe, data.image_range=auto")
 
-    monkeypatch.setattr(kind, "preprocess", spy)
-    with warnings.catch_warnings():
+
+def test_convert_of_other_code_follows_the_rule_while_asked_to():
+    stock = Image.Image.convert
+    with converting(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = np.asarray(load_image(path)).tobytes()
-        assert main(["generate", "--image", str(path), "--prompt", "what is it ?", "--max-new-tokens", "1"]) == 0
-        assert main(["show", "--image", str(path), "--method", "divprune:keep=0.5", "--output", str(tmp_path / "o.png")]) == 0
-        assert main(["eval", "--data", str(tmp_path / "r.jsonl"), "--method", "divprune:keep=0.5", "--max-new-tokens", "1"]) == 0
-        assert len(seen) >= 3
-        before = len(seen)
-        Collator(processor)(read(tmp_path / "r.jsonl"))
-    assert len(seen) > before and set(seen) == {wanted}
+        for (mode, value), wanted in RULE.values():
+            assert levels(mode, value).convert("RGB").getpixel((31, 31)) == wanted
+        with pytest.raises(MllmEfficientError, match="floating-point"):
+            levels(*FLOATS).convert("RGB")
+        assert levels("I;16", 32768).convert("RGB").getpixel((31, 31)) == (127,) * 3  # also behind an error
+        assert levels("L", 7).convert("RGBA").getpixel((31, 31)) == (7, 7, 7, 255)
+        with converting("auto"):
+            assert levels(*FLOATS).convert("RGB").getpixel((31, 31)) == (255,) * 3
+    assert Image.Image.convert is stock
 
 
 def test_a_cut_file_is_an_error_whatever_pillow_was_told(tmp_path, monkeypatch):

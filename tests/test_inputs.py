@@ -10,7 +10,6 @@ import pytest
 import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.loading.models import ModelOptions, load
-from mllm_efficient.loading.prompts import model_inputs, question_prompt
 from mllm_efficient.measure.flops import cost, load_shape
 from mllm_efficient.patches import adapter_for
 
@@ -161,18 +160,24 @@ def sizes(name, count):
 
 
 @pytest.mark.parametrize("name", LIMITED)
-def test_flops_counts_what_the_processor_makes(name, tmp_path):
-    """The model's own count: placeholders without newline columns, of 200 pictures."""
+def test_flops_counts_what_generate_reports(name, tmp_path):
+    """Of 200 pictures: what ``generate`` makes of a call before it decodes, for every sixteenth with its own report."""
     folder = limited(name, tmp_path)
     loaded, shape = load(ModelOptions(str(folder), device="cpu")), load_shape(str(folder))
-    adapter, seen = adapter_for(loaded.model), set()
-    prompt = question_prompt(loaded.processor, QUESTION, 1)
-    for size in sizes(name, 200):
-        inputs = model_inputs(loaded.processor, [prompt], [noise(0, *size)])
-        (item,) = adapter.items(inputs)
+    model, none, seen = loaded.model, me.build("none"), set()
+    prompt = loaded.prompt(QUESTION, 1)
+    for i, size in enumerate(sizes(name, 200)):
+        inputs = loaded.inputs([prompt], [noise(0, *size)])
+        reports = [me.prepare(model, none, **inputs).report]
+        if i % 16 == 0:
+            with me.compressed(model, none):
+                reports.append(model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True).compression)
         closed = cost(shape, image_size=size)
-        assert (closed.visual_tokens_full, closed.separators) == (item.shape.n, item.shape.separators), size
-        seen.add(item.shape.n)
+        (item,) = adapter_for(model).items(inputs)
+        assert closed.separators == item.shape.separators, size
+        assert {report.visual_tokens_full for report in reports} == {closed.visual_tokens_full}, size
+        assert len({report.visual_tokens_kept for report in reports}) == 1
+        seen.add(closed.visual_tokens_full)
     assert len(seen) > 3
 
 

@@ -14,13 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mllm_efficient as me
 from mllm_efficient.apply.prepare import check
 from mllm_efficient.budget import fit_grid
 from mllm_efficient.compressors.base import Compressor, generator_for, one_line, parameters, query_aware
+from mllm_efficient.compressors.math.finite import Watch
 from mllm_efficient.compressors.resizer import Resizer
 from mllm_efficient.patches.base import Adapter
+
+pytestmark = pytest.mark.once
 
 settings.register_profile("patient", deadline=None)  # no test asserts a time
 settings.load_profile("patient")
@@ -594,3 +598,69 @@ def test_a_new_method_draws_from_its_own_seed(registered):
 
 def test_numpy_numbers_of_a_sweep_are_fractions_too():
     assert me.DivPrune(keep=np.float64(0.5)).count(576, None) == 288
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: a number read out of a tensor, a size that depends on values, a copy to the CPU."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "unique", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITING):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_base_class_waits_for_nothing():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Longest(me.Selector):
+        def score(self, v):
+            return v.features.norm(dim=1)
+
+    v = me.VisualTokens(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)))
+    with Watch() as watch, Waits() as waits:
+        (out,) = Longest(tokens=7).compress_all([v], [7])
+    assert waits.seen == []
+    watch.read()
+    assert out.indices.tolist() == sorted(v.features.norm(dim=1).topk(7).indices.tolist())
+    with Waits() as waits, pytest.raises(RuntimeError):  # what is counted is what waits, and a list of values is refused here
+        bool(v.features.sum() > 0)
+        v.features.to("meta").tolist()
+    assert waits.seen == ["_local_scalar_dense"]
+    with Watch():
+        (out,) = Longest(tokens=7).compress_all([me.VisualTokens(v.features.to("meta"))], [7])
+    assert out.features.shape == (7, 8)
+
+
+@pytest.mark.parametrize("index", [-1, 9])
+def test_an_index_outside_is_said_after_the_one_wait(index):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Outside(me.Selector):
+        def select(self, v, k):
+            return torch.tensor([0, index])
+
+    v = me.VisualTokens(torch.zeros(9, 2))
+    with Watch() as watch:
+        Outside(tokens=2).compress(v, 2)
+    with pytest.raises(me.CountMismatchError, match=r"select gave an index outside 0\.\.8"):
+        watch.read()
+    with pytest.raises(me.CountMismatchError, match=r"select gave an index outside 0\.\.8"):
+        Outside(tokens=2).select(v)
+
+
+def test_a_subclass_shares_work_only_where_it_says_so():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(me.DivPrune):
+        def select(self, v, k):
+            return torch.arange(k)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Same(me.DivPrune):
+        extra: int = 1
+
+    assert me.DivPrune.shares_work and Same.shares_work and not Other.shares_work

@@ -319,6 +319,25 @@ def test_adapters_that_do_not_fit_are_one_line(capsys, folder, lora, picture, tm
     )
 
 
+def test_an_adapter_of_a_hub_model_that_is_not_here(capsys, folder, lora, picture, tmp_path):
+    """Says what to do, and does it."""
+    base, name = folder("llava_next"), "llava-hf/llava-v1.6-vicuna-7b-hf"
+    for file in lora.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    ask = ("generate", "--image", picture, "--prompt", "what ?", "--max-new-tokens", "1", "--json")
+    lacking = f"({tmp_path} is an adapter of {name}: give a folder of it: --model FOLDER"
+    assert f"{lacking} --adapter {tmp_path})" in fails(capsys, *ask, "--model", tmp_path)
+    assert f"{lacking})" in fails(capsys, "flops", "--model", tmp_path)
+    assert f"{lacking})" in fails(capsys, "bench", "--random-weights", "--model", tmp_path)
+    answers = []
+    for given in (("--model", base, "--adapter", tmp_path), ("--model", lora)):
+        assert main([*map(str, (*ask, *given))]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["rows"][0]["answer"])
+    assert answers[0] == answers[1]
+
+
 # ------------------------------------------------------------------------------------------------ without torchvision
 
 

@@ -53,6 +53,7 @@ def test_a_second_turn_is_that_of_the_wrapped_model_by_hand(loaded, spec):
     pairs = follow_ups(samples("val", 35))[:5]
     evaluation = Run(loaded, samples("val", 35), [me.build("none")], turns=2)
     firsts, seconds, prepared = converse(evaluation, me.build(spec), pairs)
+    seconds = evaluation.decoded(seconds)
     how, ends = {"max_new_tokens": evaluation.max_new_tokens, "do_sample": False}, loaded.model.generation_config.eos_token_id
     for i, (pair, first, second) in enumerate(zip(pairs, firsts, seconds)):
         inputs = loaded.inputs([loaded.prompt(evaluation.worded(pair.first), 1)], [pair.first.picture(evaluation.size)])

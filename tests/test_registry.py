@@ -16,6 +16,8 @@ import torch
 import mllm_efficient as me
 from mllm_efficient import registry
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]

@@ -250,6 +250,7 @@ def test_a_series_is_a_method_without_its_budget(spec, series):
     assert plots.series_of(spec) == series
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK], ids=lambda t: t.name)
 def test_plots_are_png_files(theme):
     assert plots.png(plots.pareto(own_rows(), plots.flops, "FLOPs", max_drop=None, theme=theme))[:4] == b"\x89PNG"
@@ -258,6 +259,7 @@ def test_plots_are_png_files(theme):
     assert plots.png(plots.bars(rows(), "keep=0.5", theme))[:4] == b"\x89PNG"
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("max_drop", [0, 1, 80])
 def test_equal_scores_are_drawn(max_drop):
@@ -301,6 +303,7 @@ def html(tmp_path_factory) -> str:
     return page(Finished.read(finish(tmp_path_factory.mktemp("page") / "run", rows())))
 
 
+@pytest.mark.once
 def test_the_page_asks_for_nothing_outside(html):
     seen = Page(html)
     assert seen.open == []
@@ -342,6 +345,7 @@ def test_the_page_says_what_was_run_and_that_the_model_is_tiny(html):
     assert text.index("divprune:keep=0.5") < text.index("Accuracy against cost")
 
 
+@pytest.mark.once
 def test_another_model_is_not_called_tiny(tmp_path):
     assert "7B models" not in page(Finished.read(finish(tmp_path / "run", rows(), model="llava-hf/llava-1.5-7b-hf")))
 
@@ -379,6 +383,7 @@ def test_the_page_of_own_requests_is_escaped_and_asks_for_nothing_outside(own_ht
     assert "Agreement against cost" in text and "table-categories" not in own_html
 
 
+@pytest.mark.once
 def test_the_plot_does_not_claim_to_decide_where_the_answers_do(tmp_path):
     for name, answered, claims in (("some", 120, False), ("all", 200, True)):
         rows = own_rows(right=True, answered=answered)
@@ -387,6 +392,7 @@ def test_the_plot_does_not_claim_to_decide_where_the_answers_do(tmp_path):
         assert ("is decided by the requests that have an answer" in text) == (not claims)
 
 
+@pytest.mark.once
 def test_keeping_the_uncompressed_model_is_said_in_words(tmp_path):
     text = page(Finished.read(finish(tmp_path / "run", rows())), 0.5)
     assert '<b id="spec">Keep the uncompressed model</b>' in text and '<code id="spec">' not in text
@@ -431,6 +437,7 @@ def test_chromium_opens_the_page_without_an_error(html, own_html, tmp_path):
 # ------------------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])
 def test_report_renders_own_requests(capsys, tmp_path, kind):
     run = finish(tmp_path / "run", own_rows(), **own_meta())
@@ -439,12 +446,28 @@ def test_report_renders_own_requests(capsys, tmp_path, kind):
     assert "divprune:keep=0.5" in text and "macro" not in text and "None split" not in text
 
 
+@pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])
+def test_agreement_by_length_is_in_every_format(capsys, tmp_path, kind):
+    bins = {"1": [1, 1], "2": [2, 2], "3-4": [3, 4]}
+    curve = {b: {"tokens": t, "n": 12, "normalised_match": 75.0, "normalised_match_interval": [42.8, 94.5]} for b, t in bins.items()}
+    the_rows = [r | ({"by_length": curve} if r["role"] != "baseline" else {}) for r in own_rows()]
+    assert main(["report", str(finish(tmp_path / "run", the_rows, **own_meta())), "--format", kind]) == 0
+    text = capsys.readouterr().out
+    if kind == "csv":
+        row = next(r for r in csv.DictReader(io.StringIO(text)) if r["method"] == "divprune:keep=0.5")
+        assert (row["by_length_3-4_n"], row["by_length_3-4_normalised_match_interval_low"]) == ("12", "42.8")
+    else:
+        assert "tokens of the answer" in text and "75.0" in text and "42.8, 94.5" in text
+    assert ('id="lengths"' in text) == (kind == "html")
+
+
 def test_markdown_is_md(capsys, tmp_path):
     run = finish(tmp_path / "run", rows())
     said = [main(["report", str(run), "--format", kind]) or capsys.readouterr().out for kind in ("md", "markdown")]
     assert said[0] == said[1] and "|---|" in said[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["md", "csv", "latex", "html"])
 def test_report_renders_a_run(capsys, tmp_path, kind):
     run = finish(tmp_path / "run", rows())
@@ -469,6 +492,7 @@ def test_runs_merge_to_all_their_cells_with_one_baseline(capsys, tmp_path):
     assert [r["method"] for r in merged["rows"]] == [r["method"] for r in all_rows] and len(merged["meta"]["metas"]) == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

@@ -45,19 +45,54 @@ def light(tmp_path_factory):
     return json.loads((folder / "results.json").read_text())["rows"]
 
 
-def test_pictures_of_a_sample_are_read_by_the_package_before_its_task_converts_them():
+@pytest.fixture
+def odd_pictures(tmp_path, monkeypatch):
+    """``odd_pictures(task, floats)``: a data root with pictures of unusual modes for a task, and their files."""
+    import dataclasses
+
     from PIL import Image
 
-    from mllm_efficient.eval.lmms.adapter import content_of, upright
+    from .modes import write
+    from .public_data import FIXTURES, STOCK, make
 
-    deep = Image.fromarray(np.full((20, 20), 4000, np.uint16))
-    doc = {"image": Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "more": [deep], "question": "what ?", "id": 3}
-    asked = [upright(doc), upright(doc, "auto")]
-    for found, dark in zip(asked, (15, 0)):
-        pictures = [p.convert("RGB") for p in (found["image"], found["more"][0])]  # as stock tasks do
-        messages = [{"role": "user", "content": [{"type": "image", "url": p} for p in pictures]}]
-        seen = [p.getpixel((0, 0)) for p in content_of(messages, "x").pictures]
-        assert seen == [(255, 255, 255), (dark,) * 3] and (found["question"], found["id"]) == ("what ?", 3)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def prepare(task, floats):
+        paths = write(tmp_path, 144, floats)
+        usual = FIXTURES[STOCK.get(task, task)]
+        rows = [{**usual.rows()[0], "id": f"q{i}", "question_id": str(i), "imageId": f"n{i}"} for i in range(len(paths))]
+        pictures = [{"id": f"n{i}", "image": Image.open(path)} for i, path in enumerate(paths)]
+        rows = [{**row, "image": picture["image"]} if "image" in usual.rows()[0] else row for row, picture in zip(rows, pictures)]
+        more = {name: lambda: pictures for name in usual.more}
+        monkeypatch.setitem(FIXTURES, STOCK.get(task, task), dataclasses.replace(usual, rows=lambda: rows, more=more))
+        make(tmp_path / "data", [task])
+        return tmp_path / "data", paths
+
+    return prepare
+
+
+@pytest.mark.filterwarnings("ignore:.* is nearly black")
+@pytest.mark.parametrize("image_range", ["full", "auto"])
+@pytest.mark.parametrize("task", ["me_pope", "me_gqa"])
+def test_a_run_sees_the_pixels_of_the_rule(capsys, odd_pictures, monkeypatch, task, image_range):
+    """Of pictures in the samples, and in a table that a task reads by itself; both tasks make them RGB in their own way."""
+    from mllm_efficient.media.images import load_image
+
+    from .modes import pixels_seen
+
+    root, paths = odd_pictures(task, floats=image_range == "auto")
+    seen = pixels_seen(monkeypatch)
+    code, found, err = evaluate(capsys, "--tasks", task, "--data-root", root, "--image-range", image_range)
+    assert code == 0 and found["meta"]["questions"] == len(paths), err
+    assert set(seen) == {np.asarray(load_image(path, image_range)).tobytes() for path in paths}
+
+
+@pytest.mark.filterwarnings("ignore:.* is nearly black")
+def test_a_floating_point_picture_is_a_failed_sample_that_says_what_to_do(capsys, odd_pictures):
+    root, paths = odd_pictures("me_pope", floats=True)
+    code, found, err = evaluate(capsys, "--tasks", "me_pope", "--data-root", root)
+    assert code == 1 and overall(found["rows"], "none", "me_pope")["failures"] == 1
+    assert "has floating-point values" in err and f"1 of {len(paths)} answers failed" in err
 
 
 # ------------------------------------------------------------------------------------------------------ equal scores
@@ -76,6 +111,7 @@ def test_our_command_gives_the_light_runners_scores(light, capsys, tmp_path):
             assert (mine["score"], mine["visual_tokens_kept"]) == (row["score"], row["visual_tokens_kept"])
             if name == "macro":
                 assert rows[method, "micro"]["score"] == row["micro"]
+                assert (mine["ece"], mine["aurc"]) == (row["ece"], row["aurc"]) and mine["ece_interval"][0] < mine["ece"]
     assert main(["eval", "--method", "random:keep=0.25", "--limit", "147", "--json"]) == 0  # draws by the same keys
     rnd = next(r for r in json.loads(capsys.readouterr().out)["rows"] if r["method"].startswith("random") and r["task"] == "overall")
     assert rows["random:keep=0.25", "macro"]["score"] == rnd["score"]
@@ -658,9 +694,10 @@ def fake_run(values, scores, higher=True, budget="tokens=36"):
         c.spec: {"metrics": {"m": v}, "n": 2, "failures": 0, "error": None, "clustered": None} for c, v in zip(cells, values)
     }  # fmt: skip
     records = [
-        {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}} for c, of in zip(cells, scores) for i, s in enumerate(of)
-    ]
-    run = SimpleNamespace(cells=cells, tasks=[task], arms=[c.spec for c in cells], summary=lambda arm, _: summaries[arm])
+        {"method": c.spec, "task": "unknown", "id": str(i), "scores": {"m": s}, "cluster": str(i), "error": None}
+        for c, of in zip(cells, scores) for i, s in enumerate(of)
+    ]  # fmt: skip
+    run = SimpleNamespace(seed=0, cells=cells, tasks=[task], arms=[c.spec for c in cells], summary=lambda arm, _: summaries[arm])
     return rows_of(run, records)
 
 
@@ -673,6 +710,35 @@ def test_an_unknown_metric_has_one_scale_for_all_arms(capsys):
     assert [r["score"] for r in rows] == [None] * 4 and rows[1]["retention"] == round(350 / 3.7, 2)
     assert missing(rows) == [] and unscaled(rows) == ["unknown counts by m, whose best value is not known: no percent, no mean over tasks"]
     assert fake_run((0.5, 0.25), ((0, 1), (0, 0.5)), higher=False)[1]["retention"] is None
+
+
+def test_every_line_of_the_table_has_a_cell_for_every_column():
+    from mllm_efficient.eval.lmms.rows import task_table
+
+    rows = fake_run((50.0, 25.0), ((0, 1), (0, 0.5)))
+    rows[1] |= {
+        "hard": 50.0,
+        "hard_n": 4,
+        "broken": 12.5,
+        "broken_n": 8,
+        "ece": 3.25,
+        "aurc": 1.5,
+        "neither": 7,
+        "failures": 3,
+        "prompt_tokens": 9.0,
+    }
+    header, lines = task_table(rows)
+    assert all(len(line) == len(header) for line in lines)
+    found = dict(zip(header, lines[1]))
+    assert [found[h] for h in ("hard", "broken", "ECE", "AURC", "n", "neither", "failed")] == [
+        "50.0 of 4",
+        "12.5%",
+        "3.2",
+        "1.5",
+        "2",
+        "7",
+        "3",
+    ]
 
 
 def test_which_metric_counts():

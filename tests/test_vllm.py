@@ -24,6 +24,7 @@ from mllm_efficient.patches.vllm.shapes import Shapes
 
 from .families import ASPECTS, VOCABULARY, noise
 from .vllm_engine import MARK
+from .vllm_forks import forked
 from .vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, saved_processor_of
 
 KEY = served.KEY
@@ -195,8 +196,10 @@ def test_the_towers_weights_are_named_as_vllm_looks_for_them(tmp_path, make_llav
 
 
 def engine(model, calls, timeout=300, environment=None, asks_again=False, **settings):
-    """Answers of a fresh engine to calls."""
+    """Answers of a fresh engine to calls. One of several ranks starts processes of its own, and so is none of a fork."""
     job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls, "asks_again": asks_again}
+    if "tensor_parallel_size" not in settings:
+        return forked("engine", job, environment, timeout)
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), *settings], input=json.dumps(job), text=True,
         capture_output=True, env={**ENVIRONMENT, **(environment or {})}, timeout=timeout,
@@ -208,14 +211,14 @@ def engine(model, calls, timeout=300, environment=None, asks_again=False, **sett
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """210 questions of the embedded benchmark with their pictures as files, and the model that answers them."""
+    """The model that answers, 210 questions of the embedded benchmark with their pictures as files, and what it has answered."""
     loaded, folder, out = load(ModelOptions(device="cpu")), tmp_path_factory.mktemp("pictures"), []
     for sample in samples("test", 210):
         path = folder / f"{sample.image}.png"
         if not path.exists():
             sample.picture(144).save(path)
         out.append((sample, loaded.prompt(sample.question.text, 1), str(path)))
-    return loaded, out
+    return loaded, out, {}
 
 
 def call(questions, tokens=None, n=None, new=8):
@@ -224,14 +227,15 @@ def call(questions, tokens=None, n=None, new=8):
 
 
 def of_transformers(questions, spec, n=None):
+    """Answers one by one, those already known not again."""
     loaded, chosen = questions[0], questions[1][:n]
-    out = []
+    known = questions[2].setdefault(spec, [])
     with me.compressed(loaded.model, spec), torch.no_grad():
-        for sample, prompt, _ in chosen:
+        for sample, prompt, _ in chosen[len(known) :]:
             inputs = loaded.inputs([prompt], [sample.picture(144)])
             ids = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            out.append(loaded.processor.decode(ids, skip_special_tokens=True).strip())
-    return out
+            known.append(loaded.processor.decode(ids, skip_special_tokens=True).strip())
+    return known[: len(chosen)]
 
 
 @needs_vllm
@@ -469,7 +473,7 @@ def test_a_lora_of_the_language_model(questions, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     calls = [{**call(questions, n=40), "adapter": str(tmp_path / "adapter")}, call(questions, n=40)]
     found = engine(builtin_folder(), calls, hf_overrides={KEY: "divprune:tokens=36"}, enable_lora=True, max_lora_rank=8)
-    adapted = of_transformers((loaded, questions[1]), "divprune:tokens=36", 40)
+    adapted = of_transformers((loaded, questions[1], {}), "divprune:tokens=36", 40)
     assert found[0]["answers"] == adapted and found[1]["answers"] == of_transformers(questions, "divprune:tokens=36", 40)
     assert found[0]["answers"] != found[1]["answers"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,8 @@ from mllm_efficient.registry import BUILTIN
 from mllm_efficient.trained.export import export
 
 from .families import ASPECTS, VOCABULARY, noise
-from .vllm_models import ENVIRONMENT, model_of, needs_vllm, processor_of, saved_processor_of
-from .vllm_processor import MARK
+from .vllm_forks import forked
+from .vllm_models import model_of, needs_vllm, processor_of, saved_processor_of
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 
@@ -41,13 +39,7 @@ BUDGETS = ({"tokens": 9}, {"keep": 0.3})
 
 def front_end(jobs, environment=None):
     """What vLLM's processors say to jobs."""
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_processor.py"))], input=json.dumps(jobs), text=True, capture_output=True,
-        env={**ENVIRONMENT, **(environment or {})}, timeout=600,
-    )  # fmt: skip
-    found = [line for line in run.stdout.splitlines() if line.startswith(MARK)]
-    assert found, run.stderr
-    return json.loads(found[0].removeprefix(MARK))
+    return forked("front_end", jobs, environment, timeout=600)
 
 
 def settings_tried():

@@ -1,4 +1,4 @@
-"""One engine of vLLM in a process of its own: reads JSON (``model``, ``engine``, ``calls``) from stdin, prints ``ANSWERS`` and JSON.
+"""One engine of vLLM for a job (``model``, ``engine``, ``calls``). As a script: reads it as JSON from stdin, prints ``ANSWERS`` and JSON.
 
 A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``,
 ``adapter`` (a folder, or null). Of the job, ``asks_again``: see ``as_on_a_gpu``.
@@ -28,12 +28,12 @@ def as_on_a_gpu() -> None:
     CPUModelRunner.load_model, qwen.asks_again = load, lambda: True
 
 
-def main() -> None:
+def answers(job: dict) -> list[dict]:
+    """Of each call: ``answers`` and ``prompt_tokens``, or ``error``."""
     from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    job = json.load(sys.stdin)
     if job.get("asks_again"):
         as_on_a_gpu()
     fixed = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True, "limit_mm_per_prompt": {"image": 2}}
@@ -53,11 +53,11 @@ def main() -> None:
             out.append({"error": str(error)})
             continue
         out.append({"answers": [d.outputs[0].text.strip() for d in done], "prompt_tokens": [len(d.prompt_token_ids) for d in done]})
-    print(MARK + json.dumps(out))
+    return out
 
 
 if __name__ == "__main__":
     os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
     if "tensor_parallel_size" not in sys.argv:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    main()
+    print(MARK + json.dumps(answers(json.load(sys.stdin))))

@@ -1,4 +1,4 @@
-"""vLLM's front end without an engine: reads JSON (a list of jobs) from stdin, prints ``COUNTS`` and JSON.
+"""vLLM's front end without an engine, for a list of jobs.
 
 A job: ``model`` (a folder), ``settings`` (or null), ``calls``. A call: ``prompt``, ``images`` (paths), ``tokens`` (of the request, or
 null), ``names`` (that a client gives to its images, or null). Of each: the length of every image's placeholder and its hash, or ``error``.
@@ -7,14 +7,9 @@ With ``video`` one is offered instead.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 
-MARK = "COUNTS "
-
-
-def main() -> None:
+def counts(jobs: list[dict]) -> list[dict]:
+    """What the front end says to every call of every job."""
     import numpy as np
     from PIL import Image
     from vllm.config import ModelConfig
@@ -23,7 +18,7 @@ def main() -> None:
 
     load_general_plugins()
     out = []
-    for job in json.load(sys.stdin):
+    for job in jobs:
         overrides = {} if job["settings"] is None else {"visual_token_compression": job["settings"]}
         config = ModelConfig(job["model"], dtype="float32", max_model_len=1024, hf_overrides=overrides, limit_mm_per_prompt={"image": 2})
         processor = MULTIMODAL_REGISTRY.create_processor(config)
@@ -52,9 +47,4 @@ def main() -> None:
             out.append(
                 {"lengths": [p.length for p in places], "hashes": done["mm_hashes"]["image"], "prompt": len(done["prompt_token_ids"])}
             )
-    print(MARK + json.dumps(out))
-
-
-if __name__ == "__main__":
-    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
-    main()
+    return out

@@ -15,6 +15,7 @@ from lmms_eval.api.model import lmms
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import BUILTIN, ModelOptions, load
 from mllm_efficient.loading.processor import processor_settings
+from mllm_efficient.media.images import converting, to_rgb
 from mllm_efficient.registry import build
 
 from .asking import FORMATS, MAX_NEW_TOKENS, RAISE, RECORD, Answer, Asker, Content, Request
@@ -56,8 +57,9 @@ class ChatModel(lmms):
         _, messages_of, settings, doc_id, task, split = instance.args
 
         def content() -> Content:
-            doc = upright(self.task_dict[task][split][doc_id], self.asker.image_range)
-            return content_of(messages_of(doc), f"{task}/{doc_id}")
+            with converting(self.asker.image_range):
+                messages = messages_of(self.task_dict[task][split][doc_id])
+            return content_of(messages, f"{task}/{doc_id}", self.asker.image_range)
 
         return Request(f"{task}/{doc_id}", dict(settings or {}), content)
 
@@ -142,26 +144,11 @@ def rank_device(asked: str | None) -> str:
     return asked or "auto"
 
 
-def upright(value: Any, image_range: str = "full") -> Any:
-    """A sample with its pictures as this package reads pictures, before a task converts them in its own way."""
-    from PIL.Image import Image
-
-    from mllm_efficient.media.images import to_rgb
-
-    if isinstance(value, Image):
-        return to_rgb(value, image_range)
-    if isinstance(value, dict):
-        return {key: upright(part, image_range) for key, part in value.items()}
-    return [upright(part, image_range) for part in value] if isinstance(value, list) else value
-
-
-def content_of(messages: Sequence[dict[str, Any]], name: str) -> Content:
+def content_of(messages: Sequence[dict[str, Any]], name: str, image_range: str = "full") -> Content:
     """lmms-eval's messages, with the pictures taken out. name: of the sample, for methods that draw.
 
     Raises ``MllmEfficientError`` for anything but text and images.
     """
-    from mllm_efficient.media.images import to_rgb
-
     pictures, keys = list[Any](), list[str]()
     out = list[dict[str, Any]]()
     for message in messages:
@@ -171,7 +158,7 @@ def content_of(messages: Sequence[dict[str, Any]], name: str) -> Content:
             if part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image" and not isinstance(part["url"], str):
-                pictures.append(to_rgb(part["url"]))
+                pictures.append(to_rgb(part["url"], image_range))
                 keys.append(part.get("key") or f"{name}/{len(keys)}")
                 parts.append({"type": "image"})
             else:

@@ -58,7 +58,8 @@ class Answer:
 
     visual_tokens_full, visual_tokens_kept, tokens_per_layer: summed over its images; prompt_tokens: of the language model's
     prompt after compression, prompt_tokens_full: before. latency_s: wall time of its batch, of ``batch`` requests, with the
-    processor and the tower. Counts are None where they are not known. picture: a digest of the pixels asked about.
+    processor and the tower. Counts are None where they are not known. picture: a digest of the pixels asked about. confidence: the
+    geometric mean of the probabilities of the answer's tokens.
     """
 
     text: str
@@ -73,6 +74,7 @@ class Answer:
     batch: int = 1
     cached: bool = False
     picture: str | None = None
+    confidence: float | None = None
 
     def counts(self) -> dict[str, Any]:
         """What a sample's log holds of it."""

@@ -23,6 +23,7 @@ from mllm_efficient.errors import MllmEfficientError, did_you_mean
 
 from .scores import known
 from .tasks import FOLDER
+from .tasks.chair import VARIABLE
 
 CAPTIONS = ("CIDEr", "METEOR", "SPICE")  # metrics that run Java
 KEY = "OPENAI_API_KEY"
@@ -91,9 +92,12 @@ def _cure() -> str:
 
 
 class Host:
-    """lmms-eval with the tasks of our own, and data sets from ``data_root`` by their hub ids where it is given."""
+    """lmms-eval with the tasks of our own, and data sets from ``data_root`` by their hub ids where it is given.
 
-    def __init__(self, data_root: Path | None = None, include: Sequence[Path] = ()):
+    coco_instances: COCO's file of what its pictures show, for ``me_coco_chair``.
+    """
+
+    def __init__(self, data_root: Path | None = None, include: Sequence[Path] = (), coco_instances: Path | None = None):
         self.evaluator = lmms_eval_module()
         import datasets
         from lmms_eval.tasks import TaskManager
@@ -105,6 +109,7 @@ class Host:
             if not Path(path).is_dir():
                 raise MllmEfficientError(f"--include-path: no folder {path}")
         self.data_root = None if data_root is None else data_root.resolve()
+        self.coco_instances = coco_instances
         self.include = [str(FOLDER), *(str(p) for p in include)]
         self._ours = TaskManager(include_path=self.include, include_defaults=False)
         self._all: Any = None
@@ -215,13 +220,19 @@ class Host:
 
     @contextlib.contextmanager
     def _local_data(self) -> Iterator[None]:
-        """``datasets.load_dataset`` reads ``data_root/<hub id>`` instead of the hub."""
-        if self.data_root is None:
+        """``datasets.load_dataset`` reads ``data_root/<hub id>`` instead of the hub, and tasks find COCO's file."""
+        with contextlib.ExitStack() as inside:
+            if self.data_root is not None:
+                inside.enter_context(self._from_root(self.data_root))
+            if self.coco_instances is not None:
+                inside.enter_context(_variable(VARIABLE, str(self.coco_instances.expanduser().resolve())))
             yield
-            return
+
+    @contextlib.contextmanager
+    def _from_root(self, root: Path) -> Iterator[None]:
         import datasets
 
-        stock, root = datasets.load_dataset, self.data_root
+        stock = datasets.load_dataset
 
         def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
             if path in BUILDERS or Path(path).is_absolute():
@@ -237,6 +248,20 @@ class Host:
             yield
         finally:
             datasets.load_dataset = stock
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, which is all that a task's functions can be told."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 ROWS = 1000

@@ -115,6 +115,8 @@ class ModelAsker(Asker):
 
         from mllm_efficient.apply.prepare import prepare
 
+        from ..calibration import Watched
+
         start = self._now()
         inputs = self.loaded.inputs([prompt for _, prompt in batch], [self.pictured(content) for content, _ in batch])
         keys = [key for content, _ in batch for key in content.keys]
@@ -125,19 +127,24 @@ class ModelAsker(Asker):
             stops = Stops(until, call["input_ids"].shape[1], self.loaded.processor) if until else None
             if stops is not None:
                 how["stopping_criteria"] = [stops]
+            watched = Watched() if how.get("num_beams", 1) == 1 else None
+            if watched is not None:
+                how["logits_processor"] = [watched]
             out = self.loaded.model.generate(**call, **how)
         short, long = (t["attention_mask"].sum(1).tolist() for t in (call, inputs))
         new = out[:, call["input_ids"].shape[1] :].cpu()
         seconds, report = round(self._now() - start, 4), prepared.report
+        rows = self._ended(new, stops if watched is not None else None)
+        sure = [None] * len(rows) if watched is None else watched.confidences(rows, new[:, -1])
         found = []
-        for i, ids in enumerate(self._ended(new, stops if how.get("num_beams", 1) == 1 else None)):
+        for i, ids in enumerate(rows):
             images = [image for image in report.images if image.row == i]
             layers = [sum(column) for column in zip(*(image.per_layer for image in images if image.per_layer))]
             found.append(
                 Answer(
                     before(self.loaded.processor.decode(ids, skip_special_tokens=True), until), None,
                     sum(image.full for image in images), sum(image.kept for image in images), layers or None,
-                    int(short[i]), int(long[i]), len(ids), seconds, len(batch),
+                    int(short[i]), int(long[i]), len(ids), seconds, len(batch), confidence=sure[i],
                 )
             )  # fmt: skip
         return found

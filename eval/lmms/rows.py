@@ -10,22 +10,27 @@ import numpy as np
 from mllm_efficient.compressors.resize import Resize
 from mllm_efficient.measure.arms import METHOD
 
+from ..calibration import COLUMNS, Calibrated, calibrated, columns
 from ..stats import Estimate, estimate, mean_of, points, sums
 from ..sweep import Cell
 from ..table import OVERALL, shares
 from .host import Task
 from .run import TaskRun
-from .scores import RIGHT, YES_NO, known, neither, primary, top_of
+from .scores import RIGHT, YES_NO, counts_errors, known, neither, primary, top_of
 from .server import ServerCell
 
 MEANING = {
-    "score": "percent of the metric's best value; value: the metric as lmms-eval gives it. overall: the unweighted mean over tasks",
+    "score": "percent of the metric's best value, of a metric that counts errors 100 less its percent; value: the metric as lmms-eval "
+    "gives it, value_interval: 95%. overall: the unweighted mean over tasks",
     "difference": "score minus the baseline's, in points; difference_interval: 95% over 2,000 paired resamples of images, of the metric "
     "that counts; interval_missing says why there is none",
     "retention": "percent of the baseline's score; overall: the mean over tasks",
     "neither": "answers to questions of yes or no that begin with another word",
     "hard": "score on the samples that the baseline gets right and resize at the same budget gets wrong, of which there are hard_n",
     "broken": "percent wrong of the broken_n samples that the baseline and resize at the same budget get right",
+    "ece": "expected calibration error of the answers' confidence (geometric mean of their tokens' probabilities) in percent; aurc: area "
+    "under the risk-coverage curve in percent; lower is better, 95% intervals over resamples of images; overall: means over tasks; null "
+    "where answers are a server's or of beams, or no single answer has a score between 0 and 1",
 }
 Samples = dict[str, dict[str, Any]]
 
@@ -36,6 +41,7 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
     for record in records:
         by.setdefault((record["method"], record["task"]), {})[record["id"]] = record
     rows: list[dict[str, Any]] = []
+    sure: dict[str, list[Calibrated | None]] = {cell.spec: [] for cell in run.cells}
     resized = {_budget(c): c.spec for c in run.cells if c.method.name == Resize.name}
     for task in run.tasks:
         first = primary(task.name, task.higher)
@@ -43,14 +49,21 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
         base, of_base = run.summary(run.arms[0], task.name), by.get((run.arms[0], task.name), {})
         for cell in run.cells:
             mine, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
+            sure[cell.spec].append(_calibrated(samples, task.name, first, run.seed))
             for metric in [first, *(m for m in task.metrics if m != first and m in mine["metrics"])]:
                 row = _row(cell, task, metric, mine, base, samples, tops.get(metric))
                 row["primary"] = metric == first
+                if metric == first:
+                    row |= columns(sure[cell.spec][-1:])
                 if metric == first and row["score"] is not None:
-                    row |= _hard(cell, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))
+                    row |= _hard(cell, task.name, metric, samples, of_base, by.get((resized.get(_budget(cell), ""), task.name), {}))
+                if row["score"] is not None and _parts(run, cell.spec, task.name, metric) is not ...:
                     row |= _intervals(run, row, cell.spec)
                 rows.append(row)
-    return rows + [_overall(run, cell, [r for r in rows if r["method"] == cell.spec and r["primary"]]) for cell in run.cells]
+    for cell in run.cells:
+        counting = [r for r in rows if r["method"] == cell.spec and r["primary"]]
+        rows.append(_overall(run, cell, counting) | columns(sure[cell.spec]))
+    return rows
 
 
 def _budget(cell: Cell) -> tuple[Any, ...] | None:
@@ -77,17 +90,28 @@ def _row(
 ) -> dict[str, Any]:  # fmt: skip
     """A metric of an arm on a task, with nothing yet of what only the metric that counts has."""
     value, other = mine["metrics"].get(metric), base["metrics"].get(metric)
-    higher = task.higher.get(metric, True)
-    score, baseline = (None if v is None or top is None or not higher else 100 * v / top for v in (value, other))
+    higher, errors = task.higher.get(metric, True), counts_errors(task.name, metric)
+    score, baseline = (_percent(task.name, metric, v, top) if higher or errors else None for v in (value, other))
     return _head(cell, task.name, metric) | {
         "higher_is_better": higher,
         "value": value, "score": _round(score), "baseline": _round(baseline),
         "difference": None if score is None or baseline is None else _round(score - baseline),
-        "retention": _round(100 * value / other) if higher and value is not None and other else None,
+        "retention": _retention(value, other) if higher else _retention(score, baseline),
         "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
         "prompt_tokens": _mean(samples, "input_tokens"), "neither": _neither(samples),
     }  # fmt: skip
+
+
+def _percent(task: str, metric: str, value: float | None, top: float | None) -> float | None:
+    """A metric's value as a score: of its best value, or of errors what is left."""
+    if value is None or top is None:
+        return None
+    return 100 - 100 * value / top if counts_errors(task, metric) else 100 * value / top
+
+
+def _retention(value: float | None, base: float | None) -> float | None:
+    return _round(100 * value / base) if value is not None and base else None
 
 
 def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
@@ -95,53 +119,86 @@ def _head(cell: Cell, task: str, metric: str) -> dict[str, Any]:
     return {
         "method": cell.spec, "role": cell.role, "keep": cell.method.fraction if here else None,
         "tokens": cell.method.tokens if here else None, "task": task, "metric": metric, "primary": False, "higher_is_better": True,
-        "score_interval": None, "difference_interval": None, "interval_missing": None, "clusters": None, "floor": None,
-        "hard": None, "hard_n": None, "broken": None, "broken_n": None,
+        "value_interval": None, "score_interval": None, "difference_interval": None, "interval_missing": None, "clusters": None,
+        "floor": None,
+        "hard": None, "hard_n": None, "broken": None, "broken_n": None, **dict.fromkeys(COLUMNS),
     }  # fmt: skip
 
 
-def _hard(cell: Cell, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
+def _calibrated(samples: Samples, task: str, metric: str, seed: int) -> Calibrated | None:
+    """Confidence against a task's own score of each answer, which is how right it is."""
+    scores = _right(samples, task, metric)
+    if len(scores) < len(samples) or not all(0 <= s <= 1 for s in scores.values()):
+        return None
+    found = [
+        {"image": r["cluster"], "error": r["error"], "confidence": r.get("confidence"), "correct": scores[i]} for i, r in samples.items()
+    ]
+    return calibrated(found, seed, task)
+
+
+def _hard(cell: Cell, task: str, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
     """``hard`` and ``broken`` beside ``resize`` at the same budget; nothing for arms without such a partner."""
-    scores, right, wrong = (_scores(rows, metric) for rows in (mine, base, resized))
+    scores, right, wrong = (_right(rows, task, metric) for rows in (mine, base, resized))
     if cell.method.name == Resize.name or not wrong or not scores:
         return {}
     known = {i for i in right if right[i] > RIGHT and i in wrong}
     return shares(scores, {i for i in known if wrong[i] <= RIGHT}, {i for i in known if wrong[i] > RIGHT})
 
 
-def estimates(run: TaskRun, arm: str, task: str, top: float | None) -> tuple[Estimate, Estimate] | str:
+def _parts(run: TaskRun, arm: str, task: str, metric: str) -> Any:
+    """A metric's samples by cluster; None where the task failed, ``...`` where they are not kept (of most metrics that do not count)."""
+    summary = run.summary(arm, task)
+    if metric == primary(task, _higher(run, task)):
+        return summary.get("clustered")
+    return summary.get("errors_clustered", {}).get(metric, ...)
+
+
+def estimates(run: TaskRun, arm: str, task: str, metric: str, top: float | None) -> tuple[Estimate, Estimate] | str:
     """A task's score under an arm and its difference to the baseline's, on the same resamples; or why there are none."""
-    parts: list[Any] = [run.summary(a, task).get("clustered") for a in (arm, run.arms[0])]
+    parts: list[Any] = [_parts(run, a, task, metric) for a in (arm, run.arms[0])]
     missing = next((p["why"] if p else "the task failed" for p in parts if not p or p["why"] is not None), None)
     if missing is not None or top is None:
         return missing or "the metric's best value is not known"
-    (asked, mine), (also, theirs) = ((np.array(p["asked"]), np.array(p["right"])) for p in parts)
-    if not np.array_equal(asked, also):
+    asked, also = (np.array(p["asked"]) for p in parts)
+    if len(asked) != len(also) or not (parts[0].get("weighted") or np.array_equal(asked, also)):
         return "the baseline was asked about other pictures"
-    drawn, before = (_drawn(p, top, run.seed, task) for p in parts)
-    value, baseline = (100 * run.summary(a, task)["metrics"][primary(task, _higher(run, task))] / top for a in (arm, run.arms[0]))
-    shares, mine, theirs = (part / asked.sum() for part in (asked, mine, theirs))
-    return estimate(value, drawn, shares, mine), estimate(value - baseline, drawn - before, shares, mine, theirs)
+    errors = counts_errors(task, metric)
+    drawn, before = (_drawn(p, top, run.seed, task, errors) for p in parts)
+    if not (np.isfinite(drawn).all() and np.isfinite(before).all()):
+        return "some resamples leave the metric undefined"
+    values = [_percent(task, metric, run.summary(a, task)["metrics"][metric], top) for a in (arm, run.arms[0])]
+    value, baseline = (float(v) for v in values if v is not None)
+    of, also_of = asked / asked.sum(), also / also.sum()  # which differ where arms name other numbers of objects
+    mine, theirs = (np.array(p["right"]) / sum(p["asked"]) for p in parts)
+    if errors:
+        mine, theirs = of - mine, also_of - theirs
+    return estimate(value, drawn, of, mine), estimate(value - baseline, drawn - before, (of + also_of) / 2, mine, theirs)
 
 
 def _higher(run: TaskRun, task: str) -> dict[str, bool]:
     return next(t.higher for t in run.tasks if t.name == task)
 
 
-def _drawn(parts: dict[str, Any], top: float, seed: int, task: str) -> np.ndarray:
-    """A metric in percent in every resample of clusters."""
+def _drawn(parts: dict[str, Any], top: float, seed: int, task: str, errors: bool) -> np.ndarray:
+    """A score in every resample of clusters."""
     if parts["drawn"] is not None:
-        return 100 * np.array(parts["drawn"]) / top
-    right, asked = sums(np.array([parts["right"], parts["asked"]]).T, seed, task).T
-    return 100 * right / asked
+        found = 100 * np.array(parts["drawn"]) / top
+    else:
+        right, asked = sums(np.array([parts["right"], parts["asked"]]).T, seed, task).T
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found = 100 * right / asked
+    return 100 - found if errors else found
 
 
 def _intervals(run: TaskRun, row: dict[str, Any], arm: str) -> dict[str, Any]:
     """Of the score and of its difference."""
-    found = estimates(run, arm, row["task"], row["top"])
+    found = estimates(run, arm, row["task"], row["metric"], row["top"])
     if isinstance(found, str):
         return {"interval_missing": found}
-    return _of(run, arm, found)
+    out = _of(run, arm, found)
+    low, high = (row["top"] * s / 100 for s in out["score_interval"])
+    between = (row["top"] - high, row["top"] - low) if counts_errors(row["task"], row["metric"]) else (low, high)
+    return out | {"value_interval": tuple(round(v, 6) for v in between)}
 
 
 def _of(run: TaskRun, arm: str, found: tuple[Estimate, Estimate]) -> dict[str, Any]:
@@ -152,7 +209,7 @@ def _of(run: TaskRun, arm: str, found: tuple[Estimate, Estimate]) -> dict[str, A
 
 def overall(run: TaskRun, arm: str, tops: dict[str, float | None]) -> tuple[Estimate, Estimate] | None:
     """An arm's mean score over the tasks and its difference to the baseline's; None where a task has no interval. tops: by task."""
-    found = [estimates(run, arm, task.name, tops.get(task.name)) for task in run.tasks]
+    found = [estimates(run, arm, task.name, primary(task.name, task.higher), tops.get(task.name)) for task in run.tasks]
     pairs = [f for f in found if not isinstance(f, str)]
     return None if len(pairs) < len(found) else (mean_of([s for s, _ in pairs]), mean_of([d for _, d in pairs]))
 
@@ -177,6 +234,12 @@ def _overall(run: TaskRun, cell: Cell, rows: Sequence[dict[str, Any]]) -> dict[s
 
 def _scores(rows: Samples, metric: str) -> dict[str, float]:
     return {i: r["scores"][metric] for i, r in rows.items() if metric in r["scores"]}
+
+
+def _right(rows: Samples, task: str, metric: str) -> dict[str, float]:
+    """How right each sample is."""
+    scores = _scores(rows, metric)
+    return {i: 1 - s for i, s in scores.items()} if counts_errors(task, metric) else scores
 
 
 def _neither(samples: Samples) -> int | None:
@@ -235,20 +298,9 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     """Header and lines: the metric that counts of every arm, task after task. Columns that nothing fills are left out."""
     rows = [r for r in rows if r["primary"]]
     header = [
-        "task",
-        "metric",
-        "method",
-        "tokens",
-        "prompt",
-        "value",
-        "score",
-        "vs baseline [95%]",
-        "retention",
-        "hard",
-        "n",
-        "neither",
-        "failed",
-    ]
+        "task", "metric", "method", "tokens", "prompt", "value", "score", "vs baseline [95%]", "retention", "hard", "broken", "ECE", "AURC",
+        "n", "neither", "failed",
+    ]  # fmt: skip
     lines = []
     for r in rows:
         base = r["role"] == "baseline"
@@ -257,7 +309,8 @@ def task_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             [
                 title(r["task"]), r["metric"], r["method"], _one(r["visual_tokens_kept"], "g"), _one(r["prompt_tokens"], ".0f"),
                 _one(r["value"], ".4g"), _one(r["score"]), "" if base else _signed(r), "" if base else _one(r["retention"], ".1f", "%"),
-                hard, _one(r["broken"], ".1f", "%"), str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
+                hard, _one(r["broken"], ".1f", "%"), _one(r.get("ece")), _one(r.get("aurc")),
+                str(r["n"]), str(r.get("neither") or ""), str(r["failures"] or ""),
             ]
         )  # fmt: skip
     used = [i for i in range(len(header)) if any(line[i] for line in lines)]
@@ -270,7 +323,9 @@ def detail_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
     values: dict[tuple[str, str], dict[str, str]] = {}
     for r in rows:
         if not r["primary"]:
-            values.setdefault((title(r["task"]), r["metric"]), {})[r["method"]] = _one(r["value"], ".4g")
+            low, high = r.get("value_interval") or (None, None)
+            between = "" if low is None else f" [{low:.4g}, {high:.4g}]"
+            values.setdefault((title(r["task"]), r["metric"]), {})[r["method"]] = _one(r["value"], ".4g") + between
     return ["task", "metric", *arms], [[*key, *(by_arm.get(arm, "") for arm in arms)] for key, by_arm in values.items()]
 
 

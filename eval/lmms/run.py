@@ -22,11 +22,11 @@ from .asking import MAX_NEW_TOKENS, Asker, SampleError
 from .cache import AnswerCache
 from .host import Host, Task
 from .model import ModelAsker
-from .scores import CIRCLE, Clustered, circular, clustered, known, primary, sample_score, top_of
+from .scores import CIRCLE, Clustered, circular, clustered, counts_errors, known, primary, sample_score, top_of
 
 ANSWERS = (
     "visual_tokens_full", "visual_tokens_kept", "tokens_per_layer", "input_tokens", "prompt_tokens_full", "output_tokens", "latency_s",
-    "batch",
+    "batch", "confidence",
 )  # fmt: skip
 POINTS = 200.0  # of each of MME's categories
 
@@ -49,6 +49,7 @@ class TaskOptions:
     servers: tuple[str, ...] = ()
     server_model: str | None = None
     image_range: str = "full"
+    coco_instances: Path | None = None
 
 
 @dataclass
@@ -201,9 +202,11 @@ class TaskRun:
             if _is_metric(key, value, task):
                 metrics.setdefault(key.split(",")[0], float(value))
         failed = [s for s in samples if s["error"] is not None]
-        credited = {m for s in failed for m, score in s["scores"].items() if score > 0}
+        worst = {m: float(counts_errors(task.name, m)) for m in task.metrics}
+        shares = {m for s in logged for m in task.metrics if isinstance(s.get(m), dict) and "weight" in s[m]}  # an empty answer has none
+        credited = {m for s in failed for m, score in s["scores"].items() if score != worst[m] and m not in shares}
         for sample in failed:
-            sample["scores"] = dict.fromkeys(sample["scores"], 0.0)
+            sample["scores"] = {m: worst[m] for m in sample["scores"]}
         for metric in credited:  # some tasks guess where there is no answer: what failed is wrong
             _without_guesses(task, metric, metrics, samples)
         first = primary(task.name, task.higher)
@@ -212,6 +215,10 @@ class TaskRun:
             error = error or f"task {task.name}: no value of {first}"
         parts = _clustered(task, first, metrics, logged, [s["cluster"] for s in samples], bool(credited), self.seed)
         summary = {**head, "id": task.name, "metrics": metrics, "n": len(samples), "failures": len(failed), "clustered": asdict(parts)}
+        summary["errors_clustered"] = {
+            m: asdict(_clustered(task, m, metrics, logged, [s["cluster"] for s in samples], bool(credited), self.seed))
+            for m in _beside_errors(task)
+        }  # fmt: skip
         value = f"{first} {metrics[first]:.4g}" if first in metrics else "no value"
         self.say(f"{task.name}, {head['method']}: {value}{'; ' + error if error else ''}")
         return [*samples, {**summary, "tops": _tops(task, logged), "error": error}]
@@ -253,6 +260,12 @@ def _tops(task: Task, logged: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {}
     found = {m: {s[m]["category"] for s in logged if m in s} for m in task.metrics}
     return {m: POINTS * len(categories) for m, categories in found.items() if categories}
+
+
+def _beside_errors(task: Task) -> list[str]:
+    """The metrics that say something beside one that counts errors, so that they need an interval as well: what is left out of a
+    caption cannot be wrong."""
+    return [m for m in task.metrics if m != primary(task.name, task.higher)] if task.name in known() and known()[task.name].errors else []
 
 
 def _say(text: str) -> None:
@@ -309,7 +322,7 @@ def _clustered(
 ) -> Clustered:  # fmt: skip
     """The metric that counts by cluster, over the samples that have it. credited: whether failed samples had a score."""
     if credited or metric not in metrics:
-        return Clustered([], [], why="the task guesses where an answer failed" if credited else f"there is no {metric}")
+        return Clustered([], [], why="the task gives credit where an answer failed" if credited else f"there is no {metric}")
     items, where = [s[metric] for s in logged if metric in s], [c for s, c in zip(logged, clusters) if metric in s]
     scores = [s for s in map(sample_score, items) if s is not None]
     top = top_of(task.name, metric, metrics[metric], scores)

@@ -27,14 +27,15 @@ CLOSE = 1e-5  # some tasks round their metric to so much
 @dataclass(frozen=True)
 class Known:
     """A task whose scale is known. metric: the one that counts. top: of each metric the value that is 100 percent. per: what the
-    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together. note: what a
-    reader of its numbers should know."""
+    number of right answers is divided by, however many were asked. pairs: samples come in pairs that belong together. errors: metrics
+    of what is wrong. note: what a reader of its numbers should know."""
 
     metric: str
     title: str
     top: dict[str, float]
     pairs: bool = False
     per: int | None = None
+    errors: Sequence[str] = ()
     note: str | None = None
 
 
@@ -68,6 +69,11 @@ def top_of(task: str, metric: str, value: float, scores: Sequence[float]) -> flo
         return None
     mean = sum(scores) / len(scores)
     return next((top for top in (1.0, 100.0) if abs(top * mean - value) < CLOSE * top), None)
+
+
+def counts_errors(task: str, metric: str) -> bool:
+    """Whether a metric is a share of what is wrong, so that what is left of 100 percent is the score."""
+    return task in known() and metric in known()[task].errors
 
 
 def sample_score(value: Any) -> float | None:
@@ -129,14 +135,17 @@ def _open(candidates: Sequence[Any], answer: str) -> bool:
 class Clustered:
     """A metric's samples by cluster, or why it has no interval.
 
-    asked, right: of each cluster, in scores of samples (of questions, where a question is right if every turn of it is). drawn: the
-    metric in each resample, where it is not top * right / asked. why: there is no interval.
+    asked, right: of each cluster, in scores of samples (of questions, where a question is right if every turn of it is; a sample whose
+    ``weight`` is not 1, as of a caption that names several objects, counts so often). drawn: the
+    metric in each resample, where it is not top * right / asked. why: there is no interval. weighted: what is asked of a picture is up to
+    the answer.
     """
 
     asked: list[float]
     right: list[float]
     drawn: list[float] | None = None
     why: str | None = None
+    weighted: bool = False
 
 
 def clustered(
@@ -155,20 +164,26 @@ def clustered(
         return Clustered([], [], why="there is no score of a single answer")
     members = grouped(clusters)
     units = [_units([items[i] for i in m], [known[i] for i in m]) for m in members]
-    asked: list[float] = [float(len(u)) for u in units]
+    weighted = any(_weight(i) != 1 for i in items)
+    asked = [math.fsum(_weight(items[i]) for i in m) if weighted else float(len(u)) for u, m in zip(units, members)]
     right: list[float] = [math.fsum(u) for u in units]
     if top is not None and any(asked) and abs(math.fsum(right) / math.fsum(asked) * top - value) < CLOSE * top:
-        return Clustered(asked, right)
+        return Clustered(asked, right, weighted=weighted)
     if aggregate is None or "args" in inspect.signature(aggregate).parameters:
         return Clustered(asked, right, why=f"the metric is {value:.6g} and its samples' scores do not come to that")
     drawn = _aggregated(aggregate, items, members, seed, name)
     return Clustered(asked, right, drawn, None if drawn else "some resamples leave the metric undefined")
 
 
+def _weight(item: Any) -> float:
+    """How often a sample counts in a share over all samples."""
+    return float(item.get("weight", 1.0)) if isinstance(item, dict) else 1.0
+
+
 def _units(items: Sequence[Any], scores: Sequence[float]) -> list[float]:
     """The scores of a cluster's questions. One that stands there in several orders counts once, and only if the first is among them."""
     if not any(map(circular, items)):
-        return list(scores)
+        return [s * _weight(i) for i, s in zip(items, scores)]
     turns: dict[int, list[tuple[int, float]]] = {}
     for item, score in zip(items, scores):
         turns.setdefault(int(item["index"]) % CIRCLE, []).append((int(item["index"]), score))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.writing import write_text, writing
 
 RUN_FILE, SAMPLES_FILE = "run.json", "samples.jsonl"
 
@@ -37,9 +39,10 @@ class Records:
             raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
         path = folder / SAMPLES_FILE
         end = self._read(path, folder, config) if path.exists() else 0
-        self.file = path.open("ab")
-        self.file.truncate(end)
-        (folder / RUN_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        with writing(path):
+            self.file = path.open("ab")
+            self.file.truncate(end)
+        write_text(folder / RUN_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _read(self, path: Path, folder: Path, config: dict[str, Any]) -> int:
         """Reads finished lines; returns where the last of them ends."""
@@ -73,13 +76,15 @@ class Records:
         for row in new:
             self.rows[row["method"], row["id"]] = row
         if self.file is not None:
-            self.file.write("".join(json.dumps(r) + "\n" for r in new).encode())
-            self.file.flush()
+            with writing(Path(self.file.name)):
+                self.file.write("".join(json.dumps(r) + "\n" for r in new).encode())
+                self.file.flush()
 
     def close(self) -> None:
         for handle in (self.file, self._lock):
             if handle is not None:
-                handle.close()
+                with contextlib.suppress(OSError):  # of lines that a full disk did not take, which ``put`` has told
+                    handle.close()
 
 
 def _lock(folder: Path):

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from ..agreement_rows import length_table
 from .merge import Finished
 from .rows import failures, main_table, task_table, tasks_of
 
@@ -45,10 +46,15 @@ def tables(run: Finished) -> list[tuple[list[str], list[list[str]]]]:
     return [*found, task_table(run.rows)] if tasks_of(run.rows) else found
 
 
+def lengths(run: Finished) -> list[tuple[list[str], list[list[str]]]]:
+    """Agreement by the length of answers: one table, or none of a run that has no such thing."""
+    return [table for table in [length_table(run.rows)] if table[1]]
+
+
 def markdown(run: Finished, max_drop: float | None = None) -> str:
     """The tables, the recommendation and the conditions."""
     out = [_recommended(run, max_drop), ""]
-    for header, lines in tables(run):
+    for header, lines in [*tables(run), *lengths(run)]:
         out += [_md_line(header), "|" + "---|" + "---:|" * (len(header) - 1), *map(_md_line, lines), ""]
     out += [f"{line}\n" for line in failures(run.rows)]
     out += [f"{conditions(run)}." + (f" {TINY}" if is_tiny(run) else ""), ""]
@@ -68,7 +74,7 @@ def _recommended(run: Finished, max_drop: float | None) -> str:
 def latex(run: Finished, max_drop: float | None = None) -> str:
     """The tables as tabulars of the booktabs package."""
     out = [f"% {line}" for line in (_recommended(run, max_drop), conditions(run), *([TINY] if is_tiny(run) else []), *failures(run.rows))]
-    for header, lines in tables(run):
+    for header, lines in [*tables(run), *lengths(run)]:
         out += [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", _tex_line(header), r"\midrule"]
         out += [*map(_tex_line, lines), r"\bottomrule", r"\end{tabular}", ""]
     return "\n".join(out).rstrip() + "\n"

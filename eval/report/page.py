@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .formats import conditions, is_tiny, tables
+from .formats import conditions, is_tiny, lengths, tables
 from .merge import Finished
 from .pictures import worst_requests
 from .recommend import decided_by
@@ -105,7 +105,7 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
         lost = {"vs none [95%]": row["difference"], "same words [95%]": lost.get(WORDS), "right vs none [95%]": lost.get(RIGHT)}
         _shade(cells["cells"], header, lost)
     if not categories:
-        return [main]
+        return [main, *_lengths(run, chosen)]
     tasks = tasks_of(run.rows)
     header, lines = categories[0]
     by_method = {r["method"]: r for r in run.rows}
@@ -125,6 +125,20 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
                     low, high = mine["tasks"][name]["difference_interval"]
                     cell["title"] = f"{mine['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
     return [main, second]
+
+
+def _lengths(run: Finished, chosen: str) -> list[dict[str, Any]]:
+    """The table of agreement by the length of answers; its first line says how many requests those are."""
+    by_method = {r["method"]: r for r in run.rows}
+    caption = "Same words by the length of the uncompressed answer"
+    note = "requests whose uncompressed answer has so many tokens, its end among them"
+    return [
+        {
+            "id": "lengths", "caption": caption, "header": [(h, note if i else "") for i, h in enumerate(header)],
+            "rows": [_cells(line, by_method.get(line[0]), chosen) for line in lines],
+        }
+        for header, lines in lengths(run)
+    ]  # fmt: skip
 
 
 def _cells(line: Sequence[str], row: dict[str, Any] | None, chosen: str) -> dict[str, Any]:

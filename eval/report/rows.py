@@ -39,6 +39,7 @@ DATA_MEANING = MEANING | {
     "agreement": "exact_match: percent of the requests answered by the uncompressed model's text, normalised_match: apart from case, "
     "punctuation, articles and numbers spelled out; first_divergence: the token at which other answers part, on average; kl: of the next "
     "token along the uncompressed model's answer, nats; accuracy: percent right of the requests that have an answer",
+    "by_length": "exact_match and normalised_match by the number of tokens of the uncompressed model's answer, its end among them",
     "*_tflops, *_ms, *_mb": "of the timed prompt (workload), not of the requests",
 }
 
@@ -65,6 +66,7 @@ def row_of(
     if "agreement" in total:
         row["metric"] = total["metric"]
         row["agreement"] = {name: {k: r.get(k) for k in TASK} for name, r in total["agreement"].items()}
+        row["by_length"] = total.get("by_length", {})
     return row | {"failed": failed}
 
 

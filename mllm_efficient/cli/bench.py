@@ -14,6 +14,7 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
+from ..writing import writing
 from . import options, serving
 
 if TYPE_CHECKING:
@@ -280,7 +281,8 @@ def _writing(path: Path | None) -> Iterator[Any]:
 
     def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
         if path is not None:
-            path.write_text(json_module.dumps({"rows": list(rows), "meta": meta}, indent=1, allow_nan=False) + "\n")
+            with writing(path):
+                path.write_text(json_module.dumps({"rows": list(rows), "meta": meta}, indent=1, allow_nan=False) + "\n")
 
     try:
         yield write

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
+from ..writing import write_text
 from . import options
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def evaluate(
     ] = None,
     max_new_tokens: options.MaxNewTokens = None,
     data_root: options.DataRoot = None,
+    coco_instances: options.CocoInstances = None,
     include_path: Annotated[
         list[Path] | None, typer.Option("--include-path", help="With tasks: a folder with task YAML of your own. Repeatable.")
     ] = None,
@@ -90,38 +92,39 @@ def evaluate(
 ) -> int:
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
     with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
-    from ..eval.harness import with_baselines
-
     options.import_files(imports)
     public = tasks is not None or suite not in (None, "builtin")
     check_tasks_options(
         public,
         {
-            "--data-root": data_root, "--include-path": include_path, "--on-error": on_error, "--cache": cache,
-            "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference, "--server": server,
-            "--server-model": server_model,
+            "--data-root": data_root, "--coco-instances": coco_instances, "--include-path": include_path, "--on-error": on_error,
+            "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
+            "--server": server, "--server-model": server_model,
         },
         {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
     if public:
-        from ..eval.lmms.run import TaskOptions
-        from ..loading.models import ModelOptions
         from .launching import check_launch
-        from .tasks import evaluate_tasks, even, task_names
 
         check_launch(distributed_on_cpu=True)
+
+        from ..eval.lmms.run import TaskOptions
+        from ..loading.models import ModelOptions
+        from .tasks import evaluate_tasks, even, task_names
 
         names, usual = task_names(tasks, suite)
         count = even(names, limit or usual, suite)
         asked = TaskOptions(
             names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
-            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range,
+            prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range, coco_instances,
         )  # fmt: skip
         settings = ModelOptions(
             model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
             processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
+    from ..eval.harness import with_baselines
+
     chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
     other = options.one_method(against).spec() if against else None
     if other is not None and other not in [m.spec() for m in chosen]:
@@ -221,7 +224,7 @@ def _data(
     max_new_tokens: int | None, output_dir: Path | None, json: bool, image_range: str,
 ) -> int:  # fmt: skip
     """A user's own requests."""
-    from ..eval.agreement_rows import agreement_rows, agreement_table, worst_table
+    from ..eval.agreement_rows import agreement_rows, agreement_table, length_table, worst_table
     from ..eval.asked import OwnRequests
     from ..eval.requests import read_requests
     from ..loading.models import load
@@ -239,10 +242,18 @@ def _data(
     if not json:
         options.print_table(*agreement_table(rows))
         print(AGREEMENT)
+        print_lengths(*length_table(rows))
         if meta["worst"]:
             print("\nFarthest from the uncompressed model (meta.worst in results.json and --json has more):")
             options.print_table(*worst_table(meta["worst"]), left=5)
     return failures(records)
+
+
+def print_lengths(header: list[str], lines: list[list[str]]) -> None:
+    """Agreement by the length of answers, where they are of several lengths."""
+    if lines:
+        print("\nSame words by the tokens of the uncompressed model's answer, its end among them [95%]:")
+        options.print_table(header, lines)
 
 
 def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
@@ -268,7 +279,7 @@ def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
 
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:
     if output_dir is not None:
-        (output_dir / "results.json").write_text(json_module.dumps({"rows": rows, "meta": meta}, indent=1) + "\n")
+        write_text(output_dir / "results.json", json_module.dumps({"rows": rows, "meta": meta}, indent=1) + "\n")
     if json:
         options.print_json(rows, meta)
 

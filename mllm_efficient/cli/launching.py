@@ -13,16 +13,17 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 def check_launch(distributed_on_cpu: bool) -> None:
     """Raises ``MllmEfficientError`` for what launchers do in silence on a CPU.
 
-    ``accelerate launch --cpu --num_processes 2`` starts one process (accelerate 1.15), known by an address to meet at and no number of
-    processes. distributed_on_cpu: whether torchrun's processes meet through accelerate's own settings, and so need ``ACCELERATE_USE_CPU``
-    where there is no GPU.
+    ``accelerate launch --num_processes 2`` starts one process there, with ``--cpu`` and without (accelerate 1.15), known by an address to
+    meet at and no number of processes. distributed_on_cpu: whether torchrun's processes meet through accelerate's own settings, and so
+    need ``ACCELERATE_USE_CPU`` where there is no GPU.
     """
-    on_cpu = os.environ.get(ON_CPU, "").lower() in ("1", "true", "yes")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if on_cpu and launched and not any(name in os.environ for name in SIZES):
+    if launched and not any(name in os.environ for name in SIZES):
         raise MllmEfficientError(
-            "accelerate launch --cpu started one process, not several: use torchrun --nproc_per_node N with ACCELERATE_USE_CPU=true"
+            "accelerate launch started one process, where several were asked for: on a CPU take torchrun --nproc_per_node N, "
+            f"with {ON_CPU}=true"
         )
+    on_cpu = os.environ.get(ON_CPU, "").lower() in ("1", "true", "yes")
     if distributed_on_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not on_cpu:
         import torch
 

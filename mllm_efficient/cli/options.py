@@ -38,6 +38,9 @@ Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval a
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
 ]
+CocoInstances = Annotated[
+    Path | None, typer.Option("--coco-instances", help="For me_coco_chair: COCO's instances_val2017.json, what its pictures show.")
+]
 ImagePadding = Annotated[str | None, typer.Option("--image-padding", help="With tasks, LLaVA-1.5: pad to a square (the default) or crop.")]
 PromptFormat = Annotated[
     str | None, typer.Option("--prompt-format", help="With tasks: template (the default), or llava_v1 with its system prompt.")

@@ -64,7 +64,7 @@ def show(
     figures.check_target(output)
     methods = list(dict.fromkeys(options.one_method(m) for m in method))
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
-    clip = load_frames(video, frames) if video is not None else ([], [])
+    clip = load_frames(video, frames, image_range) if video is not None else ([], [])
 
     from ..loading.models import BUILTIN, ModelOptions, environment, load
     from ..report import by_layer

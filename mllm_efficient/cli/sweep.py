@@ -13,8 +13,9 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
+from ..writing import write_text
 from . import options
-from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options
+from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options, print_lengths
 from .tasks import LEGEND
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def sweep(
     ] = None,
     tasks: options.Tasks = None,
     data_root: options.DataRoot = None,
+    coco_instances: options.CocoInstances = None,
     image_padding: options.ImagePadding = None,
     image_range: options.ImageRange = "full",
     prompt_format: options.PromptFormat = None,
@@ -94,7 +96,12 @@ def sweep(
     options.import_files(imports)
     budgets = budgets_of(keep, tokens)
     public = tasks is not None or suite not in (None, "builtin")
-    of_tasks = {"--data-root": data_root, "--image-padding": image_padding, "--prompt-format": prompt_format}
+    of_tasks = {
+        "--data-root": data_root,
+        "--coco-instances": coco_instances,
+        "--image-padding": image_padding,
+        "--prompt-format": prompt_format,
+    }
     check_tasks_options(public, of_tasks, {"--data": data, "--split": split})
     if not public:
         check_source(data, suite, split, max_new_tokens)
@@ -133,7 +140,7 @@ def sweep(
         limit = even(names, limit or usual, suite)
         wanted = TaskOptions(
             names, limit, batch_size or 1, data_root, image_padding=image_padding, prompt_format=prompt_format or "template",
-            max_new_tokens=max_new_tokens, image_range=image_range,
+            max_new_tokens=max_new_tokens, image_range=image_range, coco_instances=coco_instances,
         )  # fmt: skip
         host, named = checked(wanted)
     plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
@@ -294,20 +301,22 @@ def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any], folder: Path) ->
     from ..eval.sweep import BEGUN_FILE, write_json
 
     write_json(folder / "report.json", {"rows": rows, "meta": meta})
-    (folder / "report.csv").write_text(csv_text(rows))
+    write_text(folder / "report.csv", csv_text(rows))
     finished = Finished.read(folder)
     write_plots(finished, folder)
-    (folder / "report.html").write_text(page(finished), encoding="utf-8")
+    write_text(folder / "report.html", page(finished))
     (folder / BEGUN_FILE).unlink(missing_ok=True)
 
 
 def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tuple[list[str], list[list[str]]]) -> None:
+    from ..eval.agreement_rows import length_table
     from ..eval.report.rows import main_table
 
     options.print_table(*main_table(rows, quartiles=False, asked=bool(meta["match"])))
     if eval_table[0]:
         options.print_table(*eval_table, left=3 if meta["suite"] == "tasks" else 1)
     print({"data": f"{AGREEMENT}\n{OF_PROMPT}", "tasks": f"{LEGEND}\n{OF_TASKS}"}.get(meta["suite"], OF_BENCHMARK))
+    print_lengths(*length_table(rows))
     if meta["model"] == "builtin":
         print("Offline self-test on a tiny model, not evidence about 7B models.")
     chosen = meta["recommendation"]

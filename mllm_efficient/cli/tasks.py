@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from ..eval.sweep import Cell
     from ..loading.models import ModelOptions
 
+CHAIR = "me_coco_chair"
 LEGEND = """\
-'score' is percent of the metric's best value, 'value' the metric as lmms-eval gives it; 'tokens' and 'prompt' are visual tokens
-kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and resize at the same budget gets
-wrong, and how many those are; 'broken': percent wrong of those that both get right; 'neither': answers to questions of yes or no
-that are neither. A failed sample counts as wrong."""
+'score' is percent of the metric's best value (of errors 100 less their percent), 'value' the metric as lmms-eval gives it; 'tokens'
+and 'prompt' are visual tokens kept and prompt tokens per sample; 'hard': the score on the samples that the baseline gets right and
+resize at the same budget gets wrong, and how many those are; 'broken': percent wrong of those that both get right; 'ECE', 'AURC':
+calibration of the answers' confidence, in percent (lower is better); 'neither': answers to questions of yes or no that are neither.
+A failed sample counts as wrong."""
 
 
 def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], int | None]:
@@ -160,7 +162,9 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
     from ..eval.lmms.host import Host
     from ..eval.lmms.scores import known
 
-    host = Host(asked.data_root, asked.include)
+    if asked.coco_instances is not None and CHAIR not in asked.names:
+        raise MllmEfficientError(f"--coco-instances has no effect without the task {CHAIR}: leave it out")
+    host = Host(asked.data_root, asked.include, asked.coco_instances)
     for name in asked.names:
         if asked.limit is not None and asked.limit % 2 and name in known() and known()[name].pairs:
             raise MllmEfficientError(f"task {name} asks in pairs: give an even --limit")

@@ -13,7 +13,7 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..plans import Plan
 from ..tokens import CompressedTokens, Grid, VisualShape, VisualTokens, grids_of
-from . import fit
+from . import fit, sharing
 from .grouping import groups_of
 from .kinds import IN_LLM, PRE_LLM, OldFamily, read_old_family
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .resizer import Resizer
 
 RANDOM = "random"  # in place of a folder of weights: ones that are drawn, for timing alone
+CHOICES = frozenset({"score", "select", "merge", "compress"})  # what a subclass that chooses in another way overrides
 BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 
 
@@ -39,7 +40,8 @@ class Compressor:
     kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
     between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
     are new ones. channelwise: whether it merges every channel by itself, by places alone, so that features which some models add in
-    later layers (deepstack) can be merged alike. routes: whether it decides image by image what is done.
+    later layers (deepstack) can be merged alike. routes: whether it decides image by image what is done. shares_work: whether
+    ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
     CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
@@ -58,6 +60,7 @@ class Compressor:
     merges: ClassVar[bool] = False
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = False
 
     keep: float | None = None
     tokens: int | None = None
@@ -84,6 +87,8 @@ class Compressor:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         read_old_family(cls)
+        if "shares_work" not in cls.__dict__ and not CHOICES.isdisjoint(cls.__dict__):
+            cls.shares_work = False
 
     def __post_init__(self):
         self.budget  # noqa: B018  (raises on a bad budget)
@@ -143,8 +148,25 @@ class Compressor:
         return 0
 
     def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """Every part by itself, with its own K. For a method that can share work between images: it overrides this."""
+        """Every part as by itself, with its own K."""
+        if self.shares_work and sharing.pays(parts):
+            return self.compress_alike(parts, ks)
         return [self.compress(v, k) for v, k in zip(parts, ks)]  # type: ignore[attr-defined]
+
+    def compress_alike(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
+        """The same, ``compress_batch`` for all that are alike in size, K, dtype and device, as far as memory allows."""
+        done: dict[int, CompressedTokens] = {}
+        for some, k in sharing.alike(self.name, parts, ks, self.batch_entries):
+            done |= zip(some, self.compress_batch([parts[i] for i in some], k))
+        return [done[i] for i in range(len(parts))]
+
+    def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
+        """K tokens of each of some parts that are alike, at once: what ``compress`` gives for each, to the bit."""
+        raise TypeError(f"{type(self).__name__} sets shares_work and must define compress_batch(parts, k)")
+
+    def batch_entries(self, n: int, d: int) -> int:
+        """The numbers that a part of n tokens of width d keeps in memory meanwhile."""
+        return n * n
 
     # ------------------------------------------------------------------------------ what a kind is
 

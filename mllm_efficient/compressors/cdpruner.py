@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import CompressedTokens, VisualTokens
+from ..tokens import VisualTokens
 from .math.cosine import unit
 from .math.finite import require_finite
 from .selector import Selector
@@ -48,6 +47,7 @@ class CDPruner(Selector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})  # with relevance="clip" {"clip_text"}
     paper: ClassVar[str] = "arXiv 2506.10967"
+    shares_work = True
 
     relevance: str = "llm"
     clip: str | None = None
@@ -75,22 +75,15 @@ class CDPruner(Selector):
         return 2 * n * d * (k - (self.relevance == "clip")) + n * (k - 1) * max(0, k - 2)
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        x, relevance = self._conditioned(v)
-        return most_volume(x[None], relevance[None], k)[0]
+        return self.select_batch([v], k)[0]
 
-    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        if type(self) is CDPruner and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
-            return self._compress_together(parts, ks)
-        return super().compress_all(parts, ks)
+    def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
+        """The picks of all in one loop."""
+        x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(v) for v in parts)))
+        return most_volume(x, relevance, k)
 
-    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """The picks of all that are alike in one loop."""
-
-        def choose(some: list[VisualTokens], k: int) -> Tensor:
-            x, relevance = (torch.stack(each) for each in zip(*(self._conditioned(v) for v in some)))
-            return most_volume(x, relevance, k)
-
-        return self.compress_alike(parts, ks, choose, lambda n, d: n * d)
+    def batch_entries(self, n: int, d: int) -> int:
+        return n * d
 
     def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
         """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""

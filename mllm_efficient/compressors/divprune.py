@@ -6,14 +6,14 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadSettingError, NotFiniteError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import CompressedTokens, VisualTokens
+from ..tokens import VisualTokens
 from .math.finite import ADVICE
 from .selector import Selector
 
@@ -39,6 +39,7 @@ class DivPrune(Selector):
     """
 
     paper: ClassVar[str] = "arXiv 2503.02175"
+    shares_work = True
 
     metric: str = "cosine"
     order: str = "raster"
@@ -62,18 +63,9 @@ class DivPrune(Selector):
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         return farthest_first(distances(v.features, self.metric), k)
 
-    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        if type(self) is DivPrune and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
-            return self._compress_together(parts, ks)
-        return super().compress_all(parts, ks)
-
-    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """One product and one choice for all that are alike."""
-
-        def choose(some: list[VisualTokens], k: int) -> Tensor:
-            return farthest_first(distances(torch.stack([v.features for v in some]), self.metric), k)
-
-        return self.compress_alike(parts, ks, choose, lambda n, d: n * n)
+    def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
+        """One product and one choice for all."""
+        return farthest_first(distances(torch.stack([v.features for v in parts]), self.metric), k)
 
 
 def distances(x: Tensor, metric: str = "cosine") -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import CompressedTokens, VisualTokens
+from ..tokens import VisualTokens
 from .math.cosine import cosines, finite
 from .selector import Selector
 
@@ -37,6 +36,7 @@ class Scope(Selector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     paper: ClassVar[str] = "arXiv 2510.24214"
+    shares_work = True
 
     alpha: float = 1.0
 
@@ -50,17 +50,14 @@ class Scope(Selector):
         return 2 * n * n * d
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return self._choose([v], k)[0]
+        return self.select_batch([v], k)[0]
 
-    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        if type(self) is Scope and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
-            return self.compress_alike(parts, ks, self._choose, lambda n, d: 3 * n * n)
-        return super().compress_all(parts, ks)
+    def batch_entries(self, n: int, d: int) -> int:
+        return 3 * n * n
 
-    def _choose(self, some: list[VisualTokens], k: int) -> Tensor:
-        """(B, K) of images that are alike in size."""
+    def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         alike, saliency = [], []
-        for v in some:
+        for v in parts:
             assert v.attention is not None
             x, attention = finite(v.features, self.name, "visual tokens"), finite(v.attention, self.name, "attentions")
             full = torch.float32 if attention.device.type == "mps" else torch.float64

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..tokens import CompressedTokens, VisualTokens
 from .base import Compressor, generator_for
-from .math.finite import require_scores
+from .math.finite import require_inside, require_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TOGETHER = 2**27  # entries in memory at a time: 512 MB of float32, 1 GB of float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,38 +46,15 @@ class Selector(Compressor):
         indices = self.select(v, k)
         return CompressedTokens(v.features[indices], indices)
 
-    def compress_alike(
-        self,
-        parts: Sequence[VisualTokens],
-        ks: Sequence[int],
-        choose: Callable[[list[VisualTokens], int], Tensor],
-        entries: Callable[[int, int], int],
-    ) -> list[CompressedTokens]:
-        """``compress_all`` that hands ``choose`` all parts that are alike in size, K, dtype and device, as far as memory allows.
+    def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
+        indices = self.select_batch(parts, k)
+        if self.order == "raster":
+            indices = indices.sort(dim=1).values
+        return [CompressedTokens(v.features[index], index) for v, index in zip(parts, indices)]
 
-        choose: (parts, k) -> (B, k) indices. entries: (n, d) -> the numbers that a part of n tokens of width d keeps in memory.
-        """
-        done: dict[int, CompressedTokens] = {}
-        for some, k in alike(self.name, parts, ks, entries):
-            indices = choose([parts[i] for i in some], k)
-            if self.order == "raster":
-                indices = indices.sort(dim=1).values
-            done |= {i: CompressedTokens(parts[i].features[index], index) for i, index in zip(some, indices)}
-        return [done[i] for i in range(len(parts))]
-
-
-def alike(
-    name: str, parts: Sequence[VisualTokens], ks: Sequence[int], entries: Callable[[int, int], int]
-) -> Iterator[tuple[list[int], int]]:
-    """Numbers of the parts that are alike in size, K, dtype and device, as many at a time as memory allows, and their K."""
-    groups: dict[Any, list[int]] = {}
-    for i, (v, k) in enumerate(zip(parts, ks)):
-        if not 1 <= k <= len(v):
-            raise BadBudgetError(f"{name}: {k} of {len(v)} tokens cannot be kept")
-        groups.setdefault((v.features.shape, v.features.dtype, v.features.device, k), []).append(i)
-    for ((n, d), *_, k), members in groups.items():
-        most = max(1, TOGETHER // entries(n, d))
-        yield from ((members[start : start + most], k) for start in range(0, len(members), most))
+    def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
+        """(B, K) indices of parts that are alike, in any order: what ``select`` gives for each, to the bit."""
+        raise TypeError(f"{type(self).__name__} sets shares_work and must define select_batch(parts, k)")
 
 
 def _checked(select: Callable) -> Callable:
@@ -97,8 +72,7 @@ def _checked(select: Callable) -> Callable:
         indices = select(self, v, k)
         if indices.shape != (k,):
             raise CountMismatchError(f"{self.name}: select gave {tuple(indices.shape)} indices where {k} were asked")
-        if indices.min() < 0 or indices.max() >= len(v):
-            raise CountMismatchError(f"{self.name}: select gave an index outside 0..{len(v) - 1}")
+        indices = require_inside(indices, len(v), self.name)
         return indices if self.order == "picked" else indices.sort().values
 
     return checked

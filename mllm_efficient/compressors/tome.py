@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +14,6 @@ from .math.cosine import unit
 from .math.finite import require_finite
 from .math.sums import group_sums
 from .merger import Merger
-from .selector import alike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +45,7 @@ class ToMe(Merger):
     """
 
     paper: ClassVar[str] = "arXiv 2210.09461"
+    shares_work = True
 
     r: int | None = None
     at: str = "projector"
@@ -93,23 +92,18 @@ class ToMe(Merger):
         return total
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
+        return self.compress_batch([v], k)[0]
+
+    def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
+        """The rounds of all at once."""
         if self.in_tower:
             raise UnsupportedModelError("tome: at='tower' merges inside a model's tower, and here are tokens alone: leave at= out")
-        return CompressedTokens(v.features, grid=v.grid) if k >= len(v) else CompressedTokens(self._merged([v], k)[0])
+        if k >= len(parts[0]):
+            return [CompressedTokens(v.features, grid=v.grid) for v in parts]
+        return [CompressedTokens(row) for row in self._merged(parts, k)]
 
-    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        if type(self) is ToMe and not self.in_tower and all(v.features.is_cuda for v in parts):
-            return self._compress_together(parts, ks)
-        return super().compress_all(parts, ks)
-
-    def _compress_together(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        """The rounds of all that are alike at once."""
-        done: dict[int, CompressedTokens] = {}
-        for some, k in alike(self.name, parts, ks, lambda n, d: n * n + 3 * n * d):
-            whole = k == len(parts[some[0]])
-            rows = [parts[i].features for i in some] if whole else self._merged([parts[i] for i in some], k)
-            done |= {i: CompressedTokens(row, grid=parts[i].grid if whole else None) for i, row in zip(some, rows)}
-        return [done[i] for i in range(len(parts))]
+    def batch_entries(self, n: int, d: int) -> int:
+        return n * n + 3 * n * d
 
     def _merged(self, some: list[VisualTokens], k: int) -> Tensor:
         """(B, K, D) of images that are alike in size."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
-from ..tokens import CompressedTokens, VisualTokens
+from ..tokens import VisualTokens
 from .math.cosine import cosines, finite
 from .selector import Selector
 
@@ -35,6 +34,7 @@ class VisPruner(Selector):
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     paper: ClassVar[str] = "arXiv 2412.01818"
+    shares_work = True
 
     r: float = 0.5
 
@@ -48,21 +48,18 @@ class VisPruner(Selector):
         return 2 * n * n * d if int(self.r * k) < k < n else 0
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return self._choose([v], k)[0]
+        return self.select_batch([v], k)[0]
 
-    def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
-        if type(self) is VisPruner and all(v.features.is_cuda for v in parts):  # a subclass may choose in another way
-            return self.compress_alike(parts, ks, self._choose, lambda n, d: 3 * n * n)
-        return super().compress_all(parts, ks)
+    def batch_entries(self, n: int, d: int) -> int:
+        return 3 * n * n
 
-    def _choose(self, some: list[VisualTokens], k: int) -> Tensor:
-        """(B, K) of images that are alike in size."""
-        given = [finite(v.attention, self.name, "attentions") for v in some if v.attention is not None]
+    def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
+        given = [finite(v.attention, self.name, "attentions") for v in parts if v.attention is not None]
         order = torch.stack(given).sort(dim=1, descending=True, stable=True).indices
         important, n = int(self.r * k), order.shape[1]
         if important == k or k == n:
             return order[:, :k]
-        alike = torch.stack([cosines(x := finite(v.features, self.name, "visual tokens"), x) for v in some])
+        alike = torch.stack([cosines(x := finite(v.features, self.name, "visual tokens"), x) for v in parts])
         rest = order[:, important:].sort(1).values
         while rest.shape[1] > k - important:
             first, between = rest[:, ::2], rest[:, 1::2]

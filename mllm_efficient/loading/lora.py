@@ -45,6 +45,18 @@ def resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
     return base, model
 
 
+def without_base(folder: str, weights: bool = True) -> str:
+    """What to do where the base model of an adapter's folder is not here, to go behind an error's message; empty for other models.
+
+    weights: whether the command takes ``--adapter``.
+    """
+    base = base_of_folder(folder)
+    if base is None:
+        return ""
+    there = f"give a folder of it: --model FOLDER{f' --adapter {folder}' if weights else ''}"
+    return f" ({folder} is an adapter of {base}: {there})"
+
+
 def attach(model: Any, folder: str) -> None:
     """Puts an adapter's weights beside the model's, in place; the model stays of its class.
 

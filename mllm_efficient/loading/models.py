@@ -121,7 +121,7 @@ def load(options: ModelOptions) -> Loaded:
     if looks_local:
         source = str(Path(source).expanduser())
     if looks_local and not Path(source).is_dir():
-        raise MllmEfficientError(f"no model folder {source}")
+        raise MllmEfficientError(f"no model folder {source}{adapters.without_base(options.model)}")
     if options.revision and Path(source).is_dir():
         raise MllmEfficientError(f"--revision has no effect on the folder {source}: leave it out")
     if options.device_map and options.device != "auto":
@@ -158,7 +158,8 @@ def load(options: ModelOptions) -> Loaded:
     except MllmEfficientError:
         raise
     except Exception as error:  # whatever the libraries below raise for damaged or unfitting files, or a full device
-        raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}") from error
+        away = "" if Path(source).is_dir() else adapters.without_base(options.model)
+        raise MllmEfficientError(f"cannot load the model {options.model}: {_first_line(error)}{away}") from error
     return Loaded(model.eval(), processor, options)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
-from ..loading.lora import base_of_folder
+from ..loading.lora import base_of_folder, without_base
 from ..loading.models import (
     BUILTIN,
     DTYPES,
@@ -34,7 +34,7 @@ def config_of(source: str) -> Any:
 
     from ..patches import FAMILIES
 
-    source = base_of_folder(source) or source
+    given, source = source, base_of_folder(source) or source
     if source == BUILTIN:
         source = str(builtin_folder())
     try:
@@ -45,7 +45,8 @@ def config_of(source: str) -> Any:
         else:
             known = shape_names()
             hint = did_you_mean(source, known)
-            raise MllmEfficientError(f"--random-weights: no shape {source!r}{hint}: a config.json or one of {', '.join(known)}")
+            away = without_base(given, weights=False)
+            raise MllmEfficientError(f"--random-weights: no shape {source!r}{hint}: a config.json or one of {', '.join(known)}{away}")
     except MllmEfficientError:
         raise
     except Exception as error:  # whatever transformers raises for a file that is no configuration

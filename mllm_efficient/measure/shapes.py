@@ -153,10 +153,10 @@ def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
 
 
 def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelShape:
-    from ..loading.lora import base_of_folder
+    from ..loading.lora import base_of_folder, without_base
     from ..loading.models import BUILTIN, builtin_folder
 
-    model = base_of_folder(model) or model
+    given, model = model, base_of_folder(model) or model
     if model in _shipped():
         if revision or trust_remote_code:
             raise MllmEfficientError(f"{model} is a shipped shape: --revision and --trust-remote-code have no effect on it")
@@ -172,16 +172,19 @@ def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelSha
         if not isinstance(config, dict):
             raise MllmEfficientError(f"{folder}/config.json is not a model configuration")
         return shape_of(config, model, read_settings(folder))
+    away = without_base(given, weights=False)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         hint = did_you_mean(model, _shipped())
-        raise MllmEfficientError(f"no shape or folder {model!r}{hint} (shapes: {', '.join(_shipped())}; or a folder, a hub id, builtin)")
+        raise MllmEfficientError(
+            f"no shape or folder {model!r}{hint} (shapes: {', '.join(_shipped())}; or a folder, a hub id, builtin){away}"
+        )
     from transformers import AutoConfig
 
     try:
         found = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever the libraries below raise without network, access or a readable file
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise MllmEfficientError(f"cannot read the configuration of {model}: {reason}") from error
+        raise MllmEfficientError(f"cannot read the configuration of {model}: {reason}{away}") from error
     return shape_of(found, model, _of_hub(model, revision))
 
 

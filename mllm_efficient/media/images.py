@@ -33,6 +33,7 @@ MAX_ASPECT = 100
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 RANGES = ("full", "auto")
 TOPS = (255, 65_535, 2**31 - 1)  # the first that no value is above is white
+STRETCH = "take --image-range auto or, in a recipe, data.image_range=auto"
 DARK = 8  # a picture whose highest value is below this part of white is told
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)  # of two letters at least: C: is a drive
 
@@ -101,7 +102,7 @@ def name_of(image: Any, folder: Path | None = None) -> str:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-_pillow = threading.Lock()  # Pillow's settings are the process's
+_pillow = threading.RLock()  # Pillow's settings are the process's
 
 
 @contextlib.contextmanager
@@ -115,6 +116,28 @@ def whole_files() -> Iterator[None]:
             yield
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextlib.contextmanager
+def converting(image_range: str = "full") -> Iterator[None]:
+    """Other people's code, which makes its pictures RGB by Pillow's ``convert``, does so by this module's rule."""
+    from PIL import Image
+
+    def convert(picture: Picture, mode: str | None = None, *args: Any, **kwargs: Any) -> Picture:
+        if mode != "RGB" or args or kwargs:
+            return stock(picture, mode, *args, **kwargs)
+        Image.Image.convert = stock  # type: ignore[method-assign]  # which the rule itself goes through
+        try:
+            return to_rgb(picture, image_range)
+        finally:
+            Image.Image.convert = convert  # type: ignore[assignment, method-assign]
+
+    with _pillow:
+        stock, Image.Image.convert = Image.Image.convert, convert  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            Image.Image.convert = stock  # type: ignore[method-assign]
 
 
 def load_image(source: Any, image_range: str = "full") -> Picture:
@@ -233,13 +256,14 @@ def _to_eight_bits(picture: Picture, image_range: str, name: str) -> Picture:
     if image_range == "auto":
         return Image.fromarray(_stretched(values, name))
     if picture.mode == "F":
-        raise MllmEfficientError(f"{name} has floating-point values, which have no fixed range: convert it, or take --image-range auto")
+        raise MllmEfficientError(f"{name} has floating-point values, which have no fixed range: convert it, or {STRETCH}")
     values = values.astype(np.int64)
     highest = int(values.max())
     top = next(top for top in TOPS if highest <= top)
     if top > TOPS[0] and highest * DARK < top:
         warnings.warn(
-            f"{name} is nearly black: its values go to {highest:,}, and {top:,} is white (--image-range auto stretches them)", stacklevel=2
+            f"{name} is nearly black: its values go to {highest:,}, and {top:,} is white (to stretch them, {STRETCH})",
+            stacklevel=2,
         )
     return Image.fromarray((np.clip(values, 0, top) * 255 // top).astype(np.uint8))
 

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 EXTRACT = "extract frames first (ffmpeg -i clip.mp4 -vf fps=1 frames/%04d.png) and give their folder"
 
 
-def load_frames(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+def load_frames(path: Path, count: int, image_range: str = "full") -> tuple[list[Picture], list[int]]:
     """At most ``count`` frames of a video, first and last among them, and their numbers in it.
 
     path: a folder of images (sorted by name, numbers in names by value) or an animation that Pillow reads; other video
-    files through PyAV where it is installed. Raises ``MllmEfficientError`` with what to do otherwise.
+    files through PyAV where it is installed. image_range: of frames with more than 8 bits. Raises ``MllmEfficientError`` with what
+    to do otherwise.
     """
     read = _folder if path.is_dir() else _animation
-    frames, numbers = read(path, count)
+    frames, numbers = read(path, count, image_range)
     for number, frame in zip(numbers, frames):
         if frame.size != frames[0].size:
             raise MllmEfficientError(f"frames {numbers[0]} and {number} of {path} differ in size: a video has one size")
@@ -36,7 +37,7 @@ def spread(total: int, count: int) -> list[int]:
     return [total // 2] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def _folder(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+def _folder(path: Path, count: int, image_range: str) -> tuple[list[Picture], list[int]]:
     from PIL import Image
 
     from .images import load_image
@@ -47,10 +48,10 @@ def _folder(path: Path, count: int) -> tuple[list[Picture], list[int]]:
         raise MllmEfficientError(f"the folder {path} has no images: {EXTRACT}")
     names.sort(key=lambda p: [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", p.name)])
     numbers = spread(len(names), count)
-    return [load_image(names[i]) for i in numbers], numbers
+    return [load_image(names[i], image_range) for i in numbers], numbers
 
 
-def _animation(path: Path, count: int) -> tuple[list[Picture], list[int]]:
+def _animation(path: Path, count: int, image_range: str) -> tuple[list[Picture], list[int]]:
     from PIL import Image, UnidentifiedImageError
 
     from .images import load_image, to_rgb
@@ -58,7 +59,7 @@ def _animation(path: Path, count: int) -> tuple[list[Picture], list[int]]:
     if not path.is_file():
         raise MllmEfficientError(f"no folder or file {path}")
     try:
-        load_image(path)  # for its clear messages about a damaged or oversized file
+        load_image(path, image_range)  # for its clear messages about a damaged or oversized file
     except MllmEfficientError as error:
         if isinstance(error.__context__, UnidentifiedImageError):
             return _decoded(path, count)
@@ -71,7 +72,7 @@ def _animation(path: Path, count: int) -> tuple[list[Picture], list[int]]:
         for number in numbers:
             try:
                 animation.seek(number)
-                frames.append(to_rgb(animation))
+                frames.append(to_rgb(animation, image_range))
             except (OSError, SyntaxError, ValueError, EOFError) as error:
                 raise MllmEfficientError(f"frame {number} of {path} cannot be read: {error}") from None
     return frames, numbers

@@ -10,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..writing import write_text, writing
+
 
 class Bar(TrainerCallback):
     """A progress bar on stderr with the newest loss. Off a terminal it is drawn twice a minute."""
@@ -52,10 +54,10 @@ class LogFile(TrainerCallback):
                 continue
             if entry["stage"] != self.stage or entry["step"] <= state.global_step:
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"stage": self.stage, "step": state.global_step, **logs}) + "\n")

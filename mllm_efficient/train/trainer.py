@@ -31,6 +31,7 @@ from ..trained import folder as trained
 from ..trained.base_model import base_of
 from ..trained.files import RANDOM
 from ..trained.install import install
+from ..writing import writing
 from .callbacks import Bar, LogFile
 from .config import DataConfig, Recipe, StageConfig
 from .data import builtin_records
@@ -139,7 +140,8 @@ class CountTrainer(Trainer):
 
 
 def _write(model: TrainingModel, path: Path) -> None:
-    save_file({k: v.contiguous() for k, v in model.trained_state().items()}, path)
+    with writing(path):
+        save_file({k: v.contiguous() for k, v in model.trained_state().items()}, path)
 
 
 def _read(model: TrainingModel, path: Path) -> None:
@@ -260,7 +262,7 @@ def run(recipe: Recipe) -> Path:
     folder = Path(recipe.output_dir)
     records = {s.name: records_of(recipe, s) for s in recipe.stages}
     first = int(os.environ.get("RANK", 0)) == 0  # which owns the folder for all
-    with owned(folder, ".lock", "output_dir") if first else contextlib.nullcontext():
+    with owned(folder, ".lock", "output_dir") if first else contextlib.nullcontext(), writing(folder):
         return _run(recipe, records, folder)
 
 
@@ -300,7 +302,7 @@ def _settle(recipe: Recipe, loaded: Loaded, model: TrainingModel, records: Any, 
     found = routing_log(total.tolist(), *model.routing_names) if total[0] else {}
     model.kept = [found[f"kept_{layer}"] / 100 for layer in model.routing_names[0]] if found else None
     if int(os.environ.get("RANK", 0)) == 0:
-        with (folder / LOG).open("a") as file:
+        with writing(folder / LOG), (folder / LOG).open("a") as file:
             file.write(json.dumps({"stage": "settled", "step": 0, "images": int(total[0]), **found}) + "\n")
 
 

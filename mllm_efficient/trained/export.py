@@ -22,6 +22,7 @@ from ..loading.processor import NEEDS_VIDEO
 from ..patches.vllm import PREFIX, PROJECTOR
 from ..patches.vllm import SERVED as FAMILIES
 from ..patches.vllm.settings import ALLOWED, Settings, require_served
+from ..writing import writing
 from .base_model import base_of
 from .files import CONFIG, SERVED
 from .folder import move, parts_of, save
@@ -60,24 +61,29 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        extra: dict[str, Any] = {}
-        if plain is not None:
-            _smaller(loaded, adapter, plain)
-        else:
-            own = {k: v for k, v in method.to_dict().items() if k != "weights"}
-            extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
-        if method.as_projector is not None:
-            extra[PROJECTOR] = _projector(loaded, adapter, method.as_projector, partial)
-        loaded.model.save_pretrained(partial)
-        loaded.processor.save_pretrained(partial)
-        _named_for_vllm(partial)
-        config = json.loads((partial / CONFIG).read_text())
-        config = {**config, **extra}
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        with writing(folder):
+            _write(loaded, adapter, method, plain, allowed, partial)
         partial.chmod(0o755)
         move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(loaded: Loaded, adapter: Any, method: Compressor, plain: Resizer | None, allowed: Sequence[int], folder: Path) -> None:
+    """The content of a served folder."""
+    extra: dict[str, Any] = {}
+    if plain is not None:
+        _smaller(loaded, adapter, plain)
+    else:
+        own = {k: v for k, v in method.to_dict().items() if k != "weights"}
+        extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
+    if method.as_projector is not None:
+        extra[PROJECTOR] = _projector(loaded, adapter, method.as_projector, folder)
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    _named_for_vllm(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **extra}, indent=2) + "\n")
 
 
 def _smaller(loaded: Loaded, adapter: Any, method: Resizer) -> None:

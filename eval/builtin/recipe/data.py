@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mllm_efficient.writing import writing
+
 from ..architecture import GRID, IMAGE_SIZE, PATCH, VOCABULARY
 from ..questions import CATEGORIES, all_questions, benchmark_questions
 from ..scenes import COLOURS, SHAPES, SPLITS, Stream, make_scene
@@ -87,6 +89,16 @@ def _one(split: str, index: int):
     return image, patch_labels(scene, owners), blocks, meta
 
 
+def _allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """An array mapped from a new file with its place on the disk taken: a map that finds a full disk only later kills the process."""
+    with writing(path):
+        array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def build(split: str, n: int, folder: Path, workers: int = 2) -> dict[str, np.ndarray]:
     """Arrays of the first n scenes of a split, memory-mapped; drawn on the first call (about 3 ms per image and core)."""
     names = ("images", "labels", "blocks", "meta")
@@ -96,12 +108,16 @@ def build(split: str, n: int, folder: Path, workers: int = 2) -> dict[str, np.nd
         shapes = {"images": (n, IMAGE_SIZE, IMAGE_SIZE, 3), "labels": (n, GRID * GRID, 5), "blocks": (n, POOL, BLOCK), "meta": (n, POOL, 2)}
         # renamed when complete: an interrupted run starts anew, and several processes do not disturb each other
         drawn = {k: f.with_suffix(f".{os.getpid()}.new") for k, f in files.items()}
-        out = {k: np.lib.format.open_memmap(drawn[k], "w+", np.uint8, shapes[k]) for k in names}
-        with get_context("spawn").Pool(workers) as pool:
-            for i, row in enumerate(pool.imap(partial(_one, split), range(n), chunksize=64)):
-                for k, value in zip(names, row):
-                    out[k][i] = value
-        for k, array in out.items():
-            array.flush()
-            drawn[k].replace(files[k])
+        try:
+            out = {k: _allocated(drawn[k], shapes[k]) for k in names}
+            with get_context("spawn").Pool(workers) as pool:
+                for i, row in enumerate(pool.imap(partial(_one, split), range(n), chunksize=64)):
+                    for k, value in zip(names, row):
+                        out[k][i] = value
+            for k, array in out.items():
+                array.flush()
+                drawn[k].replace(files[k])
+        finally:
+            for file in drawn.values():
+                file.unlink(missing_ok=True)
     return {k: np.load(f, mmap_mode="r") for k, f in files.items()}

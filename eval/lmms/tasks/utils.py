@@ -168,7 +168,5 @@ def _gqa_images() -> tuple[Any, dict[str, int]]:
 
 def gqa_visual(doc: Doc) -> list[Any]:
     """The question's image out of the table of images, where lmms-eval's own task copies each image to each of its questions."""
-    from mllm_efficient.media.images import to_rgb
-
     images, rows = _gqa_images()
-    return [to_rgb(images[rows[doc["imageId"]]]["image"])]
+    return [images[rows[doc["imageId"]]]["image"].convert("RGB")]

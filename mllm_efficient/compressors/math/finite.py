@@ -1,6 +1,6 @@
-"""Values that are not finite: NaN and infinity have no order, so what holds them raises by name.
+"""What must be true of tensors: values that are finite (NaN and infinity have no order), indices that are inside.
 
-A call looks at many tensors, and each answer would make the host wait for a GPU. So inside a ``Watch`` the answers stay on the
+A call looks at many tensors, and each answer would make the CPU wait for a GPU. So inside a ``Watch`` the answers stay on the
 device, and are read together, once. Without one, where a method is used by itself, they are read at once.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextvars
 from typing import TYPE_CHECKING
 
-from ...errors import NotFiniteError
+from ...errors import CountMismatchError, MllmEfficientError, NotFiniteError
 from ...lazy import torch
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ _watching: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watchi
 
 
 class Watch:
-    """Collects, inside a ``with`` block, what ``require_finite`` and ``require_scores`` find; ``read`` raises for it."""
+    """Collects, inside a ``with`` block, what the functions below find; ``read`` raises for it."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[str, Tensor]] = []
+        self._found: list[tuple[MllmEfficientError, Tensor]] = []
 
     def __enter__(self) -> Watch:
         self._token = _watching.set(self)
@@ -32,28 +32,35 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         _watching.reset(self._token)
 
-    def see(self, ok: Tensor, message: str) -> None:
-        self._found.append((message, ok))
+    def see(self, ok: Tensor, error: MllmEfficientError) -> None:
+        self._found.append((error, ok))
 
     def read(self) -> None:
-        """Raises ``NotFiniteError`` for the first that was not finite; the host waits once, for all of them."""
+        """Raises the error of the first that does not hold; the CPU waits once, for all of them."""
         if not self._found:
             return
         device = self._found[0][1].device
         answers = torch.stack([ok.to(device) for _, ok in self._found]).tolist()
-        for (message, _), ok in zip(self._found, answers):
+        for (error, _), ok in zip(self._found, answers):
             if not ok:
-                raise NotFiniteError(message)
+                raise error
 
 
 def require_finite(x: Tensor, name: str, what: str) -> None:
     """Raises ``NotFiniteError`` for NaN or infinity in ``x``. name: of the method. what: what x is, a plural."""
-    _require(x.isfinite().all(), f"{name}: the {what} hold NaN or infinity: {ADVICE}")
+    _require(x.isfinite().all(), NotFiniteError(f"{name}: the {what} hold NaN or infinity: {ADVICE}"))
 
 
 def require_scores(scores: Tensor, name: str) -> None:
     """Raises ``NotFiniteError`` for NaN or plus infinity. Minus infinity is how a method says that a token is the last to stay."""
-    _require((scores < float("inf")).all(), f"{name}: score gave NaN or infinity: {ADVICE}")
+    _require((scores < float("inf")).all(), NotFiniteError(f"{name}: score gave NaN or infinity: {ADVICE}"))
+
+
+def require_inside(indices: Tensor, n: int, name: str) -> Tensor:
+    """Raises ``CountMismatchError`` for an index that is none of n tokens; the indices, each made one that can be looked up until then."""
+    inside = (indices >= 0) & (indices < n)
+    _require(inside.all(), CountMismatchError(f"{name}: select gave an index outside 0..{n - 1}"))
+    return indices.clamp(0, n - 1)
 
 
 def read_found() -> None:
@@ -63,11 +70,11 @@ def read_found() -> None:
         watch.read()
 
 
-def _require(ok: Tensor, message: str) -> None:
+def _require(ok: Tensor, error: MllmEfficientError) -> None:
     watch = _watching.get()
     if ok.is_meta:
         return
     if watch is not None:
-        watch.see(ok, message)
+        watch.see(ok, error)
     elif not ok:
-        raise NotFiniteError(message)
+        raise error
