@@ -12,6 +12,7 @@ from ..errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import RANDOM, Compressor
+from .fit import OF_TOWER
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Composed(Compressor):
         if stage.as_resizer is not None or stage.in_tower:
             does = "merges in the tower" if stage.in_tower else "makes the picture smaller"
             raise UnsupportedModelError(f"{stage.name} {does}, and {projector.name} gives as many tokens: use one of them")
-        tokens, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(stage.needs))
+        tokens, lacking = f"the tokens of {projector.name}", sorted(OF_TOWER & set(stage.needs))
         if lacking:
             raise UnsupportedModelError(f"{stage.name} needs {', '.join(lacking)} of the tower's tokens, which {tokens} have not")
         if stage.positions == "keep" or stage.newline == "keep":

@@ -12,6 +12,8 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from .base import Compressor
 
+OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the vision tower is watched
+
 
 def require_slot(method: Compressor, adapter: Any) -> None:
     """There is a projector for a trained one to replace."""
