@@ -95,7 +95,8 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     from .encode import has_pixels
     from .wrap import method_of
 
-    labels, ids, method = batch["labels"], batch.get("input_ids"), method_of(model)
+    labels: Tensor = batch["labels"]
+    ids, method = batch.get("input_ids"), method_of(model)
     if method is None or ids is None or not has_pixels(dict(batch)):
         return labels
     adapter, mask = adapter_for(model), batch.get("attention_mask")

@@ -137,7 +137,7 @@ def _same_end(layout: Layout, keep: Any) -> bool:
 
 
 @torch.compiler.disable(reason="compression chooses by values")
-def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def mark_output(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: puts on the output which columns it belongs to, and the layout on the cache."""
     active = active_on(model)
     if within_generate(model) or active is None or active.here(model) is None:
@@ -200,7 +200,7 @@ def _gathered(logits: Tensor, full: Full) -> Tensor:
     return logits[rows, full.source.to(logits.device)]
 
 
-def _tuple_at_full_length(output: tuple, full: Full, labelled: bool) -> tuple:
+def _tuple_at_full_length(output: tuple[Any, ...], full: Full, labelled: bool) -> tuple[Any, ...]:
     at = int(labelled)  # after the loss
     return (*output[:at], _gathered(output[at], full), *output[at + 1 :])
 

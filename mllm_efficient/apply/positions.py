@@ -66,13 +66,13 @@ def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage]
     return places[..., :-1], places[0, :, -1]
 
 
-def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list], list]:
+def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list[Any]], list[Any]]:
     """(B, L) the kind of each column, the (t, h, w) of each item that is a grid, and the seconds of each video's frames."""
     types = torch.zeros_like(ids)
     for kind, token in enumerate(adapter.placeholders.values(), start=1):
         types[ids == token] = kind
-    grids: dict[str, list] = {modality: [] for modality in adapter.placeholders}
-    seconds = []
+    grids: dict[str, list[Any]] = {modality: [] for modality in adapter.placeholders}
+    seconds = list[Any]()
     for image, p, done in sorted(images, key=lambda known: known[0].index):
         planes = p.shape.planes if rule == "keep" or p.untouched or done is None else done.kept_planes
         if planes is None:  # selected tokens, which count on as text does

@@ -18,12 +18,12 @@ LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_
 
 
 @functools.cache
-def parameters_of(function: Callable) -> tuple[str, ...]:
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a method's parameters without ``self``, those of the function that decorators wrap."""
     return tuple(name for name in inspect.signature(function).parameters if name != "self")
 
 
-def cache_name(function: Callable) -> str:
+def cache_name(function: Callable[..., Any]) -> str:
     """The name under which a model's ``forward`` takes its cache.
 
     Raises:

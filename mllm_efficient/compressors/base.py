@@ -84,13 +84,13 @@ class Compressor:
     else:  # what a method has that does not declare a setting of this name
         order, seed, clip, weights = "raster", 0, None, None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         read_old_family(cls)
         if "shares_work" not in cls.__dict__ and not CHOICES.isdisjoint(cls.__dict__):
             cls.shares_work = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")

@@ -30,7 +30,7 @@ class Composed(Compressor):
 
     stages: tuple[Compressor, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_stages()
         of_whole: dict[str, Any] = {
             "name": JOIN.join(stage.name for stage in self.stages),

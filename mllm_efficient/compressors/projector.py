@@ -28,7 +28,7 @@ class Projector(Compressor):
 
     weights: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.per != "image" or self.newline is not None:
             raise BadSettingError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")

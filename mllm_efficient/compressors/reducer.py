@@ -37,7 +37,7 @@ class Reducer(Compressor):
     ratio: float | None = None
     ratios: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         native = [name for name in ("ratio", "ratios") if getattr(self, name) is not None]
         asked = [name for name in ("keep", "tokens", "prune", "min_tokens", "max_tokens") if getattr(self, name) is not None]
         if native and (asked or len(native) > 1):
@@ -227,7 +227,7 @@ class OneStage(Reducer):
 
     layer: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise BadSettingError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")
