@@ -23,6 +23,7 @@ from mllm_efficient.apply.labels import mask_labels
 from mllm_efficient.apply.outputs import holds, reading
 from mllm_efficient.errors import UnsupportedModelError
 
+from . import WRAPPED
 from .base import hooking
 
 ASKED_BY_TRAINER = "accepts_loss_kwargs"
@@ -78,9 +79,7 @@ def _wrapped(stock: Any, around: Callable) -> Callable:
 
 def _wrapped_inside(model: Any) -> Any:
     """The model that ``wrap`` was called on, out of whatever is around it; None if there is none."""
-    from mllm_efficient.apply.wrap import CompressForward
-
-    while _is_module(model) and not any(isinstance(hook, CompressForward) for hook in model._forward_pre_hooks.values()):
+    while _is_module(model) and not getattr(type(model), WRAPPED, False):
         around = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, around) if around else None
         model = None if inner is model else inner

@@ -105,6 +105,15 @@ def active_on(model: Any) -> Active | None:
     return next((one for one in found if isinstance(one, Active)), None)
 
 
+def method_of(model: Any) -> Compressor | None:
+    """The method a model is wrapped with, for everybody or by this thread's ``compressed``; None without one."""
+    from ..patches import inner_model
+
+    inner = inner_model(model)
+    active = active_on(inner)
+    return None if active is None else active.here(inner)
+
+
 def changing(model: Any) -> threading.RLock:
     """What is held while the method on a model changes."""
     with _making:

@@ -18,6 +18,8 @@ from ..compressors.base import Compressor
 from ..compressors.composed import before_of, inside_of
 from ..compressors.none import NoCompression
 from ..errors import CountMismatchError
+from .active import method_of
+from .encode import has_pixels
 from .plan import plan
 from .prompt import IGNORE, require
 
@@ -92,8 +94,6 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     wrapped, and of a batch in which nothing is compressed, come back as they are.
     """
     from ..patches import adapter_for
-    from .encode import has_pixels
-    from .wrap import method_of
 
     labels: Tensor = batch["labels"]
     ids, method = batch.get("input_ids"), method_of(model)

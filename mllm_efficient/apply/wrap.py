@@ -20,6 +20,7 @@ from ..errors import MllmEfficientError, UnsupportedModelError
 from ..report import forget, taken_off
 from ..trained.install import Undo, install
 from .active import Active, Block, changing, require_idle
+from .active import method_of as method_of
 from .entrance import ENTERED, Arguments, EnterBase, MarkBase, enter
 from .generate import generate as run_generate
 from .generate import within_generate
@@ -116,15 +117,6 @@ def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Itera
             _take_off(adapter, method, alone=sole)
         if offloaded:
             raise UnsupportedModelError(f"the model was offloaded inside the block, with the weights of {method.spec()}: load it anew")
-
-
-def method_of(model: Any) -> Compressor | None:
-    """The method a model is wrapped with, for everybody or by this thread's ``compressed``; None without one."""
-    from ..patches import inner_model
-
-    inner = inner_model(model)
-    hook = _hook_of(inner)
-    return hook.active.here(inner) if hook else None
 
 
 def is_wrapped(model: Any) -> bool:
