@@ -26,7 +26,7 @@ def train(
 
     With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
     """
-    from ..train.config import read
+    from ..train.reading import read
     from .launching import check_launch
 
     check_launch(distributed_on_cpu=False)
@@ -48,8 +48,8 @@ def train(
 
 
 def _dry_run(recipe, json: bool) -> None:
+    from ..train.build import records_of
     from ..train.estimate import estimate
-    from ..train.trainer import records_of
 
     found = estimate(recipe, {s.name: records_of(recipe, s, keep=False, look=False) for s in recipe.stages})
     if json:

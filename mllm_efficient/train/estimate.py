@@ -16,9 +16,9 @@ from ..loading.processor import apply, open_processor
 from ..measure.flops import load_shape
 from ..measure.shapes import ModelShape, with_settings
 from ..patches import adapter_for
+from .build import data_of, method_of
 from .config import Recipe, StageConfig
 from .survey import survey
-from .trainer import data_of, method_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE = 256  # generated scenes, all of which have one size
