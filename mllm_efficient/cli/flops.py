@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..compressors.base import Compressor
     from ..loading.models import ModelOptions
     from ..measure.flops import Cost
-    from ..measure.pictures import Size
     from ..measure.shapes import ModelShape
+    from ..patches.rules import Size
 
 Pair = tuple[int, int | None, "Size | None"]
 TFLOP, MB = 1e12, 1e6

@@ -15,6 +15,7 @@ from .base import RANDOM, Compressor
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .projector import Projector
     from .reducer import Reducer
 
@@ -97,17 +98,17 @@ class Composed(Compressor):
     def as_reducer(self) -> Reducer | None:
         return next((stage.as_reducer for stage in self.stages if stage.as_reducer is not None), None)
 
-    def plans(self, adapter: Any, item: Any) -> list[Plan]:
+    def plans(self, adapter: Family, item: Any) -> list[Plan]:
         """The plan after each stage, all of the item's own shape."""
         out = [self.stages[0].plan(adapter, item)]
         for before, stage in zip(self.stages, self.stages[1:]):
             out.append(stage.plan_after(adapter, item, before, out[-1]))
         return out
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         return self.plans(adapter, item)[-1]
 
-    def check(self, adapter: Any) -> None:
+    def check(self, adapter: Family) -> None:
         for stage in self.stages:
             if stage.as_reducer is None:
                 stage.check(adapter)
@@ -119,7 +120,7 @@ class Composed(Compressor):
         if usual is not None:
             self.plan(adapter, adapter.item_of(usual))
 
-    def _check_in_llm(self, adapter: Any, reducer: Reducer) -> None:
+    def _check_in_llm(self, adapter: Family, reducer: Reducer) -> None:
         """Raises where the last stage cannot work on what the one before it leaves."""
         adapter.check_inside(reducer)
         before = self.stages[-2]
@@ -143,7 +144,7 @@ class Composed(Compressor):
             given = "positions" if stage.positions == "keep" else "newline"
             raise UnsupportedModelError(f"{stage.name}: {given}='keep' has no effect on {tokens}: leave it out")
 
-    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+    def describe(self, shape: VisualShape | None, adapter: Family) -> str:
         """``tokenflex keeps 144 of 576 tokens per image, then divprune 72 of them (removes 87.5%)``."""
         if shape is None:
             return ", then ".join(stage.describe(None, adapter) for stage in self.stages)

@@ -6,15 +6,15 @@ import contextlib
 import contextvars
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_efficient.errors import UnsupportedModelError
+from mllm_efficient.lazy import torch
 
-from ..base import at_hand, uncompiled
-from ..hooking import hooking
+from ..running import at_hand, hooking, uncompiled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
@@ -28,7 +28,7 @@ def tower_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def positions_at_hand(tower: Any) -> Iterator[None]:
-    """The tower's position embeddings loaded: to interpolate them for a smaller picture the host reads their weight, which an
+    """The tower's position embeddings loaded: to interpolate them for a smaller image the model reads their weight, which an
     offloaded module has only while it is called itself."""
     with at_hand(getattr(tower.embeddings, "position_embedding", None)):
         yield
@@ -42,7 +42,7 @@ _compiled: weakref.WeakSet[Any] = weakref.WeakSet()  # towers whose compiled cod
 
 
 def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, needs: frozenset[str]) -> tuple[Result, dict[str, Tensor]]:
-    """What ``call`` gives, in which the host runs its tower, and what ``needs`` names of it (see ``captured``).
+    """What ``call`` gives, in which the model runs its tower, and what ``needs`` names of it (see ``captured``).
 
     A tower that was compiled before is run uncompiled. Raises ``UnsupportedModelError`` for one that cannot be watched even so.
     """
@@ -63,7 +63,7 @@ def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, n
 @contextlib.contextmanager
 def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str, needs: frozenset[str]) -> Iterator[None]:
     """Fills in attention (views, N) and keys (views, N, d) when the tower runs inside, for ``clip_text`` the tower's output
-    behind its last norm, tower (views, N, D).
+    after its last norm, tower (views, N, D).
 
     layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``. Recomputed for the queries needed from the
     attention's own projections: the tower stays on its fast kernel. Only the thread that asked records.
