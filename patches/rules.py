@@ -20,7 +20,7 @@ from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.parsing import read_json
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from .sizes import Decoder, Projector, Tower, decoder_of
+from .sizes import Decoder, ProjectorSize, Tower, decoder_of
 
 if TYPE_CHECKING:
     from mllm_efficient.compressors.reducer import Reducer
@@ -152,7 +152,7 @@ class Rules:
         raise TypeError(f"{type(self).__name__} must define tower_size")
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         raise TypeError(f"{type(self).__name__} must define projector_size")
 
     @property

@@ -85,7 +85,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Projector:
+class ProjectorSize:
     """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token; ``copies`` of it (deepstack).
 
     gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU).
@@ -144,6 +144,6 @@ def clip_or_siglip(vision: Any, name: str) -> Tower:
     )  # fmt: skip
 
 
-def projector_after(layers: int | Sequence[int], tower: Tower, width: int) -> Projector:
+def projector_after(layers: int | Sequence[int], tower: Tower, width: int) -> ProjectorSize:
     """LLaVA's: two matrices from the outputs of ``layers`` of the tower, side by side, to the language model's width."""
-    return Projector(tower.width * (1 if isinstance(layers, int) else len(layers)), width, width)
+    return ProjectorSize(tower.width * (1 if isinstance(layers, int) else len(layers)), width, width)

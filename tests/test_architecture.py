@@ -18,8 +18,8 @@ FOLDERS = {PACKAGE: ROOT / PACKAGE, f"{PACKAGE}.eval": ROOT / "eval", f"{PACKAGE
 
 # The rooms, and what each may import besides itself. ``report`` and so on lie flat in the package.
 VOCABULARY = (
-    "", "budget", "embedded", "errors", "family", "lazy",
-    "locking", "moved", "parsing", "plans", "report", "spec", "stats", "tokens", "writing",
+    "", "budget", "embedded", "errors", "family", "lazy", "locking", "moved", "parsing", "plans", "report", "spec", "stats", "tokens",
+    "writing",
 )  # fmt: skip
 MODELS = {"vocabulary", "compressors", "apply", "trained", "loading", "media", "patches"}
 MAY_IMPORT = {
@@ -185,6 +185,17 @@ def test_never(imports, importer, imported):
 def test_one_module_knows_where_the_embedded_model_lies():
     naming = [short(name) for name, path in source_files().items() if 'files("mllm_efficient.eval' in path.read_text()]
     assert naming == ["embedded"]
+
+
+@pytest.mark.parametrize("name, home", [("Grid", "tokens"), ("Projector", "compressors.projector"), ("hooking", "patches.running")])
+def test_one_thing_of_a_name(name, home):
+    defining = []
+    for module, path in source_files().items():
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if name in [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]:
+                defining.append(short(module))
+    assert defining == [home]
 
 
 def test_circles_are_found(tmp_path):

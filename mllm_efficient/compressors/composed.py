@@ -197,6 +197,6 @@ def or_random(method: Compressor) -> Compressor:
 
 
 def __getattr__(name: str) -> Any:
-    from ..moved import moved_name
+    from mllm_efficient.moved import moved_name
 
     return moved_name("compressors.composed", name)

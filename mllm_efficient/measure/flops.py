@@ -22,7 +22,7 @@ from ..compressors.composed import before_of, compose, inside_of, or_random, sta
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
-from ..patches.sizes import Decoder, Projector, Tower
+from ..patches.sizes import Decoder, ProjectorSize, Tower
 from ..registry import runnable
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
@@ -250,7 +250,7 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
     return sum((r * c) ** 2 for r in rows for c in columns)
 
 
-def projector_flops(projector: Projector, n: int) -> int:
+def projector_flops(projector: ProjectorSize, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
     taken = projector.hidden // 2 if projector.gated else projector.hidden
     return projector.copies * 2 * n * (projector.inputs * projector.hidden + taken * projector.outputs)

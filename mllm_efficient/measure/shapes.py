@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..parsing import read_json
 from ..patches.rules import FAMILIES, FILES, Rules, merged, read_object, read_settings, rules_class, settings_of
-from ..patches.sizes import Decoder, MissingSetting, Plain, Projector, Tower
+from ..patches.sizes import Decoder, MissingSetting, Plain, ProjectorSize, Tower
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelShape:
     family: str
     decoder: Decoder
     tower: Tower
-    projector: Projector
+    projector: ProjectorSize
     config: Mapping[str, Any]
     processor: Mapping[str, Any] = field(default_factory=dict)
 

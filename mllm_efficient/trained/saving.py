@@ -201,6 +201,6 @@ def _renamed(model: Any, own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def __getattr__(name: str) -> Any:
-    from ..moved import moved_name
+    from mllm_efficient.moved import moved_name
 
     return moved_name("trained.saving", name)

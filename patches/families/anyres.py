@@ -11,7 +11,7 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..rules import PINPOINTS, Rules, Size, Views
-from ..sizes import Projector, Tower, clip_or_siglip, projector_after
+from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
 
 
 class AnyresRules(Rules):
@@ -28,7 +28,7 @@ class AnyresRules(Rules):
         return clip_or_siglip(self.config.vision_config, self.name)
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         return projector_after(self.config.vision_feature_layer, self.tower_size, self.decoder_size.width)
 
     @property

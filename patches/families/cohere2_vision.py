@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient.tokens import Grid
 
 from ..rules import Settings, Size
-from ..sizes import Projector, Tower, clip_or_siglip
+from ..sizes import ProjectorSize, Tower, clip_or_siglip
 from ..tower.attention import positions_at_hand, tower_of
 from .internvl import USUAL_TILES, InternVLAdapter, InternVLRules
 
@@ -29,9 +29,9 @@ class Cohere2VisionRules(InternVLRules):
         return clip_or_siglip(self.config.vision_config, self.name)
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         width = self.tower_size.width * self.shrunk**2
-        return Projector(width, self.config.alignment_intermediate_size, self.decoder_size.width, gated=True)
+        return ProjectorSize(width, self.config.alignment_intermediate_size, self.decoder_size.width, gated=True)
 
     @property
     def shrunk(self) -> int:

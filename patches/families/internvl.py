@@ -14,7 +14,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import Rules, Settings, Size, Views
-from ..sizes import Projector, Tower
+from ..sizes import ProjectorSize, Tower
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +38,9 @@ class InternVLRules(Rules):
         )  # fmt: skip
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         width = self.decoder_size.width
-        return Projector(self.tower_size.width * self.shrunk**2, width, width)
+        return ProjectorSize(self.tower_size.width * self.shrunk**2, width, width)
 
     @property
     def shrunk(self) -> int:

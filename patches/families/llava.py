@@ -17,7 +17,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import OF_TOWER, Adapter, Encoding, Item, smaller_pixels, uncropped
 from ..rules import Rules, Size, Views
 from ..running import at_hand, input_of
-from ..sizes import Projector, Tower, clip_or_siglip, projector_after
+from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
 from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
 from ..tower.merge import run_merging
 
@@ -37,7 +37,7 @@ class LlavaRules(Rules):
         return clip_or_siglip(self.config.vision_config, self.name)
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         return projector_after(self.config.vision_feature_layer, self.tower_size, self.decoder_size.width)
 
     @property

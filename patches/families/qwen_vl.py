@@ -14,7 +14,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import OF_PIXELS, Rules, Settings, Size, Views
-from ..sizes import Projector, Tower
+from ..sizes import ProjectorSize, Tower
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,9 @@ class QwenVLRules(Rules):
         return Tower(vision.depth, width, vision.num_heads, mlp_width, vision.patch_size, channels, vision.temporal_patch_size)
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         width = self.tower_size.width * self.merge**2
-        return Projector(width, width, self.config.vision_config.out_hidden_size, 1 + self.deep_layers)
+        return ProjectorSize(width, width, self.config.vision_config.out_hidden_size, 1 + self.deep_layers)
 
     def shape(self, modality: str, frames: int, grid: Grid) -> VisualShape:
         """Of an image or video, each of whose frames has a grid of tokens."""
@@ -102,9 +102,9 @@ class Qwen2VLRules(QwenVLRules):
         return self._tower(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio))
 
     @functools.cached_property
-    def projector_size(self) -> Projector:
+    def projector_size(self) -> ProjectorSize:
         width = self.tower_size.width * self.merge**2
-        return Projector(width, width, self.config.vision_config.hidden_size)
+        return ProjectorSize(width, width, self.config.vision_config.hidden_size)
 
 
 class Qwen25VLRules(QwenVLRules):
