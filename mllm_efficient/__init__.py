@@ -34,7 +34,7 @@ _HOME = {
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
     "prepare": "apply.prepare", "Prepared": "apply.prepare",
     "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
-    "mask_labels": "apply.labels", "from_pretrained": "trained.saving",
+    "mask_labels": "apply.labels", "from_pretrained": "trained.pretrained",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
     "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
@@ -106,8 +106,8 @@ if TYPE_CHECKING:
     from .tokens import ReducedTokens as ReducedTokens
     from .tokens import VisualTokens as VisualTokens
     from .trained.folder import load as load
+    from .trained.pretrained import from_pretrained as from_pretrained
     from .trained.projector import TokenFlexProjector as TokenFlexProjector
-    from .trained.saving import from_pretrained as from_pretrained
 
 
 def _version() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,11 +15,11 @@ from mllm_efficient.compressors.kinds import PROJECTOR
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.tokens import Box, Plane, VisualShape
 
+from .decoder.staging import ROUTER
+from .locks import hooking as hooking
 from .rules import DECODERS
 
 Grid = tuple[int, int]
-PIXELS = ("pixel_values", "pixel_values_videos")
-ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,6 @@ class _Reached(Exception):
 
 
 _reaching: contextvars.ContextVar[object | None] = contextvars.ContextVar("reaching", default=None)
-hooking = threading.Lock()  # registering and removing hooks is not atomic
 
 
 def input_of(module: Any, call: Callable[[], Any]) -> Tensor:

@@ -24,7 +24,7 @@ from mllm_efficient.apply.outputs import holds, reading
 from mllm_efficient.errors import UnsupportedModelError
 
 from . import WRAPPED
-from .base import hooking
+from .locks import hooking
 
 ASKED_BY_TRAINER = "accepts_loss_kwargs"
 _TRAINER = "transformers.trainer"

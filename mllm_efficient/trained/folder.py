@@ -101,7 +101,7 @@ def load(where: str | Path, **settings: Any) -> Compressor:
         MllmEfficientError: no such folder, or settings the method does not take.
     """
     from ..registry import build, get_method
-    from .saving import method_in
+    from .relocate import method_in
 
     if (Path(where).expanduser() / COMPRESSION).is_file():
         own = method_in(Path(where).expanduser()).to_dict()

@@ -1,4 +1,4 @@
-"""A wrapped model as a folder, and back.
+"""A wrapped model as a folder; ``pretrained`` is the way back.
 
 The folder holds the model that ``unwrap`` would leave, as transformers saves it, and ``compression.json`` with the method. Under
 a trained method it holds ``compressor.safetensors`` too, and the weights of the model hold everything trained a second time,
@@ -7,7 +7,6 @@ under names of their own (``compressor.`` and ``base_delta.``): a Trainer that r
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import weakref
 from collections.abc import Mapping
@@ -24,72 +23,14 @@ from ..apply.sharding import has_shards
 from ..apply.signatures import parameters_of
 from ..compressors.base import Compressor
 from ..errors import MllmEfficientError, UnsupportedModelError
-from ..registry import build
 from .base_model import base_of
-from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS, read_compression
+from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS
 from .install import Undo
+from .relocate import relocated
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PUSH = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "tags", "token")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-_processors: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of the models that were loaded with one
-
-
-def from_pretrained(where: str | Path, *, logits: str | None = None, **kwargs: Any) -> tuple[Any, Any]:
-    """A model saved while it was wrapped, wrapped as it was, and its processor: ``model, processor = me.from_pretrained(DIR)``.
-
-    Args:
-        where: the folder, or a hub id. logits: as ``wrap`` takes it; None is as it was.
-        kwargs: what transformers takes: ``dtype``, ``device_map``, ``revision``, ``token`` ...
-
-    Returns: the model in eval mode, and the processor, or None (with a warning) where the folder has none.
-
-    Raises:
-        MllmEfficientError: no ``compression.json`` there; UnsupportedModelError: another family.
-    """
-    from transformers import AutoProcessor
-
-    from ..apply.wrap import wrap
-
-    local = Path(where).expanduser().absolute()
-    where = str(local if local.is_dir() else where)
-    hub = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
-    remote = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
-    folder = _described(where, hub)
-    about = read_compression(folder)
-    model = _base(where, {**kwargs, **remote}, {**hub, **remote})
-    if about.get("trained"):
-        _file(where, WEIGHTS, hub)
-    wrap(model, method_in(folder), logits=logits or about.get("logits", "short"))
-    if not any((folder / name).is_file() or _file(where, name, hub, missing_is_none=True) for name in PROCESSOR_FILES):
-        import warnings
-
-        warnings.warn(f"{where} has no processor: processor.save_pretrained puts it there", stacklevel=2)
-        return model, None
-    processor = AutoProcessor.from_pretrained(where, **hub, **remote)
-    _processors[model] = processor
-    return model, processor
-
-
-def method_in(folder: Path) -> Compressor:
-    """The method that a saved model was wrapped with, its trained part the one of the folder, wherever that is by now."""
-    return relocated(build(read_compression(folder)["method"]), str(folder))
-
-
-def relocated(method: Compressor, weights: str | None) -> Compressor:
-    """A method whose trained part, if it has any, is in another folder; None names none."""
-    return method.map_parts(lambda stage: _relocated(stage, weights))
-
-
-def _relocated(method: Compressor, weights: str | None) -> Compressor:
-    part = method.installs
-    if part is method:
-        return dataclasses.replace(method, weights=weights)  # type: ignore[call-arg]
-    if part is None:
-        return method
-    kept = {k: v for k, v in _relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
-    on = ",".join(f"{name}={value}" for name, value in kept.items())
-    return dataclasses.replace(method, on=f"{part.name}:{on}" if on else part.name)  # type: ignore[call-arg]
+processors: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of the models that were loaded with one
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -203,7 +144,7 @@ def _describe(folder: Path, model: Any, method: Compressor, undo: Undo, parts: A
 
 def _processor_of(model: Any) -> Any:
     """The processor that a model was loaded with, or the one beside its weights on this machine; None if there is none."""
-    if model not in _processors:
+    if model not in processors:
         from transformers import AutoProcessor
 
         where, commit = getattr(model, "name_or_path", None), getattr(model.config, "_commit_hash", None)
@@ -211,8 +152,8 @@ def _processor_of(model: Any) -> Any:
             found = AutoProcessor.from_pretrained(where, revision=commit, local_files_only=True, trust_remote_code=False) if where else None
         except Exception:  # whatever transformers and the hub's library raise for a place without one
             found = None
-        _processors[model] = found if hasattr(found, "image_processor") else None
-    return _processors[model]
+        processors[model] = found if hasattr(found, "image_processor") else None
+    return processors[model]
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -262,44 +203,7 @@ def _renamed(model: Any, own: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return {written.get(key, key) if key in odd else key: value for key, value in state.items()}
 
 
-def _described(where: str, hub: dict[str, Any]) -> Path:
-    """The folder on this machine that has a saved model's ``compression.json``."""
-    found = _file(where, COMPRESSION, hub, missing_is_none=True)
-    if found is None:
-        raise MllmEfficientError(
-            f"{where} has no {COMPRESSION}: it was not saved from a wrapped model, so load it with transformers and wrap it"
-        )
-    return found.parent
+def __getattr__(name: str) -> Any:
+    from ..moved import moved_name
 
-
-def _file(where: str, name: str, hub: dict[str, Any], missing_is_none: bool = False) -> Path | None:
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(where, name, **hub)
-    except OSError as error:
-        if missing_is_none:
-            return None
-        raise MllmEfficientError(f"{where}: {str(error).splitlines()[0]}") from error
-    return None if found is None else Path(found)
-
-
-def _base(where: str, kwargs: dict[str, Any], common: dict[str, Any]) -> Any:
-    """The model without its method. What was trained with that is not reported as unexpected."""
-    import transformers
-
-    from ..patches import FAMILIES
-
-    names = transformers.AutoConfig.from_pretrained(where, **common).architectures or []
-    known = [name for name in names if name in FAMILIES]
-    if not known:
-        raise UnsupportedModelError(
-            f"{where} is a {', '.join(names)}, which is not supported: the model must be one of {', '.join(FAMILIES)}"
-        )
-    cls = getattr(transformers, known[0])
-    ours = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
-    also = list(cls._keys_to_ignore_on_load_unexpected or [])
-    quiet: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
-    model = quiet.from_pretrained(where, **kwargs)
-    model.__class__ = cls
-    return model
+    return moved_name("trained.saving", name)

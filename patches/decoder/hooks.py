@@ -20,7 +20,7 @@ from mllm_efficient.apply.signatures import cache_of, check_layer
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 
-from ..base import hooking
+from ..locks import hooking
 from ..rules import check_reducer
 from .passes import Pass, Prefill
 from .staging import Shortened, Staging

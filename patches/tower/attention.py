@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mllm_efficient.errors import UnsupportedModelError
 
-from ..base import at_hand, hooking, uncompiled
+from ..base import at_hand, uncompiled
+from ..locks import hooking
 
 Result = TypeVar("Result")
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
