@@ -19,6 +19,7 @@ from .prompt import require
 if TYPE_CHECKING:
     from .locate import PlacedImage
 
+PIXELS = ("pixel_values", "pixel_values_videos")  # arguments by which a call brings images and videos
 IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
 
 
@@ -101,8 +102,6 @@ def require_installed(adapter: Any, method: Compressor) -> None:
 
 def has_pixels(inputs: dict[str, Any]) -> bool:
     """Whether a call brings images or videos."""
-    from ..patches.base import PIXELS
-
     return any(inputs.get(name) is not None for name in PIXELS)
 
 

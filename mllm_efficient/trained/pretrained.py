@@ -83,9 +83,9 @@ def _base(where: str, kwargs: dict[str, Any], common: dict[str, Any]) -> Any:
             f"{where} is a {', '.join(names)}, which is not supported: the model must be one of {', '.join(FAMILIES)}"
         )
     cls = getattr(transformers, known[0])
-    ours = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
+    own = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
     also = list(cls._keys_to_ignore_on_load_unexpected or [])
-    quiet: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *ours]})
+    quiet: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_keys_to_ignore_on_load_unexpected": [*also, *own]})
     model = quiet.from_pretrained(where, **kwargs)
     model.__class__ = cls
     return model
