@@ -16,9 +16,10 @@ from ..sweep import Cell
 from ..table import OVERALL
 from .host import CAPTIONS, Host, Task
 from .rows import MEANING as OF_TASKS
-from .rows import overall, rows_of, task_table
+from .rows import overall, rows_of
 from .run import TaskOptions, TaskRun, run_of
 from .scores import primary
+from .tables import task_table
 
 
 class Tasks(Asked):

@@ -66,8 +66,9 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import missing, rows_of, unscaled, without_interval, without_partner
+    from ..eval.lmms.rows import rows_of
     from ..eval.lmms.server import tiling_note
+    from ..eval.lmms.tables import missing, unscaled, without_interval, without_partner
     from ..eval.record.bench_file import write_json
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
@@ -108,7 +109,8 @@ def _meta(
     run: TaskRun, rows: Sequence[dict[str, Any]], asked: TaskOptions, tasks: Sequence[Task], reference: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What a results file says of a run besides its rows. reference: published numbers to stand beside."""
-    from ..eval.lmms.rows import MEANING, beside, notes
+    from ..eval.lmms.rows import MEANING
+    from ..eval.lmms.tables import beside, notes
 
     published = None if reference is None else {
         "name": asked.reference, "source": reference["source"], "rows": beside(rows, reference), "averages": reference.get("averages"),
@@ -124,7 +126,7 @@ def _meta(
 
 
 def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], reference: dict[str, Any] | None, limit: int | None) -> None:
-    from ..eval.lmms.rows import detail_table, reference_table, task_table
+    from ..eval.lmms.tables import detail_table, reference_table, task_table
 
     options.print_table(*task_table(rows), left=3)
     print("\n".join([LEGEND, *meta["notes"]]))

@@ -101,11 +101,7 @@ def cost(
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
     """
     model = load_shape(shape) if isinstance(shape, str) else shape
-    _require(convention in CONVENTIONS, f"unknown convention {convention!r}: one of {', '.join(CONVENTIONS)}")
-    _require(new_tokens == 0 or convention == EXACT, f"new tokens have no effect under {convention!r}, which counts the prefill alone")
-    _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
-    _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
-    _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
+    _check(convention, text_tokens, visual_tokens, new_tokens, batch_size)
     compressor, rules, decoder = runnable(method), model.rules, model.decoder
     before, inside = before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
@@ -133,6 +129,14 @@ def cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
         b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
     )  # fmt: skip
+
+
+def _check(convention: str, text_tokens: int, visual_tokens: int | None, new_tokens: int, batch_size: int) -> None:
+    _require(convention in CONVENTIONS, f"unknown convention {convention!r}: one of {', '.join(CONVENTIONS)}")
+    _require(new_tokens == 0 or convention == EXACT, f"new tokens have no effect under {convention!r}, which counts the prefill alone")
+    _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
+    _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
+    _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
 
 
 def _lengths(model: ModelShape, kept: Sequence[Kept], text: int, visual_per_layer: Sequence[int] | None) -> list[int]:

@@ -14,7 +14,6 @@ from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.tokens import Grid
 
 
-
 @dataclass(frozen=True)
 class StagedImage:
     """The visual tokens of one image in a prompt. row: of the batch. columns: (N,), separators: (S,) where they stand.
