@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mllm_efficient.apply import wrap as wrapper
-from mllm_efficient.apply.generate import with_prompt
+from mllm_efficient.apply.original_prompt import with_prompt
 from mllm_efficient.apply.prepare import Prepared
 from mllm_efficient.apply.prompt import leave_on
 from mllm_efficient.apply.signatures import cache_of, with_cache

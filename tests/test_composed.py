@@ -124,7 +124,7 @@ def test_stages_that_cannot_follow_each_other_are_refused_before_any_call(tiny_l
 @pytest.mark.parametrize("before", ["tokenflex:tokens=9,weights=random", "divprune:keep=0.5", "pool:keep=0.5"])
 def test_newline_columns_that_are_gone_cannot_be_kept_inside(before):
     name = before.partition(":")[0]
-    with pytest.raises(me.UnsupportedModelError, match=f"fastv: newline='keep' has no effect behind {name}, which leaves none"):
+    with pytest.raises(me.UnsupportedModelError, match=f"fastv: newline='keep' has no effect after {name}, which leaves none"):
         me.wrap(copy.deepcopy(tiny("llava_next")), f"{before} | fastv:layer=1,ratio=0.5,newline=keep")
 
 

@@ -1,6 +1,6 @@
 """What a model is compressed with, here and now: what ``wrap`` put on it for everybody, or what this thread's ``compressed`` holds.
 
-The skin (hooks and class) is on the model, so every thread's calls pass it. It does nothing to those that no method is active for.
+Hooks and class are on the model, so every thread's calls pass them. They do nothing to those that no method is active for.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Active:
 
     def here(self, model: Any) -> Compressor | None:
         """The method in this thread or task; None where the model is a plain one to it."""
-        mine = _block_of(model)
-        return self.method if mine is None else mine.method
+        block = _block_of(model)
+        return self.method if block is None else block.method
 
     def logits_here(self, model: Any) -> str:
         """The length of logits that was asked for with the method."""
-        mine = _block_of(model)
-        return self.logits if mine is None else mine.logits
+        block = _block_of(model)
+        return self.logits if block is None else block.logits
 
     def of_call(self, model: Any) -> Compressor | None:
         """``here``, for a call that begins. Waits while another thread puts a method on or takes one off.
@@ -86,21 +86,21 @@ class Active:
     def begin(self, block: Block, sole: bool) -> None:
         self.blocks.append(block)
         self.sole = block if sole else None
-        _mine.set((*_mine.get(), block))
+        _open_blocks.set((*_open_blocks.get(), block))
 
     def end(self, block: Block) -> None:
         block.open, self.sole = False, None
         self.blocks.remove(block)
-        _mine.set(tuple(b for b in _mine.get() if b is not block))
+        _open_blocks.set(tuple(b for b in _open_blocks.get() if b is not block))
 
 
-_mine: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("compressed_blocks", default=())
+_open_blocks: contextvars.ContextVar[tuple[Block, ...]] = contextvars.ContextVar("compressed_blocks", default=())
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
 def active_on(model: Any) -> Active | None:
-    """What is active on a model that has the skin."""
+    """What is active on a model that ``wrap`` or ``compressed`` put hooks on."""
     found = (getattr(hook, "active", None) for hook in tuple(model._forward_pre_hooks.values()))
     return next((one for one in found if isinstance(one, Active)), None)
 
@@ -122,7 +122,7 @@ def changing(model: Any) -> threading.RLock:
 
 def _block_of(model: Any) -> Block | None:
     """The block that this thread or task is in."""
-    return next((block for block in _mine.get() if block.model is model and block.open), None)
+    return next((block for block in _open_blocks.get() if block.model is model and block.open), None)
 
 
 def require_idle(model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..compressors.base import Compressor
 from ..compressors.composed import before_of, inside_of, projector_of
+from ..compressors.fit import OF_TOWER
 from ..compressors.none import NoCompression
 from ..errors import UnsupportedModelError
 from ..registry import runnable
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from .locate import PlacedImage
 
 IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
-OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the tower is watched
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .prepare import prepare
 from .prompt import UNCOMPRESSED_CACHE, continue_forward, holds_uncompressed, layout_on, leave_on
 from .signatures import cache_of, parameters_of
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 ENTERED = "visual_entered"  # the keyword by which the base model knows a call that the model on top has seen
 NO_IDS = (
     "images with inputs_embeds but no input_ids cannot be compressed, because placeholders are found by their ids: pass input_ids, "
@@ -26,7 +27,7 @@ NO_IDS = (
 )
 
 
-def enter(model: Any, module: Any, method: Compressor, args: tuple, kwargs: dict[str, Any], logits: str) -> tuple[tuple, dict[str, Any]]:
+def enter(model: Any, module: Any, method: Compressor, args: tuple[Any, ...], kwargs: dict[str, Any], logits: str) -> Arguments:
     """The arguments of a ``forward`` as it shall run: compressed if it brings pixels, mapped if it goes on from a compressed cache.
 
     module: the model itself or its base model, whose ``forward`` is called. logits: the length that was asked for.
@@ -64,7 +65,7 @@ class EnterBase:
         self.top, self.active = top, active
 
     @torch.compiler.disable(reason="compression chooses by values")
-    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any] | None = None):
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Arguments | None:
         if kwargs is None:  # another thread's call, between the two steps of registering this hook
             return None
         if ENTERED in kwargs:
@@ -76,13 +77,13 @@ class EnterBase:
 
 
 class MarkBase:
-    """The hook behind the base model: puts on the output which columns its states belong to, and the layout on the cache."""
+    """The hook after the base model: puts on the output which columns its states belong to, and the layout on the cache."""
 
     def __init__(self, top: Any, active: Active):
         self.top, self.active = top, active
 
     @torch.compiler.disable(reason="compression chooses by values")
-    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> None:
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         if output is None or within_generate(self.top) or self.active.here(self.top) is None:
             return
         kwargs = {**dict(zip(parameters_of(type(module).forward), args)), **kwargs}  # some models on top pass ids by place

@@ -80,7 +80,7 @@ class _Request:
             _generating.reset(token)
 
 
-def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+def generate(model: Any, stock: Any, method: Any, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``generate`` of a wrapped model: shorten the prompt, run the stock loop, give the original prompt back."""
     from ..patches import adapter_for
 

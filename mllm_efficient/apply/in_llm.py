@@ -78,20 +78,20 @@ def staging_of(
 ) -> Staging:
     """What the decoder is to do with a batch of prompts.
 
-    mask: (B, P) bool on the CPU; ids: (B, P). labels: (B, P), of which the first behind the last image is where the answer
+    mask: (B, P) bool on the CPU; ids: (B, P). labels: (B, P), of which the first after the last image is where the answer
     begins; without them the whole prompt is the instruction. keys: one per image, for methods that draw; default its number in
     its row.
     """
     from ..patches.decoder.staging import StagedImage, Staging
 
-    depth, staged, numbers = adapter.decoder_layers, list[StagedImage](), [0] * len(mask)
+    depth, staged_images, numbers = adapter.decoder_layers, list[StagedImage](), [0] * len(mask)
     visual = torch.zeros_like(mask)
     for image in images:
         n = len(image.columns)
         places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
         counts = method.counts(n, depth, fixed=False, grids=image.grids)
-        keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged)]
-        staged.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
+        keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged_images)]
+        staged_images.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
         numbers[image.row] += 1
@@ -99,7 +99,7 @@ def staging_of(
     upto = torch.arange(mask.shape[1])[None] <= last[:, None]
     text = tuple(row.nonzero()[:, 0] for row in mask & ~visual & upto)
     read = tuple(last[:, None]) if method.read_token is None else _marked(method, ids.cpu(), mask & upto, {i.row for i in images})
-    return Staging(method, method.stages(depth), positions, mask, last, text, read, tuple(staged))
+    return Staging(method, method.stages(depth), positions, mask, last, text, read, tuple(staged_images))
 
 
 def _marked(method: Reducer, ids: Tensor, instruction: Tensor, rows: set[int]) -> tuple[Tensor, ...]:
@@ -126,8 +126,8 @@ def instruction_end(mask: Tensor, visual: Tensor, labels: Tensor | None) -> Tens
     last = torch.where(mask, columns, -1).amax(1)
     if labels is None:
         return last.clamp(min=0)
-    behind = columns > torch.where(visual, columns, -1).amax(1, keepdim=True)
-    answer = torch.where(mask & behind & (labels.cpu() != IGNORE), columns, mask.shape[1]).amin(1)
+    after = columns > torch.where(visual, columns, -1).amax(1, keepdim=True)
+    answer = torch.where(mask & after & (labels.cpu() != IGNORE), columns, mask.shape[1]).amin(1)
     return torch.minimum(last, answer - 1).clamp(min=0)
 
 
@@ -150,9 +150,9 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         return before
     left, decided, depth = staging.outcome["left"], staging.outcome["decided"], before.decoder_layers
     images = []
-    for i, (image, staged) in enumerate(zip(before.images, staging.images)):
-        per_layer = spread_out(len(staged.columns), staging.stages, [stage[i] for stage in left], depth)
-        stayed = None if staging.method.merges else staged.origin[staging.outcome["indices"][i].cpu()]
+    for i, (image, entered) in enumerate(zip(before.images, staging.images)):
+        per_layer = spread_out(len(entered.columns), staging.stages, [stage[i] for stage in left], depth)
+        stayed = None if staging.method.merges else entered.origin[staging.outcome["indices"][i].cpu()]
         indices, of_merged = (stayed, None) if image.kept_planes is None else (None, stayed)
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
         planes = (

@@ -40,7 +40,7 @@ def entering(labels: Tensor, mask: Tensor, visual: Tensor, repacked: bool) -> Te
     """The labels (B, L) that enter the loss of a compressed prompt; -100 elsewhere.
 
     mask: (B, L) bool, where there is no padding. visual: (B, L) bool, the placeholders. repacked: whether the decoder gets the
-    prompt without what is masked; else a token behind a hole in the mask is a first one too.
+    prompt without what is masked; else a token after a hole in the mask is a first one too.
     """
     mask = mask.to(labels.device)
     first = mask.cumsum(1) == 1
@@ -59,16 +59,16 @@ def count_for(given: Any, labels: Tensor, entered: Tensor) -> Any:
     Raises:
         CountMismatchError: labels of this call were counted that enter no loss.
     """
-    every, ours = torch.stack([(one[:, 1:] != IGNORE).sum() for one in (labels, entered.to(labels.device))]).tolist()
-    if every == ours:
+    total, in_loss = torch.stack([(one[:, 1:] != IGNORE).sum() for one in (labels, entered.to(labels.device))]).tolist()
+    if total == in_loss:
         return given
     number = float(given.flatten()[0] if torch.is_tensor(given) else given)
-    if number == ours:
+    if number == in_loss:
         return given
-    if number == every:
-        return torch.full_like(given, ours) if torch.is_tensor(given) else ours
+    if number == total:
+        return torch.full_like(given, in_loss) if torch.is_tensor(given) else in_loss
     raise CountMismatchError(
-        f"num_items_in_batch={number:g} counts labels that enter no loss, {every - ours} of them in this call (visual tokens, padding): "
+        f"num_items_in_batch={number:g} counts labels that enter no loss, {total - in_loss} of them in this call (visual tokens, padding): "
         "set batch['labels'] = me.mask_labels(model, batch) before counting"
     )
 
@@ -95,7 +95,8 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """
     from ..patches import adapter_for
 
-    labels, ids, method = batch["labels"], batch.get("input_ids"), method_of(model)
+    labels: Tensor = batch["labels"]
+    ids, method = batch.get("input_ids"), method_of(model)
     if method is None or ids is None or not has_pixels(dict(batch)):
         return labels
     adapter, mask = adapter_for(model), batch.get("attention_mask")

@@ -55,7 +55,7 @@ def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[
 
 
 def warn_without_pixels(placeholders: dict[str, int], inputs: dict[str, Any]) -> None:
-    """Warns of a prompt with placeholders that no picture came with: the model reads them as words. The host waits once."""
+    """Warns of a prompt with placeholders that no image came with: the model reads them as words. The CPU waits once."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or inputs.get("mm_encoder_outputs") is not None or inputs.get("inputs_embeds") is not None:
         return

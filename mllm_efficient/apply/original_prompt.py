@@ -37,7 +37,7 @@ class OriginalPrompt:
         self.streamer.end()
 
 
-def allowed_after_prompt(function: Callable, ids: Tensor, reduced_length: int, each: int) -> Callable:
+def allowed_after_prompt(function: Callable[..., Any], ids: Tensor, reduced_length: int, each: int) -> Callable[..., Any]:
     """A caller's ``prefix_allowed_tokens_fn``. each: rows of the batch that a prompt has, beams not counted."""
 
     def allowed(row: int, sequence: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 Callers who hold ids, labels or masks of the full prompt beside a shortened output find those of the output's length on it, or
 ask for logits of the prompt's length. There every column that went says what the column before it says, as inside the decoder
-a token that went does: the token behind an image is predicted by the last visual token that is left, wherever that stood.
+a token that went does: the token after an image is predicted by the last visual token that is left, wherever that stood.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _same_end(layout: Layout, keep: Any) -> bool:
 
 
 @torch.compiler.disable(reason="compression chooses by values")
-def mark_output(model: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def mark_output(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook: puts on the output which columns it belongs to, and the layout on the cache."""
     active = active_on(model)
     if within_generate(model) or active is None or active.here(model) is None:
@@ -187,8 +187,8 @@ def at_full_length(layout: Layout, ids: Tensor, labels: Tensor | None, mask: Ten
     columns = layout.columns[rows, at]
     wide = None if labels is None else labels.new_full(layout.ids.shape, IGNORE)
     if wide is not None and labels is not None:
-        behind = at > 0  # nothing predicts the first column of the shortened prompt, wherever it stands in the full one
-        wide[rows[behind], columns[behind]] = labels[rows[behind], at[behind]]
+        predicted = at > 0  # nothing predicts the first column of the shortened prompt, wherever it stands in the full one
+        wide[rows[predicted], columns[predicted]] = labels[rows[predicted], at[predicted]]
     seen = mask.new_zeros(layout.ids.shape)
     seen[rows, columns] = 1
     return layout.ids.to(ids.device), wide, seen
@@ -200,8 +200,8 @@ def _gathered(logits: Tensor, full: Full) -> Tensor:
     return logits[rows, full.source.to(logits.device)]
 
 
-def _tuple_at_full_length(output: tuple, full: Full, labelled: bool) -> tuple:
-    at = int(labelled)  # behind the loss
+def _tuple_at_full_length(output: tuple[Any, ...], full: Full, labelled: bool) -> tuple[Any, ...]:
+    at = int(labelled)  # after the loss
     return (*output[:at], _gathered(output[at], full), *output[at + 1 :])
 
 

@@ -22,9 +22,9 @@ def teach_pipelines() -> None:
         pipeline._sanitize_parameters = _with_compression(pipeline._sanitize_parameters)
 
 
-def _with_compression(stock: Callable) -> Callable:
+def _with_compression(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
-    def sanitize(self: Any, *args: Any, compression: Any = _UNSET, **kwargs: Any) -> tuple[dict, dict, dict]:
+    def sanitize(self: Any, *args: Any, compression: Any = _UNSET, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess, forward, postprocess = stock(self, *args, **kwargs)
         if compression is _UNSET and forward.get("generate_kwargs") is not None:  # which take the place of those of the constructor
             held = getattr(self, "_forward_params", {}).get("generate_kwargs") or {}

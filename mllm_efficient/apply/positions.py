@@ -2,7 +2,7 @@
 
 On M-RoPE three rows of positions come from the model's own rule. Kept tokens keep the positions they have in the full
 prompt ("keep"); otherwise ("renumber") selected tokens count on as text does, and merged ones stand like a smaller
-picture of their grid.
+image of their grid.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def place(
 
 
 def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, Tensor]:
-    """The model's positions (3, B, L) of a prompt, and of one more text token behind each row (B,)."""
+    """The model's positions (3, B, L) of a prompt, and of one more text token after each row (B,)."""
     types, grids, seconds = _kinds(adapter, ids.cpu(), images, rule)
     one = torch.ones_like(ids[:, :1])
     longer = (torch.cat([t, end.to(t)], 1) for t, end in ((ids, 0 * one), (mask.long(), one), (types.to(ids.device), 0 * one)))
@@ -66,13 +66,13 @@ def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage]
     return places[..., :-1], places[0, :, -1]
 
 
-def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list], list]:
+def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list[Any]], list[Any]]:
     """(B, L) the kind of each column, the (t, h, w) of each item that is a grid, and the seconds of each video's frames."""
     types = torch.zeros_like(ids)
     for kind, token in enumerate(adapter.placeholders.values(), start=1):
         types[ids == token] = kind
-    grids: dict[str, list] = {modality: [] for modality in adapter.placeholders}
-    seconds = []
+    grids: dict[str, list[Any]] = {modality: [] for modality in adapter.placeholders}
+    seconds = list[Any]()
     for image, p, done in sorted(images, key=lambda known: known[0].index):
         planes = p.shape.planes if rule == "keep" or p.untouched or done is None else done.kept_planes
         if planes is None:  # selected tokens, which count on as text does
@@ -87,7 +87,7 @@ def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -
 
 
 def _columns(ids: Tensor, wanted: PlacedImage, images: Sequence[KnownImage]) -> Tensor:
-    """Reduced columns of an item: its row's placeholders of its kind, behind those of the items before it."""
+    """Reduced columns of an item: its row's placeholders of its kind, after those of the items before it."""
     before = 0
     for image, _, done in images:
         assert done is not None

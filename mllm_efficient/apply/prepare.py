@@ -25,7 +25,7 @@ from .encode import Encoded, encode, encode_items, encoding_key, has_pixels, kee
 from .in_llm import report_of, shortened_image, staging_of, whole_image
 from .labels import count_for
 from .locate import PlacedImage
-from .plan import Plan, check, plan
+from .plan import Plan, check
 from .positions import native, place
 from .prompt import EncoderOutputs, Layout, lay_out, require, take_columns, with_text_row
 
@@ -136,10 +136,15 @@ def prepare(
 
 def plan_images(call: Call, placed: list[PlacedImage]) -> list[ImagePlan]:
     """What the method will do to each image, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
-    pre_llm = [plan(call.adapter, call.pre_llm, image.item) for image in placed]
-    if call.in_llm is None:
-        return [ImagePlan(one, one) for one in pre_llm]
-    return [ImagePlan(one, plan(call.adapter, call.method, image.item)) for one, image in zip(pre_llm, placed)]
+    out = []
+    for image in placed:
+        *before, whole = call.method.plans(call.adapter, image.item)
+        if call.in_llm is None:
+            pre_llm = whole
+        else:
+            pre_llm = before[-1] if before else call.pre_llm.plan(call.adapter, image.item)
+        out.append(ImagePlan(pre_llm, whole))
+    return out
 
 
 def encode_and_compress(call: Call, placed: list[PlacedImage], plans: list[ImagePlan]) -> Compressed:

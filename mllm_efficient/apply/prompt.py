@@ -88,7 +88,7 @@ def with_text_row(places: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([text[None].to(places), places])
 
 
-class EncoderOutputs(dict):
+class EncoderOutputs(dict[str, Any]):
     """``mm_encoder_outputs`` that remembers the layout it belongs to, what is to be done inside the decoder, and its report."""
 
     layout: Layout | None = None
@@ -147,7 +147,7 @@ def leave_on(cache: Any, layout: Layout | None) -> None:
 
 def layout_on(cache: Any) -> Layout | None:
     """The layout of a cache that holds something; an emptied cache has none."""
-    layout = getattr(cache, CACHE_ATTRIBUTE, None)
+    layout: Layout | None = getattr(cache, CACHE_ATTRIBUTE, None)
     if layout is None or int(cache.get_seq_length()) == 0:
         return None
     if int(cache.get_seq_length()) < layout.reduced_length:

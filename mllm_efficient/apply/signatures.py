@@ -1,6 +1,6 @@
 """How the installed transformers names what passes between a caller, a model and its decoder layers.
 
-The names are read from the host's own signatures: transformers 5.24 renamed ``past_key_values`` to ``cache`` in every
+The names are read from the model's own signatures: transformers 5.24 renamed ``past_key_values`` to ``cache`` in every
 ``forward``, and a hook that reads the old name finds nothing and answers wrongly without a word.
 """
 
@@ -18,13 +18,13 @@ LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_
 
 
 @functools.cache
-def parameters_of(function: Callable) -> tuple[str, ...]:
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a method's parameters without ``self``, those of the function that decorators wrap."""
     return tuple(name for name in inspect.signature(function).parameters if name != "self")
 
 
-def cache_name(function: Callable) -> str:
-    """The name under which a host's ``forward`` takes its cache.
+def cache_name(function: Callable[..., Any]) -> str:
+    """The name under which a model's ``forward`` takes its cache.
 
     Raises:
         UnsupportedModelError: it has none of the names this package knows.

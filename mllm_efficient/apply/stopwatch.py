@@ -1,4 +1,4 @@
-"""The time that work takes on its device, without making the host wait while it is handed over."""
+"""The time that work takes on its device, without making the CPU wait while it is handed over."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ class Stopwatch:
         if self.events is None:
             return self.end - self.begin
         self.events[1].synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1000
+        return float(self.events[0].elapsed_time(self.events[1])) / 1000

@@ -1,4 +1,4 @@
-"""The drop-in skin: ``wrap`` a model, use it as before, ``unwrap`` it.
+"""The drop-in interface: ``wrap`` a model, use it as before, ``unwrap`` it.
 
 ``forward`` is reached by a module-level pre-hook (a class-level ``forward`` is silently lost when accelerate replaces
 the instance's), ``generate`` by swapping the class in place for a subclass of the same name. Nothing else is put on
@@ -20,8 +20,9 @@ from ..errors import MllmEfficientError, UnsupportedModelError
 from ..registry import runnable
 from ..report import forget, taken_off
 from ..trained.install import Undo, install
-from .active import Active, Block, changing, method_of, require_idle
-from .entrance import ENTERED, EnterBase, MarkBase, enter
+from .active import Active, Block, changing, require_idle
+from .active import method_of as method_of
+from .entrance import ENTERED, Arguments, EnterBase, MarkBase, enter
 from .generate import generate as run_generate
 from .generate import within_generate
 from .original_prompt import MERGE, merged_as_shown
@@ -149,7 +150,7 @@ def _put_on(adapter: Any, method: Compressor, alone: bool) -> CompressForward:
         inner.model.register_forward_hook(MarkBase(inner, hook.active), with_kwargs=True)
     try:
         if alone:
-            require_idle(inner)  # behind the skin, which whoever calls from now on waits in
+            require_idle(inner)  # after the hooks are on, in which whoever calls from now on waits
             hook.undo = install(adapter, method)
     except BaseException:
         _take_off(adapter, None, alone=False)
@@ -171,11 +172,11 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
     if hook.active.used:
         return
     for module in (inner, inner.model):
-        for hooks, with_kwargs, ours in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, lambda h: isinstance(h, (CompressForward, EnterBase))),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, lambda h: h is mark_output or isinstance(h, MarkBase)),
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, h in hooks.items() if ours(h)]:
+            for key in [k for k, h in hooks.items() if h is mark_output or isinstance(h, (CompressForward, EnterBase, MarkBase))]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
     inner.__class__ = _class_without(inner.__class__)
@@ -194,7 +195,7 @@ class CompressForward:
         return self.active.method
 
     @torch.compiler.disable(reason="compression chooses by values")
-    def __call__(self, model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Arguments | None:
         if kwargs is None:  # another thread's call, between the two steps of registering this hook
             return None
         if within_generate(model) or kwargs.get("mm_encoder_outputs") is not None:
@@ -207,7 +208,7 @@ class CompressForward:
         return args, kwargs if kwargs.get("mm_encoder_outputs") is not None else {**kwargs, ENTERED: True}
 
 
-def _autocast_of(model: Any):
+def _autocast_of(model: Any) -> contextlib.AbstractContextManager[Any]:
     """The autocast that ``accelerator.prepare`` put around this model's forward, which hooks run outside of."""
     function = getattr(model.__dict__.get("forward"), "__func__", None)
     if type(getattr(function, "__wrapped__", None)).__name__ != "ConvertOutputsToFp32":
@@ -231,23 +232,23 @@ def _class_for(cls: Any) -> Any:
         stock = cls.generate
 
         @functools.wraps(stock)
-        def generate(self, inputs=None, *args, compression=_UNSET, **kwargs):
+        def generate(self: Any, inputs: Any = None, *args: Any, compression: Any = _UNSET, **kwargs: Any) -> Any:
             hook = _hook_of(self)
             method = None if hook is None else hook.active.of_call(self)
-            if method is None and compression is _UNSET:  # the skin is there for another thread
+            if method is None and compression is _UNSET:  # the class is there for another thread
                 return stock(self, inputs, *args, **kwargs)
             return run_generate(self, stock, method if compression is _UNSET else compression, inputs, args, kwargs)
 
-        def extra_repr(self):
+        def extra_repr(self: Any) -> str:
             method = method_of(self)
-            own = cls.extra_repr(self)
+            own: str = cls.extra_repr(self)
             return own if method is None else f"{own}\n" * bool(own) + f"compression={method.spec()!r}"
 
-        def merge(self, default_list, custom_list):
+        def merge(self: Any, default_list: Any, custom_list: Any) -> Any:
             return merged_as_shown(self, getattr(cls, MERGE)(self, default_list, custom_list), custom_list)
 
         @functools.wraps(cls.save_pretrained)
-        def save_pretrained(self, save_directory, *args, **kwargs):
+        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
             hook = _hook_of(self)
             method = None if hook is None else hook.active.of_call(self)
             if hook is None or method is None:
@@ -255,18 +256,18 @@ def _class_for(cls: Any) -> Any:
             return saving.save_pretrained(self, cls.save_pretrained, method, hook.undo, save_directory, args, kwargs)
 
         @functools.wraps(cls.load_state_dict)
-        def load_state_dict(self, state_dict, *args, **kwargs):
+        def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
             hook = _hook_of(self)
             state_dict = state_dict if hook is None else saving.state_for(self, hook.undo, state_dict)
             return cls.load_state_dict(self, state_dict, *args, **kwargs)
 
-        def __reduce_ex__(self, protocol):
+        def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
             return (_rebuild, (cls,), *cls.__reduce_ex__(self, protocol)[2:])
 
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, WRAPPED: True}
-        ours: dict[str, Any] = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
-        ours |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
-        _swapped[cls] = type(cls.__name__, (cls,), {**names, **ours})
+        own: dict[str, Any] = {f.__name__: f for f in (generate, save_pretrained, load_state_dict, extra_repr, __reduce_ex__)}
+        own |= {MERGE: merge, ASKED_BY_TRAINER: AskedByTrainer(cls)}
+        _swapped[cls] = type(cls.__name__, (cls,), {**names, **own})
     return _swapped[cls]
 
 
@@ -274,7 +275,7 @@ def _class_for(cls: Any) -> Any:
 def _class_without(cls: Any) -> Any:
     """The class that a wrapped model had, or would have if it had not been wrapped.
 
-    What was done since may have made a subclass of ours in place, as ``fully_shard`` does of (FSDPModule, ours).
+    What was done since may have made a subclass of a wrapped class in place, as ``fully_shard`` does of (FSDPModule, wrapped class).
     """
     if cls in _swapped.values():
         return cls.__mro__[1]

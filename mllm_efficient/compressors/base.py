@@ -86,13 +86,13 @@ class Compressor:
     else:  # what a method has that does not declare a setting of this name
         order, seed, clip, weights = "raster", 0, None, None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         read_old_family(cls)
         if "shares_work" not in cls.__dict__ and not CHOICES.isdisjoint(cls.__dict__):
             cls.shares_work = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
@@ -220,6 +220,10 @@ class Compressor:
             return replace(self.untouched_plan(shape), clamped=clamped)
         keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
         return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+
+    def plans(self, adapter: Any, item: Any) -> list[Plan]:
+        """The plan after each of ``parts``, all of the item's own shape."""
+        return [self.plan(adapter, item)]
 
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""

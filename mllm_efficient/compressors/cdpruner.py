@@ -52,7 +52,7 @@ class CDPruner(Selector):
     relevance: str = "llm"
     clip: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.relevance not in ("llm", "clip"):
             raise BadSettingError(f"cdpruner: relevance={self.relevance!r} is not one of 'llm', 'clip'")

@@ -12,6 +12,7 @@ from ..errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import RANDOM, Compressor
+from .fit import OF_TOWER
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Composed(Compressor):
 
     stages: tuple[Compressor, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_stages()
         of_whole: dict[str, Any] = {
             "name": JOIN.join(stage.name for stage in self.stages),
@@ -129,7 +130,7 @@ class Composed(Compressor):
         keeps_newlines = before.newline == "keep" or (before.kind == PRE_LLM and before.fraction == 1)
         if reducer.newline == "keep" and not keeps_newlines:
             raise UnsupportedModelError(
-                f"{reducer.name}: newline='keep' has no effect behind {before.name}, which leaves none: leave it out"
+                f"{reducer.name}: newline='keep' has no effect after {before.name}, which leaves none: leave it out"
             )
 
     def _check_after(self, projector: Projector, stage: Compressor) -> None:
@@ -137,7 +138,7 @@ class Composed(Compressor):
         if stage.as_resizer is not None or stage.in_tower:
             does = "merges in the tower" if stage.in_tower else "makes the picture smaller"
             raise UnsupportedModelError(f"{stage.name} {does}, and {projector.name} gives as many tokens: use one of them")
-        tokens, lacking = f"the tokens of {projector.name}", sorted({"attention", "keys", "clip_text"} & set(stage.needs))
+        tokens, lacking = f"the tokens of {projector.name}", sorted(OF_TOWER & set(stage.needs))
         if lacking:
             raise UnsupportedModelError(f"{stage.name} needs {', '.join(lacking)} of the tower's tokens, which {tokens} have not")
         if stage.positions == "keep" or stage.newline == "keep":

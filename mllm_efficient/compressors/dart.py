@@ -33,7 +33,7 @@ class Dart(OneStage):
     pivots: int = 4
     text_pivots: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for field, least in (("pivots", 1), ("text_pivots", 0)):
             value = getattr(self, field)

@@ -44,7 +44,7 @@ class DivPrune(Selector):
     metric: str = "cosine"
     order: str = "raster"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for field, values in (("metric", ("cosine", "l2", "l1")), ("order", ("raster", "picked"))):
             if getattr(self, field) not in values:

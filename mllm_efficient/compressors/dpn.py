@@ -64,7 +64,7 @@ class DPN(Reducer):
     kernel: str | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         budget = [n for n in ("tokens", "prune", "max_tokens", "ratio", "ratios") if getattr(self, n) is not None]
         if budget or self.keep != 1.0:
             raise BadBudgetError(f"dpn: {', '.join(budget or ['keep'])}= has no effect: its router says how many tokens stay")

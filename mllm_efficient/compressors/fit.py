@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..family import Family
     from .base import Compressor
 
+OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the vision tower is watched
+
 
 def require_slot(method: Compressor, adapter: Family) -> None:
     """There is a projector for a trained one to replace."""

@@ -29,7 +29,7 @@ class NoCompression(Selector):
     keep: float | None = 1.0
     on: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.keep, self.tokens, self.prune, self.min_tokens, self.max_tokens) != (1.0, None, None, None, None):
             raise BadBudgetError("none keeps every token and takes no budget")
         if (self.per, self.newline) != ("image", None):

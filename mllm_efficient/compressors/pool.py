@@ -42,7 +42,7 @@ class Pooling(Merger):
     op: str = "avg"
     p: float | str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.op not in OPS:
             raise BadSettingError(f"{self.name}: op={self.op!r} is not one of {', '.join(map(repr, OPS))}")
@@ -92,7 +92,7 @@ class Pool(Pooling):
 
     mode: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode is not None:
             if self.op != "avg":
                 raise BadSettingError(f"pool: op={self.op!r} and mode={self.mode!r} are two names of one setting: give op alone")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Projector(Compressor):
-    """Replaces the model's projector by a trained one that gives side x side tokens per picture, side chosen at run time.
+    """Replaces the model's projector by a trained one that gives side x side tokens per image, side chosen at run time.
 
-    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one picture, or of each tile of an anyres
-    picture: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
+    Override ``module(inputs, outputs)`` and ``projector_flops``. The budget is of one image, or of each tile of an anyres
+    image: the largest square of at most K tokens. weights: a folder that ``mllm-efficient train`` wrote, or a hub id;
     "random" draws them, for timing alone; None is what ships for the embedded model.
     """
 
@@ -31,7 +31,7 @@ class Projector(Compressor):
 
     weights: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.per != "image" or self.newline is not None:
             raise BadSettingError(f"{self.name} gives every tile its tokens and keeps no newline columns: leave per= and newline= out")

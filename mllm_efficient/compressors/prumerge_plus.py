@@ -35,7 +35,7 @@ class PruMergePlus(Merger):
     uniform: float = 0.75
     neighbours: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         share, near = self.uniform, self.neighbours
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:

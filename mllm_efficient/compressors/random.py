@@ -27,7 +27,7 @@ class Random(Selector):
 
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise BadSettingError(f"random: seed={self.seed!r} is not a whole number")

@@ -39,7 +39,7 @@ class Reducer(Compressor):
     ratio: float | None = None
     ratios: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         native = [name for name in ("ratio", "ratios") if getattr(self, name) is not None]
         asked = [name for name in ("keep", "tokens", "prune", "min_tokens", "max_tokens") if getattr(self, name) is not None]
         if native and (asked or len(native) > 1):
@@ -142,8 +142,10 @@ class Reducer(Compressor):
         """``layers(depth)``, checked. Raises ``BadBudgetError`` for layers that the decoder has not."""
         layers = tuple(self.layers(depth))
         if not layers or any(not 1 <= layer < depth for layer in layers) or list(layers) != sorted(set(layers)):
-            said = ", ".join(map(str, layers)) or "none"
-            raise BadSettingError(f"{self.name}: tokens cannot go at layer {said} of a decoder of {depth}: use 1 to {depth - 1}, ascending")
+            asked = ", ".join(map(str, layers)) or "none"
+            raise BadSettingError(
+                f"{self.name}: tokens cannot go at layer {asked} of a decoder of {depth}: use 1 to {depth - 1}, ascending"
+            )
         for layer in layers:
             if self.rater(layer) not in (layer - 1, layer):
                 raise BadSettingError(
@@ -227,7 +229,7 @@ class OneStage(Reducer):
 
     layer: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
             raise BadSettingError(f"{self.name}: layer={self.layer!r} is not a whole number of layers that see every token, such as 2")

@@ -40,7 +40,7 @@ class Scope(Selector):
 
     alpha: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < float("inf"):
             raise BadSettingError(f"scope: alpha={self.alpha!r} is not a number of at least 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadBudgetError, CountMismatchError
 from ..tokens import CompressedTokens, VisualTokens
@@ -37,7 +37,7 @@ class Selector(Compressor):
         require_scores(scores, self.name)
         return scores.sort(descending=True, stable=True).indices[:k]
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "select" in cls.__dict__:
             cls.select = _checked(cls.select)  # type: ignore[method-assign]
@@ -57,11 +57,11 @@ class Selector(Compressor):
         raise TypeError(f"{type(self).__name__} sets shares_work and must define select_batch(parts, k)")
 
 
-def _checked(select: Callable) -> Callable:
+def _checked(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``select`` that takes a bare tensor too, and returns exactly k indices in raster order."""
 
     @functools.wraps(select)
-    def checked(self, v, k=None):
+    def checked(self: Selector, v: VisualTokens | Tensor, k: int | None = None) -> Tensor:
         if not isinstance(v, VisualTokens):
             if v.ndim != 2:
                 raise CountMismatchError(f"{self.name}: features must be (tokens, width), not {tuple(v.shape)}")

@@ -40,7 +40,7 @@ class SparseVLM(Reducer):
     recycle: float = 0.0
     clusters: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, zero in (("recycle", self.recycle, True), ("clusters", self.clusters, False)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (0 < value <= 1 or (zero and value == 0)):

@@ -34,4 +34,4 @@ class TokenFlex(Projector):
         sizes = {} if self.weights in (None, RANDOM) else open_folder(str(self.weights)).config["sizes"]
         if sizes.get("layers") == "mlp":
             return 2 * n * outputs * (inputs + outputs)
-        return 2 * n * sizes.get("expansion", 3) * inputs * (2 * inputs + outputs)
+        return 2 * n * int(sizes.get("expansion", 3)) * inputs * (2 * inputs + outputs)

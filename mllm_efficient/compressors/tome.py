@@ -50,7 +50,7 @@ class ToMe(Merger):
     r: int | None = None
     at: str = "projector"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise BadSettingError(f"tome: r={self.r!r} is not a whole number of pairs of at least 1")

@@ -30,7 +30,7 @@ class Uniform(Selector):
 
     raster: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.raster, bool):
             raise BadBudgetError(f"uniform: raster={self.raster!r} is not true or false")

@@ -33,7 +33,7 @@ class VisionZip(Merger):
 
     contextual: float = 10 / 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         share = self.contextual
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:

@@ -38,7 +38,7 @@ class VisPruner(Selector):
 
     r: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.r, bool) or not isinstance(self.r, (int, float)) or not 0 <= self.r <= 1:
             raise BadSettingError(f"vispruner: r={self.r!r} is not a share between 0 and 1")

@@ -2,7 +2,7 @@
 
 What one call does travels in ``**kwargs`` from the base model to every layer, and what later calls have to know sits on the
 cache object. Layer 0 sees the whole sequence, so all of ``generate``'s bookkeeping, which reads layer 0, stays right; every
-later layer's cache has a length of its own. Each row is shortened by itself and padded on the left, and behind the last
+later layer's cache has a length of its own. Each row is shortened by itself and padded on the left, and after the last
 layer the states are put back to the length of the prompt.
 """
 
@@ -52,7 +52,7 @@ class EnterLayer:
 
 @torch.compiler.disable(reason="methods in the decoder choose by values")
 def leave_decoder(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any = None) -> Any:
-    """The hook behind the language model: its states at every column of the prompt."""
+    """The hook after the language model: its states at every column of the prompt."""
     this: Pass | None = None if output is None else kwargs.get(PASS)
     if this is None:
         return None
@@ -103,7 +103,7 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
 
 
 def _new_columns(mask: Any, rows: int, prompt: int, total: int, device: torch.device) -> Tensor:
-    """(B, E) bool: which of the columns behind the prompt are no padding. mask: (B, total), or one that ``generate`` has made."""
+    """(B, E) bool: which of the columns after the prompt are no padding. mask: (B, total), or one that ``generate`` has made."""
     if total < prompt:
         raise CountMismatchError(f"{total} columns where the prompt alone has {prompt}")
     if isinstance(mask, dict):  # by layer type; all of them end alike
@@ -135,7 +135,7 @@ _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of 
 
 
 def attach(model: Any) -> None:
-    """Puts the hooks on a top model: on itself and its base model, in front of every decoder layer, and behind the language model.
+    """Puts the hooks on a top model: on itself and its base model, in front of every decoder layer, and after the language model.
 
     Counted: calls in several threads may each want them, and the last to ``detach`` takes them off.
     """
@@ -171,8 +171,8 @@ def detach(model: Any) -> None:
         _remove(decoder._forward_hooks, decoder._forward_hooks_with_kwargs, lambda h: h is leave_decoder)
 
 
-def _remove(hooks: Any, with_kwargs: Any, ours: Callable[[Any], bool]) -> None:
-    for key in [key for key, hook in hooks.items() if ours(hook)]:
+def _remove(hooks: Any, with_kwargs: Any, is_own: Callable[[Any], bool]) -> None:
+    for key in [key for key, hook in hooks.items() if is_own(hook)]:
         del hooks[key]
         with_kwargs.pop(key, None)
 

@@ -24,7 +24,7 @@ from .staging import Segment, Shortened, Staging
 class Pass:
     """One forward of the model: what part of the sequence each layer sees. Made anew for every call.
 
-    state: the segments that are known; new: (B, E) bool, the columns behind the prompts, those in the cache included;
+    state: the segments that are known; new: (B, E) bool, the columns after the prompts, those in the cache included;
     decoder: the language model.
     """
 
@@ -63,7 +63,7 @@ class Pass:
         return self._once(("renumber", segment.first, hidden.device), renumbered)
 
     def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The tables where tokens keep their positions: columns behind the prompts are all there."""
+        """The tables where tokens keep their positions: columns after the prompts are all there."""
         return full
 
     def _places(self, segment: Segment, hidden: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class Pass:
         n, lengths = segment.mask.shape[1], segment.lengths
         prompt = (torch.arange(n)[None] - (n - lengths)[:, None]).clamp(min=0)
         lengths, prompt = (self._rows(part.to(hidden.device), hidden) for part in (lengths, prompt))
-        behind = lengths[:, None] + self.new.to(hidden.device).long().cumsum(1) - 1
-        return torch.cat([prompt, behind.clamp(min=0)], 1)[:, -hidden.shape[1] :]
+        after = lengths[:, None] + self.new.to(hidden.device).long().cumsum(1) - 1
+        return torch.cat([prompt, after.clamp(min=0)], 1)[:, -hidden.shape[1] :]
 
     def mask(self, index: int, layer: Any, hidden: Tensor, cache: Any) -> Any:
         segment, window = self.segment, window_of(layer)
@@ -102,7 +102,7 @@ class Pass:
         return per_sample if times == 1 else per_sample.repeat_interleave(times, 0)
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """States (B, n + E, d) behind the last layer at every column of the prompt."""
+        """States (B, n + E, d) after the last layer at every column of the prompt."""
         return hidden
 
 
@@ -154,9 +154,9 @@ class Prefill(Pass):
         return self._once(("keep", segment.first, hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full))
 
     def _kept(self, part: Tensor, segment: Segment, hidden: Tensor) -> Tensor:
-        behind = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
+        after = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
         at = self._rows(segment.columns.to(hidden.device), hidden)
-        at = torch.cat([at, behind.expand(len(at), -1)], 1)
+        at = torch.cat([at, after.expand(len(at), -1)], 1)
         part = part.to(hidden.device).expand(*part.shape[:-3], len(at), *part.shape[-2:])
         return part.gather(-2, at[..., None].expand(*part.shape[:-2], at.shape[1], part.shape[-1]))
 
@@ -249,7 +249,7 @@ class Prefill(Pass):
             entered = self.entry[:: len(self.entry) // len(prompts)][row]
             extra["entry"], extra["text_entry"] = (entered[where.to(entered.device)] for where in (image.columns, self.staging.text[row]))
         prompt = prompts[row].detach()
-        question = prompt.index_select(0, self.last[row : row + 1])[0]  # a single number as index would make the host wait
+        question = prompt.index_select(0, self.last[row : row + 1])[0]  # a single number as index would make the CPU wait
         return LayerTokens(hidden, prompt[text], question, self.index[i], self.places[i], **extra)
 
     # ------------------------------------------------------------------------------ a stage
@@ -329,9 +329,9 @@ class Prefill(Pass):
         return source
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """A column whose token went gets the state of the one before it, which is what predicts the token behind it.
+        """A column whose token went gets the state of the one before it, which is what predicts the token after it.
 
-        Raises ``NotFiniteError`` where NaN or infinity was among what a stage looked at: the one time that the host waits for it.
+        Raises ``NotFiniteError`` where NaN or infinity was among what a stage looked at: the one time that the CPU waits for it.
         """
         self.watch.read()
         if self.segment is None:

@@ -45,7 +45,7 @@ class Staging:
     shortens: ``indices`` (k,) of each image at the end, ``left`` after each stage of each image, ``decided`` at each stage,
     ``watches`` (``Stopwatch``, one for each stage).
     estimator: how a method that routes draws in training, and what gives its router a gradient; generator: what it draws from.
-    meter: what is entered while the method and the host on its behalf compute.
+    meter: what is entered while the method and the model on its behalf compute.
     """
 
     method: Reducer

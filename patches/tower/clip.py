@@ -61,10 +61,10 @@ class Clip:
 
 def clip_of(adapter: Any, where: str) -> Clip:
     """The CLIP at ``where`` for a model's tower, read once. Raises ``MllmEfficientError`` for one that does not fit."""
-    mine = _loaded.setdefault(adapter.model, {})
-    if where not in mine:
-        mine[where] = Clip(where, adapter.config.vision_config.hidden_size, adapter.model.device)
-    return mine[where]
+    of_model = _loaded.setdefault(adapter.model, {})
+    if where not in of_model:
+        of_model[where] = Clip(where, adapter.config.vision_config.hidden_size, adapter.model.device)
+    return of_model[where]
 
 
 def words_of(adapter: Any, ids: Tensor) -> str:

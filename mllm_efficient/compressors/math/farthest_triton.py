@@ -1,5 +1,8 @@
 """DivPrune's picks on a GPU: all K of an image in one kernel, so that the loop waits for no launch. Needs Triton."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of a kernel)
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
