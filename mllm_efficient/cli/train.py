@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,14 +36,15 @@ def train(
     if dry_run:
         _dry_run(recipe, json)
         return
+    from ..registry import build
     from ..train.trainer import run
 
     folder = run(recipe)
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    budget = f"tokens={max(recipe.counts)}," if recipe.counts else ""
-    method = f"{recipe.method}:{budget}weights={folder}"
-    options.say(f"trained: {folder}; use it as --method {method}")
+    budget = {"tokens": max(recipe.counts)} if recipe.counts else {}
+    method = build({"method": recipe.method, **budget, "weights": str(folder)}).spec()
+    options.say(f"trained: {folder}; use it as --method {shlex.quote(method)}")
     if json:
         options.print_json([], {"weights": str(folder), "method": method, "log": str(Path(recipe.output_dir) / "log.jsonl")})
 
