@@ -1,4 +1,4 @@
-"""Folders of tiny models of the families whose processors open without torchvision, as a hub has them: config, weights, processor, chat template."""
+"""Folders of tiny models of all families but those whose processor needs torchvision, as a hub has them: config, weights, processor."""
 
 from __future__ import annotations
 
