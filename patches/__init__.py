@@ -56,9 +56,9 @@ def inner_model(model: Any) -> Any:
 
 def require_present(model_type: str) -> None:
     """Raises ``UnsupportedModelError`` for a family that the installed transformers does not have."""
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import configuration_auto
 
-    if model_type not in CONFIG_MAPPING:
+    if model_type not in configuration_auto.CONFIG_MAPPING:
         version = ".".join(map(str, transformers_version()))
         raise UnsupportedModelError(f"transformers {version} has no {model_type}: a newer one is needed")
 

@@ -304,7 +304,8 @@ class Cohere2Tiles:
         return images
 
     def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
-        tiles = [self.cut(image) for image in (images if isinstance(images, list) else [images])]
+        rows = images if isinstance(images, list) else [images]
+        tiles = [self.cut(image) for row in rows for image in (row if isinstance(row, list) else [row])]
         return {"pixel_values": torch.cat(tiles), "num_patches": [len(t) for t in tiles]}
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mllm_efficient.measure.shapes import load_shape
 from mllm_efficient.patches import adapter_for
 
 from .families import FAMILIES, VOCABULARY, clip, noise, tiny
-from .folders import TEMPLATE, parts_of, placeholder, save
+from .folders import NAMES, TEMPLATE, parts_of, placeholder, save
 
 TALK = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]},
@@ -344,7 +344,7 @@ def test_an_adapter_of_a_hub_model_that_is_not_here(capsys, folder, lora, pictur
 # ------------------------------------------------------------------------------------------------ without torchvision
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llava_next"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("llava", "llava_next")])
 def test_a_folder_opens_without_torchvision_for_pictures(capsys, monkeypatch, folder, name):
     """Processors of these families have a video processor, which needs it. The pictures are those of the whole processor."""
     monkeypatch.setattr(processors, "find_spec", lambda module: None)

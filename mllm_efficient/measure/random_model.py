@@ -63,7 +63,10 @@ def _require_present(path: Path) -> None:
     """Raises ``UnsupportedModelError`` for a config.json, or a folder with one, of a family that this transformers does not have."""
     from ..patches import FAMILIES, require_present
 
-    kind = str(read_object(path / "config.json" if path.is_dir() else path).get("model_type"))
+    try:
+        kind = str(read_object(path / "config.json" if path.is_dir() else path).get("model_type"))
+    except MllmEfficientError:  # transformers says more of a damaged file
+        return
     if kind in FAMILIES.values():
         require_present(kind)
 
