@@ -21,8 +21,9 @@ import torch
 import transformers
 
 import mllm_efficient as me
+from mllm_efficient import stats
 from mllm_efficient.cli import main
-from mllm_efficient.eval import runner, stats
+from mllm_efficient.eval import runner
 from mllm_efficient.eval.answers import choices, judge, matches, normalise, words
 from mllm_efficient.eval.builtin import architecture
 from mllm_efficient.eval.builtin.architecture import SPECIAL, WORDS
