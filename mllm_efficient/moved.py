@@ -27,7 +27,7 @@ NAMES = {
     "compressors.base": {"Selector": "compressors.selector", "Merger": "compressors.merger", "Resizer": "compressors.resizer",
                          "Projector": "compressors.projector"},
     "trained": {"load": "trained.folder"},
-    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocate", "relocated": "trained.relocate"},
+    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocate"},
 }  # fmt: skip
 
 
