@@ -10,11 +10,11 @@ import numpy as np
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.stats import Estimate, estimate, interval, points, sums
 
 from .agreement import TEXT_ONLY, WITH_IMAGES, short
 from .record.samples import fingerprint_of
 from .requests import Request
-from .stats import Estimate, estimate, interval, points, sums
 from .table import OVERALL
 
 WORST = 20

@@ -8,6 +8,7 @@ from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.loading.models import Loaded
+from mllm_efficient.stats import Estimate
 
 from .agreement import MAX_NEW_TOKENS, Agreement
 from .agreement_rows import about, agreement_rows, cell_of
@@ -19,7 +20,6 @@ from .report.pictures import kept_pictures
 from .report.rows import DATA_MEANING, MEANING
 from .requests import Request, prompts_of
 from .runner import Run
-from .stats import Estimate
 from .table import differences, rows_of, text_table
 
 Records = Sequence[dict[str, Any]]

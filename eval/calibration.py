@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .stats import blocks, grouped, interval, points
+from mllm_efficient.stats import blocks, grouped, interval, points
 
 BINS = 10
 COLUMNS = ("ece", "ece_interval", "aurc", "aurc_interval")

@@ -11,8 +11,8 @@ import torch
 
 from mllm_efficient.apply.encode import Encoded, encode_items, encoding_key
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.compressors.composed import runnable
 from mllm_efficient.loading.models import Loaded, require_supported
+from mllm_efficient.registry import runnable
 from mllm_efficient.trained.folder import Parts
 from mllm_efficient.trained.install import installed
 

@@ -6,18 +6,13 @@ A folder keeps what is finished: answers in ``samples.jsonl``, timings in ``benc
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from mllm_efficient import locking
 from mllm_efficient.apply.plan import check, describe
-from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.compressors.composed import before_of, inside_of, runnable
+from mllm_efficient.compressors.base import BUDGET_FIELDS, Compressor
+from mllm_efficient.compressors.composed import before_of, inside_of
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.compressors.random import Random
 from mllm_efficient.compressors.resize import Resize
@@ -28,14 +23,12 @@ from mllm_efficient.measure.bench import Bench, Settings
 from mllm_efficient.measure.flops import Cost
 from mllm_efficient.measure.ideal import PromptFlops
 from mllm_efficient.measure.workload import Workload, make_inputs
-from mllm_efficient.parsing import parse_yaml, read_yaml
-from mllm_efficient.registry import get_method
-from mllm_efficient.writing import write_text, writing
+from mllm_efficient.registry import runnable, with_budget, without_budget
+from mllm_efficient.spec import parse, value_of
 
-from .record.samples import SAMPLES_FILE, fingerprint_of
+from .record.bench_file import BenchFile
 
 BUDGETS = ("keep", "tokens", "prune")
-BENCH_FILE, LOCK_FILE, BEGUN_FILE = "bench.jsonl", "sweep.lock", "unfinished.json"
 TRIED = 4096  # budgets that ``match`` tries at most
 
 
@@ -60,15 +53,17 @@ def cross(specs: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
     """
     cells = [Cell(NoCompression(), BASELINE)]
     for spec in specs:
-        own = own_budget(spec)
-        if own is None and not budgets:
+        lacking = without_budget(spec)
+        if len(lacking) > 1:
+            raise MllmEfficientError(f"--method {spec}: a sweep crosses one stage with its budgets: give the others one of their own")
+        if lacking and not budgets:
             like = "a budget in each stage" if "|" in spec else f"{spec}:keep=0.25"
             raise MllmEfficientError(f"--method {spec} has no budget: give --keep 0.5,0.25 or --tokens 64,32, or {like}")
-        for budget in [None] if own is not None else budgets:
-            method = runnable(spec) if budget is None else _with_budget(spec, budget)
+        for budget in budgets if lacking else [None]:
+            method = runnable(spec if budget is None else with_budget(spec, **settings_of(budget)))
             if method.same_weights is not None:
                 cells.append(Cell(runnable(method.same_weights), METHOD))
-            cells.append(Cell(method, METHOD, own or budget or ""))
+            cells.append(Cell(method, METHOD, budget or budget_of(method)))
     for asked in dict.fromkeys([*budgets, *(c.asked for c in cells if c.method.per == "image")]):
         for name in (Random.name, Resize.name):
             if asked and not any(c.asked == asked and c.method.name == name for c in cells):
@@ -84,43 +79,16 @@ def unique(cells: Sequence[Cell]) -> list[Cell]:
     return list(out.values())
 
 
-def own_budget(spec: str) -> str | None:
-    """The budget in a specification or YAML file, such as "keep=0.1"; "" for ``none`` and for several, None where one is lacking."""
-    if spec.endswith((".yaml", ".yml")):
-        try:
-            method = runnable(spec)
-        except MllmEfficientError as error:
-            if "no budget" in str(error):
-                return None
-            raise
-        settings = {k: v for k, v in method.to_dict().items() if k in (*BUDGETS, "min_tokens", "max_tokens", "per")}
-        return ",".join(f"{k}={v}" for k, v in settings.items())
-    if "|" in spec:
-        lacking = [part for part in spec.split("|") if own_budget(part) is None]
-        if len(lacking) > 1:
-            raise MllmEfficientError(f"--method {spec}: a sweep crosses one stage with its budgets: give the others one of their own")
-        return None if lacking else ""
-    spec = spec.strip()
-    name = re.split("[:@]", spec)[0].strip()
-    if name == NoCompression.name or getattr(get_method(name), "routes", False):
-        return ""
-    found = re.findall(r"[:,]\s*(\w+)\s*=\s*([^,]+?)\s*(?=,|$)", spec)
-    if any(k in ("ratio", "ratios") for k, _ in found):  # an in-decoder method that says what its stages leave
-        return ""
-    parts = [f"{k}={v}" for k, v in found if k in (*BUDGETS, "min_tokens", "max_tokens")]
-    return ",".join(parts) if any(k in BUDGETS for k, _ in found) else None
+def settings_of(budget: str) -> dict[str, Any]:
+    """``{"keep": 0.25}`` of ``"keep=0.25"``."""
+    (stage,) = parse(f"any:{budget}")
+    return {name: value_of(value, text=False) for name, value in stage.settings.items()}
 
 
-def _with_budget(spec: str, budget: str) -> Compressor:
-    if "|" in spec:
-        return runnable([part if own_budget(part) is not None else _with_budget(part.strip(), budget) for part in spec.split("|")])
-    if not spec.endswith((".yaml", ".yml")):
-        return runnable(f"{spec}{',' if ':' in spec else ':'}{budget}")
-    name, _, value = budget.partition("=")
-    content = read_yaml(Path(spec))
-    if not isinstance(content, dict) or "stages" in content:
-        raise MllmEfficientError(f"{spec}: give each of its stages a budget")
-    return runnable({**content, name: parse_yaml(value)})
+def budget_of(method: Compressor) -> str:
+    """The budget of a method in the words of a specification, such as "keep=0.1"; "" where it says in another way what stays."""
+    given = {name: value for name, value in method.to_dict().items() if name in BUDGET_FIELDS}
+    return ",".join(f"{name}={value}" for name, value in given.items()) if set(BUDGETS) & set(given) else ""
 
 
 def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) -> tuple[list[Cell], dict[str, str]]:
@@ -191,44 +159,7 @@ class Flops(PromptFlops):
         return cell if best is None else replace(cell, method=best[2])
 
 
-# ------------------------------------------------------------------------------------------- timings that are kept
-
-
-class BenchFile:
-    """Finished bench rows by method, one line of JSON each, in ``bench.jsonl``; those of other settings are passed over.
-
-    A torn last line (a kill in mid-write) is dropped.
-    """
-
-    def __init__(self, folder: Path, config: dict[str, Any]):
-        self.path, self.fingerprint = folder / BENCH_FILE, fingerprint_of(config)
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.about: dict[str, Any] = {}
-        end = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else (), start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-                mine = entry["fingerprint"] == self.fingerprint
-                method, row, about = entry["method"], entry["row"], entry["about"]
-            except (ValueError, KeyError, TypeError):
-                raise MllmEfficientError(f"{self.path} line {number} is no record of a sweep: use another --output-dir") from None
-            if mine:
-                self.rows[method] = row
-                self.about = self.about or about
-            end += len(line)
-        if self.path.exists():
-            os.truncate(self.path, end)
-
-    def add(self, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-        """Keeps what did not fail; a method that is there already stays as it is."""
-        new = [r for r in rows if r["failed"] is None and r["method"] not in self.rows]
-        lines = [json.dumps({"fingerprint": self.fingerprint, "method": r["method"], "row": r, "about": about}) + "\n" for r in new]
-        with writing(self.path), self.path.open("a") as file:
-            file.write("".join(lines))
-        self.rows |= {r["method"]: r for r in new}
-        self.about = self.about or about
+# ------------------------------------------------------------------------------------------------------------ timings
 
 
 ABOUT = ("ceiling", "clock", "meaning", "peak_memory", "kv_cache", "weights_mb", "machine", "workload", "order", "repeats", "warmup")
@@ -272,31 +203,3 @@ def time_all(
         file.add(mine, {k: meta[k] for k in ABOUT if k in meta})
         failed |= {r["method"]: r for r in mine if r["failed"] is not None and r["method"] not in file.rows}
     return {**failed, **{k: v for k, v in file.rows.items() if k in wanted}}
-
-
-def begin(folder: Path, arms: Sequence[str], answers: int, command: str) -> None:
-    """Notes what a sweep is going to answer, for ``unfinished``."""
-    write_json(folder / BEGUN_FILE, {"arms": list(arms), "answers": answers, "command": command})
-
-
-def unfinished(folder: Path) -> str | None:
-    """How far the sweep in a folder has come and what to do; None where none has begun. To be asked where there is no report."""
-    try:
-        begun = json.loads((folder / BEGUN_FILE).read_text())
-        arms, answers, command = set(begun["arms"]), begun["answers"], begun["command"]
-        lines = (folder / SAMPLES_FILE).read_bytes().splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        done = len({(r["method"], r["id"]) for r in rows if r["method"] in arms})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return f"unfinished: {min(done, answers)} of {answers} answers; run the same sweep again: {command}"
-
-
-def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """The folder belongs to this process inside; another process that owns it is named in the error."""
-    return locking.owned(folder, LOCK_FILE, "--output-dir")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one step: a reader finds the old one or the new one."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

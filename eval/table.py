@@ -7,10 +7,10 @@ from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.resize import Resize
+from mllm_efficient.stats import Estimate, Scores, points
 
 from .calibration import calibration
 from .runner import NO_IMAGE
-from .stats import Estimate, Scores, points
 
 OVERALL = "overall"
 MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table behind the others

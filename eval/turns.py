@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mllm_efficient.apply import wrap as wrapper
-from mllm_efficient.apply.generate import with_prompt
+from mllm_efficient.apply.original_prompt import with_prompt
 from mllm_efficient.apply.prepare import Prepared
 from mllm_efficient.apply.prompt import leave_on
 from mllm_efficient.apply.signatures import cache_of, with_cache
@@ -26,9 +26,6 @@ from mllm_efficient.loading.prompts import rendered
 from .builtin.questions import Question
 from .builtin.suite import Sample
 from .harness import endings
-
-if TYPE_CHECKING:
-    from .runner import Run
 
 ANSWER = "yes"  # stands for the first answer while a conversation is put in the chat template
 
@@ -71,8 +68,20 @@ def follow_ups(samples: Sequence[Sample]) -> list[FollowUp]:
     return [FollowUp(group[i - 1], s) for group in by_image.values() if len(group) > 1 for i, s in enumerate(group)]
 
 
+class Asks(Protocol):
+    """What a conversation needs of an evaluation (``runner.Run``): how questions are asked there, and what was made for them."""
+
+    loaded: Loaded
+
+    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]: ...
+    def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared: ...
+    def generate(self, call: dict[str, Any], **how: Any) -> Any: ...
+    def decoded(self, ids: Tensor) -> list[str]: ...
+    def worded(self, sample: Sample | FollowUp) -> str: ...
+
+
 def converse(
-    run: Run, method: Compressor | None, batch: Sequence[FollowUp], watched: Any = None
+    run: Asks, method: Compressor | None, batch: Sequence[FollowUp], watched: Any = None
 ) -> tuple[list[str], Tensor, Prepared | None]:
     """First answers, the (B, T) tokens of the second ones, and what was done to the images in the first turn.
 

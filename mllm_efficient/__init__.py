@@ -36,7 +36,7 @@ _HOME = {
     "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
     "mask_labels": "apply.labels", "from_pretrained": "trained.pretrained",
     "last_report": "report", "CompressionReport": "report", "ImageReport": "report",
-    "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors",
+    "MllmEfficientError": "errors", "UnknownMethodError": "errors", "BadBudgetError": "errors", "MissingBudgetError": "errors",
     "UnsupportedModelError": "errors", "CountMismatchError": "errors", "AlreadyWrappedError": "errors",
     "NotFiniteError": "errors", "BadSettingError": "errors",
 }  # fmt: skip
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from .errors import BadBudgetError as BadBudgetError
     from .errors import BadSettingError as BadSettingError
     from .errors import CountMismatchError as CountMismatchError
+    from .errors import MissingBudgetError as MissingBudgetError
     from .errors import MllmEfficientError as MllmEfficientError
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .errors import BadBudgetError
+from .errors import BadBudgetError, MissingBudgetError
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Budget:
     def __post_init__(self):
         given = [n for n in ("keep", "tokens", "prune") if getattr(self, n) is not None]
         if len(given) != 1:
-            what = f"{' and '.join(given)} together" if given else "no budget"
-            raise BadBudgetError(f"{what}: give exactly one of keep=0.1, tokens=64 or prune=0.9")
+            one = "give exactly one of keep=0.1, tokens=64 or prune=0.9"
+            raise BadBudgetError(f"{' and '.join(given)} together: {one}") if given else MissingBudgetError(f"no budget: {one}")
         if self.tokens is not None:
             _count("tokens", self.tokens)
             if self.min_tokens is not None or self.max_tokens is not None:

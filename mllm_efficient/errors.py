@@ -18,6 +18,10 @@ class BadBudgetError(MllmEfficientError):
     """A token budget that cannot be honoured."""
 
 
+class MissingBudgetError(BadBudgetError):
+    """A method that needs a token budget and was given none."""
+
+
 class UnsupportedModelError(MllmEfficientError):
     """A model that no adapter knows, or a wrapper around one (DDP, FSDP, torch.compile)."""
 

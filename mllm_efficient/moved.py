@@ -19,15 +19,16 @@ MODULES = {
     "installing": "trained.install", "base_model": "trained.base_model", "exporting": "trained.export",
     "images": "media.images", "video": "media.video", "viz": "media.overlay", "figures": "media.figure",
     "models": "loading.models", "prompts": "loading.prompts", "processor": "loading.processor", "adapters": "loading.lora",
-    "checkup": "patches.checkup", "eval.records": "eval.record.samples",
+    "checkup": "patches.checkup", "eval.records": "eval.record.samples", "eval.stats": "stats",
     **{f"patches.{name}": f"patches.families.{name}" for name in (
         "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen_vl", "internvl")},
 }  # fmt: skip
 NAMES = {
     "compressors.base": {"Selector": "compressors.selector", "Merger": "compressors.merger", "Resizer": "compressors.resizer",
                          "Projector": "compressors.projector"},
+    "compressors.composed": {"runnable": "registry"},
+    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocated"},
     "trained": {"load": "trained.folder"},
-    "trained.saving": {"from_pretrained": "trained.pretrained", "method_in": "trained.relocate"},
 }  # fmt: skip
 
 

@@ -93,6 +93,15 @@ def read_yaml(path: Path) -> Any:
         raise MllmEfficientError(f"{path} is {error}") from None
 
 
+def finished_lines(path: Path) -> list[bytes]:
+    """The lines of a file to which lines are appended, each with its end; none of a file that is not there.
+
+    A last one without its end is torn (the writer was killed in mid-write) and left out. Raises ``OSError``.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
 # ------------------------------------------------------------------------------------------------ guards
 
 

@@ -12,13 +12,22 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .errors import BadSettingError, MllmEfficientError, UnknownMethodError, did_you_mean, quoted
-from .parsing import parse_yaml, read_yaml
-
-if TYPE_CHECKING:
-    from .compressors.base import Compressor
+from . import spec
+from .compressors.base import Compressor, parameters
+from .compressors.composed import compose, stages_of
+from .compressors.kinds import PRE_LLM
+from .errors import (
+    BadSettingError,
+    MissingBudgetError,
+    MllmEfficientError,
+    UnknownMethodError,
+    UnsupportedModelError,
+    did_you_mean,
+    quoted,
+)
+from .parsing import read_yaml
 
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
@@ -36,6 +45,7 @@ def register(name: str) -> Callable[[type], type]:
 
     def decorate(cls: type) -> type:
         _require_method_class(cls)
+        _require_name(name)
         old = _registered.get(name)
         owner = f"{old.__module__}.{old.__qualname__}" if old else BUILTIN.get(name)
         ours = f"{cls.__module__}.{cls.__qualname__}" if old else cls.__module__
@@ -49,12 +59,15 @@ def register(name: str) -> Callable[[type], type]:
 
 
 def _require_method_class(cls: Any) -> None:
-    from .compressors.base import Compressor
-
     if isinstance(cls, type) and "__dataclass_params__" not in cls.__dict__:  # the class's own settings would be lost
         raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
     if not isinstance(cls, type) or not issubclass(cls, Compressor):
         raise MllmEfficientError(f"{getattr(cls, '__name__', cls)!s} is not a method: derive it from me.Selector, me.Merger or me.Reducer")
+
+
+def _require_name(name: str) -> None:
+    if spec.parse(f"{name}:a=1 | b") != [spec.Stage(name, {"a": "1"}), spec.Stage("b", {})] or not name or name.endswith(spec.FILES):
+        raise MllmEfficientError(f"{name!r} cannot be a method's name: a specification such as 'divprune:keep=0.1' could not hold it")
 
 
 @lru_cache(maxsize=1)
@@ -107,65 +120,87 @@ def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
     ``"a:x=1 | b:y=2"``, a list, or ``{"stages": [...]}`` compose: at most one method of each family, run in the order
     J (projector), P (before the language model), L (in the decoder); the result is then one ``Composed`` of these ``stages``.
     """
-    from .compressors.base import Compressor
+    return what if isinstance(what, Compressor) else _composed([_made(part) for part in described(what)])
 
+
+def runnable(what: Any) -> Compressor:
+    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a kind that this version does not run."""
+    method = build(what)
+    for stage in stages_of(method):
+        if stage.kind != PRE_LLM and stage.as_projector is None and stage.as_reducer is None:
+            raise UnsupportedModelError(f"{stage.name} is of kind {stage.kind}, which this version does not run")
+    return method
+
+
+def without_budget(what: str | dict | Path | Compressor | Iterable) -> list[str]:
+    """The names of the stages that need a budget and have none. Raises as ``build`` does for whatever else is wrong with one."""
+    lacking = list[str]()
+    for part in described(what):
+        try:
+            _made(part)
+        except MissingBudgetError:
+            lacking += [str(part["method"])] if isinstance(part, dict) else []
+    return lacking
+
+
+def with_budget(what: str | dict | Path | Compressor | Iterable, **budget: Any) -> Compressor:
+    """What ``build`` makes of it, the stages that have no budget of their own at this one: ``with_budget("divprune", keep=0.1)``."""
+
+    def stage(part: dict[str, Any] | Compressor) -> Compressor:
+        try:
+            return _made(part)
+        except MissingBudgetError:
+            if isinstance(part, Compressor):
+                raise
+            return _made({**part, **budget})
+
+    return _composed([stage(part) for part in described(what)])
+
+
+def described(what: Any) -> list[dict[str, Any] | Compressor]:
+    """The stages that something describes, each as the name of its method and its settings (or as it is), as yet unchecked."""
     if isinstance(what, Compressor):
-        return what
-    if isinstance(what, Path) or (isinstance(what, str) and what.endswith((".yaml", ".yml"))):
-        return build(_read_yaml(Path(what)))
+        return [what]
+    if isinstance(what, Path) or (isinstance(what, str) and what.endswith(spec.FILES)):
+        return described(_read_yaml(Path(what)))
     if isinstance(what, str):
-        return _compose([_from_spec(part) for part in what.split("|")])
+        return [*settings_in(what)]
     if isinstance(what, dict):
-        if "stages" in what:
-            if set(what) != {"stages"}:
-                raise MllmEfficientError(f"a dict with 'stages' has nothing else: {sorted(set(what) - {'stages'})}")
-            return build(what["stages"])
-        return _from_settings(what)
+        if "stages" not in what:
+            return [what]
+        if set(what) != {"stages"}:
+            raise MllmEfficientError(f"a dict with 'stages' has nothing else: {sorted(set(what) - {'stages'})}")
+        return described(what["stages"])
     if isinstance(what, Iterable):
-        return _compose([build(part) for part in what])
+        return [part for one in what for part in described(one)]
     raise MllmEfficientError(f"cannot build a method from {quoted(what)}: give 'divprune:keep=0.1', a dict or a YAML file")
 
 
-def _compose(parts: list[Compressor]) -> Compressor:
-    from .compressors.composed import compose
-
+def _composed(parts: list[Compressor]) -> Compressor:
     if not parts:
         raise MllmEfficientError("no method given: 'divprune:keep=0.1' is one")
     return parts[0] if len(parts) == 1 else compose([p for p in parts if p.spec() != "none"] or parts[:1])
 
 
-def _from_spec(spec: str) -> Compressor:
-    if spec.strip().startswith("none@"):
-        return _from_settings({"method": "none", "on": spec.strip().removeprefix("none@")})
-    name, _, rest = spec.strip().partition(":")
-    settings: dict[str, Any] = {"method": name.strip()}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise BadSettingError(f"{spec.strip()!r}: {part!r} is not name=value, as in 'divprune:keep=0.1'")
-        if key.strip() in settings:
-            raise BadSettingError(f"{spec.strip()!r}: {key.strip()} is given twice")
-        try:
-            settings[key.strip()] = _number(value.strip(), parse_yaml(value.strip()))
-        except MllmEfficientError:
-            raise BadSettingError(f"{spec.strip()!r}: {value.strip()!r} is not a value") from None
-    return _from_settings(settings)
+def settings_in(text: str) -> list[dict[str, Any]]:
+    """The stages of a specification string as dicts: ``method``, its name, and its settings, as yet unchecked."""
+    out = []
+    for stage in spec.parse(text):
+        fields = spec.text_fields(get_method(stage.name)) if stage.name else frozenset()
+        settings: dict[str, Any] = {"method": stage.name}
+        for key, written in stage.settings.items():
+            try:
+                settings[key] = spec.value_of(written, key in fields)
+            except MllmEfficientError:
+                raise BadSettingError(f"{text.strip()!r}: {written!r} is not a value") from None
+        out.append(settings)
+    return out
 
 
-def _number(text: str, value: Any) -> Any:
-    """YAML 1.1 reads 1e-1, nan and inf as strings; a user means numbers."""
-    if isinstance(value, str):
-        try:
-            return float(text)
-        except ValueError:
-            return value
-    return value
-
-
-def _from_settings(settings: dict) -> Compressor:
-    from .compressors.base import parameters
-
-    settings = dict(settings)
+def _made(part: dict[str, Any] | Compressor) -> Compressor:
+    if isinstance(part, Compressor):
+        return part
+    settings = dict(part)
     name = settings.pop("method", None)
     if not isinstance(name, str) or not name:
         raise MllmEfficientError(f"{settings or 'an empty specification'}: no method named; 'divprune:keep=0.1' is one")
@@ -178,11 +213,11 @@ def _from_settings(settings: dict) -> Compressor:
     return cls(**settings)
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> dict | list:
     try:
         content = read_yaml(path)
     except OSError as error:
         raise MllmEfficientError(f"cannot read the method file {path}: {error.strerror}") from error
     if not isinstance(content, (dict, list)):
         raise MllmEfficientError(f"{path}: expected 'method: divprune' and its settings, or a list of such")
-    return build(content)
+    return content

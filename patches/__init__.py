@@ -1,24 +1,19 @@
-"""Adapters: the only code that knows a host's internals. One file per model family, found by the model's class name."""
+"""The only code that knows a model's internals. One file per model family, and a line in the table of ``rules``."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
-FAMILIES = {
-    "LlavaForConditionalGeneration": "llava:LlavaAdapter",
-    "LlavaNextForConditionalGeneration": "llava_next:LlavaNextAdapter",
-    "LlavaNextVideoForConditionalGeneration": "llava_next_video:LlavaNextVideoAdapter",
-    "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevisionAdapter",
-    "Qwen2VLForConditionalGeneration": "qwen_vl:QwenVLAdapter",
-    "Qwen2_5_VLForConditionalGeneration": "qwen_vl:QwenVLAdapter",
-    "Qwen3VLForConditionalGeneration": "qwen_vl:Qwen3VLAdapter",
-    "InternVLForConditionalGeneration": "internvl:InternVLAdapter",
-}
+from . import rules
+
+if TYPE_CHECKING:
+    from .base import Adapter
+
+FAMILIES = {cls: model_type for model_type, (cls, _) in rules.FAMILIES.items()}  # the classes of transformers
 # Checkpoints in the format of a model's own repository, and one of those that transformers reads.
 ORIGINALS = {
     "LlavaLlamaForCausalLM": "llava-hf/llava-1.5-7b-hf", "LlavaMistralForCausalLM": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -59,19 +54,27 @@ def inner_model(model: Any) -> Any:
     return model
 
 
-def adapter_for(model: Any):
+def require_present(model_type: str) -> None:
+    """Raises ``UnsupportedModelError`` for a family that the installed transformers does not have."""
+    from transformers.models.auto import configuration_auto
+
+    if model_type not in configuration_auto.CONFIG_MAPPING:
+        version = ".".join(map(str, transformers_version()))
+        raise UnsupportedModelError(f"transformers {version} has no {model_type}: a newer one is needed")
+
+
+def adapter_for(model: Any) -> Adapter:
     """The adapter of a model's family. Raises ``UnsupportedModelError`` naming the supported ones."""
     transformers_version()
     inner = inner_model(model)
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
-            module, _, name = FAMILIES[cls.__name__].partition(":")
-            return getattr(importlib.import_module(f"{__name__}.families.{module}"), name)(inner)
+            return rules.adapter_class(FAMILIES[cls.__name__])(inner)
     raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
 
 
 def advice_on(name: str) -> str:
-    """What to use instead of a model of an unknown class, behind "is not supported"."""
+    """What to use instead of a model of an unknown class, after "is not supported"."""
     twin = ORIGINALS.get(name)
     if twin is not None:
         return f": it is in the format of its own repository, so use its twin for transformers, whose name ends in -hf (such as {twin})"

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.compressors.kinds import PROJECTOR
-from mllm_efficient.errors import UnsupportedModelError
-from mllm_efficient.tokens import Box, Plane, VisualShape
+from mllm_efficient.lazy import torch
+from mllm_efficient.tokens import Box, Grid, Plane, VisualShape
 
-from .decoder.staging import ROUTER
-from .locks import hooking as hooking
-from .rules import DECODERS
+from .rules import DECODERS, ROUTER, Rules, Views
 
-Grid = tuple[int, int]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the host made of one item.
+    """What the model made of one item.
 
-    features: (length, D) in the host's order, newline columns and separators included. deep: the same for each layer
+    features: (length, D) in the model's order, newline columns and separators included. deep: the same for each layer
     that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), tower: (N, D), of the tokens alone; tower
-    is the tower's output behind its last norm. shape: of what was encoded, which for a smaller picture is smaller than the item's.
+    is the tower's output after its last norm. shape: of what was encoded, which for a smaller image is smaller than the item's.
     """
 
     features: Tensor
@@ -50,31 +46,17 @@ class Encoding:
 OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs of methods that the tower has to be watched for
 
 
-class Adapter:
-    """The base of all adapters; a family overrides what is different with it.
+class Adapter(Rules):
+    """The base of all adapters: a family's other half, of a model that is there. A family's own stands before its ``Rules``.
 
-    gives: what methods may need beyond the features. fixed_count: whether every image has the same number of tokens.
-    positions: the default rule. parts: what ``per=`` can name. separators: whether there are newline columns.
-    deepstack: whether later layers add visual features. mrope: whether positions have three rows. projects: whether
-    trained projectors can take the place of the model's. encode_keys: the vision arguments of a call.
+    encode_keys: the vision arguments of a call.
     """
 
-    gives: frozenset[str] = frozenset({"text", "grid"})
-    fixed_count: ClassVar[bool] = False
-    positions: ClassVar[str] = "renumber"
-    parts: ClassVar[frozenset[str]] = frozenset()
-    separators: ClassVar[bool] = False
-    deepstack: ClassVar[bool] = False
-    mrope: ClassVar[bool] = False
-    projects: ClassVar[bool] = False
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def __init__(self, model: Any):
-        self.model, self.config = model, model.config
-
-    @property
-    def name(self) -> str:
-        return type(self.model).__name__
+        self.model = model
+        super().__init__(type(model).__name__, model.config)
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -86,13 +68,8 @@ class Adapter:
     def decoder_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
-    @property
-    def tower_blocks(self) -> int:
-        """Blocks of the tower that methods can merge in; 0 where none can."""
-        return 0
-
     def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
-        """Every picture through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
+        """Every image through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
         raise TypeError(f"{type(self).__name__} must define merge_in_tower")
 
     @property
@@ -114,7 +91,6 @@ class Adapter:
         detach(self.model)
 
     def check_inside(self, method: Any) -> None:
-        """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
         from .decoder.hooks import check_decoder
 
         check_decoder(self, method)
@@ -127,12 +103,6 @@ class Adapter:
         classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
         return next((name for name in classes if name in DECODERS.values()), classes[0])
 
-    @property
-    def deep_layers(self) -> int:
-        """Decoder layers behind which visual features are added (deepstack)."""
-        vision = self.config.vision_config
-        return len(vision.deepstack_visual_indexes) if self.deepstack else 0
-
     def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call with tensors for what some processors and callers give as lists."""
         return inputs
@@ -144,28 +114,22 @@ class Adapter:
         """
         raise TypeError(f"{type(self).__name__} must define items")
 
-    def usual(self) -> VisualShape | None:
-        """The shape of every image where all have the same, else None."""
-        return None
-
     def item_of(self, shape: VisualShape) -> Item:
         """An item of which nothing but the shape is known."""
         return Item({}, shape)
 
     def unit(self, item: Item) -> Grid:
-        """The grid of the picture, or of each of its tiles: what ``resize`` makes smaller."""
         return item.shape.planes[0].rows, item.shape.planes[0].columns
 
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
-        """The shape of the item if its ``unit`` grid were this one."""
         raise TypeError(f"{type(self).__name__} must define shape_at")
 
     def encode(
         self, items: Sequence[Item], needs: frozenset[str] = frozenset(), grids: Sequence[Grid | None] | None = None
     ) -> list[Encoding]:
-        """Stock features of every item, all that are alike in one call of the host.
+        """Stock features of every item, all that are alike in one call of the model.
 
-        grids: the smaller ``unit`` grid each item is made to have first; None leaves the picture as it is.
+        grids: the smaller ``unit`` grid each item is made to have first; None leaves the image as it is.
         """
         grids = [None] * len(items) if grids is None else grids
         together: dict[tuple[str, Grid | None], list[int]] = {}
@@ -212,15 +176,14 @@ class Adapter:
         return self.projector_widths if method.kind == PROJECTOR else (width, width)
 
     def projected(self, item: Item, side: int) -> VisualShape:
-        """The shape of a picture, each of whose tiles has side x side tokens."""
         raise TypeError(f"{type(self).__name__} must define projected")
 
     def before_projector(self, items: list[Item]) -> Tensor:
-        """(views of all items, N, D): what the host hands to its projector, without class tokens. The projector does not run."""
+        """(views of all items, N, D): what the model hands to its projector, without class tokens. The projector does not run."""
         raise TypeError(f"{type(self).__name__} must define before_projector")
 
     def project(self, items: list[Item], projector: Any, side: int) -> list[Encoding]:
-        """Every picture through another projector, which gives each of its tiles side x side tokens."""
+        """Every image through another projector, which gives each of its tiles side x side tokens."""
         tokens = projector(self.before_projector(items), side=side, grid=self.unit(items[0]))
         parts = tokens.split([len(item.arguments["pixel_values"]) for item in items])
         return [Encoding(part.flatten(0, 1), self.projected(item, side)) for item, part in zip(items, parts)]
@@ -248,92 +211,26 @@ class Adapter:
         """Positions (3, B, L) of a prompt on M-RoPE models."""
         raise TypeError(f"{type(self).__name__} has no M-RoPE")
 
+    def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
+        """The vision arguments of one prompt with these images, as the family's processor shapes them.
+
+        pixels: gives a tensor of the shape that it is called with.
+        """
+        width, height = self.view_size
+        return {"pixel_values": pixels(sum(image.views for image in images), self.tower_size.channels, height, width)}
+
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        """The planes with boxes in fractions of the original picture of ``size`` (width, height), its preprocessing undone."""
+        """The planes with boxes in fractions of the original image of ``size`` (width, height), its preprocessing undone."""
         return planes
 
 
-class _Reached(Exception):
-    """The projector was reached."""
-
-
-_reaching: contextvars.ContextVar[object | None] = contextvars.ContextVar("reaching", default=None)
-
-
-def input_of(module: Any, call: Callable[[], Any]) -> Tensor:
-    """The first argument that ``call`` hands to a module, which does not run: the call ends there. Of this thread alone."""
-    found: list[Tensor] = []
-    token = object()
-
-    def stop(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
-        if _reaching.get() is token:
-            found.append(args[0] if args else next(iter((kwargs or {}).values())))
-            raise _Reached
-
-    with hooking:
-        handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    reset = _reaching.set(token)
-    try:
-        with contextlib.suppress(_Reached):
-            call()
-        if not found:
-            with uncompiled(), contextlib.suppress(_Reached):
-                call()
-    finally:
-        _reaching.reset(reset)
-        with hooking:
-            handle.remove()
-    if not found:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is run by something that passes no hooks by: use the model as transformers loads it"
-        )
-    return found[0]
-
-
-_eager_users, _eager = 0, contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Everything that torch.compile has compiled runs as it is written, inside the block.
-
-    Code that was compiled before a hook was registered does not run the hook. The switch is torch's and for the whole process
-    (other threads are slower meanwhile, and as right), so users are counted and the last one puts it back.
-    """
-    global _eager_users
-    with hooking:
-        _eager_users += 1
-        if _eager_users == 1:
-            _eager.enter_context(torch.compiler.set_stance("force_eager"))
-    try:
-        yield
-    finally:
-        with hooking:
-            _eager_users -= 1
-            if _eager_users == 0:
-                _eager.close()  # back to the stance that was there
-
-
-@contextlib.contextmanager
-def at_hand(module: Any) -> Iterator[None]:
-    """The module's own parameters (not its children's) loaded, where accelerate keeps them elsewhere between calls."""
-    if not hasattr(module, "_hf_hook"):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        yield
-
-
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Pictures (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
+    """Images (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
     return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def uncropped(planes: tuple[Plane, ...], size: tuple[int, int], processor: Any) -> tuple[Plane, ...]:
-    """The planes on the original picture of ``size`` (width, height), of which the model saw a centre crop."""
+    """The planes on the original image of ``size`` (width, height), of which the model saw a centre crop."""
     if not getattr(processor, "do_center_crop", False):
         return planes
     wanted, crop = processor.size, processor.crop_size

@@ -1,42 +1,52 @@
-"""What is known of a family from its kind, sizes and settings alone: no torch, no transformers, no pixels.
+"""What is known of a family from a model's configuration and its processor's settings alone: no torch, no transformers, no pixels.
 
-What a processor's settings make of a picture's size (pixels, tiles, canvases), and what a model can be asked at all: the same for
-an adapter (``wrap``) and for a shape (``flops``). Settings are those of the image processor, as ``preprocessor_config.json`` has
-them or ``processor_config.json`` under ``image_processor``, with ``vision_aspect_ratio`` of the processor itself. Where a model's
-files say nothing, the family's released checkpoints count.
+``FAMILIES`` is the table of all families, one line each; a file of ``families`` holds both halves of one, ``Rules`` (here the base) and
+``Adapter`` (its base in ``base``). Settings are those of the image processor, as ``preprocessor_config.json`` has them or
+``processor_config.json`` under ``image_processor``, with ``vision_aspect_ratio`` of the processor itself. Where a model's files say
+nothing, the family's released checkpoints count.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import math
+import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.parsing import read_json
+from mllm_efficient.tokens import Grid, Plane, VisualShape
+
+from .sizes import Decoder, ProjectorSize, Tower, decoder_of
 
 if TYPE_CHECKING:
     from mllm_efficient.compressors.reducer import Reducer
+    from mllm_efficient.family import Family
+
+# model_type: (the model's class in transformers, the file in ``families`` and what its two halves are called before Rules and Adapter)
+FAMILIES = {
+    "llava": ("LlavaForConditionalGeneration", "llava:Llava"),
+    "llava_next": ("LlavaNextForConditionalGeneration", "llava_next:LlavaNext"),
+    "llava_next_video": ("LlavaNextVideoForConditionalGeneration", "llava_next_video:LlavaNextVideo"),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "llava_onevision:LlavaOnevision"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
+    "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
+    "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
+}
 
 Size = tuple[int, int]  # (width, height) in pixels
-Grid = tuple[int, int]  # (rows, columns)
 Settings = Mapping[str, Any]
+ANY_SIZE = (672, 672)  # an example for models that take images of any size
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first counts where both say it, as in transformers
 ASPECT_RATIO, PINPOINTS = "vision_aspect_ratio", "image_grid_pinpoints"
 SHARED = (ASPECT_RATIO, PINPOINTS)  # what the model's own config has as well: both must say the same
-PIXELS = {"qwen2_vl": (3136, 12845056), "qwen2_5_vl": (3136, 12845056), "qwen3_vl": (65536, 16777216)}
-USUAL_PIXELS = (56 * 56, 28 * 28 * 1280)  # of a processor whose file leaves them out
-USUAL_TILES = (1, 12)
-MOST_ASPECT = 200
 OF_PIXELS = ("min_pixels", "max_pixels", "size")
-# What of the settings decides how many tokens a picture has.
-COUNTING = {
-    "llava_next": (PINPOINTS,), "llava_next_video": (PINPOINTS,), "llava_onevision": SHARED,
-    "qwen2_vl": OF_PIXELS, "qwen2_5_vl": OF_PIXELS, "qwen3_vl": OF_PIXELS, "internvl": ("min_patches", "max_patches"),
-}  # fmt: skip
 
 
 def settings_of(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,130 +84,252 @@ def merged(settings: Settings, given: Settings) -> dict[str, Any]:
     return {**out, **given}
 
 
-def require_counting(family: str, given: Settings, name: str) -> None:
-    """Raises for settings that do not change how many tokens a picture has."""
-    known = COUNTING.get(family, ())
-    for key in given:
-        if key not in known:
-            has = f"{', '.join(known)} have" if known else "every picture has the same number"
-            raise MllmEfficientError(f"{key} has no effect on the tokens of a picture on {name} ({has}): leave it out")
+# ------------------------------------------------------------------------------------------------ one half of a family
 
 
-# ------------------------------------------------------------------------------------------------ Qwen-VL: one grid of any size
+@dataclass(frozen=True)
+class Views:
+    """One image or video as the model takes it, known by its size or by its number of tokens.
+
+    shape: its tokens. unit: the grid that ``resize`` makes smaller, that of the image or of each tile in tokens.
+    views: runs of the tower, each on ``patches`` (rows, columns). projected: tokens of a view that the projector takes.
+    size: in pixels, where it was given. whole: whether the shape is known token by token; if not, N alone is right.
+    says: all this in words.
+    """
+
+    shape: VisualShape
+    unit: Grid
+    views: int
+    patches: Grid
+    projected: int
+    says: str
+    size: Size | None = None
+    whole: bool = True
 
 
-def pixel_limits(family: str, settings: Settings) -> tuple[int, int]:
-    """(fewest, most) pixels of a picture after resizing. ``min_pixels`` and ``max_pixels`` go before ``size``, as in the processor."""
-    size = settings.get("size") or {}
-    usual = USUAL_PIXELS if any(k not in OF_PIXELS for k in settings) else PIXELS[family]
-    fewest = settings.get("min_pixels") or size.get("shortest_edge") or usual[0]
-    most = settings.get("max_pixels") or size.get("longest_edge") or usual[1]
-    if fewest > most:
-        raise MllmEfficientError(f"min_pixels={fewest} is more than max_pixels={most}")
-    return fewest, most
+class Rules:
+    """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
+
+    counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
+    at least between two images.
+
+    Args:
+        name: of the model, for messages.
+        config: of transformers, or ``sizes.Plain`` of a file.
+        settings: of the image processor; empty where nothing is known of one.
+    """
+
+    gives: frozenset[str] = frozenset({"text", "grid"})
+    fixed_count: ClassVar[bool] = False
+    positions: ClassVar[str] = "renumber"
+    parts: ClassVar[frozenset[str]] = frozenset()
+    separators: ClassVar[bool] = False
+    deepstack: ClassVar[bool] = False
+    mrope: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
+    counting: ClassVar[tuple[str, ...]] = ()
+    text_between: ClassVar[int] = 1
+
+    def __init__(self, name: str, config: Any, settings: Settings | None = None):
+        self.name, self.config, self.settings = name, config, dict(settings or {})
+        if "attention" in self.gives and self.class_token:
+            self.gives = self.gives | {"clip_text"}
+
+    def with_settings(self, settings: Settings) -> Any:
+        """The same with other settings of the image processor."""
+        other = copy.copy(self)
+        other.settings = dict(settings)
+        return other
+
+    # ------------------------------------------------------------------------------------------ sizes of the parts
+
+    @functools.cached_property
+    def decoder_size(self) -> Decoder:
+        return decoder_of(self.config, self.name)
+
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        raise TypeError(f"{type(self).__name__} must define tower_size")
+
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        raise TypeError(f"{type(self).__name__} must define projector_size")
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the tower has one."""
+        return self.tower_size.class_token
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a side of a patch."""
+        return self.tower_size.patch
+
+    @property
+    def view_size(self) -> Size:
+        """(width, height) in pixels of what the tower takes at once, on families whose tower takes one size."""
+        side = self.config.vision_config.image_size
+        return (side, side) if isinstance(side, int) else (side[1], side[0])
+
+    @property
+    def decoder(self) -> str:
+        """The class of the decoder's layers, or the text model's kind where that is not known."""
+        kind = str(self.config.text_config.model_type)
+        return DECODERS.get(kind.removesuffix("_text"), kind)
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.config.text_config.num_hidden_layers
+
+    @property
+    def deep_layers(self) -> int:
+        """Decoder layers after which visual features are added (deepstack)."""
+        return len(self.config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
+
+    @property
+    def tower_blocks(self) -> int:
+        """Blocks of the tower that methods can merge in; 0 where none can."""
+        return 0
+
+    def check_inside(self, method: Reducer) -> None:
+        """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
+        check_reducer(self, method)
+
+    def require_counting(self, given: Settings) -> None:
+        """Raises for settings that do not change how many tokens an image has."""
+        for key in given:
+            if key not in self.counting:
+                has = f"{', '.join(self.counting)} have" if self.counting else "every picture has the same number"
+                raise MllmEfficientError(f"{key} has no effect on the tokens of a picture on {self.name} ({has}): leave it out")
+
+    # ------------------------------------------------------------------------------------------ images and their tokens
+
+    @property
+    def example_size(self) -> Size:
+        """(width, height) of the image that tests and benchmarks take where none is given."""
+        return self.view_size if self.fixed_count else ANY_SIZE
+
+    def typical(self) -> list[Views]:
+        """What a call has where nothing is said of it."""
+        raise TypeError(f"{type(self).__name__} must define typical")
+
+    def of_size(self, size: Size) -> Views:
+        """An image of (width, height) pixels."""
+        raise TypeError(f"{type(self).__name__} must define of_size")
+
+    def of_tokens(self, n: int, exact: bool) -> list[Views]:
+        """Images with n tokens in all. exact: whether the vision cost will be asked for."""
+        raise TypeError(f"{type(self).__name__} must define of_tokens")
+
+    def smaller(self, image: Views, unit: Grid) -> Views:
+        """The image with a smaller ``unit``."""
+        raise TypeError(f"{type(self).__name__} must define smaller")
+
+    def together(self, image: Views, n: int) -> list[Views]:
+        """n of an image in one prompt."""
+        return [image] * n
+
+    def unknown(self, n: int, like: Views, says: str) -> Views:
+        """n tokens of whose places nothing is known, with the vision cost of another image."""
+        return replace(like, shape=VisualShape((Plane(1, n),)), whole=False, says=says)
+
+    def prompt(self, tokens: int | None, size: Size | None, exact: bool, images: int = 1) -> list[Views]:
+        """The images of one prompt: by size, by number of tokens, or the usual. Both must agree.
+
+        Args:
+            tokens: of all images together.
+            size: (width, height) of each in pixels.
+            exact: whether the vision cost will be asked for.
+            images: how many, all alike.
+
+        Raises:
+            MllmEfficientError: a number or size that the model cannot have.
+        """
+        if images < 1:
+            raise MllmEfficientError(f"{images} images: at least 1")
+        if images > 1:
+            if tokens is not None:
+                raise MllmEfficientError("visual tokens are of all pictures of a prompt together: give them or the number of images")
+            return self.together(self.typical()[0] if size is None else self.of_size(size), images)
+        if size is None:
+            return self.typical() if tokens is None else self.of_tokens(tokens, exact)
+        image = self.of_size(size)
+        if tokens not in (None, image.shape.n):
+            raise MllmEfficientError(f"a picture of {size[0]}x{size[1]} has {image.shape.n} tokens on {self.name}, not {tokens}")
+        return [image]
+
+    def usual(self) -> VisualShape | None:
+        """The shape of every image where all have the same, else None."""
+        return self.typical()[0].shape if self.fixed_count else None
+
+    def item_of(self, shape: VisualShape) -> Any:
+        """The usual image, of this shape."""
+        return replace(self.typical()[0], shape=shape)
+
+    def unit(self, item: Any) -> Grid:
+        """The grid of the image, or of each of its tiles: what ``resize`` makes smaller."""
+        return item.unit
+
+    def shape_at(self, item: Any, grid: Grid) -> VisualShape:
+        """The shape of the item if its ``unit`` grid were this one."""
+        return self.smaller(item, grid).shape
+
+    def projected(self, item: Any, side: int) -> VisualShape:
+        """The image with side x side tokens for every view."""
+        return VisualShape(tuple(Plane(side, side, tile=i) for i in range(item.views)))
+
+    # ------------------------------------------------------------------------------------------ a processor without files
+
+    def made_processor(self, tokenizer: Any, **common: Any) -> Any:
+        """A processor for a model without files. common: what every processor of transformers takes.
+
+        Raises ``UnsupportedModelError`` where the family has none.
+        """
+        kind = self.config.model_type
+        raise UnsupportedModelError(f"--random-weights on a server: {kind} has no made-up processor; llava and llava_next have")
 
 
-def grid_of(size: Size, step: int, limits: tuple[int, int], name: str) -> Grid:
-    """Tokens of a picture, each of step x step pixels: the nearest multiple on both sides, scaled into the limits."""
-    width, height = size
-    if max(size) > MOST_ASPECT * min(size):
-        raise MllmEfficientError(f"a picture of {width}x{height}: a side may be at most {MOST_ASPECT} times the other on {name}")
-    fewest, most = limits
-    rows, columns = (round(side / step) for side in (height, width))
-    if rows * columns * step**2 > most:
-        scale = math.sqrt(width * height / most)
-        rows, columns = (max(1, math.floor(side / scale / step)) for side in (height, width))
-    elif rows * columns * step**2 < fewest:
-        scale = math.sqrt(fewest / (width * height))
-        rows, columns = (math.ceil(side * scale / step) for side in (height, width))
-    return rows, columns
+def rules_class(model_type: str) -> type[Rules]:
+    """The rules of a family. model_type: a key of ``FAMILIES``."""
+    return _half(model_type, "Rules")
 
 
-# ------------------------------------------------------------------------------------------------ InternVL: tiles and a thumbnail
-
-
-def tile_limits(settings: Settings) -> tuple[int, int]:
-    """(fewest, most) tiles of a picture."""
-    fewest, most = settings.get("min_patches") or USUAL_TILES[0], settings.get("max_patches") or USUAL_TILES[1]
-    if fewest > most:
-        raise MllmEfficientError(f"min_patches={fewest} is more than max_patches={most}")
-    return fewest, most
-
-
-def tiles_of(size: Size, tile: Size, limits: tuple[int, int]) -> Grid:
-    """(rows, columns) of tiles: the canvas whose shape is nearest the picture's. Of equally near ones a larger one is taken while
-    the picture has more than half its pixels."""
-    width, height = size
-    best, nearest = (1, 1), math.inf
-    for rows, columns in _canvases(*limits):
-        apart = abs(width / height - columns / rows)
-        if apart < nearest or (apart == nearest and width * height > 0.5 * tile[0] * tile[1] * rows * columns):
-            best, nearest = (rows, columns), apart
-    return best
+def adapter_class(model_type: str) -> Any:
+    """The adapter of a family, as ``rules_class``."""
+    return _half(model_type, "Adapter")
 
 
 @functools.cache
-def _canvases(fewest: int, most: int) -> list[Grid]:
-    """(rows, columns) with so many tiles, smallest canvas first, among equals the narrowest."""
-    every = [(n // columns, columns) for n in range(fewest, most + 1) for columns in range(1, n + 1) if n % columns == 0]
-    return every
-
-
-def views_of(size: Size, tile: Size, settings: Settings) -> int:
-    """Tiles of a picture, and the thumbnail beside several."""
-    limits = tile_limits(settings)
-    rows, columns = tiles_of(size, tile, limits) if limits[1] > 1 else (1, 1)
-    return rows * columns + (rows * columns > 1)
-
-
-# ------------------------------------------------------------------------------------------------ LLaVA-NeXT and -OneVision: anyres
-
-
-def canvas_of(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
-    """(height, width) of the pinpoint that shows most of the picture, among equals the smallest."""
-    width, height = size
-
-    def rank(canvas: Sequence[int]) -> tuple[int, int]:
-        scale = min(canvas[1] / width, canvas[0] / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - canvas[0] * canvas[1]
-
-    rows, columns = max(pinpoints, key=rank)
-    return rows, columns
-
-
-def most_tiles(ratio: str) -> int:
-    """The 9 of "anyres_max_9": a map of more than about so many tiles is shrunk."""
-    return int(ratio.removeprefix("anyres_max_"))
+def _half(model_type: str, half: str) -> Any:
+    module, _, name = FAMILIES[model_type][1].partition(":")
+    return getattr(importlib.import_module(f"{__package__}.families.{module}"), name + half)
 
 
 # ------------------------------------------------------------------------------------------------ what a decoder can be asked
 
 # kind of a text model: the class of its layers, in which in-decoder methods work
+ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
 DECODERS = {
     "llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer", "qwen3": "Qwen3DecoderLayer",
     "qwen2_vl": "Qwen2VLDecoderLayer", "qwen2_5_vl": "Qwen2_5_VLDecoderLayer", "qwen3_vl": "Qwen3VLTextDecoderLayer",
 }  # fmt: skip
 
 
-def check_reducer(host: Any, method: Reducer) -> None:
-    """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in.
-
-    host: whatever says ``name``, ``decoder`` (the class of its layers), ``mrope``, ``deep_layers`` and ``decoder_layers``.
-    """
-    if host.decoder not in DECODERS.values():
-        kind = host.decoder
+def check_reducer(model: Family, method: Reducer) -> None:
+    """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in."""
+    if model.decoder not in DECODERS.values():
+        kind = model.decoder
         raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
-    if not host.mrope:
+    if not model.mrope:
         return
     if method.merges:
-        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {host.name}")
+        raise UnsupportedModelError(f"{method.name} merges tokens, and a merged token has no place in the positions of {model.name}")
     if method.positions == "renumber":
         raise UnsupportedModelError(
-            f"{method.name}: positions='renumber' has no meaning inside {host.name}, whose positions have three rows"
+            f"{method.name}: positions='renumber' has no meaning inside {model.name}, whose positions have three rows"
         )
-    first, deep = method.stages(host.decoder_layers)[0], host.deep_layers
+    first, deep = method.stages(model.decoder_layers)[0], model.deep_layers
     if first < deep:
         raise UnsupportedModelError(
-            f"{method.name} drops tokens at layer {first}, and {host.name} adds visual features up to layer {deep}: drop there or later"
+            f"{method.name} drops tokens at layer {first}, and {model.name} adds visual features up to layer {deep}: drop there or later"
         )

@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import nn
 
+from mllm_efficient.apply.active import active_on
 from mllm_efficient.apply.labels import mask_labels
 from mllm_efficient.apply.outputs import holds, reading
 from mllm_efficient.errors import UnsupportedModelError
 
-from . import WRAPPED
-from .locks import hooking
+from .running import hooking
 
 ASKED_BY_TRAINER = "accepts_loss_kwargs"
 _TRAINER = "transformers.trainer"
@@ -79,7 +79,7 @@ def _wrapped(stock: Any, around: Callable) -> Callable:
 
 def _wrapped_inside(model: Any) -> Any:
     """The model that ``wrap`` was called on, out of whatever is around it; None if there is none."""
-    while _is_module(model) and not getattr(type(model), WRAPPED, False):
+    while _is_module(model) and active_on(model) is None:
         around = next((name for name in ("module", "_orig_mod") if hasattr(model, name)), None)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, around) if around else None
         model = None if inner is model else inner

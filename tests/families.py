@@ -62,7 +62,12 @@ PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in ((1, 2), (2, 1),
 
 @dataclass(frozen=True)
 class Family:
-    """One model class. newlines: whether its images have newline columns; mrope: whether positions have three rows."""
+    """One model class.
+
+    newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
+    says which tiles are of one image, between <img> and </img>.
+    settings: of its image processor, where they are not what a model without one is counted with.
+    """
 
     name: str
     build: Callable[[], Any]
@@ -72,6 +77,8 @@ class Family:
     newlines: bool = False
     mrope: bool = False
     tiled: bool = False
+    in_prompt: bool = False
+    settings: dict[str, Any] | None = None
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -85,7 +92,7 @@ class Family:
 
     @property
     def image_token(self) -> int:
-        return VOCABULARY["<IMG_CONTEXT>" if self.name == "internvl" else "<|image_pad|>" if self.mrope else "<image>"]
+        return VOCABULARY["<IMG_CONTEXT>" if self.in_prompt else "<|image_pad|>" if self.mrope else "<image>"]
 
     @property
     def video_token(self) -> int | None:
@@ -157,6 +164,14 @@ def internvl():
         vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.InternVLForConditionalGeneration(config)
+
+
+def cohere2_vision():
+    config = transformers.Cohere2VisionConfig(
+        vision_config=siglip(24, 4), text_config=llama(), image_token_id=VOCABULARY["<IMG_CONTEXT>"], downsample_factor=2,
+        alignment_intermediate_size=40, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Cohere2VisionForConditionalGeneration(config)
 
 
 def mrope_text(**settings: Any) -> dict[str, Any]:
@@ -279,6 +294,55 @@ def tokenizer(padding_side: str):
     )  # fmt: skip
 
 
+class Cohere2Tiles:
+    """Stands in for Cohere2 Vision's image processor, which needs torchvision: tiles row by row and, beside several, a thumbnail."""
+
+    size, min_patches, max_patches, patch_size = {"height": 24, "width": 24}, 1, 4, 3  # patch_size: tokens along a side of a tile
+    model_input_names = ("pixel_values", "num_patches")
+
+    def fetch_images(self, images: Any) -> Any:
+        return images
+
+    def __call__(self, images: Any, **kwargs: Any) -> dict[str, Any]:
+        rows = images if isinstance(images, list) else [images]
+        tiles = [self.cut(image) for row in rows for image in (row if isinstance(row, list) else [row])]
+        return {"pixel_values": torch.cat(tiles), "num_patches": [len(t) for t in tiles]}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "min_patches": 1, "max_patches": self.max_patches}
+
+    def cut(self, image: Image.Image) -> Tensor:
+        across, down = self.canvas(*image.size)
+        whole = image.resize((24 * across, 24 * down), Image.Resampling.BICUBIC)
+        boxes = [(24 * c, 24 * r, 24 * c + 24, 24 * r + 24) for r in range(down) for c in range(across)]
+        views = [whole.crop(box) for box in boxes] + ([image.resize((24, 24))] if len(boxes) > 1 else [])
+        return torch.stack([torch.from_numpy(np.array(v)).permute(2, 0, 1).float() / 255 * 2 - 1 for v in views])
+
+    def canvas(self, width: int, height: int) -> tuple[int, int]:
+        """(columns, rows): what enlarges the image least, or else shrinks it least; of equal ones the first of the fewest tiles."""
+        best: tuple[float, tuple[int, int]] | None = None
+        for n in range(1, self.max_patches + 1):
+            for columns in range(1, n + 1):
+                if n % columns:
+                    continue
+                scale = min(24 * columns / width, 24 * (n // columns) / height)
+                cost = scale if scale >= 1 else 1e9 - scale
+                if best is None or cost < best[0]:
+                    best = cost, (columns, n // columns)
+        assert best is not None
+        return best[1]
+
+
+@functools.cache
+def cohere2_tokenizer(padding_side: str):
+    out = copy.deepcopy(tokenizer(padding_side))
+    names = {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>", "img_line_break_token": "<|vision_end|>"}
+    for name, token in names.items():
+        setattr(out, name, token)
+        setattr(out, f"{name}_id", VOCABULARY[token])
+    return out
+
+
 @functools.cache
 def internvl_tokenizer(padding_side: str):
     out = copy.deepcopy(tokenizer(padding_side))
@@ -291,10 +355,12 @@ def internvl_tokenizer(padding_side: str):
 
 @functools.cache
 def standing_in(cls: type) -> type:
-    """The processor class with ``Videos`` allowed where a video processor belongs."""
+    """The processor class with ``Videos`` allowed where a video processor belongs, and ``Cohere2Tiles`` where one of images does."""
 
     def check(self, argument_name, argument):
-        return type(argument) if argument_name == "video_processor" else cls.check_argument_for_proper_class(self, argument_name, argument)
+        if isinstance(argument, (Videos, Cohere2Tiles)):
+            return type(argument)
+        return cls.check_argument_for_proper_class(self, argument_name, argument)
 
     return type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
 
@@ -338,6 +404,12 @@ def internvl_processor(side: str):
     )
 
 
+def cohere2_vision_processor(side: str):
+    from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
+
+    return standing_in(Cohere2VisionProcessor)(image_processor=Cohere2Tiles(), tokenizer=cohere2_tokenizer(side))
+
+
 def qwen_processor(cls: str) -> Callable[[str], Any]:
     def make(side: str):
         pictures = transformers.Qwen2VLImageProcessorPil(
@@ -360,7 +432,16 @@ FAMILIES = {
         Family("llava_next", llava_next, llava_next_processor, newlines=True, tiled=True),
         Family("llava_next_video", llava_next_video, llava_next_video_processor, video="<video>", newlines=True, tiled=True),
         Family("llava_onevision", llava_onevision, llava_onevision_processor, video="<video>", newlines=True, tiled=True),
-        Family("internvl", internvl, internvl_processor, image="<IMG_CONTEXT>", tiled=True),
+        Family("internvl", internvl, internvl_processor, image="<IMG_CONTEXT>", tiled=True, in_prompt=True, settings={"max_patches": 4}),
+        Family(
+            "cohere2_vision",
+            cohere2_vision,
+            cohere2_vision_processor,
+            image="<IMG_CONTEXT>",
+            tiled=True,
+            in_prompt=True,
+            settings={"max_patches": 4},
+        ),
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
@@ -548,13 +629,13 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 plane = (h // 2, w // 2)
                 parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
                 add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
-    elif name == "internvl":
+    elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
             side, at = int(tiles.shape[1] ** 0.5), 0
             starts, ends = ((ids == VOCABULARY[token]).nonzero()[:, 0].tolist() for token in ("<img>", "</img>"))
             for start, end in zip(starts, ends):
-                count = (end - start - 1) // tiles.shape[1]
+                count = int((ids[start:end] == family.image_token).sum()) // tiles.shape[1]
                 features = tiles[at : at + count].flatten(0, 1)
                 parts = torch.arange(count).repeat_interleave(tiles.shape[1])
                 add("image", features, torch.zeros(len(features), dtype=torch.bool), [(side, side)] * count, parts)

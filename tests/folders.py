@@ -1,4 +1,4 @@
-"""Folders of tiny models of all eight families, as a hub has them: config, weights, processor, chat template."""
+"""Folders of tiny models of all families but those whose processor needs torchvision, as a hub has them: config, weights, processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .families import FAMILIES, tiny
 
-NAMES = ("llava", *FAMILIES)
+NAMES = ("llava", *(name for name in FAMILIES if name != "cohere2_vision"))  # whose image processor needs torchvision
 VIDEO = {
     "llava_next_video": "LlavaNextVideoVideoProcessor", "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor", "qwen2_vl": "Qwen2VLVideoProcessor", "qwen2_5_vl": "Qwen2VLVideoProcessor",

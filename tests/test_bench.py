@@ -507,15 +507,24 @@ def internvl() -> dict:
     }  # fmt: skip
 
 
-FAMILIES = ("llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b", "internvl")
+def cohere2_vision() -> dict:
+    vision = {**internvl()["vision_config"], "model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14}
+    return {
+        "model_type": "cohere2_vision", "architectures": ["Cohere2VisionForConditionalGeneration"], "image_token_id": 499,
+        "alignment_intermediate_size": 40, "vision_config": vision, "text_config": {**internvl()["text_config"], "model_type": "cohere2"},
+    }  # fmt: skip
+
+
+TILED = {"internvl": internvl, "cohere2_vision": cohere2_vision}
+FAMILIES = ("llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b", *TILED)
 
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_without_a_processor_fit_every_family(tmp_path, name, images):
-    config = internvl() if name == "internvl" else shrunk(name)
+    config = TILED[name]() if name in TILED else shrunk(name)
     loaded = random_model.random_model(ModelOptions(model=write_config(tmp_path / "m", config)))
-    size = (112, 168) if name == "internvl" else (400, 300)
+    size = (112, 168) if name in TILED else (400, 300)
     workload = Workload(size, images, text_tokens=12, output_tokens=2)
     inputs = make_inputs(loaded, adapter_for(loaded.model), workload, 2)
     assert inputs.lengths[1] == 12 and inputs.call["input_ids"].shape[0] == inputs.text_only["input_ids"].shape[0] == 2

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import mllm_efficient as me
+from mllm_efficient import stats
 from mllm_efficient.cli import main
-from mllm_efficient.eval import stats
 from mllm_efficient.eval.lmms.tasks import chair
 
 from .public_data import make

@@ -130,7 +130,7 @@ def test_a_tower_that_passes_hooks_by_is_an_error(make_llava, make_batch):
 
 @torch.no_grad()
 def test_what_runs_uncompiled_for_a_while_is_compiled_again(make_llava):
-    from mllm_efficient.patches.base import uncompiled
+    from mllm_efficient.patches.running import uncompiled
 
     runs = []
 

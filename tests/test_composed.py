@@ -548,7 +548,7 @@ def test_compositions_are_series_and_pictures_of_their_own(tmp_path):
 
 
 def test_nothing_published_is_of_a_composition():
-    from mllm_efficient.eval.lmms.rows import beside
+    from mllm_efficient.eval.lmms.tables import beside
 
     row = {"task": "gqa", "primary": True, "value": 50.0, "score": 50.0, "top": None, "visual_tokens_full": 576, "visual_tokens_kept": 64}
     table = {"full": 576, "rows": {"divprune": {"GQA": 57.5}, "divprune@64": {"GQA": 57.5}}, "tasks": {"gqa": "GQA"}, "kept": {}}

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 import transformers
+from PIL import Image
+from transformers.models.auto import configuration_auto
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import mllm_efficient as me
@@ -58,8 +60,28 @@ def test_everything_holds_here(capsys):
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
     assert all(row["holds"] is True for row in rows if row["kind"] != "projector")
-    assert {row["model_type"] for row in rows if row["holds"] is None} == {"internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+    assert {row["model_type"] for row in rows if row["holds"] is None} == {
+        "internvl",
+        "cohere2_vision",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    }
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
+
+
+def test_a_family_that_this_transformers_does_not_have_is_named(monkeypatch, tmp_path, capsys):
+    without = {k: None for k in configuration_auto.CONFIG_MAPPING.keys() if k != "cohere2_vision"}  # noqa: SIM118
+    monkeypatch.setattr(configuration_auto, "CONFIG_MAPPING", without)
+    rows = checkup.check("cohere2_vision", checkup.KINDS)
+    version = ".".join(transformers.__version__.split(".")[:2])
+    assert {(row.holds, row.why) for row in rows} == {(None, f"transformers {version} has no cohere2_vision: a newer one is needed")}
+    config = {"architectures": ["Cohere2VisionForConditionalGeneration"], **checkup._models()["cohere2_vision"]["config"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    for command in (["bench", "--random-weights"], ["generate", "--image", str(tmp_path / "x.png"), "--prompt", "what ?"]):
+        assert cli.main([*command, "--model", str(tmp_path)]) == 2
+        assert f"transformers {version} has no cohere2_vision" in capsys.readouterr().err
 
 
 def test_a_host_that_renames_an_argument_is_named(renamed, monkeypatch, capsys):

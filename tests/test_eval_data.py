@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import mllm_efficient as me
+from mllm_efficient import stats
 from mllm_efficient.cli import main
-from mllm_efficient.eval import agreement, stats
+from mllm_efficient.eval import agreement
 from mllm_efficient.eval.agreement import Agreement, cut, divergence, first_difference
 from mllm_efficient.eval.agreement_rows import agreement_rows, agreement_table, by_length, length_table, worst, worst_table
 from mllm_efficient.eval.builtin.suite import samples

@@ -423,10 +423,11 @@ def test_resize_on_mrope_is_the_stock_model_on_the_smaller_picture(spec, name, r
 
 def small_tiles(name: str, model: Any, pixels: Tensor, side: int) -> Tensor:
     """(tiles, side * side, D) of tiles (tiles, C, H, W) made smaller, position embeddings interpolated, by the tower itself."""
-    size = side * (8 if name == "internvl" else model.config.vision_config.patch_size)
+    size = side * (8 if FAMILIES[name].in_prompt else model.config.vision_config.patch_size)
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    if name == "internvl":
-        return model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    if FAMILIES[name].in_prompt:
+        how = {"interpolate_pos_encoding": True} if name == "cohere2_vision" else {}
+        return model.model.get_image_features(pixel_values=pixels, return_dict=True, **how).pooler_output
     states = model.model.vision_tower(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
     features = states[model.config.vision_feature_layer]
     if model.config.vision_feature_select_strategy == "default":
@@ -436,7 +437,7 @@ def small_tiles(name: str, model: Any, pixels: Tensor, side: int) -> Tensor:
 
 def small_image(name: str, model: Any, tiles: Tensor, side: int, size: Tensor | None, newline: bool) -> tuple[Tensor, int]:
     """(length, D) of a picture whose tiles have side x side tokens, put together as the family does, and its tokens."""
-    if name == "internvl":
+    if FAMILIES[name].in_prompt:
         return tiles.flatten(0, 1), tiles.shape[0] * tiles.shape[1]
     base, ending = tiles[0], model.model.image_newline[None]
     if len(tiles) == 1:
@@ -462,9 +463,9 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
     model, inputs, method = tiny(name), make(name, row), me.build(spec)
     found, kept, at, largest = visuals(name, model, inputs), [], 0, math.isqrt(visuals(name, model, inputs)[0].planes[0][0] ** 2)
     for i, visual in enumerate(found):
-        count = len(visual.planes) if name == "internvl" else 1 + (len(visual.planes) > 1 and len(visual.parts.unique()) - 1)
-        pixels = inputs["pixel_values"][at : at + count] if name == "internvl" else inputs["pixel_values"][i][:count]
-        size, at = None if name == "internvl" else inputs["image_sizes"][i], at + count
+        count = len(visual.planes) if FAMILIES[name].in_prompt else 1 + (len(visual.planes) > 1 and len(visual.parts.unique()) - 1)
+        pixels = inputs["pixel_values"][at : at + count] if FAMILIES[name].in_prompt else inputs["pixel_values"][i][:count]
+        size, at = None if FAMILIES[name].in_prompt else inputs["image_sizes"][i], at + count
         with torch.no_grad():
             for side in range(largest, 0, -1):
                 features, n = small_image(name, model, small_tiles(name, model, pixels, side), side, size, method.newline == "keep")
@@ -472,7 +473,11 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
                     break
         kept.append((features, n))
     embeds = []
-    ids, columns = inputs["input_ids"][0], {int(v.columns[0]): features for v, (features, _) in zip(found, kept)}
+    ids, columns = inputs["input_ids"][0], {}
+    for visual, (features, _) in zip(found, kept):
+        pieces = len(visual.planes) if FAMILIES[name].in_prompt else 1  # text may stand between tiles: each keeps its own place
+        for first, piece in zip(visual.columns[:: len(visual.columns) // pieces], features.chunk(pieces)):
+            columns[int(first)] = piece
     inside = {int(c) for v in found for c in v.columns}
     with torch.no_grad():
         for column, token in enumerate(ids):
@@ -875,7 +880,7 @@ def test_placeholders_that_do_not_match_the_images_are_one_clear_error(name, spe
         assert "\n" not in str(caught.value), what
 
 
-@pytest.mark.parametrize("name", [f for f in FAMILIES if f != "internvl"])
+@pytest.mark.parametrize("name", [f for f in FAMILIES if not FAMILIES[f].in_prompt])
 def test_images_in_the_wrong_rows_with_the_right_total_are_refused(name):
     """Stock transformers compares totals alone and gives each row a part of the other's image."""
     model, good = tiny(name), make(name, "one image", "long text")
@@ -903,7 +908,7 @@ def test_a_video_that_is_missing_or_not_in_the_prompt_is_refused(name):
             call(**image, **of_video)
 
 
-@pytest.mark.parametrize("name", [f for f in FAMILIES if f != "internvl"])
+@pytest.mark.parametrize("name", [f for f in FAMILIES if not FAMILIES[f].in_prompt])
 def test_pixels_without_their_sizes_are_refused(name):
     model, inputs = tiny(name), make(name, "one image")
     sizes = "image_grid_thw" if name in MROPE else "image_sizes"
@@ -1268,10 +1273,10 @@ def test_trap_01_model_kwargs_serve_two_calls_with_beams(name):
         assert torch.equal(model(**prepared.model_kwargs).logits, model(**prepared.model_kwargs).logits)
 
 
-@pytest.mark.parametrize("name", ["internvl", *[f for f in WITH_VIDEO if f not in MROPE]])
+@pytest.mark.parametrize("name", [*[f for f in FAMILIES if FAMILIES[f].in_prompt], *[f for f in WITH_VIDEO if f not in MROPE]])
 def test_trap_02_beams_of_ragged_features_in_one_tensor_do_not_mix_up_rows(name):
     """Two rows of images, or of videos and images, with different counts in each."""
-    rows = ("one image", "two images") if name == "internvl" else ("video", "video and image")
+    rows = ("one image", "two images") if FAMILIES[name].in_prompt else ("video", "video and image")
     for spec in ("divprune:keep=0.3", "divprune:tokens=6", "pool:keep=0.4"):
         model = me.wrap(tiny(name), spec)
         together = answer(model, make(name, *rows), num_beams=3)

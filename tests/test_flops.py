@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import mllm_efficient as me
 from mllm_efficient.apply.plan import check, plan
 from mllm_efficient.cli import main
-from mllm_efficient.compressors.composed import runnable
-from mllm_efficient.loading.models import ModelOptions, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, load
 from mllm_efficient.measure import conventions, counter, keeping
 from mllm_efficient.measure.flops import cost, decode_flops, kv_cache_bytes, load_shape, prefill_flops, shape_names, shape_of, vision_flops
-from mllm_efficient.measure.pictures import chosen, pictures_of
 from mllm_efficient.measure.shapes import shape_config
+from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.patches import adapter_for
+from mllm_efficient.patches.rules import FAMILIES as TABLE
+from mllm_efficient.registry import runnable
 from mllm_efficient.tokens import Plane, VisualShape
 
 from .families import ASPECTS, FAMILIES, aspect_batch, make, tiny
@@ -55,7 +56,7 @@ def on_meta(name: str):
 
 
 def rules_of(name: str):
-    return pictures_of(load_shape(name))
+    return load_shape(name).rules
 
 
 def means(costs: list, what: str = "prefill") -> float:
@@ -272,8 +273,6 @@ def test_a_convention_counts_the_prefill_alone():
 
 
 def small_adapter(family: str):
-    from mllm_efficient.patches import adapter_for
-
     return adapter_for(tiny(family))
 
 
@@ -281,24 +280,50 @@ def small_adapter(family: str):
 @pytest.mark.parametrize("family", [f.name for f in FAMILIES.values() if f.tiled])
 def test_a_picture_has_the_tokens_that_its_adapter_finds(family, aspect):
     """By its size alone, what the adapter finds by the processor's pixels and the host's own packing."""
-    rules = pictures_of(shape_of(tiny(family).config, family))
+    rules = shape_of(tiny(family).config, family, FAMILIES[family].settings).rules
     (item,) = small_adapter(family).items(aspect_batch(family, aspect))
-    if family == "internvl":  # the tiny processor has limits of its own
-        picture = rules._at(len(item.shape.planes), rules.side, "")
-    else:
-        picture = rules.of_size(ASPECTS[aspect])
+    picture = rules.of_size(ASPECTS[aspect])
     assert bare(picture.shape) == bare(item.shape)
+
+
+def test_canvases_of_cohere2_are_those_of_its_processor():
+    """Of transformers' own, where torchvision is there for it to be imported."""
+    pytest.importorskip("torchvision", reason="the processor of Cohere2 Vision needs torchvision")
+    from transformers.models.cohere2_vision.image_processing_cohere2_vision import get_optimal_tiled_canvas
+
+    rules = shape_of(tiny("cohere2_vision").config, "cohere2_vision").rules
+    for width, height in ((1, 1), (24, 24), (25, 24), (48, 49), (70, 50), (700, 20), (31, 640), (96, 72), (1000, 1000), (97, 73)):
+        for most in (1, 4, 12):
+            across, down = get_optimal_tiled_canvas((height, width), (24, 24), 1, most)
+            assert rules.tiling((width, height), {"max_patches": most}) == (down, across)
+
+
+def test_every_family_of_the_table_has_both_halves_and_is_tested():
+    from mllm_efficient.patches.rules import adapter_class, rules_class
+
+    for model_type in TABLE:
+        assert issubclass(adapter_class(model_type), rules_class(model_type))
+    assert set(TABLE) == {"llava", *FAMILIES}
 
 
 def bare(shape: VisualShape) -> list[tuple]:
     return [(p.rows, p.columns, p.tile, p.frame, p.row_tiles, p.column_tiles, p.newline) for p in shape.planes]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_adapter_finds_in_example_inputs_what_the_rules_made_them_of(name, count):
+    model, size = tiny(name), ASPECTS["7:5"]
+    adapter, rules = adapter_for(model), shape_of(model.config, name).rules
+    inputs = make_inputs(Loaded(model, None, ModelOptions(name)), adapter, Workload(size, count, 16, 2), 2)
+    found = [bare(item.shape) for item in adapter.items(inputs.call)]
+    assert found == 2 * [bare(image.shape) for image in rules.together(rules.of_size(size), count)]
+    assert model.generate(**inputs.call, max_new_tokens=1).shape == (2, inputs.lengths[0] + 1) and inputs.lengths[1] == 16
+
+
 @pytest.mark.parametrize("size", [(672, 672), (640, 480), (100, 1000), (3000, 400), (333, 777), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", ["llava-1.6-7b", "llava-onevision-7b"])
 def test_a_shipped_shape_has_the_tokens_that_its_adapter_finds(name, size):
-    from mllm_efficient.patches import adapter_for
-
     adapter, rules = adapter_for(on_meta(name)), rules_of(name)
     picture = rules.of_size(size)
     side = rules.tile
@@ -322,14 +347,14 @@ def test_a_qwen_picture_has_the_size_that_its_processor_gives(name, size):
 def test_every_budget_keeps_what_the_plan_says(family, row):
     """``keeping`` is the plan without tensors: counts, groups and separators are the same for every method and part."""
     adapter = small_adapter(family)
-    rules = pictures_of(shape_of(tiny(family).config, family))
+    rules = shape_of(tiny(family).config, family, FAMILIES[family].settings).rules
     (item,) = adapter.items(make(family, row))
     if row == "video":
         picture = rules.video(len(item.shape.planes))
     elif FAMILIES[family].mrope:
         picture = rules._at(item.shape.grid, None)
     else:
-        picture = rules._at(len(item.shape.planes), rules.side, "") if family == "internvl" else rules.of_size(ASPECTS["7:5"])
+        picture = rules.of_size(ASPECTS["7:5"])
     tried = 0
     for name in ("none", "random", "uniform", "pool", "resize", "divprune", "cdpruner", "spp", "tome"):
         extras = ["", "per=tile", "per=frame", "newline=keep", *(["order=picked"] if name == "divprune" else [])]
@@ -363,7 +388,7 @@ def test_resize_costs_a_smaller_tower():
     base, small = cost("llava-1.5-7b"), cost("llava-1.5-7b", method="resize:keep=0.25")
     assert small.visual_tokens_kept == 144
     shape = load_shape("llava-1.5-7b")
-    rules = pictures_of(shape)
+    rules = shape.rules
     (picture,) = rules.typical()
     assert small.vision == vision_flops(shape, rules.smaller(picture, (12, 12))) < base.vision / 4
     assert cost("llava-1.5-7b", method="pool:keep=0.25").vision == base.vision
@@ -596,8 +621,8 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 
 def test_a_picture_is_chosen_by_the_family():
-    rules = pictures_of(load_shape("llava-1.5-7b"))
-    assert [p.shape for p in chosen(rules, 1152, None, exact=True)] == [VisualShape((Plane(24, 24),))] * 2
+    rules = load_shape("llava-1.5-7b").rules
+    assert [p.shape for p in rules.prompt(1152, None, exact=True)] == [VisualShape((Plane(24, 24),))] * 2
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -628,7 +653,7 @@ def refusal(host, spec: str) -> str | None:
 def test_flops_refuse_what_wrap_refuses(name):
     """The check that each of them makes, on the model and on its shape alone."""
     model = load(ModelOptions("builtin", "cpu")).model if name == "llava" else tiny(name)
-    adapter, rules = adapter_for(model), pictures_of(shape_of(model.config, name))
+    adapter, rules = adapter_for(model), shape_of(model.config, name).rules
     differ = {s: (refusal(adapter, s), refusal(rules, s)) for s in REFUSED_SOMEWHERE if refusal(adapter, s) != refusal(rules, s)}
     assert not differ
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from mllm_efficient.measure.shapes import load_shape
 from mllm_efficient.patches import adapter_for
 
 from .families import FAMILIES, VOCABULARY, clip, noise, tiny
-from .folders import TEMPLATE, parts_of, placeholder, save
+from .folders import NAMES, TEMPLATE, parts_of, placeholder, save
 
 TALK = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]},
@@ -222,9 +223,10 @@ def test_limits_of_released_files_are_read():
     shape = load_shape("qwen2.5-vl-7b", processor={"min_pixels": 256 * 784, "max_pixels": 1280 * 784})
     assert [cost(shape, image_size=s).visual_tokens_full for s in ((1920, 1080), (4000, 3000), (200, 200))] == [1222, 1230, 256]
     assert cost("qwen2.5-vl-7b", image_size=(1920, 1080)).visual_tokens_full == 2691
-    from mllm_efficient.patches.rules import views_of
+    from mllm_efficient.patches.families.internvl import tile_limits, tiles_of
 
-    assert [256 * views_of((2688, 1792), (448, 448), s) for s in ({"max_patches": 40}, {})] == [6400, 1792]
+    tiles = [math.prod(tiles_of((2688, 1792), (448, 448), tile_limits(s))) for s in ({"max_patches": 40}, {})]
+    assert [256 * (n + 1) for n in tiles] == [6400, 1792]  # and the thumbnail
 
 
 # ------------------------------------------------------------------------------------------------ sliding windows
@@ -248,12 +250,13 @@ def sliding(kind, **settings):
     ("Mistral", {"sliding_window": 400}, (400,) * 3),
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (0, 8, 8)), ("Qwen2", {"sliding_window": 8}, ()),
     ("Gemma2", {"sliding_window": 8}, (8, 0, 8)),
+    ("Cohere2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, (8, 0, 8)),
 ])  # fmt: skip
 def test_a_sliding_window_costs_what_torch_counts_and_caches_what_it_holds(kind, settings, windows):
     model, call = sliding(kind, **settings), {"text_tokens": 9, "new_tokens": 12, "batch_size": 2}
     shape = shape_of(model.config, kind)
     assert shape.decoder.windows == windows
-    for spec in ("none", "divprune:tokens=5", *(() if kind == "Gemma2" else ("fastv:layer=1,keep=0.5",))):
+    for spec in ("none", "divprune:tokens=5", *(() if kind in ("Gemma2", "Cohere2") else ("fastv:layer=1,keep=0.5",))):
         closed, counted = cost(shape, method=spec, **call), counter.count(model, shape, me.build(spec), **call)
         assert [getattr(closed, p) - getattr(counted, p) for p in ("vision", "compress", "prefill", "decode")] == [0, 0, 0, 0]
     ids = torch.full((2, 9 + 16), 20)
@@ -341,7 +344,7 @@ def test_an_adapter_of_a_hub_model_that_is_not_here(capsys, folder, lora, pictur
 # ------------------------------------------------------------------------------------------------ without torchvision
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llava_next"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("llava", "llava_next")])
 def test_a_folder_opens_without_torchvision_for_pictures(capsys, monkeypatch, folder, name):
     """Processors of these families have a video processor, which needs it. The pictures are those of the whole processor."""
     monkeypatch.setattr(processors, "find_spec", lambda module: None)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from mllm_efficient import stats
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.eval import stats
 from mllm_efficient.eval.lmms.scores import RIGHT, clustered, known, neither, sample_score, top_of
 
 from .public_data import ABSURD, FIXTURES, STOCK, captions_of, make, right_answer, wrong_answer

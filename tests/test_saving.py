@@ -201,6 +201,19 @@ def test_a_folder_by_a_relative_path_is_found_from_elsewhere_too(wrapped, batch,
     assert method_of(again).weights == str(tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "spec, name",
+    [("none@dpn", "a, b|c=d"), ("none@tokenflex", "it's [one].yaml"), ("tokenflex:tokens=36 | pool:tokens=9", "2024, a|b")],
+)
+def test_a_folder_may_have_any_name(wrapped, batch, tmp_path, spec, name):
+    model = wrapped(spec)
+    model.save_pretrained(tmp_path / name)
+    again, _ = me.from_pretrained(tmp_path / name)
+    method = method_of(again)
+    assert answers(again, batch) == answers(model, batch)
+    assert method == me.load(tmp_path / name) == me.build(method.spec()) and method.installs.weights == str(tmp_path / name)
+
+
 def test_a_folder_keeps_the_processor_that_lies_there(wrapped, builtin, tmp_path):
     processor = copy.deepcopy(builtin[1])
     processor.tokenizer.padding_side = "right"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_efficient.eval import stats
+from mllm_efficient import stats
 from mllm_efficient.eval.calibration import Watched, calibrated, calibration, columns
 from mllm_efficient.eval.lmms.scores import clustered
 from mllm_efficient.eval.report.recommend import bounded, recommend

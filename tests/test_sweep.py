@@ -18,6 +18,7 @@ from mllm_efficient.cli.sweep import budgets_of, middle
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.eval import sweep
 from mllm_efficient.eval.builtin.questions import CATEGORIES
+from mllm_efficient.eval.record.bench_file import BenchFile, owned
 from mllm_efficient.eval.runner import Run
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.bench import Bench
@@ -230,13 +231,13 @@ def test_timings_of_other_settings_are_passed_over(tmp_path):
     def config(repeats: int) -> dict:
         return {"repeats": repeats}
 
-    sweep.BenchFile(tmp_path, config(1)).add([{"method": "none", "failed": None}, {"method": "pool", "failed": "no"}], {"clock": "c"})
-    assert list(sweep.BenchFile(tmp_path, config(1)).rows) == ["none"] and sweep.BenchFile(tmp_path, config(1)).about == {"clock": "c"}
-    assert sweep.BenchFile(tmp_path, config(2)).rows == {}
+    BenchFile(tmp_path, config(1)).add([{"method": "none", "failed": None}, {"method": "pool", "failed": "no"}], {"clock": "c"})
+    assert list(BenchFile(tmp_path, config(1)).rows) == ["none"] and BenchFile(tmp_path, config(1)).about == {"clock": "c"}
+    assert BenchFile(tmp_path, config(2)).rows == {}
     with (tmp_path / "bench.jsonl").open("a") as file:
         file.write("nonsense\n")
     with pytest.raises(MllmEfficientError, match="line 2 is no record of a sweep"):
-        sweep.BenchFile(tmp_path, config(1))
+        BenchFile(tmp_path, config(1))
 
 
 def test_another_configuration_in_the_folder_is_refused(finished, capsys):
@@ -251,7 +252,7 @@ def test_one_process_owns_the_folder(tmp_path, capsys):
         fcntl.flock(held, fcntl.LOCK_EX)
         said = fails(capsys, "sweep", "--method", "pool", "--keep", "0.5", "--output-dir", tmp_path)
     assert "process 4711 is writing to" in said and "another --output-dir" in said
-    with sweep.owned(tmp_path):
+    with owned(tmp_path):
         assert (tmp_path / "sweep.lock").read_text() == str(os.getpid())
 
 

@@ -231,7 +231,7 @@ def test_rows_add_up(finished):
 
 def test_a_metric_over_resamples_is_that_of_a_plain_bootstrap_of_pictures():
     """On the scores of made-up samples of 20 pictures, for a mean and for a metric that is none."""
-    from mllm_efficient.eval import stats
+    from mllm_efficient import stats
     from mllm_efficient.eval.lmms.scores import clustered
 
     pictures = [i // 3 for i in range(60)]
@@ -324,7 +324,7 @@ def test_report_and_sweep_take_tasks(finished, capsys, tmp_path):
 
 def test_published_numbers_stand_beside_ours(capsys):
     from mllm_efficient.eval.lmms import suites
-    from mllm_efficient.eval.lmms.rows import beside
+    from mllm_efficient.eval.lmms.tables import beside
 
     table = suites.read("references", "divprune-table1")
     row = {"primary": True, "top": 1.0, "visual_tokens_kept": 64.0, "visual_tokens_full": 576.0}
@@ -702,7 +702,7 @@ def fake_run(values, scores, higher=True, budget="tokens=36"):
 
 
 def test_an_unknown_metric_has_one_scale_for_all_arms(capsys):
-    from mllm_efficient.eval.lmms.rows import missing, unscaled
+    from mllm_efficient.eval.lmms.tables import missing, unscaled
 
     rows = fake_run((50.0, 0.0), ((0, 1), (0, 0)))  # of 100; a zero looks like one on any scale
     assert [(r["score"], r["difference"]) for r in rows[:2]] == [(50.0, 0.0), (0.0, -50.0)]
@@ -713,7 +713,7 @@ def test_an_unknown_metric_has_one_scale_for_all_arms(capsys):
 
 
 def test_every_line_of_the_table_has_a_cell_for_every_column():
-    from mllm_efficient.eval.lmms.rows import task_table
+    from mllm_efficient.eval.lmms.tables import task_table
 
     rows = fake_run((50.0, 25.0), ((0, 1), (0, 0.5)))
     rows[1] |= {

@@ -115,9 +115,9 @@ def test_requests_of_ones_own_are_held_against_the_stock_model(tmp_path, capsys)
 
 
 def test_the_base_model_is_untouched_by_an_evaluation_with_it():
-    from mllm_efficient.compressors.composed import runnable
     from mllm_efficient.eval.builtin.suite import samples
     from mllm_efficient.eval.runner import Run
+    from mllm_efficient.registry import runnable
 
     loaded = load(ModelOptions())
     before = {k: v.clone() for k, v in loaded.model.state_dict().items()}

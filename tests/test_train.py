@@ -21,11 +21,13 @@ from mllm_efficient.cli import main
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.train import trainer as training
-from mllm_efficient.train.config import read
+from mllm_efficient.train.build import build_model
+from mllm_efficient.train.count_trainer import CountTrainer
 from mllm_efficient.train.data import builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import TrainingModel, independent
-from mllm_efficient.train.trainer import CountTrainer, build_model, run
+from mllm_efficient.train.reading import read
+from mllm_efficient.train.trainer import run
 from mllm_efficient.trained import folder as trained
 from mllm_efficient.trained.install import install
 
@@ -265,9 +267,9 @@ def test_what_was_trained_is_what_runs(tmp_path):
     published = TrainingModel(fresh.model, adapter_for(fresh.model), method, own)
     kept = build_model(recipe(tmp_path), loaded)
     kept.freeze_but(("projector", "language_model"))
-    from mllm_efficient.train.trainer import WEIGHTS, _read
+    from mllm_efficient.train.count_trainer import WEIGHTS, read_weights
 
-    _read(kept, final.parent / "full" / WEIGHTS)
+    read_weights(kept, final.parent / "full" / WEIGHTS)
     with torch.no_grad():
         assert torch.equal(published("answers", 9, batch)["loss"], kept("answers", 9, batch)["loss"])
     undo()

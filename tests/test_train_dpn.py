@@ -18,13 +18,15 @@ from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.patches import transformers_version
 from mllm_efficient.patches.decoder.staging import StagedImage
 from mllm_efficient.tokens import Decision
-from mllm_efficient.train.config import RoutingConfig, read
+from mllm_efficient.train.build import build_model
+from mllm_efficient.train.build import method_of as build_method
+from mllm_efficient.train.config import RoutingConfig
 from mllm_efficient.train.data import Record, builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import separated
+from mllm_efficient.train.reading import read
 from mllm_efficient.train.routing import log_odds, mean_levels, reinforced, routing_log, routing_loss, routing_sums
-from mllm_efficient.train.trainer import build_model, run
-from mllm_efficient.train.trainer import method_of as build_method
+from mllm_efficient.train.trainer import run
 from mllm_efficient.trained import folder as trained
 
 from .test_train import llava_data, log_of
@@ -256,11 +258,11 @@ def test_what_was_trained_is_what_runs(tmp_path):
     final = run(recipe(tmp_path))
     loaded, _, batch = a_batch()
     kept = build_model(recipe(tmp_path), loaded).eval()
-    from mllm_efficient.train.trainer import WEIGHTS, _read
+    from mllm_efficient.train.count_trainer import WEIGHTS, read_weights
 
     kept.freeze_but(("router", "language_model"))
     for stage in ("pooling", "routing"):
-        _read(kept, final.parent / stage / WEIGHTS)
+        read_weights(kept, final.parent / stage / WEIGHTS)
     fresh = load(ModelOptions()).model
     rows, of = separated(batch, 1)
     with torch.no_grad():

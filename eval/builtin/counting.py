@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.parsing import finished_lines
 
 
 def miscounts(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     if not path.is_file():
         raise MllmEfficientError(f"no run in {argv[0]}: there is no samples.jsonl")
     print(f"{'method':<34}{'n':>6}{'accuracy':>10}{'bias':>8}{'slope':>8}{'in region':>11}")
-    for row in miscounts(json.loads(line) for line in path.read_text().splitlines()):
+    for row in miscounts(json.loads(line) for line in finished_lines(path)):
         share = "" if row["region_share"] is None else f"{100 * row['region_share']:.0f}%"
         print(f"{row['method']:<34}{row['n']:>6}{row['accuracy']:>10.1f}{row['bias']:>+8.2f}{row['slope']:>8.2f}{share:>11}")
     return 0

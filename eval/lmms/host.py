@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import inspect
 import json
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 from mllm_efficient.errors import MllmEfficientError, did_you_mean
 
 from .scores import known
+from .switches import once, own_draws, variable, without_bars
 from .tasks import FOLDER
 from .tasks.chair import VARIABLE
 
@@ -183,7 +182,7 @@ class Host:
         manager = self.manager(name)
         from lmms_eval.tasks import get_task_dict
 
-        with self._local_data(), _once(), contextlib.redirect_stdout(sys.stderr):
+        with self._local_data(), once(), contextlib.redirect_stdout(sys.stderr):
             try:
                 return get_task_dict([name], manager, "chat")[name]
             except Exception as error:
@@ -205,7 +204,7 @@ class Host:
             if files is not None and int(os.environ.get("RANK", 0)) == 0:
                 shutil.rmtree(files, ignore_errors=True)  # some tasks read what an earlier run left
             arguments = argparse.Namespace(output_path=str(folder), process_with_media=False, reasoning_tags=None)
-            for context in (self._local_data(), _once(), _own_draws(), _without_bars(), contextlib.redirect_stdout(sys.stderr)):
+            for context in (self._local_data(), once(), own_draws(), without_bars(), contextlib.redirect_stdout(sys.stderr)):
                 inside.enter_context(context)
             try:
                 return self.evaluator.simple_evaluate(
@@ -225,7 +224,7 @@ class Host:
             if self.data_root is not None:
                 inside.enter_context(self._from_root(self.data_root))
             if self.coco_instances is not None:
-                inside.enter_context(_variable(VARIABLE, str(self.coco_instances.expanduser().resolve())))
+                inside.enter_context(variable(VARIABLE, str(self.coco_instances.expanduser().resolve())))
             yield
 
     @contextlib.contextmanager
@@ -250,74 +249,8 @@ class Host:
             datasets.load_dataset = stock
 
 
-@contextlib.contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable, which is all that a task's functions can be told."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 ROWS = 1000
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "imagefolder")
-
-
-@contextlib.contextmanager
-def _once() -> Iterator[None]:
-    """Without lmms-eval's silent repetitions, which hide the cause of an error for up to a minute."""
-    from lmms_eval.api.task import ConfigurableTask
-    from tenacity import stop_after_attempt
-
-    policies = [function.retry for function in (ConfigurableTask.download, ConfigurableTask.process_results)]
-    stops = [p.stop for p in policies]
-    for policy in policies:
-        policy.stop = stop_after_attempt(1)
-    try:
-        yield
-    finally:
-        for policy, stop in zip(policies, stops):
-            policy.stop = stop
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without lmms-eval's bars inside the one that counts answers."""
-    from lmms_eval import evaluator
-    from lmms_eval.api import task
-
-    stock = [(module, module.tqdm) for module in (evaluator, task)]
-    for module, bar in stock:
-        module.tqdm = lambda *args, bar=bar, **kwargs: bar(*args, **{**kwargs, "disable": True})
-    try:
-        yield
-    finally:
-        for module, bar in stock:
-            module.tqdm = bar
-
-
-@contextlib.contextmanager
-def _own_draws() -> Iterator[None]:
-    """Tasks that guess where an answer cannot be read (MMMU) draw by the sample, whichever process scores it and when."""
-    from lmms_eval.api.task import ConfigurableTask
-
-    stock: Any = ConfigurableTask.process_results
-
-    @functools.wraps(stock)
-    def process_results(self: Any, doc: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        random.seed(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__))
-        return stock(self, doc, *args, **kwargs)
-
-    ConfigurableTask.process_results = process_results
-    try:
-        yield
-    finally:
-        ConfigurableTask.process_results = stock
 
 
 def _lacks_answer_ids(task: Any, docs: Any) -> bool:

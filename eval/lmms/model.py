@@ -46,8 +46,9 @@ class ModelAsker(Asker):
 
     def __post_init__(self) -> None:
         from mllm_efficient.apply.plan import check
-        from mllm_efficient.compressors.composed import runnable, stages_of
+        from mllm_efficient.compressors.composed import stages_of
         from mllm_efficient.loading.models import environment, require_supported
+        from mllm_efficient.registry import runnable
 
         self.adapter = require_supported(self.loaded)
         self.method = runnable(self.method)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stats import grouped, picks
+from mllm_efficient.stats import grouped, picks
 
 RIGHT = 0.5  # a sample's score above which it counts as right
 YES_NO = ("yes", "no")

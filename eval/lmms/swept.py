@@ -8,17 +8,18 @@ from typing import Any
 
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
+from mllm_efficient.stats import Estimate
 
 from ..asked import Asked, Records, Scores
 from ..report.rows import MEANING
-from ..stats import Estimate
 from ..sweep import Cell
 from ..table import OVERALL
 from .host import CAPTIONS, Host, Task
 from .rows import MEANING as OF_TASKS
-from .rows import overall, rows_of, task_table
+from .rows import overall, rows_of
 from .run import TaskOptions, TaskRun, run_of
 from .scores import primary
+from .tables import task_table
 
 
 class Tasks(Asked):

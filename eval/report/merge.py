@@ -11,7 +11,7 @@ from typing import Any
 from mllm_efficient.errors import MllmEfficientError
 
 from ..agreement_rows import cell_of
-from ..sweep import unfinished
+from ..record.bench_file import unfinished
 from .recommend import recommend
 from .rows import row_of
 

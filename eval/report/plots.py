@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from mllm_efficient.compressors.base import BUDGET_FIELDS
+from mllm_efficient.spec import without
 
 from .recommend import points
 from .rows import RIGHT, WORDS, metric_of, tasks_of
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 DPI = 180
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7F5FC8", "#8C564B")  # Okabe and Ito's, yellow darkened
 MARKERS = "osD^vPX*"
-BUDGET = re.compile(r"(?:^|,)(?:keep|tokens|prune|min_tokens|max_tokens)=[^,]*")
 TITLES = {
     None: "Score, percent right (mean of the categories)", RIGHT: "Right, percent of the requests",
     WORDS: "Answered in the uncompressed model's words, percent of the requests",
@@ -43,12 +44,7 @@ DARK = Theme("dark", "#1a1d23", "#eceef2", "#a3abb8", "#343a44")
 
 def series_of(spec: str) -> str:
     """A specification without its budgets: cells of one series are one line of a plot."""
-    stages = []
-    for stage in spec.split(" | "):
-        name, _, settings = stage.partition(":")
-        rest = BUDGET.sub("", settings).strip(",")
-        stages.append(f"{name}:{rest}" if rest else name)
-    return " | ".join(stages)
+    return without(spec, BUDGET_FIELDS)
 
 
 def colours_of(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
@@ -117,12 +113,23 @@ def pareto(
         ends.append((ys[0], xs[0], name, colour))
     axes.plot([places[0][0]], [base], marker="*", ms=15, color=theme.ink, mec=theme.paper, mew=0.8, zorder=5, ls="")
     axes.annotate("none", (places[0][0], base), (0, 9), textcoords="offset points", ha="center", size=9, color=theme.ink, weight="bold")
+    left, right = _limits(axes, places, [r["score"] for r in shown], base, max_drop, theme)
+    _end_labels(axes, ends, left - 0.07 * (right - left or 1), theme)
+    axes.set_xlabel(f"{label}, percent of the uncompressed model's", color=theme.grey, size=9)
+    axes.set_title(TITLES[metric_of(rows)], loc="left", size=9, color=theme.grey, pad=8)
+    _frame(axes, theme)
+    return figure
+
+
+def _limits(
+    axes: Axes, places: Sequence[tuple[float, float]], scores: Sequence[float], base: float, max_drop: float | None, theme: Theme
+) -> tuple[float, float]:
+    """Room for labels on the left, and the line of ``max_drop``; the least and the greatest cost."""
     every = [p[0] for p in places]
     left, right = min(every), max(every)
     room = 0.25 * (right - left or 1)
     axes.set_xlim(left - room, right + 0.06 * (right - left or 1))
     axes.set_xticks([t for t in axes.get_xticks() if left - 0.05 * (right - left or 1) <= t <= axes.get_xlim()[1]])
-    scores = [r["score"] for r in shown]
     low_y, high_y = min(scores), max(scores)
     if max_drop is not None and max_drop > 1.5 * max(high_y - low_y, 10):
         max_drop = None  # a line far below would press the points together
@@ -133,11 +140,7 @@ def pareto(
         axes.axhline(base - max_drop, color=theme.grey, lw=0.9, ls=(0, (1, 2)), zorder=1)
         where, said = axes.get_xlim()[0], f" {points(max_drop)} below none"
         axes.text(where, base - max_drop, said, size=7.5, color=theme.grey, va="bottom")
-    _end_labels(axes, ends, left - 0.07 * (right - left or 1), theme)
-    axes.set_xlabel(f"{label}, percent of the uncompressed model's", color=theme.grey, size=9)
-    axes.set_title(TITLES[metric_of(rows)], loc="left", size=9, color=theme.grey, pad=8)
-    _frame(axes, theme)
-    return figure
+    return left, right
 
 
 def _end_labels(axes: Axes, ends: list[tuple[float, float, str, str]], right: float, theme: Theme) -> None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..stats import TAIL, Estimate, lower_bounds, needed, wider
+from mllm_efficient.stats import TAIL, Estimate, lower_bounds, needed, wider
+
 from .rows import RIGHT, WORDS
 
 KEEP = "keep the uncompressed model"

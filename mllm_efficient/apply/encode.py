@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..compressors.base import Compressor
-from ..compressors.composed import before_of, inside_of, projector_of, runnable
+from ..compressors.composed import before_of, inside_of, projector_of
 from ..compressors.fit import OF_TOWER
 from ..compressors.none import NoCompression
 from ..errors import UnsupportedModelError
+from ..registry import runnable
 from ..trained.folder import held, module_of, require_held
 from .active import active_on
 from .plan import plan

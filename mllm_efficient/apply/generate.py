@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..compressors.base import Compressor
-from ..compressors.composed import inside_of, runnable
+from ..compressors.composed import inside_of
 from ..errors import CountMismatchError, MllmEfficientError
+from ..registry import runnable
 from ..report import CompressionReport, remember
 from ..trained.install import inside
 from .encode import has_pixels, keeps_all

@@ -5,26 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from ..compressors.base import Compressor
+from ..family import Family
 from ..plans import Group as Group
 from ..plans import Plan as Plan
 from ..tokens import VisualShape
 
 
-def plan(adapter: Any, method: Compressor, item: Any) -> Plan:
+def plan(adapter: Family, method: Compressor, item: Any) -> Plan:
     """The plan of a method for an item of the adapter. Raises ``BadBudgetError`` where the budget cannot be met."""
     return method.plan(adapter, item)
 
 
-def position_rule(adapter: Any, method: Compressor) -> str:
+def position_rule(adapter: Family, method: Compressor) -> str:
     """ "renumber" or "keep": the method's own rule, else the family's. A merged token has no old position to keep."""
     return method.position_rule(adapter)
 
 
-def check(adapter: Any, method: Compressor) -> None:
+def check(adapter: Family, method: Compressor) -> None:
     """Raises where a model cannot run a method at all, before any call is made."""
     method.check(adapter)
 
 
-def describe(method: Compressor, shape: VisualShape | None, adapter: Any) -> str:
+def describe(method: Compressor, shape: VisualShape | None, adapter: Family) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
     return method.describe(shape, adapter)

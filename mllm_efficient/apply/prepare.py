@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compressors.composed import runnable, stages_of
+from ..compressors.composed import stages_of
 from ..compressors.none import NoCompression
+from ..registry import runnable
 from ..report import CompressionReport, ImageReport
 from .call import Call, parse_call, place_images
 from .compress import CompressedImage, compress_images

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..compressors.base import Compressor
-from ..compressors.composed import inside_of, runnable
+from ..compressors.composed import inside_of
 from ..errors import MllmEfficientError, UnsupportedModelError
+from ..registry import runnable
 from ..report import forget, taken_off
 from ..trained.install import Undo, install
 from .active import Active, Block, changing, require_idle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +10,8 @@ import typer
 
 from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
-from ..writing import write_text
 from . import options
+from .answering import answered, failures
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
@@ -256,39 +255,10 @@ def print_lengths(header: list[str], lines: list[list[str]]) -> None:
         options.print_table(header, lines)
 
 
-def answered(run: Any, shown: bool = True) -> list[dict[str, Any]]:
-    """Every answer, with a progress bar where it is shown and there is a terminal.
-
-    Says how many are there from before; on Ctrl-C, how to go on.
-    """
-    from tqdm import tqdm
-
-    if shown and run.done:
-        options.say(f"{run.done} of {run.total} answers are there already")
-    try:
-        with tqdm(total=run.total, unit="answer", mininterval=1, disable=None if shown else True) as bar:
-            run.progress = bar.update
-            return run.answer_all()
-    except KeyboardInterrupt:
-        kept = f"{run.done} of {run.total} answers are finished: the same command goes on from what {run.output_dir} holds"
-        lost = "nothing is kept without --output-dir"
-        if shown:
-            options.say(f"stopped: {lost if run.output_dir is None else kept}")
-        raise
-
-
 def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:
     if output_dir is not None:
-        write_text(output_dir / "results.json", json_module.dumps({"rows": rows, "meta": meta}, indent=1) + "\n")
+        from ..eval.record.bench_file import write_json
+
+        write_json(output_dir / "results.json", {"rows": rows, "meta": meta})
     if json:
         options.print_json(rows, meta)
-
-
-def failures(records: Sequence[dict[str, Any]]) -> int:
-    """Says what failed; the exit code."""
-    failed = [r for r in records if r["error"] is not None]
-    for record in failed[:5]:
-        options.say(f"failed: {record['method']} on {record['id']}: {record['error']}")
-    if failed:
-        options.say(f"{len(failed)} of {len(records)} answers failed")
-    return 1 if failed else 0

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ..compressors.base import Compressor
     from ..loading.models import ModelOptions
     from ..measure.flops import Cost
-    from ..measure.pictures import Size
     from ..measure.shapes import ModelShape
+    from ..patches.rules import Size
 
 Pair = tuple[int, int | None, "Size | None"]
 TFLOP, MB = 1e12, 1e6
@@ -58,9 +58,9 @@ def flops(
     Lists such as --text-tokens 15,23,83 give one prompt for each number; rows are means over them, and the ratio is the
     mean of the ratios.
     """
-    from ..compressors.composed import runnable
     from ..loading.models import ModelOptions
     from ..measure.flops import cost, load_shape
+    from ..registry import runnable
 
     options.import_files(imports)
     pairs = _pairs(text_tokens, visual_tokens, image_size)

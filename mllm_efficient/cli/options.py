@@ -80,7 +80,7 @@ def import_files(paths: Sequence[Path] | None) -> None:
 
 def one_method(spec: str) -> Compressor:
     """A method, or several composed, of a specification or YAML file."""
-    from ..compressors.composed import runnable
+    from ..registry import runnable
 
     return runnable(spec)
 

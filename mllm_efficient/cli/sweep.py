@@ -15,7 +15,8 @@ from ..errors import MllmEfficientError
 from ..loading.processor import processor_settings
 from ..writing import write_text
 from . import options
-from .evaluate import AGREEMENT, BATCH, DATA_BATCH, answered, check_source, check_tasks_options, print_lengths
+from .answering import answered
+from .evaluate import AGREEMENT, BATCH, DATA_BATCH, check_source, check_tasks_options, print_lengths
 from .tasks import LEGEND
 
 if TYPE_CHECKING:
@@ -114,9 +115,10 @@ def sweep(
     size = picture_size(image_size)
 
     from ..eval.asked import Benchmark, OwnRequests
+    from ..eval.record.bench_file import owned
     from ..eval.report.rows import failures
     from ..eval.requests import read_requests
-    from ..eval.sweep import Flops, cross, owned, possible, unique
+    from ..eval.sweep import Flops, cross, possible, unique
     from ..loading.models import ModelOptions, load
     from ..measure.bench import Settings
     from ..measure.workload import Workload
@@ -208,8 +210,9 @@ def run(
     """Rows, meta, and eval's table of categories."""
     from tqdm import tqdm
 
+    from ..eval.record.bench_file import BenchFile, begin, write_json
     from ..eval.report.recommend import bounded, decided_by, recommend
-    from ..eval.sweep import BenchFile, begin, bench_config, time_all, write_json
+    from ..eval.sweep import bench_config, time_all
     from ..measure.machine import busy
 
     loaded, able = asked.run.loaded, [c for c in cells if c.failed is None]
@@ -281,7 +284,10 @@ def _row(cell: Cell, by_task: Any, records: Sequence[dict[str, Any]], flops: Any
 
 
 def _asked(cell: Cell) -> Any:
-    return options.one_method(f"random:{cell.asked},per={cell.method.per}") if cell.asked else cell.method
+    from ..compressors.random import Random
+    from ..eval.sweep import settings_of
+
+    return Random(**settings_of(cell.asked), per=cell.method.per) if cell.asked else cell.method
 
 
 def middle(rows: Sequence[dict[str, Any]]) -> str:
@@ -295,10 +301,10 @@ def middle(rows: Sequence[dict[str, Any]]) -> str:
 
 def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any], folder: Path) -> None:
     """report.json, report.csv, the plots and report.html; what says that the sweep is unfinished goes."""
+    from ..eval.record.bench_file import BEGUN_FILE, write_json
     from ..eval.report.formats import csv_text
     from ..eval.report.merge import Finished
     from ..eval.report.page import page, write_plots
-    from ..eval.sweep import BEGUN_FILE, write_json
 
     write_json(folder / "report.json", {"rows": rows, "meta": meta})
     write_text(folder / "report.csv", csv_text(rows))

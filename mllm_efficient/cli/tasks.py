@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
 from . import options
-from .evaluate import answered, failures
+from .answering import answered, failures
 
 if TYPE_CHECKING:
     from ..eval.lmms.host import Host, Task
@@ -66,20 +66,10 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
     """Runs, prints and keeps everything; the exit code."""
     from ..eval.lmms import suites
     from ..eval.lmms.asking import SampleError
-    from ..eval.lmms.rows import (
-        MEANING,
-        beside,
-        detail_table,
-        missing,
-        notes,
-        reference_table,
-        rows_of,
-        task_table,
-        unscaled,
-        without_interval,
-        without_partner,
-    )
+    from ..eval.lmms.rows import rows_of
     from ..eval.lmms.server import tiling_note
+    from ..eval.lmms.tables import missing, unscaled, without_interval, without_partner
+    from ..eval.record.bench_file import write_json
 
     reference = None if asked.reference is None else suites.read(suites.REFERENCES, asked.reference)
     cells = [] if asked.servers else cells_of(specs)  # before data are read
@@ -100,53 +90,62 @@ def evaluate_tasks(settings: ModelOptions, specs: Sequence[str], asked: TaskOpti
         return 0
     rows = rows_of(run, records)
     note = None if not asked.servers else tiling_note(run.cells, run.askers.values())
-    published = [] if reference is None else beside(rows, reference)
-    meta = {
-        **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
-        "on_error": asked.on_error, "interval": "95%, 2000 paired resamples of images", "meaning": MEANING,
-        "notes": notes([t.name for t in tasks]),
-        "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
-        "model_calls": run.calls, "note": note,
-        "questions_fingerprint": {t.name: t.fingerprint for t in tasks},
-        "reference": None if reference is None else {
-            "name": asked.reference, "source": reference["source"], "rows": published, "averages": reference.get("averages"),
-            "differs": unlike_protocol(run, reference),
-        },
-    }  # fmt: skip
+    meta = _meta(run, rows, asked, tasks, reference) | {"note": note}
     if output_dir is not None:
-        from ..eval.sweep import write_json
-
         write_json(output_dir / "results.json", {"rows": rows, "meta": meta})
     if json:
         options.print_json(rows, meta)
     else:
-        options.print_table(*task_table(rows), left=3)
-        print("\n".join([LEGEND, *notes([t.name for t in tasks])]))
-        header, lines = detail_table(rows)
-        if lines:
-            print("\nOther metrics, as lmms-eval gives them:")
-            options.print_table(header, lines, left=2)
-        if reference is not None:
-            print(f"\nBeside {reference['title']} ({reference['source']}):")
-            options.print_table(*reference_table(published), left=2)
-            if "averages" in reference:
-                said = ", ".join(f"{name} {value}" for name, value in reference["averages"].items())
-                print(f"Its averages over all of its sets, in percent of the uncompressed model: {said}")
-            for line in dict.fromkeys([*unlike_protocol(run, reference), *filter(None, map(_unlike, published))]):
-                print(line)
-            if asked.limit is not None:
-                print(f"Here each task is its first {asked.limit} samples, there all: not the same setting.")
-    if note is not None:
-        options.say(note)
-    for line in [*unscaled(rows), *without_interval(rows)]:
-        options.say(line)
+        _print(rows, meta, reference, asked.limit)
     alone = [] if asked.servers else without_partner(rows)
-    if alone:
-        options.say(f"no hard samples for {', '.join(alone)}: no resize stands at the same budget")
+    partners = [f"no hard samples for {', '.join(alone)}: no resize stands at the same budget"] if alone else []
     lacking = missing(rows)
-    for line in lacking:
+    for line in [*([note] if note is not None else []), *unscaled(rows), *without_interval(rows), *partners, *lacking]:
         options.say(line)
     return max(failures(records), int(bool(lacking)))
+
+
+def _meta(
+    run: TaskRun, rows: Sequence[dict[str, Any]], asked: TaskOptions, tasks: Sequence[Task], reference: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a results file says of a run besides its rows. reference: published numbers to stand beside."""
+    from ..eval.lmms.rows import MEANING
+    from ..eval.lmms.tables import beside, notes
+
+    published = None if reference is None else {
+        "name": asked.reference, "source": reference["source"], "rows": beside(rows, reference), "averages": reference.get("averages"),
+        "differs": unlike_protocol(run, reference),
+    }  # fmt: skip
+    return {
+        **run.config, "tasks": [t.name for t in tasks], "questions": sum(map(run.asked_of, tasks)), "batch_size": asked.batch_size,
+        "on_error": asked.on_error, "interval": "95%, 2000 paired resamples of images", "meaning": MEANING,
+        "notes": notes([t.name for t in tasks]),
+        "methods": [] if asked.servers else [m.to_dict() for m in run.methods], "processes": run.ranks,
+        "model_calls": run.calls, "questions_fingerprint": {t.name: t.fingerprint for t in tasks}, "reference": published,
+    }  # fmt: skip
+
+
+def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], reference: dict[str, Any] | None, limit: int | None) -> None:
+    from ..eval.lmms.tables import detail_table, reference_table, task_table
+
+    options.print_table(*task_table(rows), left=3)
+    print("\n".join([LEGEND, *meta["notes"]]))
+    header, lines = detail_table(rows)
+    if lines:
+        print("\nOther metrics, as lmms-eval gives them:")
+        options.print_table(header, lines, left=2)
+    if reference is None:
+        return
+    published = meta["reference"]["rows"]
+    print(f"\nBeside {reference['title']} ({reference['source']}):")
+    options.print_table(*reference_table(published), left=2)
+    if "averages" in reference:
+        said = ", ".join(f"{name} {value}" for name, value in reference["averages"].items())
+        print(f"Its averages over all of its sets, in percent of the uncompressed model: {said}")
+    for line in dict.fromkeys([*meta["reference"]["differs"], *filter(None, map(_unlike, published))]):
+        print(line)
+    if limit is not None:
+        print(f"Here each task is its first {limit} samples, there all: not the same setting.")
 
 
 def _unlike(published: dict[str, Any]) -> str | None:
@@ -178,11 +177,12 @@ def checked(asked: TaskOptions) -> tuple[Host, list[Task]]:
 def cells_of(specs: Sequence[str]) -> list[Cell]:
     """The baseline, the methods, and ``resize`` at every budget. Raises for a method without one."""
     from ..compressors.random import Random
-    from ..eval.sweep import cross, own_budget
+    from ..eval.sweep import cross
     from ..measure.arms import REFERENCE
+    from ..registry import without_budget
 
     for spec in specs:
-        if own_budget(spec) is None:
+        if without_budget(spec):
             like = "give every stage one" if "|" in spec else f"{spec}:keep=0.25 and {spec}:tokens=64 have one"
             raise MllmEfficientError(f"--method {spec} has no budget: {like}")
     return [c for c in cross(specs, []) if c.role != REFERENCE or c.method.name != Random.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def train(
 
     With torchrun it runs on several processes: torchrun --nproc_per_node 2 -m mllm_efficient train --config ...
     """
-    from ..train.config import read
+    from ..train.reading import read
     from .launching import check_launch
 
     check_launch(distributed_on_cpu=False)
@@ -35,21 +36,22 @@ def train(
     if dry_run:
         _dry_run(recipe, json)
         return
+    from ..registry import build
     from ..train.trainer import run
 
     folder = run(recipe)
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    budget = f"tokens={max(recipe.counts)}," if recipe.counts else ""
-    method = f"{recipe.method}:{budget}weights={folder}"
-    options.say(f"trained: {folder}; use it as --method {method}")
+    budget = {"tokens": max(recipe.counts)} if recipe.counts else {}
+    method = build({"method": recipe.method, **budget, "weights": str(folder)}).spec()
+    options.say(f"trained: {folder}; use it as --method {shlex.quote(method)}")
     if json:
         options.print_json([], {"weights": str(folder), "method": method, "log": str(Path(recipe.output_dir) / "log.jsonl")})
 
 
 def _dry_run(recipe, json: bool) -> None:
+    from ..train.build import records_of
     from ..train.estimate import estimate
-    from ..train.trainer import records_of
 
     found = estimate(recipe, {s.name: records_of(recipe, s, keep=False, look=False) for s in recipe.stages})
     if json:

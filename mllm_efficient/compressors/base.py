@@ -12,12 +12,14 @@ from ..budget import Budget
 from ..errors import BadSettingError
 from ..lazy import torch
 from ..plans import Plan
+from ..spec import BASELINE_ON, text_fields, write
 from ..tokens import CompressedTokens, Grid, VisualShape, VisualTokens, grids_of
 from . import fit, sharing
 from .grouping import groups_of
 from .kinds import IN_LLM, PRE_LLM, OldFamily, read_old_family
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .projector import Projector
     from .reducer import Reducer
     from .resizer import Resizer
@@ -128,7 +130,9 @@ class Compressor:
     @property
     def same_weights(self) -> str | None:
         """Specification of the baseline with all tokens on a trained method's weights: ``none@tokenflex``."""
-        return None if self.installs is not self else f"none@{self.name}" + (f":weights={self.weights}" if self.weights else "")
+        if self.installs is not self:
+            return None
+        return BASELINE_ON + write(self.name, {"weights": self.weights} if self.weights else {}, text_fields(type(self)))
 
     def count(self, n: int, grid: tuple[int, int] | None, *, fixed: bool = True) -> int:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
@@ -206,7 +210,7 @@ class Compressor:
 
     # ------------------------------------------------------------------------------ what it will do to an image
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         """What becomes of an item of the adapter, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
         shape: VisualShape = item.shape
         groups = groups_of(self, shape, self.budget.count(shape.n, fixed=adapter.fixed_count))
@@ -226,7 +230,7 @@ class Compressor:
         clamped = self.tokens is not None and self.tokens > shape.n
         return Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
 
-    def plan_after(self, adapter: Any, item: Any, before: Compressor, done: Plan) -> Plan:
+    def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         """``plan`` of what the stage ``before`` leaves by its plan ``done``."""
         then = self.plan(adapter, replace(item, shape=done.seen))
         return replace(then, shape=done.shape, side=done.side, after=done.after, untouched=False)
@@ -237,7 +241,7 @@ class Compressor:
 
     # ------------------------------------------------------------------------------ which models it runs in
 
-    def check(self, adapter: Any) -> None:
+    def check(self, adapter: Family) -> None:
         """Raises ``UnsupportedModelError`` or ``BadBudgetError`` where a model cannot run it at all, before any call is made."""
         fit.require_slot(self, adapter)
         self.check_needs(adapter)
@@ -249,23 +253,23 @@ class Compressor:
         if usual is not None:
             self.check_budget(adapter, usual)
 
-    def check_needs(self, adapter: Any) -> None:
+    def check_needs(self, adapter: Family) -> None:
         fit.require_needs(self, adapter)
 
-    def check_parts(self, adapter: Any) -> None:
+    def check_parts(self, adapter: Family) -> None:
         fit.require_parts(self, adapter)
 
-    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+    def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         """Raises ``BadBudgetError`` where the budget cannot be met on the shape that every image has."""
         self.budget.count(usual.n, fixed=adapter.fixed_count)
 
-    def position_rule(self, adapter: Any) -> str:
+    def position_rule(self, adapter: Family) -> str:
         """ "renumber" or "keep": the method's own rule, else the model's. A merged token has no old position to keep."""
         return self.positions or ("renumber" if self.merges else adapter.positions)
 
     # ------------------------------------------------------------------------------ in words
 
-    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+    def describe(self, shape: VisualShape | None, adapter: Family) -> str:
         """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
         if shape is None:
             return self.describe_any()
@@ -281,7 +285,7 @@ class Compressor:
             return f"{self.name} keeps every token"
         return f"{self.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
 
-    def describe_plan(self, planned: Plan, adapter: Any, first: bool = True) -> str:
+    def describe_plan(self, planned: Plan, adapter: Family, first: bool = True) -> str:
         """What a plan says, as the first stage of a composition or a later one."""
         if not first:
             return f"{self.name} {planned.kept} of them"
@@ -297,9 +301,8 @@ class Compressor:
         return out
 
     def spec(self) -> str:
-        """The method as a specification string, ``divprune:keep=0.1``."""
-        settings = ",".join(f"{k}={'null' if v is None else v}" for k, v in self.to_dict().items() if k != "method")
-        return f"{self.name}:{settings}" if settings else self.name
+        """The method as a specification string, ``divprune:keep=0.1``, of which ``me.build`` makes an equal one."""
+        return write(self.name, {k: v for k, v in self.to_dict().items() if k != "method"}, text_fields(type(self)))
 
 
 def query_aware(cls: type[Compressor]) -> bool:

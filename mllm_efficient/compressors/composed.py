@@ -16,6 +16,7 @@ from .fit import OF_TOWER
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .projector import Projector
     from .reducer import Reducer
 
@@ -98,16 +99,17 @@ class Composed(Compressor):
     def as_reducer(self) -> Reducer | None:
         return next((stage.as_reducer for stage in self.stages if stage.as_reducer is not None), None)
 
-    def plans(self, adapter: Any, item: Any) -> list[Plan]:
+    def plans(self, adapter: Family, item: Any) -> list[Plan]:
+        """The plan after each stage, all of the item's own shape."""
         out = [self.stages[0].plan(adapter, item)]
         for before, stage in zip(self.stages, self.stages[1:]):
             out.append(stage.plan_after(adapter, item, before, out[-1]))
         return out
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         return self.plans(adapter, item)[-1]
 
-    def check(self, adapter: Any) -> None:
+    def check(self, adapter: Family) -> None:
         for stage in self.stages:
             if stage.as_reducer is None:
                 stage.check(adapter)
@@ -119,7 +121,7 @@ class Composed(Compressor):
         if usual is not None:
             self.plan(adapter, adapter.item_of(usual))
 
-    def _check_in_llm(self, adapter: Any, reducer: Reducer) -> None:
+    def _check_in_llm(self, adapter: Family, reducer: Reducer) -> None:
         """Raises where the last stage cannot work on what the one before it leaves."""
         adapter.check_inside(reducer)
         before = self.stages[-2]
@@ -143,7 +145,7 @@ class Composed(Compressor):
             given = "positions" if stage.positions == "keep" else "newline"
             raise UnsupportedModelError(f"{stage.name}: {given}='keep' has no effect on {tokens}: leave it out")
 
-    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+    def describe(self, shape: VisualShape | None, adapter: Family) -> str:
         """``tokenflex keeps 144 of 576 tokens per image, then divprune 72 of them (removes 87.5%)``."""
         if shape is None:
             return ", then ".join(stage.describe(None, adapter) for stage in self.stages)
@@ -161,17 +163,6 @@ def compose(stages: list[Compressor]) -> Compressor:
 
 def _place(stage: Compressor) -> int:
     return ORDER.index(stage.kind) if stage.kind in ORDER else len(ORDER)
-
-
-def runnable(compressor: Any) -> Compressor:
-    """What ``build`` makes of it. Raises ``UnsupportedModelError`` for a stage of a kind that this version does not run."""
-    from ..registry import build
-
-    method = build(compressor)
-    for stage in stages_of(method):
-        if stage.kind != PRE_LLM and stage.as_projector is None and stage.as_reducer is None:
-            raise UnsupportedModelError(f"{stage.name} is of kind {stage.kind}, which this version does not run")
-    return method
 
 
 def stages_of(method: Compressor) -> tuple[Compressor, ...]:
@@ -203,3 +194,9 @@ def or_random(method: Compressor) -> Compressor:
         return dataclasses.replace(stage, weights=RANDOM) if fresh else stage  # type: ignore[call-arg]
 
     return method.map_parts(drawn)
+
+
+def __getattr__(name: str) -> Any:
+    from mllm_efficient.moved import moved_name
+
+    return moved_name("compressors.composed", name)

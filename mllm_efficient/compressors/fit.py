@@ -5,24 +5,25 @@ adapter: whatever says of a model ``name``, ``gives``, ``parts``, ``separators``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from ..family import Family
     from .base import Compressor
 
 OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the vision tower is watched
 
 
-def require_slot(method: Compressor, adapter: Any) -> None:
+def require_slot(method: Compressor, adapter: Family) -> None:
     """There is a projector for a trained one to replace."""
     trained = method.installs
     if trained is not None and trained.as_projector is not None and not adapter.projects:
         raise UnsupportedModelError(f"{trained.name} takes the place of LLaVA's projector, which {adapter.name} has not")
 
 
-def require_needs(method: Compressor, adapter: Any) -> None:
+def require_needs(method: Compressor, adapter: Family) -> None:
     """The model gives what a method that works before the decoder asks for."""
     lacking = sorted(set(method.needs) - adapter.gives)
     if lacking:
@@ -31,14 +32,14 @@ def require_needs(method: Compressor, adapter: Any) -> None:
         raise UnsupportedModelError(f"{method.name} needs clip_text and names no CLIP: give it a setting clip with a folder or hub id")
 
 
-def require_parts(method: Compressor, adapter: Any) -> None:
+def require_parts(method: Compressor, adapter: Family) -> None:
     """The model has the parts that ``per`` names."""
     if method.per != "image" and method.per not in adapter.parts:
         known = " and ".join(f"per={part!r}" for part in sorted(adapter.parts)) or "no per="
         raise UnsupportedModelError(f"{method.name}: per={method.per!r} has no effect on {adapter.name}, which knows {known}")
 
 
-def require_newlines(method: Compressor, adapter: Any) -> None:
+def require_newlines(method: Compressor, adapter: Family) -> None:
     """``newline="keep"`` has an effect, and the newline columns that stay belong to rows that stay."""
     if method.newline != "keep":
         return
@@ -48,7 +49,7 @@ def require_newlines(method: Compressor, adapter: Any) -> None:
         raise UnsupportedModelError(f"{method.name} merges rows, and a newline column belongs to a row: leave newline= out")
 
 
-def require_order(method: Compressor, adapter: Any, positions: str) -> None:
+def require_order(method: Compressor, adapter: Family, positions: str) -> None:
     """Tokens in the order of their choice have no places to keep. positions: the rule, "renumber" or "keep"."""
     if method.order != "picked":
         return
@@ -62,7 +63,7 @@ def require_order(method: Compressor, adapter: Any, positions: str) -> None:
         )
 
 
-def require_later_layers(method: Compressor, adapter: Any) -> None:
+def require_later_layers(method: Compressor, adapter: Family) -> None:
     """Features that a model adds in later layers (deepstack) can follow their tokens."""
     if adapter.deepstack and method.merges_tokens and not method.channelwise:
         raise UnsupportedModelError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CountMismatchError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import CompressedTokens, Grid, Plane, VisualShape, VisualTokens
 from .base import Compressor
+
+if TYPE_CHECKING:
+    from ..family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Merger(Compressor):
     def fills_rectangles(self) -> bool:
         return type(self).target is not Merger.target
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         if not self.in_tower:
             return super().plan(adapter, item)
         untouched = self.untouched_plan(item.shape)
@@ -54,7 +57,7 @@ class Merger(Compressor):
     def grids_left(self, planned: Plan) -> tuple[Grid, ...] | None:
         return tuple(self.target(g.grid, g.k) for g in planned.groups) if planned.groups else super().grids_left(planned)
 
-    def check_parts(self, adapter: Any) -> None:
+    def check_parts(self, adapter: Family) -> None:
         super().check_parts(adapter)
         if self.in_tower and (not adapter.tower_blocks or (usual := adapter.usual()) is None or len(usual.planes) > 1):
             raise UnsupportedModelError(
@@ -62,7 +65,7 @@ class Merger(Compressor):
                 "leave at= out"
             )
 
-    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+    def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         k = self.budget.count(usual.n, fixed=adapter.fixed_count)
         if self.in_tower and k < usual.n:
             self.in_blocks(usual.n, k, adapter.tower_blocks)

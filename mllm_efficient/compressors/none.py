@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadBudgetError, BadSettingError
 from ..lazy import torch
-from ..registry import build, register
+from ..registry import get_method, register, settings_in, with_budget
+from ..spec import BASELINE_ON, text_fields, write
 from ..tokens import VisualTokens
 from .base import Compressor
 from .selector import Selector
@@ -35,21 +35,27 @@ class NoCompression(Selector):
         if (self.per, self.newline) != ("image", None):
             raise BadSettingError("none keeps every token and newline column: per= and newline= have no effect")
         super().__post_init__()
-        if self.on is not None and re.search(r"(^|[:,])\s*(keep|tokens|prune)\s*=|^$", self.on):
-            raise BadSettingError(f"none@{self.on}: a method without its budget is wanted, such as none@tokenflex")
-        if self.on is not None and self.positions is not None:
-            raise BadSettingError(f"none@{self.on}: positions= has no effect where every token stays")
-        if self.on is not None and self.installs is None:
-            raise BadSettingError(f"none@{self.on}: {self.on} has no weights of its own")
+        if self.on is None:
+            return
+        if not isinstance(self.on, str) or len(stages := settings_in(self.on)) != 1 or not stages[0]["method"] or _budgets(stages[0]):
+            raise BadSettingError(f"{BASELINE_ON}{self.on}: a method without its budget is wanted, such as {BASELINE_ON}tokenflex")
+        if self.positions is not None:
+            raise BadSettingError(f"{BASELINE_ON}{self.on}: positions= has no effect where every token stays")
+        if self.installs is None:
+            raise BadSettingError(f"{BASELINE_ON}{self.on}: {self.on} has no weights of its own")
+        name = stages[0].pop("method")
+        object.__setattr__(self, "on", write(name, stages[0], text_fields(get_method(name))))
 
     @functools.cached_property
     def installs(self) -> Compressor | None:
-        if self.on is None:
-            return None
-        return build(f"{self.on}{',' if ':' in self.on else ':'}keep=1").installs
+        return None if self.on is None else with_budget(settings_in(self.on), keep=1).installs
 
     def spec(self) -> str:
-        return super().spec() if self.on is None else f"{self.name}@{self.on}"
+        return super().spec() if self.on is None else f"{BASELINE_ON}{self.on}"
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         return torch.arange(k, device=v.features.device)
+
+
+def _budgets(settings: dict[str, Any]) -> set[str]:
+    return {"keep", "tokens", "prune"} & set(settings)

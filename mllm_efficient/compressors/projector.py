@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import Compressor
 from .kinds import PROJECTOR
+
+if TYPE_CHECKING:
+    from ..family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class Projector(Compressor):
     def fills_rectangles(self) -> bool:
         return True
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         shape: VisualShape = item.shape
         if shape.modality != "image":
             raise UnsupportedModelError(f"{self.name} projects pictures, and this call has a video")
@@ -81,5 +84,5 @@ class Projector(Compressor):
             )
         return Plan(shape, after.n, side=side, after=after)
 
-    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+    def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         self.budget.count(len(usual.planes[-1]), fixed=adapter.fixed_count)

@@ -18,6 +18,8 @@ from .math.finite import read_found, require_scores
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..family import Family
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reducer(Compressor):
@@ -176,13 +178,13 @@ class Reducer(Compressor):
     def as_reducer(self) -> Reducer:
         return self
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         return self._reduced(adapter, self.untouched_plan(item.shape), grids_of(item.shape.planes))
 
-    def plan_after(self, adapter: Any, item: Any, before: Compressor, done: Plan) -> Plan:
+    def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         return self._reduced(adapter, done, before.grids_left(done))
 
-    def _reduced(self, adapter: Any, before: Plan, grids: tuple[Grid, ...] | None) -> Plan:
+    def _reduced(self, adapter: Family, before: Plan, grids: tuple[Grid, ...] | None) -> Plan:
         """What becomes of the tokens that ``before`` leaves, which fill ``grids``."""
         depth, n = adapter.decoder_layers, before.kept
         layers, counts = self.stages(depth), self.counts(n, depth, fixed=adapter.fixed_count, grids=grids)
@@ -194,13 +196,13 @@ class Reducer(Compressor):
             stages=tuple(zip(layers, counts)), per_layer=per_layer, entering=before.separators,
         )  # fmt: skip
 
-    def check_needs(self, adapter: Any) -> None:
+    def check_needs(self, adapter: Family) -> None:
         adapter.check_inside(self)
 
-    def check_budget(self, adapter: Any, usual: VisualShape) -> None:
+    def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         self.counts(usual.n, adapter.decoder_layers, fixed=adapter.fixed_count)
 
-    def describe(self, shape: VisualShape | None, adapter: Any) -> str:
+    def describe(self, shape: VisualShape | None, adapter: Family) -> str:
         if shape is not None and not self.routes:
             return self.describe_plan(self.plan(adapter, adapter.item_of(shape)), adapter)
         layers = ", ".join(map(str, self.stages(adapter.decoder_layers)))
@@ -208,7 +210,7 @@ class Reducer(Compressor):
             return f"{self.name} pools the tokens of each image in front of layer {layers}"
         return f"{self.name} drops tokens of each image at layer {layers}"
 
-    def describe_plan(self, planned: Plan, adapter: Any, first: bool = True) -> str:
+    def describe_plan(self, planned: Plan, adapter: Family, first: bool = True) -> str:
         """``fastv keeps 576 tokens up to layer 2, then 115 (layer average 143.8)``."""
         if self.routes:
             return self.describe(None, adapter)

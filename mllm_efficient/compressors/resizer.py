@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import Compressor
+
+if TYPE_CHECKING:
+    from ..family import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Resizer(Compressor):
     def fills_rectangles(self) -> bool:
         return True
 
-    def plan(self, adapter: Any, item: Any) -> Plan:
+    def plan(self, adapter: Family, item: Any) -> Plan:
         shape, unit = item.shape, adapter.unit(item)
         untouched, k = self.untouched_plan(shape), self.budget.count(shape.n, fixed=adapter.fixed_count)
         smaller = self.target(unit, k, lambda grid: adapter.shape_at(item, grid).n) if k < shape.n else unit
@@ -46,7 +49,7 @@ class Resizer(Compressor):
         separators = after.separators if self.newline else 0
         return Plan(shape, after.n, smaller=smaller, after=after, separators=separators, clamped=untouched.clamped)
 
-    def check_parts(self, adapter: Any) -> None:
+    def check_parts(self, adapter: Family) -> None:
         super().check_parts(adapter)
         if self.per != "image":
             raise UnsupportedModelError(f"{self.name} makes whole pictures smaller: leave per= out")

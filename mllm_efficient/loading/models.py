@@ -8,11 +8,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..embedded import embedded
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..patches.rules import merged, read_settings
 from . import lora as adapters
@@ -110,7 +110,7 @@ class Loaded:
 
 def builtin_folder() -> Path:
     """The embedded model's folder inside the package."""
-    return Path(str(files("mllm_efficient.eval.builtin") / "model"))
+    return embedded("model")
 
 
 def load(options: ModelOptions) -> Loaded:
@@ -165,13 +165,15 @@ def load(options: ModelOptions) -> Loaded:
 
 def _require_family(name: str, config: dict[str, Any]) -> None:
     """config: the content of ``config.json``, which transformers need not know."""
-    from ..patches import FAMILIES, advice_on
+    from ..patches import FAMILIES, advice_on, require_present
     from ..patches.vllm import PREFIX
 
     made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     if made_for and not set(made_for) & set(FAMILIES):
         no_vision = "" if _has_vision(config) else " and takes no images"
         raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0])}")
+    for cls in made_for:
+        require_present(FAMILIES[cls])
 
 
 def _has_vision(config: Any) -> bool:

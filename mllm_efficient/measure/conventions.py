@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .shapes import Decoder
+from ..patches.sizes import Decoder
 
 EXACT = "exact"
 MATRICES = {"divprune": 2, "sparsevlm": 3}

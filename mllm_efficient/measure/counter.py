@@ -21,7 +21,7 @@ from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, or_random
 from ..errors import MllmEfficientError
-from .pictures import Picture, Size, chosen, pictures_of
+from ..patches.rules import Size, Views
 from .shapes import ModelShape
 
 
@@ -44,6 +44,9 @@ def build_on_meta(shape: ModelShape) -> Any:
     """The model of a shape with weights on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from ..patches import require_present
+
+    require_present(shape.family)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(AutoConfig.for_model(**shape.config)).eval()
 
@@ -62,9 +65,9 @@ def count(
     processor: Any = None,
 ) -> Counted:
     """FLOPs of a call that ``flops.cost`` with the same arguments computes. model: on meta, or real and on a CPU. processor: the
-    model's own, which then makes the pictures' tensors where their size is known.
+    model's own, which then makes the images' tensors where their size is known.
 
-    Raises ``MllmEfficientError`` for tokens that are of no known picture.
+    Raises ``MllmEfficientError`` for tokens that are of no known image.
     """
     from ..apply.encode import Encoded, encode_items, encoding_key
     from ..apply.prepare import prepare
@@ -75,12 +78,8 @@ def count(
     if inside is None or model.device.type == "meta":
         method = or_random(method)
         inside = inside_of(method)
-    rules = pictures_of(shape)
-    pictures = chosen(rules, visual_tokens, image_size, exact=True, images=images)
-    if any(not p.whole or (rules.separators and p.size and not p.shape.separators) for p in pictures):
-        raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
     adapter, meta = adapter_for(model), model.device.type == "meta"
-    inputs = _inputs(adapter, shape, pictures, text_tokens, batch_size, processor)
+    inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
     if meta and inside is not None and inside.has_router:
@@ -90,8 +89,7 @@ def count(
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
-            if {"text", "clip_text"} & set(method.needs):
-                raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
+            _require_no_text(method)
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
         unknown = Uncounted()
@@ -107,19 +105,38 @@ def count(
 
         if prepared.staging is not None:
             prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
-        call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
-        # A cache from the start: position ids without one are searched for packed sequences, by value.
-        cache = _cache(model)
-        with flop_counter() as prefill:
-            model(**call, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
-        ids = prepared.tensors["input_ids"]
-        with flop_counter() as decode:
-            for i in range(new_tokens - 1):
-                token = torch.full((batch_size, 1), _text_id(adapter), device=ids.device)
-                model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
+        prefill, decode = _decoded(model, prepared, _text_id(adapter), new_tokens)
     inside_prefill = sum(c.get_total_flops() for c in choosing)
-    phases = [c.get_total_flops() for c in (vision, compress, prefill, decode)]
-    return Counted(phases[0], phases[1] + inside_prefill, phases[2] - inside_prefill, phases[3], tuple(sorted(unknown.seen)))
+    before = compress.get_total_flops()
+    return Counted(vision.get_total_flops(), before + inside_prefill, prefill - inside_prefill, decode, tuple(sorted(unknown.seen)))
+
+
+def _images(shape: ModelShape, visual_tokens: int | None, image_size: Size | None, images: int) -> list[Views]:
+    """The images of a prompt. Raises ``MllmEfficientError`` for tokens that are of no known image."""
+    rules = shape.rules
+    found = rules.prompt(visual_tokens, image_size, exact=True, images=images)
+    if any(not image.whole or (rules.separators and image.size and not image.shape.separators) for image in found):
+        raise MllmEfficientError(f"{visual_tokens} tokens are not yet a picture that {shape.name} can be given: use --image-size WxH")
+    return found
+
+
+def _require_no_text(method: Compressor) -> None:
+    if {"text", "clip_text"} & set(method.needs):
+        raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
+
+
+def _decoded(model: Any, prepared: Any, token_id: int, new_tokens: int) -> tuple[int, int]:
+    """FLOPs of the prefill, and of every forward after it."""
+    call = {k: v for k, v in prepared.model_kwargs.items() if k != "attention_mask"}
+    # A cache from the start: position ids without one are searched for packed sequences, by value.
+    cache, ids = _cache(model), prepared.tensors["input_ids"]
+    with flop_counter() as prefill:
+        model(**call, use_cache=True, **with_cache(model, cache), logits_to_keep=1)
+    with flop_counter() as decode:
+        for i in range(new_tokens - 1):
+            token = torch.full((len(ids), 1), token_id, device=ids.device)
+            model(input_ids=token, position_ids=torch.full_like(token, ids.shape[1] + i), use_cache=True, **with_cache(model, cache))
+    return prefill.get_total_flops(), decode.get_total_flops()
 
 
 class Uncounted(TorchDispatchMode):
@@ -141,51 +158,31 @@ class Uncounted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _inputs(
-    adapter: Any, shape: ModelShape, pictures: list[Picture], text_tokens: int, batch: int, processor: Any = None
-) -> dict[str, Any]:
-    """A call with these pictures in every prompt: noise on the model's device, prompts on the CPU."""
-    device, dtype, tower = adapter.model.device, adapter.model.dtype, shape.tower
-    modality = pictures[0].shape.modality
-    side: Any = shape.vision.get("image_size")
-    sizes: list[Any] = [(side, side) if adapter.fixed_count and isinstance(side, int) else p.size for p in pictures]
-    processed = None if processor is None or None in sizes else _processed(adapter, processor, sizes)
-    lengths = [p.shape.length for p in pictures] if processed is None else processed[1]
-    placeholder, text = adapter.placeholders[modality], [_text_id(adapter)] * text_tokens
-    prompt: list[int] = []
-    for length in lengths:  # M-RoPE hosts take pictures side by side for one
-        prompt += [text.pop()] if text else []
-        prompt += [placeholder] * length
-    ids = torch.tensor([prompt + text] * batch)
-    if processed is not None:
-        vision = {k: torch.cat([v] * batch) for k, v in processed[0].items()}
-        types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
-        return {"input_ids": ids, **types, **{k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}}
-    views = batch * sum(p.views for p in pictures)
-    rows, columns = pictures[0].patches
+def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, processor: Any = None) -> dict[str, Any]:
+    """A call with these images in every prompt: noise on the model's device, prompts on the CPU."""
+    device, dtype = adapter.model.device, adapter.model.dtype
+    sizes: list[Any] = [adapter.example_size if adapter.fixed_count else p.size for p in images]
 
     def noise(*size: int) -> Tensor:
         return torch.zeros(size, device="meta", dtype=dtype) if device.type == "meta" else torch.rand(size).to(device, dtype)
 
-    if shape.family.startswith("qwen"):
-        patch = tower.channels * tower.frames * tower.patch**2
-        return {
-            "input_ids": ids, "mm_token_type_ids": (ids == placeholder).long(), "pixel_values": noise(views * rows * columns, patch),
-            "image_grid_thw": torch.tensor([[1, rows, columns]] * views),
-        }  # fmt: skip
-    high, wide = (side, side) if isinstance(side, int) else side
-    pixels = noise(views, tower.channels, high, wide)
-    if modality == "video":
-        return {"input_ids": ids, "pixel_values_videos": pixels.unflatten(0, (batch * len(pictures), -1))}
-    known = [p.size for p in pictures * batch if p.size is not None]
-    extra = {"image_sizes": torch.tensor([[h, w] for w, h in known])} if pictures_of(shape).separators else {}
-    if "batch_num_images" in adapter.encode_keys and len(pictures) > 1:
-        extra["batch_num_images"] = torch.tensor([len(pictures)] * batch)
-    return {"input_ids": ids, "pixel_values": pixels, **extra}
+    if processor is None or None in sizes:
+        vision, lengths = adapter.example(images, noise), [p.shape.length for p in images]
+    else:
+        vision, lengths = _processed(adapter, processor, sizes)
+        vision = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
+    placeholder, text = adapter.placeholders[images[0].shape.modality], [_text_id(adapter)] * text_tokens
+    prompt: list[int] = []
+    for length in lengths:  # some models tell images by the text between them
+        prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]
+        prompt += [placeholder] * length
+    ids = torch.tensor([prompt + text] * batch)
+    types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
+    return {"input_ids": ids, **types, **{k: torch.cat([v] * batch) for k, v in vision.items()}}
 
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:
-    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each picture."""
+    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each image."""
     from ..loading.prompts import model_inputs, question_prompt
     from .workload import QUESTION, noise
 
@@ -196,7 +193,7 @@ def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict
 
 
 def _text_id(adapter: Any) -> int:
-    """A token that stands for no picture."""
+    """A token that stands for no image."""
     return next(i for i in range(5, 99) if i not in adapter.placeholders.values())
 
 
@@ -221,7 +218,7 @@ def _random(encoding: Any) -> dict[str, Any]:
 class OneDevice(TorchDispatchMode):
     """What an operation is given on the CPU beside tensors on meta goes to meta.
 
-    Prompts, grids and window indices stay on the CPU until they meet features, because hosts read their values.
+    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,13 +18,15 @@ from typing import Any
 
 from ..apply.plan import check
 from ..compressors.base import Compressor
-from ..compressors.composed import before_of, compose, inside_of, or_random, runnable, stages_of
+from ..compressors.composed import before_of, compose, inside_of, or_random, stages_of
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
+from ..patches.rules import Size, Views
+from ..patches.sizes import Decoder, ProjectorSize, Tower
+from ..registry import runnable
 from .conventions import CONVENTIONS, EXACT, prefill_macs
 from .keeping import Kept, keep
-from .pictures import Picture, Size, chosen, pictures_of
-from .shapes import Decoder, ModelShape, Projector, Tower, load_shape, shape_names, shape_of
+from .shapes import ModelShape, load_shape, shape_names, shape_of
 
 __all__ = [
     "Cost", "cost", "decode_flops", "kv_cache_bytes", "load_shape", "prefill_flops", "projector_flops", "shape_names", "shape_of",
@@ -86,9 +88,9 @@ def cost(
     Args:
         shape: a model's shape, or its name for ``load_shape``.
         text_tokens: every token of a prompt that is not visual.
-        visual_tokens: N of a prompt before compression, for pictures of the family's own kind; image_size: (width,
-            height) in pixels instead, for models whose count depends on it. Without both the model's usual picture.
-        images: pictures of a prompt, all alike; not with ``visual_tokens``, which says it.
+        visual_tokens: N of a prompt before compression, for images of the family's own kind; image_size: (width,
+            height) in pixels instead, for models whose count depends on it. Without both the model's usual image.
+        images: images of a prompt, all alike; not with ``visual_tokens``, which says it.
         method: as ``me.build`` takes it.
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
@@ -99,37 +101,22 @@ def cost(
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
     """
     model = load_shape(shape) if isinstance(shape, str) else shape
-    _require(convention in CONVENTIONS, f"unknown convention {convention!r}: one of {', '.join(CONVENTIONS)}")
-    _require(new_tokens == 0 or convention == EXACT, f"new tokens have no effect under {convention!r}, which counts the prefill alone")
-    _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
-    _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
-    _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
-    compressor, rules, decoder = runnable(method), pictures_of(model), model.decoder
+    _check(convention, text_tokens, visual_tokens, new_tokens, batch_size)
+    compressor, rules, decoder = runnable(method), model.rules, model.decoder
     before, inside = before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
         drawn = or_random(inside)
         inside, compressor = drawn.as_reducer, compose([drawn] if before is None else [before, drawn])
     check(rules, compressor)
-    pictures = chosen(rules, visual_tokens, image_size, convention == EXACT, images)
+    pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
-    if visual_per_layer is None:
-        lengths = [text_tokens + sum(k.at(layer) for k in kept) for layer in range(decoder.layers)]
-    else:
-        _require(len(visual_per_layer) == decoder.layers, _layers_differ(len(visual_per_layer), model))
-        lengths = [text_tokens + separators + n for n in visual_per_layer]
-    _require(min(lengths) > 0, "a prompt without tokens")
+    lengths = _lengths(model, kept, text_tokens, visual_per_layer)
     vision = compress = decode = 0
     if convention == EXACT:
         vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
-        if before is not None:
-            width = model.tower.width // model.tower.heads if "keys" in before.needs else decoder.width
-            of_tokens = stages_of(before)[-1]
-            compress = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
-            if "clip_text" in before.needs and any(one.groups for one in kept):
-                compress += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, [p.shape.n for p in pictures], text_tokens)
-        if inside is not None:
-            compress += choosing_flops(decoder, inside, kept, text_tokens)
+        compress = 0 if before is None else _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens)
+        compress += 0 if inside is None else choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
@@ -142,6 +129,37 @@ def cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
         b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
     )  # fmt: skip
+
+
+def _check(convention: str, text_tokens: int, visual_tokens: int | None, new_tokens: int, batch_size: int) -> None:
+    _require(convention in CONVENTIONS, f"unknown convention {convention!r}: one of {', '.join(CONVENTIONS)}")
+    _require(new_tokens == 0 or convention == EXACT, f"new tokens have no effect under {convention!r}, which counts the prefill alone")
+    _require(text_tokens >= 0, f"{text_tokens} text tokens: at least 0")
+    _require(visual_tokens is None or visual_tokens > 0, f"{visual_tokens} visual tokens: at least 1")
+    _require(new_tokens >= 0 and batch_size > 0, "new tokens are at least 0 and a batch has at least one prompt")
+
+
+def _lengths(model: ModelShape, kept: Sequence[Kept], text: int, visual_per_layer: Sequence[int] | None) -> list[int]:
+    """Tokens of the prompt in each decoder layer."""
+    layers = model.decoder.layers
+    if visual_per_layer is None:
+        lengths = [text + sum(k.at(layer) for k in kept) for layer in range(layers)]
+    else:
+        given = len(visual_per_layer)
+        _require(given == layers, f"visual tokens of {given} layers given, and {model.name} has {layers}")
+        lengths = [text + sum(k.separators for k in kept) + n for n in visual_per_layer]
+    _require(min(lengths) > 0, "a prompt without tokens")
+    return lengths
+
+
+def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], tokens: Sequence[int], text: int) -> int:
+    """The products of a method that runs before the decoder. tokens: N of each image."""
+    width = model.tower.width // model.tower.heads if "keys" in method.needs else model.decoder.width
+    of_tokens = stages_of(method)[-1]
+    total = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+    if "clip_text" in method.needs and any(one.groups for one in kept):
+        total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
+    return total
 
 
 def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text: int) -> int:
@@ -167,7 +185,7 @@ def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) 
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
-    """One new token behind ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
+    """One new token after ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
     return sum(_layer(decoder, 1, n + 1) for n in decoder.cached(cached)) + head_flops(decoder)
 
 
@@ -188,8 +206,8 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
     return 2 * queries * weights + 4 * wide * queries * keys
 
 
-def vision_flops(model: ModelShape, picture: Picture, method: Compressor | None = None, kept: Kept | None = None) -> int:
-    """Tower and projector of one picture or video; the method's own projector, if it brings one."""
+def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:
+    """Tower and projector of one image or video; the method's own projector, if it brings one."""
     other = None if method is None or method.installs is None else method.installs.as_projector
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
@@ -217,7 +235,7 @@ def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
 
 
 def merging_tower_flops(tower: Tower, patches: tuple[int, int], rounds: Sequence[int]) -> int:
-    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens behind its attention; no further blocks run."""
+    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens after its attention; no further blocks run."""
     d, n = tower.width, patches[0] * patches[1]
     total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
     n += tower.class_token
@@ -236,9 +254,10 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
     return sum((r * c) ** 2 for r in rows for c in columns)
 
 
-def projector_flops(projector: Projector, n: int) -> int:
+def projector_flops(projector: ProjectorSize, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
-    return projector.copies * 2 * n * (projector.inputs * projector.hidden + projector.hidden * projector.outputs)
+    taken = projector.hidden // 2 if projector.gated else projector.hidden
+    return projector.copies * 2 * n * (projector.inputs * projector.hidden + taken * projector.outputs)
 
 
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
@@ -255,9 +274,9 @@ def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
 
 
 def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) -> int:
-    """What a method that needs ``clip_text`` has the host compute: the prompt's text in CLIP's space, and every visual token.
+    """What a method that needs ``clip_text`` has the model compute: the prompt's text in CLIP's space, and every visual token.
 
-    where: the CLIP model. width: of the tower. tokens: N of each picture. The text counts as many tokens of CLIP as of the
+    where: the CLIP model. width: of the tower. tokens: N of each image. The text counts as many tokens of CLIP as of the
     language model, and two around them, in pieces as long as CLIP's text tower allows.
     """
     from transformers import CLIPConfig
@@ -277,13 +296,9 @@ def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) 
     return pieces * (text.num_hidden_layers * layer + 2 * d * into) + sum(tokens) * 2 * (width + 1) * into
 
 
-def _words(pictures: list[Picture]) -> str:
+def _words(pictures: list[Views]) -> str:
     first = pictures[0].says
     return first if len(pictures) == 1 else f"{len(pictures)} pictures, each {first}"
-
-
-def _layers_differ(given: int, model: ModelShape) -> str:
-    return f"visual tokens of {given} layers given, and {model.name} has {model.decoder.layers}"
 
 
 def _require(ok: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a method keeps of a picture that is known by its size or its number of tokens: ``mllm_efficient.apply.plan``, without torch."""
+"""What a method keeps of an image that is known by its size or its number of tokens: ``mllm_efficient.apply.plan``, without torch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..apply.plan import plan
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of
 from ..errors import MllmEfficientError
-from .pictures import Picture, Pictures
+from ..patches.rules import Rules, Views
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A method on one picture. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
+    """A method on one image. tokens, separators: what is left. groups: (n, k) of tokens compressed together, k the budget.
 
     picture: what the tower sees, a smaller one under ``resize``. side, rounds, stages, per_layer, entering: as in a ``Plan``.
     """
 
-    picture: Picture
+    picture: Views
     tokens: int
     separators: int
     groups: tuple[tuple[int, int], ...] = ()
@@ -29,14 +29,14 @@ class Kept:
     rounds: tuple[int, ...] = ()
 
     def at(self, layer: int) -> int:
-        """Tokens and separators of the picture that decoder layer ``layer`` sees. Separators go with the first tokens."""
+        """Tokens and separators of the image that decoder layer ``layer`` sees. Separators go with the first tokens."""
         if not self.per_layer:
             return self.tokens + self.separators
         whole = self.per_layer[layer] == self.per_layer[0]
         return self.per_layer[layer] + (self.entering if whole else self.separators)
 
 
-def keep(rules: Pictures, method: Compressor, picture: Picture) -> Kept:
+def keep(rules: Rules, method: Compressor, picture: Views) -> Kept:
     """Raises ``BadBudgetError`` where the budget cannot be met, ``MllmEfficientError`` where the grid is not known."""
     n = picture.shape.n
     p = plan(rules, method, picture)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError
+from ..patches.rules import rules_class
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {% if message['content'] is string %}{{ message['content'] }}"
@@ -19,27 +19,8 @@ def random_folder(config: Any, folder: Path) -> None:
 
     config: of transformers, LLaVA-1.5 or LLaVA-NeXT; ``UnsupportedModelError`` for another family.
     """
-    import transformers as t
-
-    vision = config.vision_config
-    side, patch = vision.image_size, vision.patch_size
-    cls = "clip" in vision.model_type
-    if config.model_type == "llava":
-        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        pictures, processor = (t.CLIPImageProcessor if cls else t.SiglipImageProcessor), t.LlavaProcessor
-        sizes = sizes if cls else {"size": {"height": side, "width": side}}
-    elif config.model_type == "llava_next":
-        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        sizes |= {"image_grid_pinpoints": config.image_grid_pinpoints}
-        pictures, processor = t.LlavaNextImageProcessor, t.LlavaNextProcessor
-    else:
-        raise UnsupportedModelError(
-            f"--random-weights on a server: {config.model_type} has no made-up processor; llava and llava_next have"
-        )
-    made = processor(
-        image_processor=pictures(**sizes), tokenizer=_tokenizer(config), patch_size=patch, chat_template=TEMPLATE, image_token="<image>",
-        vision_feature_select_strategy=config.vision_feature_select_strategy, num_additional_image_tokens=1 if cls else 0,
-    )  # fmt: skip
+    rules = rules_class(config.model_type)(config.model_type, config)
+    made = rules.made_processor(_tokenizer(config), chat_template=TEMPLATE, image_token="<image>")
     config.save_pretrained(folder)
     made.save_pretrained(folder)
 

@@ -21,7 +21,7 @@ from ..loading.models import (
     pick_device,
     quantization_config,
 )
-from ..patches.rules import SHARED, require_counting
+from ..patches.rules import SHARED, read_object, rules_class
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02
@@ -41,6 +41,7 @@ def config_of(source: str) -> Any:
         if source in shape_names():
             config = AutoConfig.for_model(**shape_config(source))
         elif Path(source).expanduser().exists():
+            _require_present(Path(source).expanduser())
             config = AutoConfig.from_pretrained(str(Path(source).expanduser()))
         else:
             known = shape_names()
@@ -58,6 +59,18 @@ def config_of(source: str) -> Any:
     return config
 
 
+def _require_present(path: Path) -> None:
+    """Raises ``UnsupportedModelError`` for a config.json, or a folder with one, of a family that this transformers does not have."""
+    from ..patches import FAMILIES, require_present
+
+    try:
+        kind = str(read_object(path / "config.json" if path.is_dir() else path).get("model_type"))
+    except MllmEfficientError:  # transformers says more of a damaged file
+        return
+    if kind in FAMILIES.values():
+        require_present(kind)
+
+
 def random_model(options: ModelOptions) -> Loaded:
     """A model of the shape ``options.model``, without a processor, its weights drawn from ``options.seed``.
 
@@ -72,7 +85,7 @@ def random_model(options: ModelOptions) -> Loaded:
     device = pick_device(options)
     quantization = quantization_config(options.quantization, device) if options.quantization else None
     config = config_of(options.model)
-    require_counting(config.model_type, options.processor_kwargs, options.model)
+    rules_class(config.model_type)(options.model, config).require_counting(options.processor_kwargs)
     for name in SHARED:
         if name in options.processor_kwargs:
             setattr(config, name, options.processor_kwargs[name])

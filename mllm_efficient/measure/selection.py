@@ -1,4 +1,4 @@
-"""DivPrune's selection alone: ``python -m mllm_efficient.measure.selection`` or ``mllm-efficient bench --selection``.
+"""DivPrune's selection alone: ``mllm-efficient bench --selection``.
 
 Against two things, in turn within one run: the product of similarities that it cannot do without, and the naive loop,
 which for every pick takes the minimum over all tokens chosen so far again. On a CUDA device also several images at once,
@@ -7,7 +7,6 @@ and the picks without the fused kernel; the table is in microseconds there.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..compressors.base import Compressor, generator_for
-from ..compressors.composed import runnable
 from ..compressors.divprune import DivPrune, distances, farthest_first, full_float32, loop, mixed_precision, products
 from ..compressors.kinds import PRE_LLM
 from ..errors import MllmEfficientError
 from ..loading.models import DTYPES, ModelOptions, pick_device
+from ..registry import runnable, with_budget
 from ..tokens import VisualTokens
 from .machine import machine, versions
 from .timing import ORDER, Clock, Series, clock_for, interleave, paired, quick_gc, spread
@@ -150,8 +149,11 @@ METHOD_SHAPES = ((576, 4096, 64, (24, 24)), (2880, 4096, 160, (48, 60)))
 
 
 def at_budget(spec: str, k: int) -> Compressor:
-    """A specification without a budget at k tokens."""
-    return runnable(f"{spec}{',' if ':' in spec else ':'}tokens={k}")
+    """A specification without a budget at k tokens. Raises ``MllmEfficientError`` for one that has a budget."""
+    method = runnable(with_budget(spec, tokens=k))
+    if method.tokens != k:
+        raise MllmEfficientError(f"--method {spec}: --selection has budgets of its own: leave the method's out")
+    return method
 
 
 def cost_of_methods(
@@ -234,9 +236,3 @@ def selection_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
         medians = [f"{scale * r[name]['median']:.{digits}f}" if r[name] else "failed" for name in times]
         lines.append([f"{r['n']} x {r['d']} -> {r['k']}", *medians, *(ratio(r[name]) for name in ratios)])
     return header, lines
-
-
-if __name__ == "__main__":
-    from ..cli import main
-
-    sys.exit(main(["bench", "--selection", *sys.argv[1:]]))

@@ -6,7 +6,9 @@ leaves out are filled in by transformers, which is then imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,81 +16,8 @@ from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..parsing import read_json
-from ..patches.rules import FILES, merged, read_object, read_settings, require_counting, settings_of
-
-FAMILIES = (
-    "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"
-)  # fmt: skip
-# Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
-MLP_MATRICES = {
-    "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3,
-    "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
-}  # fmt: skip
-SLIDING = ("mistral", "phi3", "gemma2")  # whose layers have a sliding window if the configuration names one
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A language model: ``layers`` alike, grouped heads, an MLP of two or three matrices, a head (tied or not).
-
-    width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
-    sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    vocabulary: int
-    mlp_matrices: int = 3
-    dtype: str = "float16"
-    windows: tuple[int, ...] = ()
-
-    def cached(self, lengths: Sequence[int]) -> list[int]:
-        """What is left in the cache of each layer after ``lengths[i]`` tokens: a window holds what its next token will see."""
-        windows = self.windows or (0,) * len(lengths)
-        return [min(n, window - 1) if window else n for n, window in zip(lengths, windows)]
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache of one token in one layer: a key and a value for every key-value head."""
-        return 2 * self.kv_heads * self.head_dim * BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision transformer over patches of ``patch`` x ``patch`` pixels.
-
-    frames: pictures that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
-    mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
-    window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    mlp_width: int
-    patch: int
-    channels: int = 3
-    frames: int = 1
-    class_token: bool = False
-    mlp_matrices: int = 2
-    pooling_head: bool = False
-    window: int = 0
-    full_layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Projector:
-    """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token; ``copies`` of it (deepstack)."""
-
-    inputs: int
-    hidden: int
-    outputs: int
-    copies: int = 1
+from ..patches.rules import FAMILIES, FILES, Rules, merged, read_object, read_settings, rules_class, settings_of
+from ..patches.sizes import Decoder, MissingSetting, Plain, ProjectorSize, Tower
 
 
 @dataclass(frozen=True)
@@ -102,13 +31,18 @@ class ModelShape:
     family: str
     decoder: Decoder
     tower: Tower
-    projector: Projector
+    projector: ProjectorSize
     config: Mapping[str, Any]
     processor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def vision(self) -> Mapping[str, Any]:
         return self.config["vision_config"]
+
+    @functools.cached_property
+    def rules(self) -> Rules:
+        """What its family makes of images."""
+        return rules_class(self.family)(self.name, Plain(self.config), self.processor)
 
 
 @cache
@@ -140,14 +74,14 @@ def load_shape(
     not there and for settings without effect on its tokens, ``UnsupportedModelError`` for a model of another kind.
     """
     shape = _load(model, revision, trust_remote_code)
-    require_counting(shape.family, processor or {}, model)
+    shape.rules.require_counting(processor or {})
     return with_settings(shape, processor or {})
 
 
 def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
     """The shape with settings of its image processor on top of those that it has."""
     for name in given:
-        if name in shape.config:  # what the model's own config says of pictures too
+        if name in shape.config:  # what the model's own config says of images too
             shape = replace(shape, config={**shape.config, name: given[name]})
     return replace(shape, processor=merged(shape.processor, given))
 
@@ -209,11 +143,11 @@ def _shape_of(plain: Mapping[str, Any], name: str) -> ModelShape:
         raise UnsupportedModelError(f"{name} is of type {kind}: FLOPs are known for {', '.join(FAMILIES)}")
     try:
         return _read(plain, name)
-    except KeyError:
+    except MissingSetting:
         plain = _completed(plain, name)
     try:
         return _read(plain, name)
-    except KeyError as error:
+    except MissingSetting as error:
         raise UnsupportedModelError(f"{name}: its configuration has no {error}") from None
 
 
@@ -221,6 +155,9 @@ def _completed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration with what its file leaves to transformers' defaults."""
     from transformers import AutoConfig
 
+    from ..patches import require_present
+
+    require_present(config["model_type"])
     try:
         return AutoConfig.for_model(**config).to_dict()
     except Exception as error:
@@ -228,82 +165,12 @@ def _completed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _read(config: Mapping[str, Any], name: str) -> ModelShape:
-    text, vision, family = config["text_config"], config["vision_config"], config["model_type"]
-    decoder = _decoder(text, str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype")), name)
-    if family.startswith("qwen"):
-        tower, projector = _qwen(vision, family)
-    else:
-        tower = _internvl(vision) if family == "internvl" else _clip_or_siglip(vision, name)
-        layers = config["vision_feature_layer"]
-        inputs = tower.width * (1 if isinstance(layers, int) else len(layers))
-        if family == "internvl":
-            inputs = tower.width * int(1 / config["downsample_ratio"]) ** 2
-        projector = Projector(inputs, decoder.width, decoder.width)
-    return ModelShape(name, family, decoder, tower, projector, config)
-
-
-def _decoder(text: Mapping[str, Any], dtype: str, name: str) -> Decoder:
-    kind = text["model_type"]
-    if kind not in MLP_MATRICES:
-        raise UnsupportedModelError(f"{name} has a {kind} decoder: FLOPs are known for {', '.join(MLP_MATRICES)}")
-    heads = text["num_attention_heads"]
-    kv_heads = heads if kind in ("phi", "gpt_neox") and not text.get("num_key_value_heads") else text["num_key_value_heads"]
-    dtype = dtype.removeprefix("torch.")
-    return Decoder(
-        text["num_hidden_layers"], text["hidden_size"], heads, kv_heads or heads, text.get("head_dim") or text["hidden_size"] // heads,
-        text["intermediate_size"], text["vocab_size"], MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
-    )  # fmt: skip
-
-
-def _windows(text: Mapping[str, Any]) -> tuple[int, ...]:
-    """The sliding window of each layer, as transformers takes it from the configuration."""
-    kind, layers = text["model_type"], text["num_hidden_layers"]
-    if kind.startswith("qwen"):
-        window = text["sliding_window"] if text.get("use_sliding_window") else None
-    else:
-        window = text["sliding_window"] if kind in SLIDING else None
-    if not window:
-        return ()
-    types = text.get("layer_types")
-    if types is None and kind.startswith("qwen"):
-        types = ["sliding_attention" if i >= text["max_window_layers"] else "full_attention" for i in range(layers)]
-    elif types is None and kind == "gemma2":
-        raise KeyError("layer_types")
-    windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
-    return windows if any(windows) else ()
-
-
-def _clip_or_siglip(vision: Mapping[str, Any], name: str) -> Tower:
-    kind = vision["model_type"]
-    if kind not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnsupportedModelError(f"{name} has a {kind} tower: FLOPs are known for clip_vision_model and siglip_vision_model")
-    return Tower(
-        vision["num_hidden_layers"], vision["hidden_size"], vision["num_attention_heads"], vision["intermediate_size"],
-        vision["patch_size"], vision.get("num_channels", 3), class_token=kind == "clip_vision_model",
-        pooling_head=kind == "siglip_vision_model" and vision.get("vision_use_head", True),
-    )  # fmt: skip
-
-
-def _internvl(vision: Mapping[str, Any]) -> Tower:
-    patch = vision["patch_size"]
-    return Tower(
-        vision["num_hidden_layers"], vision["hidden_size"], vision["num_attention_heads"], vision["intermediate_size"],
-        patch if isinstance(patch, int) else patch[0], vision.get("num_channels", 3), class_token=True,
-    )  # fmt: skip
-
-
-def _qwen(vision: Mapping[str, Any], family: str) -> tuple[Tower, Projector]:
-    """Qwen2-VL names its width ``embed_dim`` and gives the language model's as ``hidden_size``."""
-    old = family == "qwen2_vl"
-    width = vision["embed_dim" if old else "hidden_size"]
-    windowed = family == "qwen2_5_vl"
-    tower = Tower(
-        vision["depth"], width, vision["num_heads"], int(width * vision["mlp_ratio"]) if old else vision["intermediate_size"],
-        vision["patch_size"], vision.get("in_channels") or vision.get("in_chans") or 3, vision["temporal_patch_size"],
-        mlp_matrices=3 if windowed else 2,
-        window=vision["window_size"] // vision["patch_size"] if windowed else 0,
-        full_layers=tuple(vision["fullatt_block_indexes"]) if windowed else (),
-    )  # fmt: skip
-    merged = width * vision["spatial_merge_size"] ** 2
-    copies = 1 + len(vision["deepstack_visual_indexes"]) if family == "qwen3_vl" else 1
-    return tower, Projector(merged, merged, vision["hidden_size" if old else "out_hidden_size"], copies)
+    """The shape by the family's rules. Raises ``MissingSetting`` where they ask for what the configuration does not say."""
+    for part in ("text_config", "vision_config"):
+        if part not in config:
+            raise MissingSetting(repr(part))
+    rules = rules_class(config["model_type"])(name, Plain(config))
+    shape = ModelShape(name, config["model_type"], rules.decoder_size, rules.tower_size, rules.projector_size, config)
+    with contextlib.suppress(MllmEfficientError):  # of an image that this model cannot have; all settings are read
+        rules.typical()
+    return shape

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from mllm_efficient.eval.stats import interval, picks
+from ..stats import interval, picks
 
 T = TypeVar("T")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,16 +11,14 @@ from torch import Tensor
 
 from ..errors import MllmEfficientError
 from ..loading.models import Loaded
-from ..patches.rules import grid_of, pixel_limits, views_of
+from ..patches.rules import Size, Views
 
-Size = tuple[int, int]
-DEFAULT_SIZE = (672, 672)  # of models that take pictures of any size
 QUESTION = "Describe what is shown."
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One prompt: pictures of ``image_size`` (width, height), text tokens beside their placeholders, tokens to generate.
+    """One prompt: images of ``image_size`` (width, height), text tokens beside their placeholders, tokens to generate.
 
     image_size: None is the size the tower takes, or 672 x 672 where it takes any.
     """
@@ -47,9 +44,9 @@ class Workload:
 class Inputs:
     """A batch of equal prompts on the model's device.
 
-    call: what ``generate`` takes. text_only: the same without the images. image_size: (width, height) of the pictures.
+    call: what ``generate`` takes. text_only: the same without the images. image_size: (width, height) of the images.
     visual_tokens: N of a prompt. lengths: tokens of a prompt with and without images. preprocess: makes the inputs anew
-    from pictures in memory; None where there is no processor.
+    from images in memory; None where there is no processor.
     """
 
     call: dict[str, Any]
@@ -69,9 +66,9 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
     size = workload.image_size or usual_size(adapter)
     preprocess = None
     if loaded.processor is None:
-        one = drawn_inputs(adapter, size, workload.images, seed, loaded.picture_settings)
-        placeholders = _placeholder_ids(adapter, one, workload.images)
-        ids = _with_text(adapter, placeholders, workload.text_tokens, seed)
+        images = _images(adapter.with_settings(loaded.picture_settings), size, workload.images)
+        one = drawn_inputs(adapter, images, seed)
+        ids = _with_text(adapter, [image.shape.length for image in images], workload.text_tokens, seed)
         call = {k: _repeated(v, batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
         if adapter.mrope:
@@ -97,15 +94,12 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
 
 
 def usual_size(adapter: Any) -> Size:
-    """(width, height) of the pictures a model takes, or 672 x 672 where it takes any."""
-    if not adapter.fixed_count:
-        return DEFAULT_SIZE
-    side = adapter.config.vision_config.image_size
-    return (side, side) if isinstance(side, int) else (side[1], side[0])
+    """(width, height) of the images a model takes, or 672 x 672 where it takes any."""
+    return adapter.example_size
 
 
 def noise(size: Size, seed: int) -> Any:
-    """A picture of seeded noise."""
+    """An image of seeded noise."""
     from PIL import Image
 
     width, height = size
@@ -116,73 +110,35 @@ def noise(size: Size, seed: int) -> Any:
 # -------------------------------------------------------------------------------- inputs without a processor
 
 
-def drawn_inputs(adapter: Any, size: Size, images: int, seed: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The vision arguments of one prompt as the family's processor would shape them, of seeded noise, on the CPU.
+def _images(rules: Any, size: Size, count: int) -> list[Views]:
+    """The images of one prompt, all of a size."""
+    if not rules.fixed_count:
+        return rules.together(rules.of_size(size), count)
+    if size != rules.view_size:
+        width, height = rules.view_size
+        raise MllmEfficientError(f"--image-size {size[0]}x{size[1]} has no effect with random weights: this tower takes {width}x{height}")
+    return rules.typical() * count
 
-    settings: of the processor, where they are not the family's usual ones.
-    """
-    settings = settings or {}
+
+def drawn_inputs(adapter: Any, images: Sequence[Views], seed: int) -> dict[str, Any]:
+    """The vision arguments of one prompt as the family's processor would shape them, of seeded noise, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-
-    def pixels(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(adapter.model.dtype)
-
-    vision, (width, height) = adapter.config.vision_config, size
-    if adapter.mrope:
-        unit = vision.patch_size * adapter.merge
-        kind = adapter.config.model_type
-        rows, columns = (n * adapter.merge for n in grid_of(size, unit, pixel_limits(kind, settings), kind))
-        depth = _channels(vision) * vision.temporal_patch_size * vision.patch_size**2
-        return {
-            "pixel_values": pixels(images * rows * columns, depth),
-            "image_grid_thw": torch.tensor([[1, rows, columns]] * images),
-        }
-    native = usual_size(adapter) if adapter.fixed_count else vision.image_size
-    side = native if isinstance(native, int) else native[0]
-    if adapter.fixed_count:
-        if size != native:
-            raise MllmEfficientError(
-                f"--image-size {width}x{height} has no effect with random weights: this tower takes {native[0]}x{native[1]}"
-            )
-        return {"pixel_values": pixels(images, _channels(vision), side, side)}
-    if adapter.separators:
-        tiled = images == 1 or "batch_num_images" not in adapter.encode_keys
-        tiles = 1 + math.prod(adapter.tiling((height, width))) if tiled else 1
-        out = {"image_sizes": torch.tensor([[height, width]] * images)}
-        out["pixel_values"] = pixels(images, tiles, _channels(vision), side, side)
-        return out if tiled else out | {"batch_num_images": torch.tensor([images])}
-    return {"pixel_values": pixels(images * views_of(size, (side, side), settings), _channels(vision), side, side)}
+    return adapter.example(images, lambda *shape: torch.randn(shape, generator=generator).to(adapter.model.dtype))
 
 
-def _channels(vision: Any) -> int:
-    return next(getattr(vision, name) for name in ("num_channels", "in_channels", "in_chans") if hasattr(vision, name))
-
-
-def _placeholder_ids(adapter: Any, vision: dict[str, Any], images: int) -> list[Tensor]:
-    """For each image the placeholders that the adapter asks for."""
-    token = adapter.placeholders["image"]
-    if adapter.fixed_count or adapter.separators or adapter.mrope:
-        blank = torch.zeros(1, 0, dtype=torch.long)
-        items = adapter.items({**vision, "input_ids": blank, "attention_mask": blank})
-        lengths = [item.shape.length for item in items]
-    else:  # tiles, which only the prompt says the images of
-        height, width = (int(s // p * adapter.config.downsample_ratio) for s, p in zip(vision["pixel_values"].shape[-2:], adapter.patch))
-        lengths = [len(vision["pixel_values"]) // images * height * width] * images
-    return [torch.full((length,), token) for length in lengths]
-
-
-def _with_text(adapter: Any, placeholders: Sequence[Tensor], text_tokens: int, seed: int) -> Tensor:
-    """(1, L): a text token in front of each image, the other ``text_tokens`` behind the last."""
+def _with_text(adapter: Any, lengths: Sequence[int], text_tokens: int, seed: int) -> Tensor:
+    """(1, L): ``text_between`` text tokens in front of each image's placeholders, the other ``text_tokens`` after the last."""
+    between, token = adapter.text_between, adapter.placeholders["image"]
+    before = between * len(lengths)
     start = getattr(adapter.config, "vision_start_token_id", None)
-    if text_tokens <= len(placeholders):
-        raise MllmEfficientError(
-            f"--text-tokens {text_tokens} is too few for {len(placeholders)} image(s): at least {len(placeholders) + 1}"
-        )
+    if text_tokens <= before:
+        raise MllmEfficientError(f"--text-tokens {text_tokens} is too few for {len(lengths)} image(s): at least {before + 1}")
     text = text_ids(adapter, text_tokens, seed)
     parts = []
-    for i, image in enumerate(placeholders):
-        parts += [text[i : i + 1] if start is None else torch.tensor([start]), image]
-    return torch.cat([*parts, text[len(placeholders) :]])[None]
+    for i, length in enumerate(lengths):
+        opening = text[i * between : (i + 1) * between]
+        parts += [opening if start is None else torch.tensor([start]), torch.full((length,), token)]
+    return torch.cat([*parts, text[before:]])[None]
 
 
 def text_ids(adapter: Any, count: int, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..parsing import finished_lines
 from ..writing import write_text, writing
 
 
@@ -46,15 +47,15 @@ class LogFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept = list[bytes]()
+        for line in finished_lines(self.path):
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if entry["stage"] != self.stage or entry["step"] <= state.global_step:
-                kept.append(line + "\n")
-        write_text(self.path, "".join(kept))
+                kept.append(line)
+        write_text(self.path, b"".join(kept).decode())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:

@@ -14,12 +14,11 @@ from ..apply.plan import check
 from ..errors import MllmEfficientError
 from ..loading.processor import apply, open_processor
 from ..measure.flops import load_shape
-from ..measure.pictures import pictures_of
 from ..measure.shapes import ModelShape, with_settings
 from ..patches import adapter_for
+from .build import data_of, method_of
 from .config import Recipe, StageConfig
 from .survey import survey
-from .trainer import data_of, method_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SAMPLE = 256  # generated scenes, all of which have one size
@@ -35,7 +34,7 @@ def estimate(recipe: Recipe, records: dict[str, Sequence[Any]]) -> dict[str, Any
     shape = with_settings(load_shape(recipe.shape or recipe.model), recipe.processor_kwargs)
     method = method_of(recipe)
     for each in [replace(method, tokens=count) for count in recipe.counts] or [method]:
-        check(pictures_of(shape), each)
+        check(shape.rules, each)
     processor, why = _processor(recipe)
     world = int(os.environ.get("WORLD_SIZE", 1))
     parameters = count_parameters(recipe, shape)
@@ -146,7 +145,7 @@ def _row(
 
 
 def _usual(shape: ModelShape) -> int:
-    return pictures_of(shape).typical()[0].shape.n
+    return shape.rules.typical()[0].shape.n
 
 
 def _surveyed(recipe: Recipe, stage: StageConfig, records: Sequence[Any], processor: Any, shape: ModelShape) -> dict[str, Any]:

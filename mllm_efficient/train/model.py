@@ -20,7 +20,7 @@ from ..compressors.none import NoCompression
 from ..compressors.projector import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, UnsupportedModelError
-from ..patches.decoder.staging import ROUTER
+from ..patches.rules import ROUTER
 from .config import RoutingConfig
 from .routing import log_odds, mean_levels, reinforced, routing_loss, routing_sums
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..compressors.base import RANDOM as RANDOM
+from ..embedded import embedded
 from ..errors import MllmEfficientError
 from ..parsing import read_json
 
@@ -111,5 +111,5 @@ def contents_of(folder: Path) -> str:
 
 def shipped(name: str) -> Folder | None:
     """A method's weights for the embedded model, if it has any."""
-    path = Path(str(files("mllm_efficient.eval.builtin") / "trained" / name))
+    path = embedded("trained", name)
     return open_folder(str(path)) if (path / CONFIG).is_file() else None

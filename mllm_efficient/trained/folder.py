@@ -18,6 +18,7 @@ from ..compressors.projector import Projector
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError, NotFiniteError, UnsupportedModelError, shortened
 from ..parsing import read_json
+from ..registry import build, get_method
 from .base_model import differs
 from .files import (
     COMPRESSION,
@@ -32,6 +33,7 @@ from .files import (
     open_folder,
     shipped,
 )
+from .relocated import method_in
 
 FULL_DELTA, LORA_DELTA, LORA_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that training writes
@@ -100,9 +102,6 @@ def load(where: str | Path, **settings: Any) -> Compressor:
     Raises:
         MllmEfficientError: no such folder, or settings the method does not take.
     """
-    from ..registry import build, get_method
-    from .relocate import method_in
-
     if (Path(where).expanduser() / COMPRESSION).is_file():
         own = method_in(Path(where).expanduser()).to_dict()
         given = {"keep", "tokens", "prune"} & set(settings)

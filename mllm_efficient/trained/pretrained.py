@@ -1,13 +1,14 @@
-"""A model that was saved while it was wrapped, wrapped as it was."""
+"""Loads what a wrapped model saved (``saving`` says what that is), wrapped as it was."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from ..apply.wrap import wrap
 from ..errors import MllmEfficientError, UnsupportedModelError
 from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS, read_compression
-from .relocate import method_in
+from .relocated import method_in
 from .saving import PROCESSOR_FILES, processors
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -26,8 +27,6 @@ def from_pretrained(where: str | Path, *, logits: str | None = None, **kwargs: A
         MllmEfficientError: no ``compression.json`` there; UnsupportedModelError: another family.
     """
     from transformers import AutoProcessor
-
-    from ..apply.wrap import wrap
 
     local = Path(where).expanduser().absolute()
     where = str(local if local.is_dir() else where)

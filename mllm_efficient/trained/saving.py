@@ -1,4 +1,4 @@
-"""A wrapped model as a folder; ``pretrained`` is the way back.
+"""A wrapped model as a folder; ``pretrained`` brings it back.
 
 The folder holds the model that ``unwrap`` would leave, as transformers saves it, and ``compression.json`` with the method. Under
 a trained method it holds ``compressor.safetensors`` too, and the weights of the model hold everything trained a second time,
@@ -26,14 +26,11 @@ from ..errors import MllmEfficientError, UnsupportedModelError
 from .base_model import base_of
 from .files import COMPRESSION, DELTA_KEYS, PART_KEYS, WEIGHTS
 from .install import Undo
-from .relocate import relocated
+from .relocated import relocated
 
 PUSH = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "tags", "token")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 processors: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # of the models that were loaded with one
-
-
-# ------------------------------------------------------------------------------------------------ saving
 
 
 def save_pretrained(model: Any, stock: Any, method: Compressor, undo: Undo, where: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -204,6 +201,6 @@ def _renamed(model: Any, own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def __getattr__(name: str) -> Any:
-    from ..moved import moved_name
+    from mllm_efficient.moved import moved_name
 
     return moved_name("trained.saving", name)

@@ -20,8 +20,8 @@ from mllm_efficient.apply.signatures import cache_of, check_layer
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 
-from ..locks import hooking
 from ..rules import check_reducer
+from ..running import hooking
 from .passes import Pass, Prefill
 from .staging import Shortened, Staging
 

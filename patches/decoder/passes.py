@@ -16,8 +16,9 @@ from mllm_efficient.compressors.math.finite import Watch, require_finite
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Decision, LayerTokens
 
+from ..rules import ROUTER
 from .rating import Heads, causal_mask, window_of
-from .staging import ROUTER, Segment, Shortened, Staging
+from .staging import Segment, Shortened, Staging
 
 
 class Pass:

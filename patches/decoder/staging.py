@@ -13,8 +13,6 @@ from torch import Tensor
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.tokens import Grid
 
-ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
-
 
 @dataclass(frozen=True)
 class StagedImage:

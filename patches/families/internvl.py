@@ -1,87 +1,184 @@
-"""InternVL: tiles of the picture and a thumbnail, each a grid of pixel-shuffled tokens; one tensor of all tiles."""
+"""InternVL: tiles of the image and a thumbnail, each a grid of pixel-shuffled tokens; one tensor of all tiles."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
+from mllm_efficient.errors import CountMismatchError, MllmEfficientError
+from mllm_efficient.lazy import torch
+from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from mllm_efficient.errors import CountMismatchError
-from mllm_efficient.tokens import Plane, VisualShape
+from ..base import Adapter, Encoding, Item, smaller_pixels
+from ..rules import Rules, Settings, Size, Views
+from ..sizes import ProjectorSize, Tower
 
-from ..base import Adapter, Encoding, Grid, Item, smaller_pixels
-from .ragged import ragged_output
+if TYPE_CHECKING:
+    from torch import Tensor
+
+USUAL_TILES = (1, 12)
 
 
-class InternVLAdapter(Adapter):
-    """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model."""
+class InternVLRules(Rules):
+    """The shapes of InternVL."""
 
     parts = frozenset({"tile"})
-    encode_keys = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    counting: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
 
-    def __init__(self, model: Any):
-        super().__init__(model)
-        height, width = self.config.vision_config.patch_size
-        self.patch = (height, width)
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        vision = self.config.vision_config
+        patch = vision.patch_size
+        return Tower(
+            vision.num_hidden_layers, vision.hidden_size, vision.num_attention_heads, vision.intermediate_size,
+            patch if isinstance(patch, int) else patch[0], getattr(vision, "num_channels", 3), class_token=True,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        width = self.decoder_size.width
+        return ProjectorSize(self.tower_size.width * self.shrunk**2, width, width)
+
+    @property
+    def shrunk(self) -> int:
+        """Patches along a side of a token."""
+        return int(1 / self.config.downsample_ratio)
+
+    @property
+    def side(self) -> int:
+        """Tokens along a side of a tile."""
+        return self.view_size[0] // self.patch // self.shrunk
+
+    def tiling(self, size: Size, settings: Settings) -> Grid:
+        """(rows, columns) of the tiles of an image of (width, height) pixels, by the processor's settings."""
+        limits = tile_limits(settings)
+        return tiles_of(size, self.tile_size(settings), limits) if limits[1] > 1 else (1, 1)
+
+    def tile_size(self, settings: Settings) -> Size:
+        """(width, height) in pixels of what the processor cuts."""
+        given = settings.get("size") or {}
+        return given.get("width") or self.view_size[0], given.get("height") or self.view_size[1]
+
+    def shape(self, tiles: int, grid: Grid) -> VisualShape:
+        """Of an image in so many tiles, the thumbnail among them, each a grid of tokens."""
+        return VisualShape(tuple(Plane(*grid, tile=i) for i in range(tiles)))
+
+    def _at(self, views: int, side: int, says: str, size: Size | None = None) -> Views:
+        """So many views of side x side tokens."""
+        shape, patches = self.shape(views, (side, side)), side * self.shrunk
+        said = f"{says}{views} views of {patches * self.patch}x{patches * self.patch}, {shape.n} tokens"
+        return Views(shape, (side, side), views, (patches, patches), side * side, said, size)
+
+    def typical(self) -> list[Views]:
+        tile = self.view_size[0]
+        return [self.of_size((2 * tile, 2 * tile))]
+
+    def of_size(self, size: Size) -> Views:
+        tiles = math.prod(self.tiling(size, self.settings))
+        return self._at(tiles + (tiles > 1), self.side, f"{size[0]}x{size[1]}: ", size)
+
+    def of_tokens(self, n: int, exact: bool) -> list[Views]:
+        each = self.side**2
+        if n % each == 0:
+            return [self._at(n // each, self.side, "")]
+        if exact:
+            raise MllmEfficientError(f"{n} visual tokens: every view gives {each} on {self.name}, so ask for a multiple of that")
+        return [self.unknown(n, self._at(1, self.side, ""), f"{n} tokens")]
+
+    def smaller(self, image: Views, unit: Grid) -> Views:
+        return self._at(image.views, unit[0], "")
+
+
+def tile_limits(settings: Settings) -> tuple[int, int]:
+    """(fewest, most) tiles of an image."""
+    fewest, most = settings.get("min_patches") or USUAL_TILES[0], settings.get("max_patches") or USUAL_TILES[1]
+    if fewest > most:
+        raise MllmEfficientError(f"min_patches={fewest} is more than max_patches={most}")
+    return fewest, most
+
+
+def tiles_of(size: Size, tile: Size, limits: tuple[int, int]) -> Grid:
+    """(rows, columns) of tiles: the canvas whose shape is nearest the image's. Of equally near ones a larger one is taken while
+    the image has more than half its pixels."""
+    width, height = size
+    best, nearest = (1, 1), math.inf
+    for rows, columns in _canvases(*limits):
+        apart = abs(width / height - columns / rows)
+        if apart < nearest or (apart == nearest and width * height > 0.5 * tile[0] * tile[1] * rows * columns):
+            best, nearest = (rows, columns), apart
+    return best
+
+
+@functools.cache
+def _canvases(fewest: int, most: int) -> list[Grid]:
+    """(rows, columns) with so many tiles, smallest canvas first, among equals the narrowest."""
+    every = [(n // columns, columns) for n in range(fewest, most + 1) for columns in range(1, n + 1) if n % columns == 0]
+    return every
+
+
+class InternVLAdapter(Adapter, InternVLRules):
+    """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model."""
+
+    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The model is given all tiles in one row; which belong to one image stands in the prompt alone."""
-        pixels, ids = inputs.get("pixel_values"), inputs["input_ids"]
+        pixels = inputs.get("pixel_values")
         if pixels is None:
             return []
-        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
             raise CountMismatchError("pixel_values must be one tensor (tiles, channels, height, width)")
-        down, across = (int(size // patch * self.config.downsample_ratio) for size, patch in zip(pixels.shape[-2:], self.patch))
-        grid = (down, across)
-        n = grid[0] * grid[1]
-        runs = [
-            len(list(run)) for row in (ids == self.config.image_token_id).tolist() for is_image, run in itertools.groupby(row) if is_image
-        ]
-        odd = [run for run in runs if run % n]
-        if odd or sum(runs) != n * len(pixels):
+        down, across = (int(size // self.patch) // self.shrunk for size in pixels.shape[-2:])
+        n = down * across
+        runs = [run for row in (inputs["input_ids"] == self.placeholders["image"]).tolist() for run in self.placeholder_runs(row)]
+        if any(run % n for run in runs) or sum(runs) != n * len(pixels):
             raise CountMismatchError(
                 f"the prompt has runs of {runs} image placeholders and {len(pixels)} tile(s) give {n} tokens each: "
                 "use the processor that belongs to the model, and one image token per image"
             )
         shared = {k: inputs[k] for k in self.encode_keys[1:] if inputs.get(k) is not None}
         parts = pixels.split([run // n for run in runs])
-        return [Item({"pixel_values": part, **shared}, self._shape(len(part), grid)) for part in parts]
+        return [Item({"pixel_values": part, **shared}, self.shape(len(part), (down, across))) for part in parts]
 
-    def _shape(self, tiles: int, grid: Grid) -> VisualShape:
-        return VisualShape(tuple(Plane(*grid, tile=i) for i in range(tiles)))
+    def placeholder_runs(self, row: list[bool]) -> list[int]:
+        """Placeholders of each image in a row of a prompt. row: where its placeholders are."""
+        return [len(list(run)) for is_image, run in itertools.groupby(row) if is_image]
 
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
-        return self._shape(len(item.shape.planes), grid)
+        return self.shape(len(item.shape.planes), grid)
 
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
         shapes = [i.shape for i in items]
         if grid is not None:
-            sides = [int(g / self.config.downsample_ratio) * patch for g, patch in zip(grid, self.patch)]
+            sides = [g * self.shrunk * self.patch for g in grid]
             pixels = smaller_pixels(pixels, *sides)
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k != "pixel_values"}
-        features = self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **call).pooler_output
-        parts = features.split([len(s.planes) for s in shapes])
+        parts = self.features(pixels, resized=grid is not None, **call).split([len(s.planes) for s in shapes])
         return [Encoding(part.flatten(0, 1), shape) for part, shape in zip(parts, shapes)]
 
+    def features(self, pixels: Tensor, resized: bool, **call: Any) -> Tensor:
+        """(tiles, N, D) of the model's own for (tiles, C, H, W). resized: whether they are not of the tower's own size."""
+        return self.model.model.get_image_features(pixel_values=pixels, return_dict=True, **call).pooler_output
+
     def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
+        from .ragged import ragged_output
+
         return ragged_output(features)
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        """Tiles stand row by row on the grid that is nearest the picture's aspect; the thumbnail behind them sees it all."""
-        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
+        """Tiles stand row by row on their canvas; the thumbnail after them sees it all."""
         if len(planes) == 1:
             return planes
-        width, height = size
-        tile = image_processor.size["height"], image_processor.size["width"]
-        columns, rows = get_optimal_tiled_canvas((height, width), tile, image_processor.min_patches, image_processor.max_patches)
+        settings = {name: getattr(image_processor, name) for name in ("min_patches", "max_patches")}
+        tile = {side: image_processor.size[side] for side in ("height", "width")}
+        rows, columns = self.tiling(size, {**settings, "size": tile})
         if rows * columns not in (len(planes), len(planes) - 1):
-            raise CountMismatchError(f"a picture of {width} x {height} has {columns} x {rows} tiles, and {len(planes)} were given")
+            raise CountMismatchError(f"a picture of {size[0]} x {size[1]} has {columns} x {rows} tiles, and {len(planes)} were given")
         placed = []
         for i, plane in enumerate(planes[: rows * columns]):
             r, c = divmod(i, columns)

@@ -1,42 +1,52 @@
-"""LLaVA-NeXT: a base view and tiles of the picture, put together to a map without its padding, a newline behind each row."""
+"""LLaVA-NeXT: a base view and tiles of the image, put together to a map without its padding, a newline after each row."""
 
 from __future__ import annotations
 
 import copy
 import math
 import sys
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.errors import CountMismatchError
-from mllm_efficient.tokens import Plane, VisualShape
+from mllm_efficient.lazy import torch
+from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import OF_TOWER, Adapter, Encoding, Grid, Item, at_hand, input_of, smaller_pixels
+from ..base import OF_TOWER, Adapter, Encoding, Item, smaller_pixels
+from ..rules import Views
+from ..running import at_hand, input_of
 from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
+from .anyres import AnyresRules
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class LlavaNextAdapter(Adapter):
+class LlavaNextRules(AnyresRules):
+    """The shapes of LLaVA-NeXT."""
+
+    def made_processor(self, tokenizer: Any, **common: Any) -> Any:
+        import transformers as t
+
+        side, pinpoints = self.tile, self.config.image_grid_pinpoints
+        images = t.LlavaNextImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+        )
+        return t.LlavaNextProcessor(
+            image_processor=images, tokenizer=tokenizer, patch_size=self.patch, num_additional_image_tokens=int(self.class_token),
+            vision_feature_select_strategy=self.config.vision_feature_select_strategy, **common,
+        )  # fmt: skip
+
+
+class LlavaNextAdapter(Adapter, LlavaNextRules):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
-    parts = frozenset({"tile"})
-    separators = True
-    projects = True
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-    settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
-
-    def __init__(self, model: Any):
-        super().__init__(model)
-        if has_class_token(tower_of(model)):
-            self.gives = self.gives | {"clip_text"}
+    call_settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @property
-    def side(self) -> int:
-        """Tokens along a side of a tile."""
-        vision = self.config.vision_config
-        return vision.image_size // vision.patch_size
+    def class_token(self) -> bool:
+        return has_class_token(tower_of(self.model))
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         return self.images(inputs, [True] * len(_sizes(inputs)))
@@ -46,7 +56,7 @@ class LlavaNextAdapter(Adapter):
         pixels, sizes = inputs.get("pixel_values"), _sizes(inputs)
         if pixels is None:
             return []
-        if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
+        if not isinstance(pixels, torch.Tensor) or pixels.ndim not in (4, 5):
             raise CountMismatchError("pixel_values must be one tensor (images, tiles, channels, height, width)")
         if len(tiled) != len(sizes):
             raise CountMismatchError(f"{len(sizes)} image_sizes and settings for {len(tiled)} images")
@@ -61,7 +71,7 @@ class LlavaNextAdapter(Adapter):
             if len(pixels) != sum(counts):
                 raise CountMismatchError(f"pixel_values have {len(pixels)} tiles and image_sizes ask for {sum(counts)}")
             parts = list(pixels.split(counts))
-        shared = {k: inputs[k] for k in self.settings if inputs.get(k) is not None}
+        shared = {k: inputs[k] for k in self.call_settings if inputs.get(k) is not None}
         items = []
         for part, size in zip(parts, sizes):
             arguments = {"pixel_values": part, "image_sizes": size, **shared}
@@ -69,12 +79,12 @@ class LlavaNextAdapter(Adapter):
         return items
 
     def tiling(self, size: tuple[int, int]) -> Grid:
-        """(rows, columns) of the tiles of a picture of ``size`` (height, width)."""
-        host = sys.modules[type(self.model.model).__module__]  # each family has this function beside its model
-        return host.get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        """(rows, columns) of the tiles of an image of ``size`` (height, width)."""
+        module = sys.modules[type(self.model.model).__module__]  # each family has this function beside its model
+        return module.get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
 
     def _shape(self, arguments: dict[str, Any], side: int) -> VisualShape:
-        """What the host's own packing makes of an image: it is given the places of the patches instead of their features."""
+        """What the model's own packing makes of an image: it is given the places of the patches instead of their features."""
         tiles, size = len(arguments["pixel_values"]), arguments["image_sizes"]
         base = Plane(side, side)
         if tiles == 1:
@@ -84,10 +94,10 @@ class LlavaNextAdapter(Adapter):
         canvas = torch.stack([rows[:, None].expand(-1, len(columns)), columns.expand(len(rows), -1), torch.zeros(len(rows), len(columns))])
         places = canvas.reshape(3, down, side, across, side).permute(1, 3, 2, 4, 0).reshape(down * across, side * side, 3)
         places = torch.cat([torch.ones(1, side * side, 3), places])
-        packed = self.host_pack(self.resized_host(side, arguments), places, size, torch.tensor([0.0, 0.0, -1.0]), arguments)
+        packed = self.pack_tiles(self.resized_model(side, arguments), places, size, torch.tensor([0.0, 0.0, -1.0]), arguments)
         packed = packed[side * side :]
         height = int((packed[:, 2] < 0).sum())
-        if height == 0:  # a picture so long that its map is all padding
+        if height == 0:  # an image so long that its map is all padding
             return VisualShape((base, Plane(0, across * side, tile=1, newline=True)))
         width = len(packed) // height - 1
         if width == 0:  # the same for a tall one: its newline column is left
@@ -103,20 +113,20 @@ class LlavaNextAdapter(Adapter):
         )  # fmt: skip
         return VisualShape((base, plane))
 
-    def host_pack(self, host: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The host's packing of one image's tiles (tiles, side * side, d) to (length, d)."""
+    def pack_tiles(self, inner: Any, features: Tensor, size: tuple[int, int], newline: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The model's packing of one image's tiles (tiles, side * side, d) to (length, d)."""
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        packed, _ = host.pack_image_features(
+        packed, _ = inner.pack_image_features(
             [features], torch.tensor([size]), vision_feature_select_strategy=strategy, image_newline=newline
         )
         return packed[0]
 
-    def resized_host(self, side: int, arguments: dict[str, Any]) -> Any:
-        """The host, or one that shares its weights and takes tiles of ``side`` x ``side`` tokens of this image's tiling."""
-        host = self.model.model
+    def resized_model(self, side: int, arguments: dict[str, Any]) -> Any:
+        """The model, or one that shares its weights and takes tiles of ``side`` x ``side`` tokens of this image's tiling."""
+        inner = self.model.model
         if side == self.side:
-            return host
-        smaller = copy.copy(host)
+            return inner
+        smaller = copy.copy(inner)
         config = copy.deepcopy(self.config)
         patch = config.vision_config.patch_size
         down, across = self.tiling(arguments["image_sizes"])
@@ -139,7 +149,7 @@ class LlavaNextAdapter(Adapter):
             return [Encoding(f, i.shape) for f, i in zip(features, items)]
         side = grid[0]
         alike: dict[Any, list[int]] = {}
-        for i, item in enumerate(items):  # a smaller host has one tiling
+        for i, item in enumerate(items):  # a smaller model has one tiling
             tiled = len(item.arguments["pixel_values"]) > 1
             alike.setdefault(self.tiling(item.arguments["image_sizes"]) if tiled else None, []).append(i)
         out: dict[int, Encoding] = {}
@@ -148,16 +158,16 @@ class LlavaNextAdapter(Adapter):
             for item in (items[i] for i in members):
                 pixels = smaller_pixels(item.arguments["pixel_values"], *(side * self.config.vision_config.patch_size,) * 2)
                 small.append(Item({**item.arguments, "pixel_values": pixels}, self.shape_at(item, grid)))
-            host = self.resized_host(side, small[0].arguments)
+            inner = self.resized_model(side, small[0].arguments)
             with positions_at_hand(tower_of(self.model)):
-                features = self.features(host, small, interpolate_pos_encoding=True)
+                features = self.features(inner, small, interpolate_pos_encoding=True)
             out |= {i: Encoding(f, s.shape) for i, f, s in zip(members, features, small)}
         return [out[i] for i in range(len(items))]
 
     def _watched(self, items: list[Item], needs: frozenset[str]) -> list[Encoding]:
-        """Features, and what else is needed of every tile's tokens packed as the host packs their features."""
+        """Features, and what else is needed of every tile's tokens packed as the model packs their features."""
         first = items[0].arguments
-        layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.settings)
+        layer, strategy = (getattr(self.config, k) if first.get(k) is None else first[k] for k in LlavaNextAdapter.call_settings)
         features, capture = watched(tower_of(self.model), lambda: self.features(self.model.model, items), layer, str(strategy), needs)
         captures = {name: value[..., None] if value.ndim == 2 else value for name, value in capture.items()}
         beside = torch.cat([value.float() for value in captures.values()], dim=2)[:, -(self.side**2) :]
@@ -165,13 +175,18 @@ class LlavaNextAdapter(Adapter):
         out = []
         for f, item, tiles in zip(features, items, beside.split([len(i.arguments["pixel_values"]) for i in items])):
             newline = tiles.new_zeros(tiles.shape[-1])
-            packed = self.host_pack(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
+            packed = self.pack_tiles(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
             own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
             parts = dict(zip(captures, own.split(widths, dim=1)))
             if "attention" in parts:
                 parts["attention"] = parts["attention"][:, 0]
             out.append(Encoding(f, item.shape, **parts))
         return out
+
+    def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
+        views, (width, height) = images[0].views, self.view_size
+        sizes = torch.tensor([size[::-1] for size in (image.size for image in images) if size is not None])
+        return {"pixel_values": pixels(len(images), views, self.tower_size.channels, height, width), "image_sizes": sizes}
 
     def projected(self, item: Item, side: int) -> VisualShape:
         """The base view and every tile whole, row by row, without newlines: as the released TokenFLEX model tiles."""
@@ -186,32 +201,32 @@ class LlavaNextAdapter(Adapter):
         return VisualShape(tuple(planes))
 
     def before_projector(self, items: list[Item]) -> Tensor:
-        call = {k: v for k, v in items[0].arguments.items() if k in self.settings}
+        call = {k: v for k, v in items[0].arguments.items() if k in self.call_settings}
         call["pixel_values"] = torch.cat([i.arguments["pixel_values"] for i in items])
         call["image_sizes"] = torch.tensor([i.arguments["image_sizes"] for i in items])
         features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
         return features[:, features.shape[1] - self.side**2 :]
 
-    def features(self, host: Any, items: list[Item], **more: Any) -> list[Tensor]:
-        """(length, D) of each image from the host's ``get_image_features``."""
+    def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        """(length, D) of each image from the model's ``get_image_features``."""
         first = items[0].arguments
         call = {k: v for k, v in first.items() if k not in ("pixel_values", "image_sizes")}
         pixels = torch.cat([i.arguments["pixel_values"] for i in items])
         sizes = torch.tensor([i.arguments["image_sizes"] for i in items])
-        with at_hand(host):  # the newline embedding is the host's own
-            return list(host.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
+        with at_hand(inner):  # the newline embedding is the model's own
+            return list(inner.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True, **call, **more).pooler_output)
 
 
 def _sizes(inputs: dict[str, Any]) -> list[tuple[int, int]]:
-    """(height, width) of every image as plain numbers, which the host's own rounding is exact with."""
+    """(height, width) of every image as plain numbers, which the model's own rounding is exact with."""
     sizes = inputs.get("image_sizes")
     if inputs.get("pixel_values") is not None and sizes is None:
         raise CountMismatchError("pixel_values without image_sizes: pass both as the processor gives them")
-    return [] if sizes is None else [(int(h), int(w)) for h, w in (sizes.tolist() if isinstance(sizes, Tensor) else sizes)]
+    return [] if sizes is None else [(int(h), int(w)) for h, w in (sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes)]
 
 
 def _on_picture(edges: list[float], tiling: Grid, size: tuple[int, int], side: int, tile: int) -> tuple[float, float, float, float]:
-    """Edges (top, left, bottom, right) in patches of the canvas as fractions of the picture that is centred on it."""
+    """Edges (top, left, bottom, right) in patches of the canvas as fractions of the image that is centred on it."""
     canvas = tiling[0] * tile, tiling[1] * tile
     scale = min(c / s for c, s in zip(canvas, size))
     shown = [min(math.ceil(s * scale), c) for s, c in zip(size, canvas)]

@@ -2,31 +2,164 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
+from mllm_efficient.errors import CountMismatchError, MllmEfficientError
+from mllm_efficient.lazy import torch
+from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from mllm_efficient.errors import CountMismatchError
-from mllm_efficient.tokens import Plane, VisualShape
+from ..base import Adapter, Encoding, Item, smaller_pixels
+from ..rules import OF_PIXELS, Rules, Settings, Size, Views
+from ..sizes import ProjectorSize, Tower
 
-from ..base import Adapter, Encoding, Grid, Item, smaller_pixels
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRID_OF = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXELS_OF = {"image": "pixel_values", "video": "pixel_values_videos"}
+USUAL_PIXELS = (56 * 56, 28 * 28 * 1280)  # of a processor whose file leaves them out
+MOST_ASPECT = 200
 
 
-class QwenVLAdapter(Adapter):
+class QwenVLRules(Rules):
+    """The shapes of the Qwen-VL families: every token is merged from ``merge`` x ``merge`` patches.
+
+    pixels: (fewest, most) of an image, where nothing is known of a processor.
+    """
+
+    parts = frozenset({"frame"})
+    positions = "keep"
+    mrope = True
+    counting = OF_PIXELS
+    pixels: ClassVar[tuple[int, int]] = (3136, 12845056)
+
+    @property
+    def merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    @property
+    def step(self) -> int:
+        """Pixels along a side of a token."""
+        return self.patch * self.merge
+
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        vision = self.config.vision_config
+        return self._tower(vision.hidden_size, vision.intermediate_size)
+
+    def _tower(self, width: int, mlp_width: int) -> Tower:
+        vision = self.config.vision_config
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+        return Tower(vision.depth, width, vision.num_heads, mlp_width, vision.patch_size, channels, vision.temporal_patch_size)
+
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        width = self.tower_size.width * self.merge**2
+        return ProjectorSize(width, width, self.config.vision_config.out_hidden_size, 1 + self.deep_layers)
+
+    def shape(self, modality: str, frames: int, grid: Grid) -> VisualShape:
+        """Of an image or video, each of whose frames has a grid of tokens."""
+        video = modality == "video"
+        return VisualShape(tuple(Plane(*grid, frame=i if video else None) for i in range(frames)), modality)
+
+    def _at(self, grid: Grid, size: Size | None) -> Views:
+        rows, columns = grid
+        seen = f"{columns * self.step}x{rows * self.step}"
+        given = "" if size is None or size == (columns * self.step, rows * self.step) else f"{size[0]}x{size[1]} seen as "
+        patches = (rows * self.merge, columns * self.merge)
+        return Views(self.shape("image", 1, grid), grid, 1, patches, rows * columns, f"{given}{seen}: {rows * columns} tokens", size)
+
+    def typical(self) -> list[Views]:
+        return [self._at((24, 24), None)]
+
+    def of_size(self, size: Size) -> Views:
+        """The nearest multiple of a token on both sides, scaled to the processor's limits."""
+        return self._at(grid_of(size, self.step, pixel_limits(self.pixels, self.settings), self.name), size)
+
+    def of_tokens(self, n: int, exact: bool) -> list[Views]:
+        """The image nearest to a square."""
+        rows = max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
+        if n > 4 * rows * rows:
+            if exact:
+                raise MllmEfficientError(f"no picture near to a square has {n} tokens on {self.name}: give --image-size WxH instead")
+            return [self.unknown(n, self._at((rows, n // rows), None), f"{n} tokens")]
+        return [self._at((rows, n // rows), None)]
+
+    def smaller(self, image: Views, unit: Grid) -> Views:
+        return self._at(unit, None)
+
+
+class Qwen2VLRules(QwenVLRules):
+    """Qwen2-VL names its width ``embed_dim`` and gives the language model's as ``hidden_size``."""
+
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        vision = self.config.vision_config
+        return self._tower(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio))
+
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        width = self.tower_size.width * self.merge**2
+        return ProjectorSize(width, width, self.config.vision_config.hidden_size)
+
+
+class Qwen25VLRules(QwenVLRules):
+    """Qwen2.5-VL: most blocks of the tower attend in windows, and its MLPs have a gate."""
+
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        vision = self.config.vision_config
+        return replace(
+            super().tower_size, mlp_matrices=3, window=vision.window_size // vision.patch_size,
+            full_layers=tuple(vision.fullatt_block_indexes),
+        )  # fmt: skip
+
+
+class Qwen3VLRules(QwenVLRules):
+    """Qwen3-VL: the first decoder layers add features of their own, which follow the kept tokens."""
+
+    deepstack = True
+    pixels = (65536, 16777216)
+
+
+def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
+    """(fewest, most) pixels of an image after resizing. ``min_pixels`` and ``max_pixels`` go before ``size``, as in the processor.
+
+    known: of the family's released checkpoints, where there are no settings at all.
+    """
+    size = settings.get("size") or {}
+    usual = USUAL_PIXELS if any(k not in OF_PIXELS for k in settings) else known
+    fewest = settings.get("min_pixels") or size.get("shortest_edge") or usual[0]
+    most = settings.get("max_pixels") or size.get("longest_edge") or usual[1]
+    if fewest > most:
+        raise MllmEfficientError(f"min_pixels={fewest} is more than max_pixels={most}")
+    return fewest, most
+
+
+def grid_of(size: Size, step: int, limits: tuple[int, int], name: str) -> Grid:
+    """Tokens of an image, each of step x step pixels: the nearest multiple on both sides, scaled into the limits."""
+    width, height = size
+    if max(size) > MOST_ASPECT * min(size):
+        raise MllmEfficientError(f"a picture of {width}x{height}: a side may be at most {MOST_ASPECT} times the other on {name}")
+    fewest, most = limits
+    rows, columns = (round(side / step) for side in (height, width))
+    if rows * columns * step**2 > most:
+        scale = math.sqrt(width * height / most)
+        rows, columns = (max(1, math.floor(side / scale / step)) for side in (height, width))
+    elif rows * columns * step**2 < fewest:
+        scale = math.sqrt(fewest / (width * height))
+        rows, columns = (math.ceil(side * scale / step) for side in (height, width))
+    return rows, columns
+
+
+class QwenVLAdapter(Adapter, QwenVLRules):
     """What the wrapper needs to know of one Qwen-VL model."""
 
-    positions = "keep"
-    parts = frozenset({"frame"})
-    mrope = True
     encode_keys = (*PIXELS_OF.values(), *GRID_OF.values(), "second_per_grid_ts")
-
-    def __init__(self, model: Any):
-        super().__init__(model)
-        self.merge = self.config.vision_config.spatial_merge_size
 
     def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
         lists = {name: inputs[name] for name in GRID_OF.values() if isinstance(inputs.get(name), (list, tuple))}
@@ -55,15 +188,11 @@ class QwenVLAdapter(Adapter):
             arguments = {PIXELS_OF[modality]: part, GRID_OF[modality]: grids[i : i + 1]}
             if seconds is not None:
                 arguments["second_per_grid_ts"] = seconds[i]
-            items.append(Item(arguments, self._shape(modality, size[0], (size[1] // self.merge, size[2] // self.merge))))
+            items.append(Item(arguments, self.shape(modality, size[0], (size[1] // self.merge, size[2] // self.merge))))
         return items
 
-    def _shape(self, modality: str, frames: int, grid: Grid) -> VisualShape:
-        video = modality == "video"
-        return VisualShape(tuple(Plane(*grid, frame=i if video else None) for i in range(frames)), modality)
-
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
-        return self._shape(item.shape.modality, len(item.shape.planes), grid)
+        return self.shape(item.shape.modality, len(item.shape.planes), grid)
 
     def run(self, modality: str, items: list[Item], needs: frozenset[str], grid: Grid | None) -> list[Encoding]:
         pixels = [i.arguments[PIXELS_OF[modality]] for i in items]
@@ -80,7 +209,7 @@ class QwenVLAdapter(Adapter):
         return [Encoding(f, shape, tuple(layer[i] for layer in layers)) for i, (f, shape) in enumerate(zip(out.pooler_output, shapes))]
 
     def _smaller(self, patches: Tensor, shape: VisualShape, grid: Grid) -> Tensor:
-        """Patches (t * h * w, d), blocks of merge x merge together, of the picture made smaller."""
+        """Patches (t * h * w, d), blocks of merge x merge together, of the image made smaller."""
         vision, m, frames = self.config.vision_config, self.merge, len(shape.planes)
         p, depth = vision.patch_size, vision.temporal_patch_size
         (rows, columns), (h, w) = (shape.planes[0].rows, shape.planes[0].columns), grid
@@ -111,8 +240,21 @@ class QwenVLAdapter(Adapter):
             call["second_per_grid_ts"] = seconds
         return self.model.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=mask, **call)[0]
 
+    def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
+        tower, grids = self.tower_size, [image.patches for image in images]
+        return {
+            "pixel_values": pixels(sum(math.prod(grid) for grid in grids), tower.channels * tower.frames * tower.patch**2),
+            "image_grid_thw": torch.tensor([[1, *grid] for grid in grids]),
+        }
 
-class Qwen3VLAdapter(QwenVLAdapter):
-    """Qwen3-VL: the first decoder layers add features of their own, which follow the kept tokens."""
 
-    deepstack = True
+class Qwen2VLAdapter(QwenVLAdapter, Qwen2VLRules):
+    """One Qwen2-VL model."""
+
+
+class Qwen25VLAdapter(QwenVLAdapter, Qwen25VLRules):
+    """One Qwen2.5-VL model."""
+
+
+class Qwen3VLAdapter(QwenVLAdapter, Qwen3VLRules):
+    """One Qwen3-VL model."""

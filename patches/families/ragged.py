@@ -1,8 +1,8 @@
-"""Features of different lengths for hosts that want one tensor.
+"""Features of different lengths for models that want one tensor.
 
 Joining them to a batch of one gives right answers until ``generate`` repeats the images of each prompt (beams, several
 answers): it then counts one image, and mixes up rows without an error. Here the list stays a list, which ``generate``
-repeats image by image, and becomes a tensor where the host first touches it.
+repeats image by image, and becomes a tensor where the model first touches it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class Ragged(list):
-    """A list of (K_i, D) tensors that is (1, sum of K_i, D) to a host that takes it for a tensor."""
+    """A list of (K_i, D) tensors that is (1, sum of K_i, D) to a model that takes it for a tensor."""
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.cat(list(self))[None].to(*args, **kwargs)

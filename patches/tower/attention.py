@@ -6,15 +6,15 @@ import contextlib
 import contextvars
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_efficient.errors import UnsupportedModelError
+from mllm_efficient.lazy import torch
 
-from ..base import at_hand, uncompiled
-from ..locks import hooking
+from ..running import at_hand, hooking, uncompiled
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Result = TypeVar("Result")
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.divprune import full_float32
 from mllm_efficient.compressors.math.finite import require_finite
 from mllm_efficient.compressors.tome import match, merged
+from mllm_efficient.lazy import torch
 
 from .attention import has_class_token
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_merging(tower: Any, pixels: Tensor, blocks: int, rounds: Sequence[int], **how: Any) -> Tensor:

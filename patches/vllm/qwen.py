@@ -112,7 +112,7 @@ class CompressedQwen(CompressedModel):
             given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
             features = self._process_image_input(given)
             for f, size, count in zip(features, sizes[part], counts[part]):
-                out.append(self._compressed(f, size, count, made=name == "image_embeds"))
+                out.append(self._compressed_image(f, size, count, made=name == "image_embeds"))
         return tuple(out)
 
     def _parts(self, sizes: Sequence[tuple[int, int, int]], patches_each: int) -> Iterator[tuple[slice, slice]]:
@@ -127,7 +127,7 @@ class CompressedQwen(CompressedModel):
             yield slice(low, high), slice(sum(rows[:low]), sum(rows[:high]))
             low = high
 
-    def _compressed(self, features: torch.Tensor, size: tuple[int, int, int], count: int, made: bool) -> torch.Tensor:
+    def _compressed_image(self, features: torch.Tensor, size: tuple[int, int, int], count: int, made: bool) -> torch.Tensor:
         """(K, D + deep layers + COLUMNS) of an image. made: it came as embeddings, which stay as they are."""
         assert self.settings is not None
         merge, width = self.shapes.adapter.merge, self.hf.get_text_config().hidden_size

@@ -27,7 +27,7 @@ class Shapes:
         small.get_text_config().num_hidden_layers = 1  # nothing runs
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(small)
-        self.adapter = adapter_for(model)
+        self.adapter: Any = adapter_for(model)
 
     def check(self, method: Compressor) -> None:
         """Raises where the family cannot run the method."""
@@ -65,4 +65,4 @@ def _plan(shapes: Shapes, method: Compressor, height: int, width: int) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan_of_grid(shapes: Shapes, method: Compressor, rows: int, columns: int) -> Plan:
-    return plan(shapes.adapter, method, Item({}, shapes.adapter._shape("image", 1, (rows, columns))))
+    return plan(shapes.adapter, method, Item({}, shapes.adapter.shape("image", 1, (rows, columns))))

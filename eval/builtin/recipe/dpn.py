@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import Hits, accuracy, draws, interval
+from mllm_efficient.compressors.dpn import DPN
 from mllm_efficient.measure.flops import load_shape, prefill_flops
+from mllm_efficient.stats import Hits, accuracy, draws, interval
 
 from ..questions import CATEGORIES
 from ..suite import Sample, samples
@@ -46,9 +48,10 @@ def specs(final: Path | None) -> dict[str, str]:
     """What a run is asked as."""
     assert final is not None
     kernels = json.loads((final / "config.json").read_text())["kernels"].split("/")
-    method = f"dpn:weights={final}"
-    forced = {kernel: f"{method},routing=fixed,kernel={kernel}" for kernel in kernels}
-    return {FULL: "none", ALL: f"none@{method}", ROUTED: method, EVENLY: f"{method},routing=random", **forced}
+    method = DPN(weights=str(final))
+    forced = {kernel: replace(method, routing="fixed", kernel=kernel).spec() for kernel in kernels}
+    evenly = replace(method, routing="random").spec()
+    return {FULL: "none", ALL: str(method.same_weights), ROUTED: method.spec(), EVENLY: evenly, **forced}
 
 
 def ask(asked: Sequence[Sample], specs: dict[str, str]) -> dict[str, Any]:

@@ -7,6 +7,9 @@ prefix, which is what separate sequences would do.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,9 +115,7 @@ class Packed(nn.Module):
         p, dh = PREFIX + n, d // heads
         asked = torch.stack([ask_at, ask_at + 1], -1)
 
-        def norm(x, module):
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * module.weight
-
+        norm = functools.partial(rms_norm, eps=eps)
         for layer in lm.layers:
             a, m, last = layer.self_attn, layer.mlp, layer is lm.layers[-1]
             h = norm(torch.cat([prefix, ask.flatten(1, 2)], 1), layer.input_layernorm)
@@ -159,3 +160,8 @@ class Packed(nn.Module):
         stop = F.cross_entropy(logits[:, :, 1].flatten(0, 1), torch.full_like(wanted, VOCABULARY["</s>"]).flatten())
         hits = logits[:, :, 0].argmax(-1) == wanted
         return (each * weight).sum() / weight.sum() + 0.05 * stop, hits
+
+
+def rms_norm(x: Tensor, module: Any, eps: float) -> Tensor:
+    """What a RMSNorm module makes of x, compiled with what is around it."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * module.weight

@@ -16,7 +16,7 @@ from ..questions import CATEGORIES
 from .data import POOL, build
 from .muon import Muon
 from .packed import N, Packed
-from .train import QUESTIONS, STAGES, VAL, WEIGHTS, Log, Stage, cosine
+from .schedule import QUESTIONS, STAGES, VAL, WEIGHTS, Log, Stage, cosine
 
 SAVE_EVERY, LOG_EVERY, VAL_EVERY = 200, 50, 400
 

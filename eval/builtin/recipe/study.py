@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import interval
-from mllm_efficient.train.config import Recipe, read
+from mllm_efficient.stats import interval
+from mllm_efficient.train.config import Recipe
+from mllm_efficient.train.reading import read
 
 from ..suite import Sample, samples
 
@@ -86,7 +87,7 @@ class Study:
 
     def run_all(self, args: argparse.Namespace) -> int:
         """Every arm and seed in a process of its own, so many at a time."""
-        from mllm_efficient.train.trainer import records_of
+        from mllm_efficient.train.build import records_of
 
         # all arms of a seed before the next seed: what is there after an interruption is comparable
         wanted = [*([(UNTRAINED, 0)] if self.untrained else []), *((arm, seed) for seed in args.seeds for arm in args.arms)]
@@ -141,7 +142,8 @@ class Study:
 
     def _share(self, arm: str, seed: int, recipe: Recipe, args: argparse.Namespace) -> None:
         """Takes over the first stage of another arm that has trained the same, with its log."""
-        from mllm_efficient.train.trainer import LOG, WEIGHTS
+        from mllm_efficient.train.count_trainer import WEIGHTS
+        from mllm_efficient.train.trainer import LOG
 
         stage = recipe.stages[0].name
         own = Path(recipe.output_dir) / stage / WEIGHTS
@@ -158,9 +160,9 @@ class Study:
 
 def answered(asked: Sequence[Sample], specs: dict[Any, str]) -> dict[Any, list[dict[str, Any]]]:
     """The records of every question under every method, by the methods' names, in the order of the questions."""
-    from mllm_efficient.compressors.composed import runnable
     from mllm_efficient.eval.runner import Run
     from mllm_efficient.loading.models import ModelOptions, load
+    from mllm_efficient.registry import runnable
 
     methods = {name: runnable(spec) for name, spec in specs.items()}
     records = Run(load(ModelOptions()), asked, list(methods.values()), batch_size=64, floor=False).answer_all()

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_efficient.eval.stats import Hits, accuracy, draws
+from mllm_efficient.compressors.tokenflex import TokenFlex
+from mllm_efficient.stats import Hits, accuracy, draws
 
 from ..questions import CATEGORIES
 from ..suite import Sample
@@ -41,7 +42,7 @@ def specs(final: Path | None) -> dict[int, str]:
     """What a run is asked as: the trained projector at every count, or the embedded model's tokens pooled to it."""
     if final is None:
         return {count: "none" if count == 144 else f"pool:tokens={count}" for count in TESTED}
-    return {count: f"tokenflex:tokens={count},weights={final}" for count in TESTED}
+    return {count: TokenFlex(tokens=count, weights=str(final)).spec() for count in TESTED}
 
 
 def ask(asked: Sequence[Sample], specs: dict[int, str]) -> dict[str, Any]:

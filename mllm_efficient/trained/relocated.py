@@ -1,4 +1,4 @@
-"""The method of a saved model, its trained part in the folder that it is in by now."""
+"""The method of a saved model, its trained part wherever the folder is by now."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..compressors.base import Compressor
 from ..registry import build
+from ..spec import text_fields, write
 from .files import read_compression
 
 
@@ -27,5 +28,4 @@ def _relocated(method: Compressor, weights: str | None) -> Compressor:
     if part is None:
         return method
     kept = {k: v for k, v in _relocated(part, weights).to_dict().items() if k not in ("method", "keep", "tokens", "prune")}
-    on = ",".join(f"{name}={value}" for name, value in kept.items())
-    return dataclasses.replace(method, on=f"{part.name}:{on}" if on else part.name)  # type: ignore[call-arg]
+    return dataclasses.replace(method, on=write(part.name, kept, text_fields(type(part))))  # type: ignore[call-arg]

@@ -1,0 +1,73 @@
+"""Cohere2 Vision (Command A Vision): tiles of the image and a thumbnail, in the prompt a line break after each of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+from mllm_efficient.tokens import Grid
+
+from ..rules import Settings, Size
+from ..sizes import ProjectorSize, Tower, clip_or_siglip
+from ..tower.attention import positions_at_hand, tower_of
+from .internvl import USUAL_TILES, InternVLAdapter, InternVLRules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Cohere2VisionRules(InternVLRules):
+    """The shapes of Cohere2 Vision. A prompt has two tokens between images, end and start, and one between tiles."""
+
+    counting = ("max_patches",)  # its processor does not read min_patches
+    text_between = 2
+
+    @functools.cached_property
+    def tower_size(self) -> Tower:
+        return clip_or_siglip(self.config.vision_config, self.name)
+
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        width = self.tower_size.width * self.shrunk**2
+        return ProjectorSize(width, self.config.alignment_intermediate_size, self.decoder_size.width, gated=True)
+
+    @property
+    def shrunk(self) -> int:
+        return self.config.downsample_factor
+
+    def tiling(self, size: Size, settings: Settings) -> Grid:
+        """The canvas that takes the least enlarging, or, where all are too small, the least shrinking; of equals the fewest tiles."""
+        (width, height), (across, down) = size, self.tile_size(settings)
+        most = settings.get("max_patches") or USUAL_TILES[1]
+        canvases = [(r, c) for c in range(1, most + 1) for r in range(1, most + 1) if r * c <= most]
+        scales = {(r, c): min(c * across / width, r * down / height) for r, c in sorted(canvases, key=math.prod)}
+        enough = {canvas: scale for canvas, scale in scales.items() if scale >= 1}
+        return min(enough, key=enough.__getitem__) if enough else max(scales, key=scales.__getitem__)
+
+
+class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
+    """What the wrapper needs to know of one Cohere2 Vision model."""
+
+    encode_keys = ("pixel_values",)
+
+    def features(self, pixels: Tensor, resized: bool, **call: Any) -> Tensor:
+        if not resized:
+            return super().features(pixels, resized, **call)
+        with positions_at_hand(tower_of(self.model)):
+            return super().features(pixels, resized, interpolate_pos_encoding=True, **call)
+
+    def placeholder_runs(self, row: list[bool]) -> list[int]:
+        """Runs with a single token between them are tiles of one image."""
+        out: list[int] = []
+        gap = 0
+        for is_image, group in itertools.groupby(row):
+            length = len(list(group))
+            if not is_image:
+                gap = length
+            elif out and gap == 1:
+                out[-1] += length
+            else:
+                out.append(length)
+        return out
