@@ -68,7 +68,7 @@ OTHER_WAY = {
 # Imports within functions that save start-up time, without which there would be a circle.
 SAVE_TIME: dict[str, str] = {}
 
-LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_TEST_FILE = 350, 60, 600
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 
@@ -229,3 +229,10 @@ def test_no_function_is_longer_than_it_may_be():
     ]
     long = {f"{named_from_root(p)} {n.name}" for p, n in functions if (n.end_lineno or 0) - n.lineno + 1 > LONGEST_FUNCTION}
     assert long == LONG_FUNCTIONS
+
+
+def test_no_test_file_is_longer_than_it_may_be_and_folders_mirror_the_package():
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if "__pycache__" not in path.parts]
+    assert {named_from_root(path) for path in tests if len(path.read_text().splitlines()) > LONGEST_TEST_FILE} == set()
+    rooms = {path.name for folder in FOLDERS.values() for path in folder.iterdir() if (path / "__init__.py").is_file()}
+    assert {path.parent.name for path in tests if path.parent.parent == ROOT / "tests"} <= rooms | {"eval", "patches"}

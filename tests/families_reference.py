@@ -1,0 +1,280 @@
+"""The slow reference of every family: one row after the other, no cache, no padding, placeholders replaced by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import (
+    FAMILIES,
+    VOCABULARY,
+)
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a row, as the stock model makes it.
+
+    features: (length, D) with newline columns and separators. columns: (length,) where they stand in the row.
+    newline: (length,) bool. planes: (rows, columns) of each rectangle of tokens. parts: (N,) the tile or frame of each
+    token. deep: the same as features for every layer that adds visual features. grid: (t, h, w) of an M-RoPE family.
+    """
+
+    modality: str
+    features: Tensor
+    columns: Tensor
+    newline: Tensor
+    planes: tuple[tuple[int, int], ...]
+    parts: Tensor
+    deep: tuple[Tensor, ...] = ()
+    grid: tuple[int, int, int] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """(N, D), what is compressed."""
+        return self.features[~self.newline]
+
+    @property
+    def n(self) -> int:
+        return int((~self.newline).sum())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of a ``Visual``: stay (length,) bool, the features that stand in those slots, and those of later layers.
+
+    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid.
+    """
+
+    stay: Tensor
+    features: Tensor
+    deep: tuple[Tensor, ...] = ()
+    shape: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row ready for the bare language model. embeds (1, L, D), positions (1, L) or (3, 1, L), next: of the first new token."""
+
+    embeds: Tensor
+    positions: Tensor
+    next: int
+    visual: Tensor
+    deep: tuple[Tensor, ...]
+    columns: Tensor
+
+
+def canvas(model: Any, image_size: Tensor, tiled: bool) -> tuple[int, int]:
+    """(rows, columns) of the tiles of a picture, (0, 0) where it has its base view alone."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    config = model.config
+    return (
+        get_anyres_image_grid_shape(image_size.tolist(), config.image_grid_pinpoints, config.vision_config.image_size) if tiled else (0, 0)
+    )
+
+
+def packed(name: str, model: Any, image_size: Tensor, tiling: tuple[int, int]) -> Tensor:
+    """(length, 3) out of the stock packing: the canvas row and column each token comes from, and 1 for newline columns."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    marks = torch.zeros(1 + tiling[0] * tiling[1], side * side, 3)
+    for tile in range(len(marks) - 1):
+        for place in range(side * side):
+            top, left = tile // tiling[1] * side, tile % tiling[1] * side
+            marks[tile + 1, place, :2] = torch.tensor([top + place // side, left + place % side])
+    settings = (
+        {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+        if name == "llava_onevision"
+        else {"vision_feature_select_strategy": "full"}
+    )
+    return model.model.pack_image_features([marks], image_size[None], image_newline=torch.tensor([0.0, 0.0, 1.0]), **settings)[0][0]
+
+
+def anyres(name: str, model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, tuple, Tensor]]:
+    """newline, planes and parts of every anyres image, from the stock packing of marked features."""
+    vision, out = model.config.vision_config, []
+    side = vision.image_size // vision.patch_size
+    sizes = inputs["image_sizes"]
+    tiled = [n == 1 for n in inputs["batch_num_images"].tolist() for _ in range(n)] if "batch_num_images" in inputs else [True] * len(sizes)
+    for size, is_tiled in zip(sizes, tiled):
+        tiling = canvas(model, size, is_tiled)
+        marks = packed(name, model, size, tiling)
+        newline = marks[:, 2] == 1
+        planes, parts = [(side, side)], [0] * (side * side)
+        if is_tiled:
+            rows = int(newline.sum())
+            planes.append((rows, (len(marks) - side * side) // rows - 1))
+            # A token of a map that was shrunk belongs to the tile its middle lies in.
+            places = marks[side * side :][~newline[side * side :]].tolist()
+            parts += [1 + int((row + 0.5) // side) * tiling[1] + int((column + 0.5) // side) for row, column, _ in places]
+        out.append((newline, tuple(planes), torch.tensor(parts)))
+    return out
+
+
+@torch.no_grad()
+def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
+    """The images and videos of a row (or of each row of an unpadded batch of one) in prompt order, in full."""
+    family, ids = FAMILIES[name], inputs["input_ids"][0]
+    found: dict[str, list[Visual]] = {"image": [], "video": []}
+    where = {"image": (ids == family.image_token).nonzero()[:, 0]}
+    where["video"] = (ids == family.video_token).nonzero()[:, 0] if family.video else torch.zeros(0, dtype=torch.long)
+
+    def add(modality, features, newline, planes, parts, deep=(), grid=None):
+        before = sum(len(v.features) for v in found[modality])
+        columns = where[modality][before : before + len(features)]
+        found[modality].append(Visual(modality, features, columns, newline, tuple(planes), parts, tuple(deep), grid))
+
+    if family.mrope:
+        for modality, pixels, thw in (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw")):
+            if pixels not in inputs:
+                continue
+            out = getattr(model.model, f"get_{modality}_features")(inputs[pixels], inputs[thw], return_dict=True)
+            deep = getattr(out, "deepstack_features", None) or []
+            for i, (features, (t, h, w)) in enumerate(zip(out.pooler_output, inputs[thw].tolist())):
+                plane = (h // 2, w // 2)
+                parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
+                add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
+    elif family.in_prompt:
+        if "pixel_values" in inputs:
+            tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
+            side, at = int(tiles.shape[1] ** 0.5), 0
+            starts, ends = ((ids == VOCABULARY[token]).nonzero()[:, 0].tolist() for token in ("<img>", "</img>"))
+            for start, end in zip(starts, ends):
+                count = int((ids[start:end] == family.image_token).sum()) // tiles.shape[1]
+                features = tiles[at : at + count].flatten(0, 1)
+                parts = torch.arange(count).repeat_interleave(tiles.shape[1])
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [(side, side)] * count, parts)
+                at += count
+            assert at == len(tiles)
+    else:
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
+            full = model.model.get_image_features(**call, return_dict=True).pooler_output
+            for features, (newline, planes, parts) in zip(full, anyres(name, model, inputs)):
+                add("image", features, newline, planes, parts)
+        if "pixel_values_videos" in inputs:
+            frames = inputs["pixel_values_videos"].shape[1]
+            for features in model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output:
+                features = features.reshape(-1, features.shape[-1])  # transformers 5.19 gives frames apart
+                side = math.isqrt(len(features) // frames)
+                newline = torch.arange(len(features)) >= frames * side * side
+                add("video", features, newline, [(side, side)] * frames, torch.arange(frames).repeat_interleave(side * side))
+    for modality, items in found.items():
+        assert sum(len(v.features) for v in items) == len(where[modality])
+    return sorted(found["image"] + found["video"], key=lambda v: int(v.columns[0]))
+
+
+def everything(visual: Visual) -> Kept:
+    """All of it."""
+    return Kept(torch.ones(len(visual.features), dtype=torch.bool), visual.features, visual.deep)
+
+
+def chosen(visual: Visual, indices: Tensor, newline: str | None = None) -> Kept:
+    """The tokens with these indices among the N; newline columns go unless they are all kept or nothing is removed."""
+    if len(indices) == visual.n:
+        return everything(visual)
+    stay = visual.newline.clone() if newline == "keep" else torch.zeros_like(visual.newline)
+    stay[(~visual.newline).nonzero()[:, 0][indices]] = True
+    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep))
+
+
+def merged(
+    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = ()
+) -> Kept:
+    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take."""
+    slots, start, taken = (~visual.newline).nonzero()[:, 0], 0, []
+    for (rows, columns), count in zip(visual.planes, counts):
+        taken.append(slots[start : start + count])
+        start += rows * columns
+    stay = torch.zeros_like(visual.newline)
+    stay[torch.cat(taken)] = True
+    assert int(stay.sum()) == len(features)
+    return Kept(stay, features, tuple(deep), shape)
+
+
+def rope_index(name: str, model: Any, ids: Tensor, inputs: dict[str, Any], grids: dict[str, Tensor]) -> Tensor:
+    """Positions (3, L) of a row without padding, by the stock model."""
+    family = FAMILIES[name]
+    types = (ids == family.image_token).int() + 2 * (ids == family.video_token).int()
+    seconds = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}
+    return model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids, **seconds)[0][:, 0]
+
+
+@torch.no_grad()
+def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual], kept: Sequence[Kept], positions: str) -> Row:
+    """One row with what is kept in place of its placeholders. positions: "keep" or "renumber"."""
+    ids = inputs["input_ids"][0]
+    stays = torch.ones(len(ids), dtype=torch.bool)
+    embeds = model.get_input_embeddings()(ids).clone()
+    visual = torch.zeros(len(ids), dtype=torch.bool)
+    layers = len(found[0].deep) if found else 0
+    deep = [torch.zeros_like(embeds) for _ in range(layers)]
+    for item, left in zip(found, kept):
+        stays[item.columns] = left.stay
+        here = item.columns[left.stay]
+        embeds[here], visual[here] = left.features, True
+        for layer, features in zip(deep, left.deep):
+            layer[here] = features
+    columns = stays.nonzero()[:, 0]
+    if not FAMILIES[name].mrope:
+        at = columns if positions == "keep" else torch.arange(len(columns))
+        following = len(ids) if positions == "keep" else len(columns)
+        at = at[None]
+    elif positions == "renumber" or not found:
+        at, following = torch.arange(len(columns)).expand(3, 1, -1), len(columns)
+    else:
+        grids = {k: inputs[k] for k in ("image_grid_thw", "video_grid_thw") if k in inputs}
+        if any(left.shape for left in kept):  # the prompt of a smaller picture
+            small = {"image": [], "video": []}
+            for item, left in zip(found, kept):
+                t, h, w = left.shape or (item.grid[0], item.grid[1] // 2, item.grid[2] // 2)
+                small[item.modality].append([t, 2 * h, 2 * w])
+            grids = {f"{modality}_grid_thw": torch.tensor(small[modality]) for modality in small if small[modality]}
+            full = rope_index(name, model, ids[columns], inputs, grids)
+            at, following = full[:, None], int(full.max()) + 1
+        else:
+            full = rope_index(name, model, ids, inputs, grids)
+            at, following = full[:, None, columns], int(full.max()) + 1
+    return Row(embeds[columns][None], at, following, visual[columns][None], tuple(d[columns][visual[columns]] for d in deep), columns)
+
+
+def logits(model: Any, row: Row) -> Tensor:
+    """Logits (L, vocabulary) of the bare language model and head, without a cache."""
+    deep = dict(visual_pos_masks=row.visual, deepstack_visual_embeds=list(row.deep)) if row.deep else {}
+    hidden = model.model.language_model(
+        inputs_embeds=row.embeds,
+        position_ids=row.positions,
+        attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),
+        use_cache=False,
+        **deep,
+    ).last_hidden_state
+    return model.lm_head(hidden)[0]
+
+
+@torch.no_grad()
+def greedy(model: Any, row: Row, new: int = 6) -> list[int]:
+    """The ``new`` greedy tokens after a row, the whole sequence computed afresh for each of them."""
+    out: list[int] = []
+    for _ in range(new):
+        token = logits(model, row)[-1].argmax()
+        out.append(int(token))
+        row = extended(model, row, token[None])
+    return out
+
+
+def extended(model: Any, row: Row, ids: Tensor) -> Row:
+    """The row with text behind it."""
+    more = torch.arange(row.next, row.next + len(ids)).expand(*row.positions.shape[:-1], -1)
+    return replace(
+        row,
+        embeds=torch.cat([row.embeds, model.get_input_embeddings()(ids)[None]], 1),
+        positions=torch.cat([row.positions, more], -1),
+        next=row.next + len(ids),
+        visual=torch.cat([row.visual, torch.zeros(1, len(ids), dtype=torch.bool)], 1),
+    )
