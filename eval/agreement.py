@@ -122,11 +122,11 @@ class Agreement(Harness):
                 "exact_match": True, "normalised_match": True, "first_divergence": None, "kl": 0.0,
             }  # fmt: skip
             if references is not None and read is not None:
-                ours, base = read[i], references[i]
+                own, base = read[i], references[i]
                 row |= {
                     "baseline_answer": base.text, "exact_match": text == base.text,
                     "normalised_match": normalise(text) == normalise(base.text),
-                    "first_divergence": first_difference(ids[i], base.ids), "kl": divergence(base.log_p, ours),
+                    "first_divergence": first_difference(ids[i], base.ids), "kl": divergence(base.log_p, own),
                 }  # fmt: skip
             rows.append(row)
         return rows
@@ -140,7 +140,7 @@ class Agreement(Harness):
         return self._inputs[key]
 
     def _prepared(self, method: Compressor, batch: Sequence[Request], answers: Tensor | None = None) -> tuple[Prepared, Tensor]:
-        """The batch's shorter prompts, and the full mask. answers: (B, T) go behind the prompts, -1 where there is none."""
+        """The batch's shorter prompts, and the full mask. answers: (B, T) go after the prompts, -1 where there is none."""
         inputs, items = self._inputs_of(batch)
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
         if answers is not None:
@@ -200,7 +200,7 @@ def short(text: str, length: int = 40) -> str:
 
 
 def cut(ids: Tensor, ends: set[int]) -> Tensor:
-    """An answer's tokens up to and with its end; what ``generate`` puts behind is padding."""
+    """An answer's tokens up to and with its end; what ``generate`` puts after is padding."""
     ended = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
     return ids[: int(ended[0]) + 1] if len(ended) else ids
 

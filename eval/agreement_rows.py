@@ -56,17 +56,17 @@ def agreement_rows(
     out = []
     compared = {(kind, metric): Compared(records, kind, metric, seed) for _, kind, metric in ASKED}
     for method in methods:
-        mine: list[dict[str, Any]] = []
+        own: list[dict[str, Any]] = []
         for task, kind, metric in ASKED:
             row = _row(compared[kind, metric], method, methods[0], task, metric, against)
-            mine += [row] if row is not None else []
-        if mine and mine[0]["task"] == OVERALL:
-            found = _by_metric(mine)
+            own += [row] if row is not None else []
+        if own and own[0]["task"] == OVERALL:
+            found = _by_metric(own)
             for name in ("normalised_match", "kl", "first_divergence", "accuracy"):
-                mine[0][name] = found[name]["score"] if name in found else None
+                own[0][name] = found[name]["score"] if name in found else None
             if method is not methods[0]:
-                mine[0]["by_length"] = by_length(records, method.spec(), methods[0].spec(), seed)
-        out += mine
+                own[0]["by_length"] = by_length(records, method.spec(), methods[0].spec(), seed)
+        out += own
     return out
 
 
@@ -84,10 +84,10 @@ def by_length(records: Sequence[dict[str, Any]], arm: str, base: str, seed: int 
     ends = sorted({(n - 1).bit_length() for n in longs.values()})
     out: dict[str, dict[str, Any]] = {}
     for low, high in ((2 ** max(end - 1, 0) + (end > 0), 2**end) for end in ends):
-        mine = [r for r in rows if r["method"] == arm and low <= longs.get(r["id"], 0) <= high]
-        cell: dict[str, Any] = {"tokens": [low, high], "n": len(mine)}
+        own = [r for r in rows if r["method"] == arm and low <= longs.get(r["id"], 0) <= high]
+        cell: dict[str, Any] = {"tokens": [low, high], "n": len(own)}
         for metric in BY_LENGTH:
-            compared = Compared(mine, WITH_IMAGES, metric, seed)
+            compared = Compared(own, WITH_IMAGES, metric, seed)
             cell |= {metric: _round(compared.mean(arm), "percent"), f"{metric}_interval": compared.bounds(arm)}
         out[str(low) if low == high else f"{low}-{high}"] = cell
     return out
@@ -157,12 +157,12 @@ class Compared:
         """A percentage, or its difference to another arm's. Both arms have it for the same requests."""
         there = ~np.isnan(self.values[arm])
         n = int(there.sum())
-        mine = self.values[arm][there] / (100 * n)
+        own = self.values[arm][there] / (100 * n)
         drawn, value = self.drawn(arm), self.mean(arm)
         if base is None:
-            return estimate(value, drawn, np.full(n, 1 / n), mine)
+            return estimate(value, drawn, np.full(n, 1 / n), own)
         theirs = self.values[base][there] / (100 * n)
-        return estimate(value - self.mean(base), drawn - self.drawn(base), np.full(n, 1 / n), mine, theirs)
+        return estimate(value - self.mean(base), drawn - self.drawn(base), np.full(n, 1 / n), own, theirs)
 
     def bounds(self, arm: str, base: str | None = None) -> tuple[float, ...] | None:
         """The 95% interval of a mean or of a difference; None where most resamples have no value or all have the same, and it is no
@@ -187,7 +187,7 @@ def _row(compared: Compared, method: Compressor, base: Compressor, task: str, me
     arm, reference = method.spec(), base.spec()
     if arm not in compared.rows:
         return None
-    score, baseline, unit, mine = compared.mean(arm), compared.mean(reference), compared.unit, compared.rows[arm]
+    score, baseline, unit, own = compared.mean(arm), compared.mean(reference), compared.unit, compared.rows[arm]
     if np.isnan(score) and metric != "first_divergence":
         return None
 
@@ -204,9 +204,9 @@ def _row(compared: Compared, method: Compressor, base: Compressor, task: str, me
         "baseline": _round(baseline, unit),
         "difference": difference, "difference_interval": between,
         "retention": _round(100 * score / baseline, unit) if unit == "percent" and baseline else None,
-        "n": int((~np.isnan(compared.values[arm])).sum()), "failures": sum(r["error"] is not None for r in mine), "floor": None,
-        "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
-        "positions": next((r["positions"] for r in mine if r.get("positions")), None),
+        "n": int((~np.isnan(compared.values[arm])).sum()), "failures": sum(r["error"] is not None for r in own), "floor": None,
+        "visual_tokens_full": _mean(own, "visual_tokens_full"), "visual_tokens_kept": _mean(own, "visual_tokens_kept"),
+        "positions": next((r["positions"] for r in own if r.get("positions")), None),
     }  # fmt: skip
     row["clusters"] = row["n"]
     if against is not None:
@@ -261,9 +261,9 @@ def agreement_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
     header += ["text-only: same"] if any(r["task"] == TEXT_ONLY for r in rows) else []
     lines = []
     for method in dict.fromkeys(r["method"] for r in rows):
-        mine = {(r["task"], r["metric"]): r for r in rows if r["method"] == method}
-        exact, same, other, kl = (mine.get((WITH_IMAGES, m)) for m in ("exact_match", "normalised_match", "first_divergence", "kl"))
-        right, text = mine.get(("accuracy", "accuracy")), mine.get((TEXT_ONLY, "exact_match"))
+        own = {(r["task"], r["metric"]): r for r in rows if r["method"] == method}
+        exact, same, other, kl = (own.get((WITH_IMAGES, m)) for m in ("exact_match", "normalised_match", "first_divergence", "kl"))
+        right, text = own.get(("accuracy", "accuracy")), own.get((TEXT_ONLY, "exact_match"))
         kept = exact["visual_tokens_kept"] if exact else None
         failed = sum(r["failures"] for r in (exact, text) if r)
         line = [method, "" if kept is None else f"{kept:g}", with_interval(exact, ".1f", method), _one(same, ".1f"), _one(other, ".1f")]

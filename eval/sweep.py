@@ -199,7 +199,7 @@ def time_all(
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
             failed |= {c.spec: {"method": c.spec, "failed": reason} for c in (*cells[:1], *group) if c.spec not in file.rows}
             continue
-        mine = [r for r in rows if r["method"] in wanted]
-        file.add(mine, {k: meta[k] for k in ABOUT if k in meta})
-        failed |= {r["method"]: r for r in mine if r["failed"] is not None and r["method"] not in file.rows}
+        own = [r for r in rows if r["method"] in wanted]
+        file.add(own, {k: meta[k] for k in ABOUT if k in meta})
+        failed |= {r["method"]: r for r in own if r["failed"] is not None and r["method"] not in file.rows}
     return {**failed, **{k: v for k, v in file.rows.items() if k in wanted}}

@@ -13,7 +13,7 @@ from .calibration import calibration
 from .runner import NO_IMAGE
 
 OVERALL = "overall"
-MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table behind the others
+MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table after the others
 CALIBRATION = ("ECE", "AURC")  # those that second turns have too
 
 
@@ -23,7 +23,7 @@ def rows_of(
     """Rows as the README describes them: scores and retention in percent, intervals from 2,000 paired resamples of images.
 
     ``methods`` begins with the baseline. ``against`` adds each row's difference to that method. Questions that were the
-    second of a conversation have rows of their own behind all others (``turns`` 2): their baseline is the uncompressed
+    second of a conversation have rows of their own after all others (``turns`` 2): their baseline is the uncompressed
     model in its second turn, and ``first_turn`` is the method's score on the same questions asked alone.
     """
     out, alone = [], {(r["method"], r["image"], r["task"]): r for r in records if r.get("turns", 1) == 1}
@@ -34,10 +34,10 @@ def rows_of(
         for method in methods:
             arm = method.spec()
             for i, task in enumerate([*tasks, OVERALL]):
-                mine = [r for r in by_arm[arm] if task in (OVERALL, r["task"])]
-                if not mine:
+                own = [r for r in by_arm[arm] if task in (OVERALL, r["task"])]
+                if not own:
                     continue
-                row = _row(method, turns, task, mine, scores, i)
+                row = _row(method, turns, task, own, scores, i)
                 if turns > 1:
                     change = scores.of(arm, i, _first(arm))
                     row |= {"first_turn": _round(scores.values[_first(arm)][i]), "turn_difference": _round(change.value)}
@@ -45,7 +45,7 @@ def rows_of(
                 if against is not None:
                     row |= {"against": against, **_against(scores, arm, against, i)}
                 if task == OVERALL:
-                    row |= calibration(mine, seed) | hard_and_broken(method, methods, by_arm)
+                    row |= calibration(own, seed) | hard_and_broken(method, methods, by_arm)
                 out.append(row)
     return out
 
@@ -61,9 +61,9 @@ def hard_and_broken(method: Compressor, methods: Sequence[Compressor], by_arm: d
     if rival is None or budget_of(method) is None or method.name == Resize.name:
         return nothing
     right = {arm: {r["id"]: bool(r["correct"]) for r in by_arm[arm]} for arm in (methods[0].spec(), rival, method.spec())}
-    base, small, mine = right.values()
+    base, small, own = right.values()
     return shares(
-        {i: float(v) for i, v in mine.items()}, {i for i in base if base[i] and not small[i]}, {i for i in base if base[i] and small[i]}
+        {i: float(v) for i, v in own.items()}, {i for i in base if base[i] and not small[i]}, {i for i in base if base[i] and small[i]}
     )
 
 
@@ -113,7 +113,7 @@ def _against(scores: Scores, arm: str, other: str, i: int) -> dict[str, Any]:
     return {"against_difference": _round(change.value), "against_interval": (0.0, 0.0) if arm == other else points(change.interval())}
 
 
-def _row(method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any]], scores: Scores, i: int) -> dict[str, Any]:
+def _row(method: Compressor, turns: int, task: str, own: Sequence[dict[str, Any]], scores: Scores, i: int) -> dict[str, Any]:
     """One row. i: the column of the task in the scores."""
     arm = method.spec()
     score, base, change = scores.of(arm, i), scores.of("none", i), scores.of(arm, i, "none")
@@ -123,11 +123,11 @@ def _row(method: Compressor, turns: int, task: str, mine: Sequence[dict[str, Any
         "baseline": _round(base.value), "difference": _round(change.value),
         "difference_interval": (0.0, 0.0) if arm == "none" else points(change.interval()),
         "retention": _round(100 * score.value / base.value) if base.value else None,
-        "n": len(mine), "clusters": score.clusters, "failures": sum(r["error"] is not None for r in mine),
+        "n": len(own), "clusters": score.clusters, "failures": sum(r["error"] is not None for r in own),
         "floor": _round(scores.values[NO_IMAGE][i]) if NO_IMAGE in scores.values else None,
-        "visual_tokens_full": _mean(mine, "visual_tokens_full"), "visual_tokens_kept": _mean(mine, "visual_tokens_kept"),
-        "positions": next((r["positions"] for r in mine if r.get("positions")), method.positions or "renumber"),
-        "region_share": _mean(mine, "region_share", 3), "region_kept": _mean(mine, "region_kept", 3),
+        "visual_tokens_full": _mean(own, "visual_tokens_full"), "visual_tokens_kept": _mean(own, "visual_tokens_kept"),
+        "positions": next((r["positions"] for r in own if r.get("positions")), method.positions or "renumber"),
+        "region_share": _mean(own, "region_share", 3), "region_kept": _mean(own, "region_kept", 3),
     }  # fmt: skip
     return row | ({"micro": _round(scores.values[arm][-1])} if task == OVERALL else {})
 

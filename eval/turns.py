@@ -145,7 +145,7 @@ def next_turn(loaded: Loaded, first: str, second: str, images: int) -> list[int]
     if first not in text or behind < 0 or second not in text[behind:]:
         raise MllmEfficientError("this model's chat template does not hold a conversation of two questions: leave --turns out")
     text = text[behind + len(ANSWER) :]
-    # behind a word, because some tokenizers treat the beginning of a text in their own way
+    # after a word, because some tokenizers treat the beginning of a text in their own way
     word = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     whole = tokenizer(ANSWER + text, add_special_tokens=False)["input_ids"]
     return whole[len(word) :] if whole[: len(word)] == word else tokenizer(text, add_special_tokens=False)["input_ids"]

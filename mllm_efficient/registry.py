@@ -48,8 +48,8 @@ def register(name: str) -> Callable[[type], type]:
         _require_name(name)
         old = _registered.get(name)
         owner = f"{old.__module__}.{old.__qualname__}" if old else BUILTIN.get(name)
-        ours = f"{cls.__module__}.{cls.__qualname__}" if old else cls.__module__
-        if owner is not None and owner != ours:
+        own = f"{cls.__module__}.{cls.__qualname__}" if old else cls.__module__
+        if owner is not None and owner != own:
             raise MllmEfficientError(f"method {name!r} is already registered by {owner}")
         cls.name = name  # type: ignore[attr-defined]
         _registered[name] = cls

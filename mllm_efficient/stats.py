@@ -164,14 +164,14 @@ class Estimate:
         return 100 * low * (most if low < 0 else fewest), 100 * high * (most if high > 0 else fewest)
 
 
-def estimate(value: float, drawn: np.ndarray, shares: np.ndarray, mine: np.ndarray, base: np.ndarray | None = None) -> Estimate:
+def estimate(value: float, drawn: np.ndarray, shares: np.ndarray, own: np.ndarray, base: np.ndarray | None = None) -> Estimate:
     """A score, or with ``base`` the difference of two.
 
     value, drawn: in points. shares: (clusters,) how much of the whole each cluster is, 1 in all; mine, base: (clusters,) how much
     of the whole each cluster contributes to either score, between 0 and its share.
     """
-    change = mine - (shares if base is None else base)
-    up, down = (int((part > 1e-12).sum()) for part in (mine if base is None else change, -change))
+    change = own - (shares if base is None else base)
+    up, down = (int((part > 1e-12).sum()) for part in (own if base is None else change, -change))
     gain, loss = float(change.clip(min=0).sum()), float(-change.clip(max=0).sum())
     whole = bool((np.minimum(np.abs(change), np.abs(np.abs(change) - shares)) < 1e-12).all())
     return Estimate(
@@ -272,14 +272,14 @@ class Scores:
 
     def of(self, arm: str, column: int, base: str | None = None) -> Estimate:
         """A method's score in a category (``Hits``' columns), or its difference to another method's."""
-        shares, mine = (part[:, column] for part in self.parts[arm])
+        shares, own = (part[:, column] for part in self.parts[arm])
         asked = shares > 0
         value, drawn = self.values[arm][column], self.drawn[arm][:, column]
         if base is None:
-            return estimate(float(value), drawn, shares[asked], mine[asked])
+            return estimate(float(value), drawn, shares[asked], own[asked])
         theirs = self.parts[base][1][:, column]
         return estimate(
-            float(value - self.values[base][column]), drawn - self.drawn[base][:, column], shares[asked], mine[asked], theirs[asked]
+            float(value - self.values[base][column]), drawn - self.drawn[base][:, column], shares[asked], own[asked], theirs[asked]
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Plane:
     tile: number of its first tile; frame: index of its frame, or None. row_tiles, column_tiles: for a map put together
     from tiles, what each row and each column add to ``tile``. box: (top, left, bottom, right) of what the plane covers,
     in fractions of the picture; a little outside [0, 1] where tokens look at padding. newline: whether the host puts a
-    newline column behind every row. placed: whether a token's row and column say which part of the box it covers.
+    newline column after every row. placed: whether a token's row and column say which part of the box it covers.
     """
 
     rows: int
@@ -54,7 +54,7 @@ def grids_of(planes: tuple[Plane, ...]) -> tuple[Grid, ...]:
 class VisualShape:
     """The tokens of one image or video, known before any pixel is looked at: its planes one after the other.
 
-    modality: "image" or "video". closing: separators behind the last plane. ``n`` counts tokens; ``length`` counts the
+    modality: "image" or "video". closing: separators after the last plane. ``n`` counts tokens; ``length`` counts the
     placeholders of the prompt, which are the tokens, the newline columns and the closing separators.
     """
 

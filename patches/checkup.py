@@ -228,7 +228,7 @@ class Patient:
         return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
 
     def _by_hand(self, method: Any, call: dict[str, Any]) -> Any:
-        """Logits (1, vocabulary) behind a prompt whose placeholders gave way to the tokens of the projector in the model."""
+        """Logits (1, vocabulary) after a prompt whose placeholders gave way to the tokens of the projector in the model."""
         import torch
 
         owner, name = self.adapter.projector_at

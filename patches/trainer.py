@@ -3,7 +3,7 @@
 Trainer divides the losses of a step by the labels it counts in the step's batches, over all accumulation steps and processes,
 before the model sees the first of them; and for label smoothing, ``compute_loss_func`` and ``compute_metrics`` it sets the
 model's logits beside the batch's labels. Neither can be put right from inside ``forward``. So four of Trainer's methods are
-wrapped, for all trainers derived from it: batches reach the count, and everything behind it, with the labels that
+wrapped, for all trainers derived from it: batches reach the count, and everything after it, with the labels that
 ``mask_labels`` leaves, the model gives logits of the prompt's length where Trainer reads them, and methods that read the
 question know where the answer begins even when Trainer keeps the labels to itself. For a model that is not
 wrapped by this package the methods do what they did; ``release`` takes the wrapping off again.
@@ -62,9 +62,9 @@ def release() -> None:
     trainer = getattr(sys.modules.get(_TRAINER), "Trainer", None)
     with hooking:
         for name in AROUND:
-            ours: Any = getattr(trainer, "__dict__", {}).get(name)
-            if hasattr(ours, "visual"):
-                setattr(trainer, name, ours.__wrapped__)
+            own: Any = getattr(trainer, "__dict__", {}).get(name)
+            if hasattr(own, "visual"):
+                setattr(trainer, name, own.__wrapped__)
 
 
 def _wrapped(stock: Any, around: Callable) -> Callable:

@@ -151,7 +151,7 @@ class ModelAsker(Asker):
         return found
 
     def _ended(self, new: Any, stops: Stops | None) -> list[Any]:
-        """Each row up to its end; what ``generate`` puts behind an answer while others go on is no part of it."""
+        """Each row up to its end; what ``generate`` puts after an answer while others go on is no part of it."""
         from ..agreement import cut
         from ..harness import endings
 

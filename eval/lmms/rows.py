@@ -35,7 +35,7 @@ Samples = dict[str, dict[str, Any]]
 
 
 def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each task, arm and metric that has a value, the metric that counts first; behind them one per arm for all tasks."""
+    """One row for each task, arm and metric that has a value, the metric that counts first; after them one per arm for all tasks."""
     by: dict[tuple[str, str], Samples] = {}
     for record in records:
         by.setdefault((record["method"], record["task"]), {})[record["id"]] = record
@@ -47,10 +47,10 @@ def rows_of(run: TaskRun, records: Sequence[dict[str, Any]]) -> list[dict[str, A
         tops = _tops(run, task, by)
         base, of_base = run.summary(run.arms[0], task.name), by.get((run.arms[0], task.name), {})
         for cell in run.cells:
-            mine, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
+            own, samples = run.summary(cell.spec, task.name), by.get((cell.spec, task.name), {})
             sure[cell.spec].append(_calibrated(samples, task.name, first, run.seed))
-            for metric in [first, *(m for m in task.metrics if m != first and m in mine["metrics"])]:
-                row = _row(cell, task, metric, mine, base, samples, tops.get(metric))
+            for metric in [first, *(m for m in task.metrics if m != first and m in own["metrics"])]:
+                row = _row(cell, task, metric, own, base, samples, tops.get(metric))
                 row["primary"] = metric == first
                 if metric == first:
                     row |= columns(sure[cell.spec][-1:])
@@ -85,10 +85,10 @@ def _tops(run: TaskRun, task: Task, by: dict[tuple[str, str], Samples]) -> dict[
 
 
 def _row(
-    cell: Cell, task: Task, metric: str, mine: dict[str, Any], base: dict[str, Any], samples: Samples, top: float | None
+    cell: Cell, task: Task, metric: str, own: dict[str, Any], base: dict[str, Any], samples: Samples, top: float | None
 ) -> dict[str, Any]:  # fmt: skip
     """A metric of an arm on a task, with nothing yet of what only the metric that counts has."""
-    value, other = mine["metrics"].get(metric), base["metrics"].get(metric)
+    value, other = own["metrics"].get(metric), base["metrics"].get(metric)
     higher, errors = task.higher.get(metric, True), counts_errors(task.name, metric)
     score, baseline = (_percent(task.name, metric, v, top) if higher or errors else None for v in (value, other))
     return _head(cell, task.name, metric) | {
@@ -96,7 +96,7 @@ def _row(
         "value": value, "score": rounded(score), "baseline": rounded(baseline),
         "difference": None if score is None or baseline is None else rounded(score - baseline),
         "retention": _retention(value, other) if higher else _retention(score, baseline),
-        "n": mine["n"], "failures": mine["failures"], "failed": mine["error"], "top": top,
+        "n": own["n"], "failures": own["failures"], "failed": own["error"], "top": top,
         "visual_tokens_full": _mean(samples, "visual_tokens_full"), "visual_tokens_kept": _mean(samples, "visual_tokens_kept"),
         "prompt_tokens": _mean(samples, "input_tokens"), "neither": _neither(samples),
     }  # fmt: skip
@@ -135,9 +135,9 @@ def _calibrated(samples: Samples, task: str, metric: str, seed: int) -> Calibrat
     return calibrated(found, seed, task)
 
 
-def _hard(cell: Cell, task: str, metric: str, mine: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
+def _hard(cell: Cell, task: str, metric: str, own: Samples, base: Samples, resized: Samples) -> dict[str, Any]:
     """``hard`` and ``broken`` beside ``resize`` at the same budget; nothing for arms without such a partner."""
-    scores, right, wrong = (_right(rows, task, metric) for rows in (mine, base, resized))
+    scores, right, wrong = (_right(rows, task, metric) for rows in (own, base, resized))
     if cell.method.name == Resize.name or not wrong or not scores:
         return {}
     known = {i for i in right if right[i] > RIGHT and i in wrong}
@@ -168,10 +168,10 @@ def estimates(run: TaskRun, arm: str, task: str, metric: str, top: float | None)
     values = [_percent(task, metric, run.summary(a, task)["metrics"][metric], top) for a in (arm, run.arms[0])]
     value, baseline = (float(v) for v in values if v is not None)
     of, also_of = asked / asked.sum(), also / also.sum()  # which differ where arms name other numbers of objects
-    mine, theirs = (np.array(p["right"]) / sum(p["asked"]) for p in parts)
+    own, theirs = (np.array(p["right"]) / sum(p["asked"]) for p in parts)
     if errors:
-        mine, theirs = of - mine, also_of - theirs
-    return estimate(value, drawn, of, mine), estimate(value - baseline, drawn - before, (of + also_of) / 2, mine, theirs)
+        own, theirs = of - own, also_of - theirs
+    return estimate(value, drawn, of, own), estimate(value - baseline, drawn - before, (of + also_of) / 2, own, theirs)
 
 
 def _higher(run: TaskRun, task: str) -> dict[str, bool]:

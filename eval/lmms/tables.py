@@ -113,13 +113,13 @@ def beside(rows: Sequence[dict[str, Any]], reference: dict[str, Any]) -> list[di
         if not r["primary"] or published is None:
             continue
         points = r["top"] or 1.0
-        ours = r["value"] if points > 100 or r["value"] is None else r["score"]
+        own = r["value"] if points > 100 or r["value"] is None else r["score"]
         out.append(
             {
                 "task": column, "method": r["method"], "tokens": r["visual_tokens_kept"],
                 "kept": rounded(100 * r["visual_tokens_kept"] / r["visual_tokens_full"]) if r["visual_tokens_full"] else None,
                 "published_kept": rounded(100 * int(name.split("@")[1]) / reference["full"]) if "@" in name else shares.get(name),
-                "ours": rounded(ours), "published": published, "difference": rounded(None if ours is None else ours - published),
+                "ours": rounded(own), "published": published, "difference": rounded(None if own is None else own - published),
             }
         )  # fmt: skip
     return out

@@ -96,8 +96,8 @@ def _of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if row.get("turns", 1) == 1 and row.get("primary", True):  # second turns and further metrics are no categories
             by_method.setdefault(row["method"], []).append(row)
     out = []
-    for method, mine in by_method.items():
-        by_task = cell_of(mine) if "unit" in mine[0] else {r["task"]: r for r in mine}
+    for method, own in by_method.items():
+        by_task = cell_of(own) if "unit" in own[0] else {r["task"]: r for r in own}
         total = by_task["overall"]
         asked = (
             f"tokens={total['tokens']}" if total["tokens"] is not None else f"keep={total['keep']:g}" if total["keep"] is not None else ""
@@ -119,12 +119,12 @@ def merge(runs: Sequence[Finished]) -> Finished:
             if here != there and not (name in SAME_IF_BOTH and None in (here, there)):
                 raise MllmEfficientError(f"{where}: {name} is {_short(here)} in the first and {_short(there)} in the second")
         for row in other.rows:
-            mine = rows.setdefault(row["method"], row)
-            if mine["score"] != row["score"] and None not in (mine["score"], row["score"]):
+            own = rows.setdefault(row["method"], row)
+            if own["score"] != row["score"] and None not in (own["score"], row["score"]):
                 raise MllmEfficientError(
-                    f"{where}: score of {row['method']} is {mine['score']} in the first and {row['score']} in the second"
+                    f"{where}: score of {row['method']} is {own['score']} in the first and {row['score']} in the second"
                 )
-            better = (mine["failed"] is not None, mine["ttft_ms"] is None, mine["flops_ratio"] is None)
+            better = (own["failed"] is not None, own["ttft_ms"] is None, own["flops_ratio"] is None)
             if (row["failed"] is not None, row["ttft_ms"] is None, row["flops_ratio"] is None) < better:
                 rows[row["method"]] = row
     pictures = next((r.pictures for r in runs if r.pictures.get("samples")), {})

@@ -116,14 +116,14 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
     }
     second["rows"] = [_cells(line, by_method.get(line[0]), chosen) for line in lines]
     for cells in second["rows"]:
-        mine = by_method.get(cells["cells"][0]["text"])
-        if mine is not None:
-            lost = {t: v["difference"] for t, v in mine["tasks"].items()} | {"macro": mine["difference"]}
+        own = by_method.get(cells["cells"][0]["text"])
+        if own is not None:
+            lost = {t: v["difference"] for t, v in own["tasks"].items()} | {"macro": own["difference"]}
             _shade(cells["cells"], header, lost)
             for cell, name in zip(cells["cells"], header):
-                if mine["role"] != "baseline" and mine["tasks"].get(name, {}).get("difference_interval"):
-                    low, high = mine["tasks"][name]["difference_interval"]
-                    cell["title"] = f"{mine['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
+                if own["role"] != "baseline" and own["tasks"].get(name, {}).get("difference_interval"):
+                    low, high = own["tasks"][name]["difference_interval"]
+                    cell["title"] = f"{own['tasks'][name]['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none"
     return [main, second]
 
 

@@ -95,16 +95,16 @@ def pareto(
     )
     ends = []
     for name, (colour, marker) in styles.items():
-        mine = [i for i, r in enumerate(shown) if r["role"] != "baseline" and series_of(r["method"]) == name]
-        mine.sort(key=lambda i: shown[i]["visual_tokens_kept"])
-        if not mine:
+        own = [i for i, r in enumerate(shown) if r["role"] != "baseline" and series_of(r["method"]) == name]
+        own.sort(key=lambda i: shown[i]["visual_tokens_kept"])
+        if not own:
             continue
-        xs, ys = [places[i][0] for i in mine], [places[i][1] for i in mine]
-        low = [places[i][1] - base - _lowest(shown[i], max_drop is not None) for i in mine]
-        high = [shown[i]["difference_interval"][1] - places[i][1] + base for i in mine]
+        xs, ys = [places[i][0] for i in own], [places[i][1] for i in own]
+        low = [places[i][1] - base - _lowest(shown[i], max_drop is not None) for i in own]
+        high = [shown[i]["difference_interval"][1] - places[i][1] + base for i in own]
         sides = None
         if cost is ttft:
-            ratio = [shown[i]["ttft_ratio"] for i in mine]
+            ratio = [shown[i]["ttft_ratio"] for i in own]
             sides = [[max(0.0, v - 100 * r["low"]) for v, r in zip(xs, ratio)], [max(0.0, 100 * r["high"] - v) for v, r in zip(xs, ratio)]]
         axes.errorbar(
             xs, ys, yerr=[[max(0.0, v) for v in low], [max(0.0, v) for v in high]], xerr=sides, color=colour, marker=marker, ms=6,

@@ -103,8 +103,8 @@ def _at_floor(base: dict[str, Any], max_drop: float) -> str | None:
 
 def _warnings(base: dict[str, Any], max_drop: float, cells: int) -> list[str]:
     """What the number of requests or images does not allow to be said."""
-    mine, out = decisive(base), list[str]()
-    n, name = mine.get("clusters") or mine["n"], "requests" if "agreement" in base else "images"
+    own, out = decisive(base), list[str]()
+    n, name = own.get("clusters") or own["n"], "requests" if "agreement" in base else "images"
     if "agreement" in base and n < FEW:
         out.append(f"measured on only {n} requests")
     least = needed(max_drop / 100, TAIL / max(cells, 1))
@@ -141,13 +141,13 @@ def rule(row: dict[str, Any], max_drop: float) -> str:
 
 def _change(row: dict[str, Any], lows: Mapping[str, float], cells: int) -> str:
     """What is seen and what is sure of a cell."""
-    mine, sure = decisive(row), lows[row["method"]]
+    own, sure = decisive(row), lows[row["method"]]
     among = f" with {cells} cells to pick from" if cells > 1 else ""
     if decided_by(row) == WORDS:
-        low, high = mine["score_interval"]
-        return f"{mine['score']:.1f}% [{low:.1f}, {high:.1f}] answered in its words, surely {max(100 + sure, 0):.1f}%{among}"
-    low, high = mine["difference_interval"]
-    return f"{mine['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none, surely no less than {sure:+.1f}{among}"
+        low, high = own["score_interval"]
+        return f"{own['score']:.1f}% [{low:.1f}, {high:.1f}] answered in its words, surely {max(100 + sure, 0):.1f}%{among}"
+    low, high = own["difference_interval"]
+    return f"{own['difference']:+.1f} points [{low:+.1f}, {high:+.1f}] against none, surely no less than {sure:+.1f}{among}"
 
 
 def points(value: float) -> str:

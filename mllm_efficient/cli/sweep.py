@@ -250,10 +250,10 @@ def _row(cell: Cell, by_task: Any, records: Sequence[dict[str, Any]], flops: Any
 
     failed, cost, drop = cell.failed, None, None
     if failed is None:
-        mine = [r for r in records if r["method"] == cell.spec]
-        errors = [r["error"] for r in mine if r["error"] is not None]
-        failed = f"{len(errors)} of {len(mine)} answers failed: {errors[0]}" if errors else None
-        if all(r["error"] is not None for r in mine if r["task"] != TEXT_ONLY):
+        own = [r for r in records if r["method"] == cell.spec]
+        errors = [r["error"] for r in own if r["error"] is not None]
+        failed = f"{len(errors)} of {len(own)} answers failed: {errors[0]}" if errors else None
+        if all(r["error"] is not None for r in own if r["task"] != TEXT_ONLY):
             by_task = None
         if failed is None and not by_task:
             failed = "no score over all tasks: one of them has none"

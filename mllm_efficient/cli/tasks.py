@@ -220,11 +220,11 @@ def on_servers(
     from ..eval.record.samples import SAMPLES_FILE
     from ..loading.models import ModelOptions
 
-    ours = replace(settings, seed=ModelOptions.seed) != ModelOptions()
+    own = replace(settings, seed=ModelOptions.seed) != ModelOptions()
     if output_dir is not None and (output_dir / SAMPLES_FILE).exists():
         raise MllmEfficientError(f"{output_dir} holds answers, and a server may have changed since they were given: use another folder")
     for name, given, why in (
-        ("--model and how it is loaded", ours, "the server has loaded its own"),
+        ("--model and how it is loaded", own, "the server has loaded its own"),
         ("--method", bool(specs), "the server decides what it compresses: start one for each method and give --server NAME=URL for each"),
         ("--cache", asked.cache is not None, "a server does not say what it compresses, so its answers cannot be told apart later"),
         ("--image-padding", asked.image_padding is not None, "the server processes the images"),

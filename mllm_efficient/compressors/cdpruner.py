@@ -33,7 +33,7 @@ class CDPruner(Selector):
     relevance: "llm" is the cosine of a projected token with the mean embedding of the row's text tokens. "clip", what the
     paper's LLaVA runs use, is the negated cosine of a patch with the text in CLIP's space, the mean over pieces of 77 tokens: the
     patch through the tower's last norm and CLIP's projection, the text through its text tower. (Negated as in the released
-    code: behind the layer before the last, patches far from what is asked have the larger cosines.) clip: a folder or hub
+    code: after the layer before the last, patches far from what is asked have the larger cosines.) clip: a folder or hub
     id of the CLIP model that the tower is from, with its text tower and tokenizer. All text of the row up to the answer is
     the question, whatever a chat template adds; no other row and no padding enters.
 

@@ -29,7 +29,7 @@ class Pooling(Merger):
     op: "avg", "max", "gem" (Radenovic et al., arXiv 1711.02512) or "ggem" (Ko et al., arXiv 2212.04114): the p-th root of
     the mean of x^p, in GGeM with a power of its own for each of several equal groups of neighbouring channels. A power of
     1 is the mean, a growing one tends to the maximum. Powers are of positive numbers, so gem and ggem raise every feature
-    to at least 1e-6 first, as published for features behind a ReLU; projected tokens are negative in about half of their
+    to at least 1e-6 first, as published for features after a ReLU; projected tokens are negative in about half of their
     channels, all of which become 1e-6 where a whole cell is negative. Computed by logarithms in float32, or in float64
     for float64 input, so that no power overflows.
     p: the power of gem, 3 if left out; for ggem the powers of the groups, "1/3/5", as many as there are groups. The papers learn

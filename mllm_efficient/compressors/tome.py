@@ -1,4 +1,4 @@
-"""ToMe: the most similar tokens merged pair by pair, by bipartite soft matching, in the tower or behind the projector."""
+"""ToMe: the most similar tokens merged pair by pair, by bipartite soft matching, in the tower or after the projector."""
 
 from __future__ import annotations
 

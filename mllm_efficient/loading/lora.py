@@ -46,7 +46,7 @@ def resolved(model: str, adapter: str | None) -> tuple[str, str | None]:
 
 
 def without_base(folder: str, weights: bool = True) -> str:
-    """What to do where the base model of an adapter's folder is not here, to go behind an error's message; empty for other models.
+    """What to do where the base model of an adapter's folder is not here, to go after an error's message; empty for other models.
 
     weights: whether the command takes ``--adapter``.
     """

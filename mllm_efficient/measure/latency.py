@@ -25,7 +25,7 @@ from .workload import Inputs
 PHASES = {
     "preprocess_ms": "pictures in memory to model inputs on the device, by the model's processor",
     "vision_ms": "vision tower and projector",
-    "compress_ms": "the method, and the removal of the surplus placeholders",
+    "compress_ms": "the method, and the removal of placeholders",
     "method_ms": "the method's own part of compress_ms; of an in-decoder method its part of prefill_ms; on CUDA the device's time, "
     "elsewhere the host's, which on other accelerators need not wait for the work",
     "prefill_ms": "the language model over the prompt, features given; in-decoder methods run here",

@@ -109,8 +109,8 @@ def selection_rows(
         arms, ready = [Series(name) for name in steps], distances(x)
 
         def turn(arm: Series, x: Tensor = x, ready: Tensor = ready, k: int = k) -> dict[str, float]:
-            mine = ready.clone()
-            return {"ms": clock.run(lambda: steps[arm.name](x, mine, k))[0]}
+            own = ready.clone()
+            return {"ms": clock.run(lambda: steps[arm.name](x, own, k))[0]}
 
         with quick_gc():
             interleave(arms, turn, warmup=warmup, repeats=repeats, done=done)

@@ -104,17 +104,17 @@ def _run(arm: Served, load: Load, concurrency: int, seed: int, ask: Callable[...
     if said["total_output_tokens"] != requests * load.output_tokens:
         raise CountMismatchError(f"{said['total_output_tokens']} tokens were generated where {requests * load.output_tokens} were asked")
     arm.totals.append(int(said["total_input_tokens"]))
-    return {ours: float(said[theirs]) for ours, theirs in QUANTITIES.items()}
+    return {own: float(said[theirs]) for own, theirs in QUANTITIES.items()}
 
 
 def _check_totals(arm: Served, base: Served, load: Load, concurrency: int) -> None:
     """Marks an arm failed whose prompts do not have the tokens that its method leaves."""
     if arm.length is None or base.length is None or base.failed is not None:
         return
-    for ours, full in zip(arm.totals, base.totals):
+    for own, full in zip(arm.totals, base.totals):
         expected = full - load.of(concurrency) * (base.length - arm.length)
-        if ours != expected:
-            arm.failed = f"the server's prompts have {ours} tokens where {expected} are left of {full}"
+        if own != expected:
+            arm.failed = f"the server's prompts have {own} tokens where {expected} are left of {full}"
             return
 
 
@@ -138,9 +138,9 @@ def uncompressed(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     base = next((r["method"] for r in rows if r["arm"] == BASELINE), None)
     for r in rows:
-        ours, full = r["prompt_tokens"], totals.get((base, r["concurrency"]))
+        own, full = r["prompt_tokens"], totals.get((base, r["concurrency"]))
         unknown = r["arm"] != BASELINE and r["visual_tokens_kept"] is None
-        if unknown and ours and full and ours["median"] >= full["median"] and r["method"] not in found:
+        if unknown and own and full and own["median"] >= full["median"] and r["method"] not in found:
             found.append(r["method"])
     return found
 

@@ -30,7 +30,7 @@ class Clock:
         """Returns when the device has nothing left to do."""
 
     def stamp(self) -> Any:
-        """A mark behind the work handed to the device so far."""
+        """A mark after the work handed to the device so far."""
         return self._now()
 
     def between(self, begin: Any, end: Any) -> float:
@@ -134,7 +134,7 @@ def interleave(
     """One turn of each arm after the other, again and again; the first ``warmup`` rounds are thrown away.
 
     A round's order is drawn, and the next round takes it backwards: what becomes slower from turn to turn (a machine that warms up)
-    is as often before another as behind it. An arm that raises is marked failed and left out from then on; the others go on. Garbage
+    is as often before another as after it. An arm that raises is marked failed and left out from then on; the others go on. Garbage
     is collected between turns and never within one.
     """
     for round_, order in enumerate(orders(len(arms), warmup + repeats, seed)):

@@ -200,7 +200,7 @@ def _turns(said: list[tuple[str, str]], answers: list[str]) -> list[tuple[str, s
         if role != wanted:
             raise MllmEfficientError(
                 f"message {number} is of the {role}: user (human) and assistant (gpt) must take turns, the user first"
-                + (", behind a system prompt" if role == "system" else "")
+                + (", after a system prompt" if role == "system" else "")
             )
     if not spoken:
         raise MllmEfficientError("the conversation has no question")

@@ -59,7 +59,7 @@ class Record:
 
 
 def messages(system: str | None, turns: Sequence[tuple[str, str | None]], ending: str = "") -> list[dict[str, Any]]:
-    """Turns as chat templates take them, every content a list of parts. ending: is put behind every question."""
+    """Turns as chat templates take them, every content a list of parts. ending: is put after every question."""
     out = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
     for question, answer in turns:
         out.append({"role": "user", "content": parts_at(question.rstrip() + ending if ending else question, {MARKER: "image"})})

@@ -43,7 +43,7 @@ class Row:
 
 
 class Chat:
-    """A processor's template and tokenizer. ending: a token that is put behind every question, which a router reads."""
+    """A processor's template and tokenizer. ending: a token that is put after every question, which a router reads."""
 
     def __init__(self, processor: Any, ending: int | None = None):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -60,10 +60,10 @@ class Chat:
         self.special = sorted((str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
 
     def _word(self, token: int) -> str:
-        """A token as text behind a question."""
+        """A token as text after a question."""
         word: str = self.tokenizer.decode([token]).strip()
         if not 0 <= token < len(self.tokenizer) or self.tokenizer(f"a {word}", add_special_tokens=False)["input_ids"][-1] != token:
-            raise MllmEfficientError(f"router_token={token} is no token that can be written behind a question: add a special one")
+            raise MllmEfficientError(f"router_token={token} is no token that can be written after a question: add a special one")
         return f" {word}"
 
     def render(self, record: Record) -> Rendered:
@@ -146,7 +146,7 @@ def single_turns(record: Record) -> list[Record]:
 
 
 def joined(rows: Sequence[Row], name: str) -> Row:
-    """The first turn's row, and behind it the others without what they share with it."""
+    """The first turn's row, and after it the others without what they share with it."""
     shared = int((rows[0].turns == 0).sum())
     for row in rows[1:]:
         if not np.array_equal(row.ids[:shared], rows[0].ids[:shared]) or (row.turns == 0).sum() != shared:

@@ -45,7 +45,7 @@ class Collator:
     alone, without the beginning that it shares with the others. ``turns`` (batch, L) tells which is which: 0 for the
     shared beginning, then the number of the turn, -1 on padding. All images must stand at the beginning.
 
-    ending: a token that is put behind every question. image_range: of pictures with more than 8 bits (see ``images``).
+    ending: a token that is put after every question. image_range: of pictures with more than 8 bits (see ``images``).
     """
 
     def __init__(

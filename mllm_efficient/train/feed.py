@@ -41,7 +41,7 @@ class Skipping:
         return self.collate([self.records[i] for i in chosen]) | {SKIPPED: torch.tensor([skipped])}
 
     def _usable(self, start: int) -> int:
-        """The first record from ``start`` on that can be encoded; behind the last comes the first."""
+        """The first record from ``start`` on that can be encoded; after the last comes the first."""
         for step in range(min(IN_A_ROW, len(self.records))):
             index = (start + step) % len(self.records)
             if index in self.bad:

@@ -89,19 +89,19 @@ def _settle(recipe: Recipe, loaded: Loaded, model: TrainingModel, records: Any, 
 
 def _own(folder: Path, recipe: Recipe) -> None:
     """Remembers the recipe in the folder, so that no other one goes on in it."""
-    mine, path = lasting(recipe), folder / RECIPE
+    own, path = lasting(recipe), folder / RECIPE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(mine, indent=1) + "\n")
+            partial.write_text(json.dumps(own, indent=1) + "\n")
             partial.replace(path)
         there = json.loads(path.read_text())
     except OSError as error:
         raise MllmEfficientError(f"cannot write to {folder}: {error.strerror}") from None
     except ValueError:
         raise MllmEfficientError(f"{path} is not the recipe of a training: use another output_dir") from None
-    odd = [k for k in mine if there.get(k) != mine[k]]
+    odd = [k for k in own if there.get(k) != own[k]]
     if odd:
         raise MllmEfficientError(f"{folder} holds a training with another {', '.join(odd)}: use another output_dir")
 

@@ -27,7 +27,7 @@ from .base_model import base_of
 from .files import CONFIG, SERVED
 from .folder import move, parts_of, save
 
-TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's CLIP and SigLIP have the second behind the first
+TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's CLIP and SigLIP have the second after the first
 
 
 def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[int] = ()) -> None:

@@ -32,6 +32,6 @@ def register() -> None:
     if numbers > TESTED:
         newest = ".".join(map(str, TESTED))
         init_logger("vllm.mllm_efficient").warning("vLLM %s is newer than %s, the newest that mllm-efficient knows", __version__, newest)
-    for name, ours in SERVED.items():
+    for name, own in SERVED.items():
         for registered in (name, PREFIX + name):
-            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{ours}")
+            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{own}")

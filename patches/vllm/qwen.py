@@ -1,7 +1,7 @@
 """Qwen2.5-VL and Qwen3-VL in vLLM with fewer rows for each image: the rows that stay keep the M-RoPE positions they had.
 
 Which rows stay is known after the tower has run, and positions are made before. vLLM has a way for its own pruning of videos: rows carry
-columns behind their features, and the model is asked for the positions again (``recompute_mrope_positions``). It is on where
+columns after their features, and the model is asked for the positions again (``recompute_mrope_positions``). It is on where
 ``video_pruning_rate`` is above 0; a rate that removes nothing is set here.
 """
 
@@ -26,7 +26,7 @@ except ImportError as error:
     raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
 
 NOTHING = 1e-17  # of videos is removed: 1 - 1e-17 is 1
-COLUMNS = 4  # behind the features of a row: its row and its column, each as quotient and remainder
+COLUMNS = 4  # after the features of a row: its row and its column, each as quotient and remainder
 BASE = 128  # of these: whole numbers up to 256 are exact in bfloat16
 
 

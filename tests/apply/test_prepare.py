@@ -74,12 +74,12 @@ def test_keeping_everything_through_the_whole_repacking_is_bit_equal(tiny_llava,
     prepared = me.prepare(tiny_llava, Everything(keep=1.0, positions=positions), **batch)
     assert prepared.layout.removed == 0
     assert torch.equal(prepared.model_kwargs["input_ids"], batch.input_ids)
-    ours, stock = tiny_llava(**prepared.model_kwargs).logits, tiny_llava(**batch).logits
+    own, stock = tiny_llava(**prepared.model_kwargs).logits, tiny_llava(**batch).logits
     if positions is None:
-        assert torch.equal(ours, stock)
+        assert torch.equal(own, stock)
     else:  # rows are shifted to begin at position 0, where stock counts their padding: RoPE rounds differently
         real = batch.attention_mask.bool()
-        torch.testing.assert_close(ours[real], stock[real], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own[real], stock[real], atol=1e-5, rtol=1e-5)
 
 
 def test_a_text_only_batch_is_untouched_and_reports_no_images(tiny_llava, make_batch):

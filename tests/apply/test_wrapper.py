@@ -395,10 +395,10 @@ def test_seeded_sampling_equals_the_explicit_path(wrapped, plain, make_batch, re
     batch = make_batch(*MIXED)
     how = dict(do_sample=True, temperature=1.5, top_k=0, num_return_sequences=returned, **NEW)
     torch.manual_seed(5)
-    ours = wrapped.generate(**batch, **how)
+    own = wrapped.generate(**batch, **how)
     torch.manual_seed(5)
-    assert torch.equal(ours, explicit(plain, "divprune:tokens=9", batch, **how))
-    assert returned == 1 or not torch.equal(ours[0], ours[1])
+    assert torch.equal(own, explicit(plain, "divprune:tokens=9", batch, **how))
+    assert returned == 1 or not torch.equal(own[0], own[1])
 
 
 def test_random_method_and_sampling_do_not_disturb_the_global_seed(tiny_llava, plain, make_batch):

@@ -369,9 +369,9 @@ def test_autocast_reaches_the_tower_as_it_does_in_stock(tiny_llava, plain, make_
     batch = make_batch(*MIXED)
     me.wrap(tiny_llava, "divprune:tokens=9")
     with torch.autocast("cpu", torch.bfloat16):
-        ours = tiny_llava(**batch).logits
-        assert torch.equal(ours, plain(**me.prepare(plain, "divprune:tokens=9", **batch).model_kwargs).logits)
-    assert not torch.equal(ours, tiny_llava(**batch).logits)
+        own = tiny_llava(**batch).logits
+        assert torch.equal(own, plain(**me.prepare(plain, "divprune:tokens=9", **batch).model_kwargs).logits)
+    assert not torch.equal(own, tiny_llava(**batch).logits)
 
 
 def test_eight_threads_with_mixed_budgets_equal_the_sequential_run(wrapped, make_batch, registered):

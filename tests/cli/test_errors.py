@@ -100,11 +100,11 @@ def test_json_that_no_loader_survives_is_one_line(capsys, tmp_path, text):
 
 @pytest.mark.parametrize("sizes", [{"hidden": 10**12}, {"layers": "x"}, {"odd": 1}, {"pooling": [1]}])
 def test_sizes_in_a_trained_folder_are_checked_before_they_take_memory(capsys, tmp_path, sizes):
-    ours = builtin_folder().parent / "trained" / "tokenflex"
-    config = json.loads((ours / "config.json").read_text())
+    own = builtin_folder().parent / "trained" / "tokenflex"
+    config = json.loads((own / "config.json").read_text())
     config["sizes"] |= sizes
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(load_file(ours / "compressor.safetensors"), tmp_path / "compressor.safetensors")
+    save_file(load_file(own / "compressor.safetensors"), tmp_path / "compressor.safetensors")
     assert main(["eval", "--method", f"tokenflex:tokens=36,weights={tmp_path}", "--limit", "1"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 

@@ -110,9 +110,9 @@ def test_bench_runs_them_beside_a_free_choice_of_the_layer_average(loaded):
     average = {s: round(sum(me.build(s).per_layer(144, 4)) / 4) for s in SPECS}
     for spec in SPECS:
         assert kept[me.build(spec).spec()] == average[spec] and kept[f"random:tokens={average[spec]}"] == average[spec]
-    ours = next(r for r in rows if r["method"] == me.build(SPECS[0]).spec())
+    own = next(r for r in rows if r["method"] == me.build(SPECS[0]).spec())
     none = rows[0]
-    assert ours["flops_ratio"] < 1 and ours["kv_cache_mb"] < none["kv_cache_mb"] and ours["prefill_ms"]["n"] == 1
+    assert own["flops_ratio"] < 1 and own["kv_cache_mb"] < none["kv_cache_mb"] and own["prefill_ms"]["n"] == 1
     assert hooks(loaded) == 0
 
 

@@ -311,8 +311,8 @@ def test_commands_take_it(clip, tmp_path, capsys):
     spec = f"cdpruner:tokens=36,relevance=clip,clip={folder}"
     assert main(["eval", "--limit", "7", "--method", spec, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    mine = next(r for r in rows if r["method"] == spec and r["task"] == "overall")
-    assert mine["visual_tokens_kept"] == 36 and mine["failures"] == 0
+    own = next(r for r in rows if r["method"] == spec and r["task"] == "overall")
+    assert own["visual_tokens_kept"] == 36 and own["failures"] == 0
     assert main(["flops", "--model", "builtin", "--method", spec, "--method", "cdpruner:tokens=36", "--json"]) == 0
     none, by_clip, by_llm = json.loads(capsys.readouterr().out)["rows"]
     assert by_clip["compress_tflops"] > by_llm["compress_tflops"] > none["compress_tflops"]

@@ -569,5 +569,5 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_batch):
         model(**batch, labels=batch["input_ids"]).loss.backward()
         grads.append([p.grad.clone() for p in router_of(model).parameters() if p.grad is not None])
     assert any(g.any() for g in grads[0])
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for own_name, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(own_name, theirs)

@@ -73,9 +73,9 @@ def test_hard_and_broken_are_counted_beside_the_smaller_picture(loaded):
     found = {r["method"]: r for r in rows_of(records, [me.build(s) for s in specs], CATEGORIES) if r["task"] == "overall"}
     right = {s: {r["id"] for r in records if r["method"] == s and r["correct"]} for s in specs}
     hard, both = right["none"] - right["resize:keep=0.0625"], right["none"] & right["resize:keep=0.0625"]
-    mine = found["random:keep=0.0625"]
-    assert mine["hard_n"] == len(hard) > 5 and mine["hard"] == round(100 * len(hard & right["random:keep=0.0625"]) / len(hard), 2)
-    assert mine["broken_n"] == len(both) > 5 and mine["broken"] == round(100 * len(both - right["random:keep=0.0625"]) / len(both), 2)
+    own = found["random:keep=0.0625"]
+    assert own["hard_n"] == len(hard) > 5 and own["hard"] == round(100 * len(hard & right["random:keep=0.0625"]) / len(hard), 2)
+    assert own["broken_n"] == len(both) > 5 and own["broken"] == round(100 * len(both - right["random:keep=0.0625"]) / len(both), 2)
     assert found["none"]["hard_n"] is None and found["resize:keep=0.0625"]["broken"] is None
 
 

@@ -174,8 +174,8 @@ def test_keeping_everything_agrees_in_everything_to_the_bit(loaded, data):
 
 def test_batches_do_not_change_an_answer(loaded, data):
     one, many = (run(loaded, data, "random:keep=0.125", batch_size=n).answer_all() for n in (1, 12))
-    ours = {"kl": None, "fingerprint": None}  # of the configuration, which the batch size is part of
-    assert [r | ours for r in one] == [r | ours for r in many]
+    own_name = {"kl": None, "fingerprint": None}  # of the configuration, which the batch size is part of
+    assert [r | own_name for r in one] == [r | own_name for r in many]
     assert [r["kl"] for r in one] == pytest.approx([r["kl"] for r in many], rel=1e-3, abs=1e-6)
 
 
@@ -204,18 +204,18 @@ def test_rows_begin_with_the_baseline_and_equal_a_slow_count(loaded, data):
         ("text-only", "exact_match", "percent"), ("text-only accuracy", "accuracy", "percent"),
     ]  # fmt: skip
     for spec in ("none", *specs):
-        mine = [r for r in records if r["method"] == spec and r["task"] == "agreement"]
+        own = [r for r in records if r["method"] == spec and r["task"] == "agreement"]
         found = {(r["task"], r["metric"]): r for r in rows if r["method"] == spec}
         exact, kl, right = found["agreement", "exact_match"], found["agreement", "kl"], found["accuracy", "accuracy"]
-        assert exact["score"] == round(100 * sum(r["exact_match"] for r in mine) / 11, 2) and exact["n"] == 11
-        assert kl["score"] == pytest.approx(sum(r["kl"] for r in mine) / 11, abs=1e-6) and kl["n"] == 11
-        assert right["n"] == 5 and right["score"] == 100 * sum(bool(r["correct"]) for r in mine) / 5
-        parts = [r["first_divergence"] for r in mine if r["first_divergence"] is not None]
+        assert exact["score"] == round(100 * sum(r["exact_match"] for r in own) / 11, 2) and exact["n"] == 11
+        assert kl["score"] == pytest.approx(sum(r["kl"] for r in own) / 11, abs=1e-6) and kl["n"] == 11
+        assert right["n"] == 5 and right["score"] == 100 * sum(bool(r["correct"]) for r in own) / 5
+        parts = [r["first_divergence"] for r in own if r["first_divergence"] is not None]
         divergent = found["agreement", "first_divergence"]
         assert divergent["n"] == len(parts) and divergent["score"] == (round(sum(parts) / len(parts), 2) if parts else None)
         assert found["overall", "exact_match"]["kl"] == kl["score"] and found["overall", "exact_match"]["accuracy"] == right["score"]
         assert exact["difference"] == pytest.approx(exact["score"] - 100) and found["text-only", "exact_match"]["n"] == 1
-    bags = [sum(mine[i]["kl"] for i in drawn) / 11 for block in stats.picks(11) for drawn in block]
+    bags = [sum(own[i]["kl"] for i in drawn) / 11 for block in stats.picks(11) for drawn in block]
     tail = 100 * stats.widened(0.025, 11)
     assert kl["score_interval"] == pytest.approx(list(np.percentile(bags, [tail, 100 - tail])), abs=2e-6)
     last = rows[17]
@@ -234,14 +234,14 @@ def test_agreement_by_the_length_of_the_uncompressed_answer_equals_a_slow_count(
     """Bins by powers of two of the baseline's tokens, not of the method's; one that failed agrees with nothing."""
     lengths = [1, 2, 3, 4, 4, 5, 8, 9, 16, 33]
     base = [answered("none", str(i), n, True) for i, n in enumerate(lengths)]
-    mine = [answered("m", str(i), 7, i % 3 > 0, exact=i % 2 > 0) for i in range(len(lengths) - 1)]
-    mine.append({**answered("m", "9", 0, True, error="it broke"), "normalised_match": None})
-    records = [*base, *mine, {**answered("m", "text", 4, False), "task": "text-only"}]
+    own = [answered("m", str(i), 7, i % 3 > 0, exact=i % 2 > 0) for i in range(len(lengths) - 1)]
+    own.append({**answered("m", "9", 0, True, error="it broke"), "normalised_match": None})
+    records = [*base, *own, {**answered("m", "text", 4, False), "task": "text-only"}]
     found = by_length(records, "m", "none")
     assert list(found) == ["1", "2", "3-4", "5-8", "9-16", "33-64"]
     for cell in found.values():
         low, high = cell["tokens"]
-        inside = [r for r, n in zip(mine, lengths) if low <= n <= high]
+        inside = [r for r, n in zip(own, lengths) if low <= n <= high]
         assert cell["n"] == len(inside)
         for metric in ("exact_match", "normalised_match"):
             right = sum(bool(r[metric]) and r["error"] is None for r in inside)
@@ -259,9 +259,9 @@ def test_the_worst_are_by_kl_with_both_answers(loaded, data):
     records = run(loaded, data, "random:keep=0.0625", "divprune:keep=0.0625").answer_all()
     far = worst(records, 4)
     for spec in ("random:keep=0.0625", "divprune:keep=0.0625"):
-        mine = [r for r in far if r["method"] == spec]
-        assert [r["kl"] for r in mine[:4]] == sorted((r["kl"] for r in records if r["method"] == spec), reverse=True)[:4]
-        assert all(r["baseline_answer"] and r["question"] and r["images"][0].endswith(".png") and "/" not in r["images"][0] for r in mine)
+        own = [r for r in far if r["method"] == spec]
+        assert [r["kl"] for r in own[:4]] == sorted((r["kl"] for r in records if r["method"] == spec), reverse=True)[:4]
+        assert all(r["baseline_answer"] and r["question"] and r["images"][0].endswith(".png") and "/" not in r["images"][0] for r in own)
     kl = {r["id"]: r["kl"] for r in sorted(records, key=lambda r: r["kl"])}  # of each request the farthest
     for name in sorted(kl, key=lambda name: -kl[name])[:4]:
         assert [r["method"] for r in far if r["id"] == name] == ["random:keep=0.0625", "divprune:keep=0.0625"]

@@ -305,9 +305,9 @@ def test_pope_reads_the_first_word(ask):
 
 
 def test_gqa_without_copies_of_images_asks_the_same(once, ask):
-    stock, ours = once("gqa", right_answer), once("me_gqa", right_answer)
-    assert [c.messages for c in ours.asked] == [c.messages for c in stock.asked]
-    pixels = [[(p.size, p.tobytes()) for c in outcome.asked for p in c.pictures] for outcome in (ours, stock)]
+    stock, own = once("gqa", right_answer), once("me_gqa", right_answer)
+    assert [c.messages for c in own.asked] == [c.messages for c in stock.asked]
+    pixels = [[(p.size, p.tobytes()) for c in outcome.asked for p in c.pictures] for outcome in (own, stock)]
     assert pixels[0] == pixels[1] and len(set(pixels[0])) == 3
 
     def half(task, doc):
@@ -317,8 +317,8 @@ def test_gqa_without_copies_of_images_asks_the_same(once, ask):
 
 
 def test_ocr_tokens_are_in_our_prompt_only(once):
-    stock, ours = once("textvqa_val", right_answer), once("me_textvqa_ocr", right_answer)
-    assert all("Reference OCR token: " in str(c.messages) and "STOP" in str(c.messages) for c in ours.asked)
+    stock, own = once("textvqa_val", right_answer), once("me_textvqa_ocr", right_answer)
+    assert all("Reference OCR token: " in str(c.messages) and "STOP" in str(c.messages) for c in own.asked)
     assert not any("Reference OCR token" in str(c.messages) for c in stock.asked)
 
 
@@ -333,8 +333,8 @@ def test_mme_scores_as_the_stock_task(seed, ask):
     def coin(task, doc):
         return random.Random(f"{seed} {doc['question']}").choice(["Yes", "No"])
 
-    ours, stock = ask("me_mme", coin), ask("mme", coin)
-    assert metrics(ours, "perception", "cognition") == metrics(stock, "mme_perception_score", "mme_cognition_score")
+    own, stock = ask("me_mme", coin), ask("mme", coin)
+    assert metrics(own, "perception", "cognition") == metrics(stock, "mme_perception_score", "mme_cognition_score")
 
 
 def test_mme_leaves_out_a_question_without_its_partner(ask):

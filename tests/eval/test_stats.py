@@ -60,11 +60,11 @@ def test_how_many_agreeing_requests_prove_a_bound():
 
 def same(n: int, wrong: int = 0, base_wrong: int | None = None) -> stats.Estimate:
     """n requests of which the last are wrong; with ``base_wrong`` its difference to another of which so many are."""
-    mine = np.array([1.0] * (n - wrong) + [0.0] * wrong) / n
+    of_arm = np.array([1.0] * (n - wrong) + [0.0] * wrong) / n
     base = None if base_wrong is None else np.array([1.0] * (n - base_wrong) + [0.0] * base_wrong) / n
     weights = stats.draws(n)
-    drawn = 100 * weights @ (mine if base is None else mine - base)
-    return stats.estimate(100 * (mine.sum() if base is None else (mine - base).sum()), drawn, np.full(n, 1 / n), mine, base)
+    drawn = 100 * weights @ (of_arm if base is None else of_arm - base)
+    return stats.estimate(100 * (of_arm.sum() if base is None else (of_arm - base).sum()), drawn, np.full(n, 1 / n), of_arm, base)
 
 
 def test_equal_outcomes_have_exact_bounds_instead_of_no_width():
@@ -89,8 +89,8 @@ def test_a_bound_for_many_cells_is_the_exact_one_at_an_equal_share_where_nothing
 
 def test_one_cell_has_the_bound_of_its_interval_and_twins_cost_nothing():
     right = np.random.default_rng(0).random((2, 500)) < 0.8
-    mine, base = right / 500
-    one = stats.estimate(100 * (mine - base).sum(), 100 * stats.draws(500) @ (mine - base), np.full(500, 1 / 500), mine, base)
+    of_arm, base = right / 500
+    one = stats.estimate(100 * (of_arm - base).sum(), 100 * stats.draws(500) @ (of_arm - base), np.full(500, 1 / 500), of_arm, base)
     assert not one.exactly
     assert stats.lower_bounds([one])[0] == pytest.approx(one.interval()[0], abs=0.05)
     assert stats.lower_bounds([one] * 20) == pytest.approx(stats.lower_bounds([one]) * 20)

@@ -177,9 +177,9 @@ def test_every_cell_has_everything(finished):
 def test_accuracy_is_what_eval_says(finished, tmp_path, capsys):
     assert main(["eval", "--method", "divprune:keep=0.25", "--device", "cpu", "--split", "val", "--limit", "14", "--json"]) == 0
     theirs = [r for r in json.loads(capsys.readouterr().out)["rows"] if r["method"] == "divprune:keep=0.25"]
-    mine = json.loads((finished / "report.json").read_text())["rows"][1]
-    assert {r["task"]: r["score"] for r in theirs if r["task"] != "overall"} == {t: v["score"] for t, v in mine["tasks"].items()}
-    assert (theirs[-1]["score"], theirs[-1]["difference_interval"]) == (mine["score"], mine["difference_interval"])
+    own = json.loads((finished / "report.json").read_text())["rows"][1]
+    assert {r["task"]: r["score"] for r in theirs if r["task"] != "overall"} == {t: v["score"] for t, v in own["tasks"].items()}
+    assert (theirs[-1]["score"], theirs[-1]["difference_interval"]) == (own["score"], own["difference_interval"])
 
 
 def test_the_folder_holds_report_plots_and_pictures(finished):

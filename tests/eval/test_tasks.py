@@ -104,11 +104,11 @@ def test_our_command_gives_the_light_runners_scores(light, capsys, tmp_path):
     for method in ("none", "divprune:keep=0.25"):
         for row in (r for r in light if r["method"] == method):
             name = "macro" if row["task"] == "overall" else row["task"]
-            mine = rows[method, name]
-            assert (mine["score"], mine["visual_tokens_kept"]) == (row["score"], row["visual_tokens_kept"])
+            own = rows[method, name]
+            assert (own["score"], own["visual_tokens_kept"]) == (row["score"], row["visual_tokens_kept"])
             if name == "macro":
                 assert rows[method, "micro"]["score"] == row["micro"]
-                assert (mine["ece"], mine["aurc"]) == (row["ece"], row["aurc"]) and mine["ece_interval"][0] < mine["ece"]
+                assert (own["ece"], own["aurc"]) == (row["ece"], row["aurc"]) and own["ece_interval"][0] < own["ece"]
     assert main(["eval", "--method", "random:keep=0.25", "--limit", "147", "--json"]) == 0  # draws by the same keys
     rnd = next(r for r in json.loads(capsys.readouterr().out)["rows"] if r["method"].startswith("random") and r["task"] == "overall")
     assert rows["random:keep=0.25", "macro"]["score"] == rnd["score"]

@@ -351,8 +351,8 @@ def test_a_folder_opens_without_torchvision_for_pictures(capsys, monkeypatch, fo
     loaded = load(ModelOptions(str(folder(name)), "cpu"))
     assert not hasattr(loaded.processor, "video_processor")
     prompt = loaded.prompt("what ?", 1)
-    mine, whole = (model_inputs(p, [prompt], [noise(0, 70, 50)]) for p in (loaded.processor, FAMILIES[name].processor("left")))
-    assert torch.equal(mine["input_ids"], whole["input_ids"])
+    of_arm, whole = (model_inputs(p, [prompt], [noise(0, 70, 50)]) for p in (loaded.processor, FAMILIES[name].processor("left")))
+    assert torch.equal(of_arm["input_ids"], whole["input_ids"])
     if getattr(loaded.processor, "video_token", None):
         with pytest.raises(me.MllmEfficientError, match=r'pip install "mllm-efficient\[video\]"'):
             loaded.inputs([f"{FAMILIES[name].video} ?"], videos=[[noise(0, 24, 24)] * 4])

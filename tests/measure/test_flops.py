@@ -471,8 +471,8 @@ def test_a_shape_builds_the_model_it_is_named_after(name, millions):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
     assert type(model).__name__ in shape_config(name)["architectures"]
     completed = shape_of(model.config, name)
-    mine = load_shape(name)
-    assert (completed.decoder, completed.tower, completed.projector) == (mine.decoder, mine.tower, mine.projector)
+    own = load_shape(name)
+    assert (completed.decoder, completed.tower, completed.projector) == (own.decoder, own.tower, own.projector)
 
 
 def test_a_configuration_without_defaults_is_completed(tmp_path):

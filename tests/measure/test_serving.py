@@ -165,10 +165,10 @@ def test_an_exported_smaller_model_is_resize_in_transformers(tmp_path):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
     inputs = loaded.inputs([loaded.prompt("What is it?", 1)], [samples("test", 1)[0].picture(144)])
     adapter = adapter_for(loaded.model)
-    ours = adapter.encode(adapter.items(inputs), frozenset(), [(6, 6)])[0].features
+    own = adapter.encode(adapter.items(inputs), frozenset(), [(6, 6)])[0].features
     with torch.no_grad():
         theirs = small.model.model.get_image_features(pixel_values=smaller_pixels(inputs["pixel_values"], 72, 72), return_dict=True)
-    assert torch.equal(theirs.pooler_output[0], ours)
+    assert torch.equal(theirs.pooler_output[0], own)
     again = small.inputs([small.prompt("What is it?", 1)], [samples("test", 1)[0].picture(144)])
     assert again["pixel_values"].shape[-2:] == (72, 72) and Shapes(small.model.config).adapter.usual().n == 36
     assert inputs["input_ids"].shape[1] - again["input_ids"].shape[1] == 144 - 36

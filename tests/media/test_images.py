@@ -192,7 +192,7 @@ def test_home_is_the_users_folder(tmp_path, monkeypatch):
 def commands(folder: Path, paths: Sequence[Path], image_range: str) -> dict[str, list[str]]:
     """Every command that takes pictures, on these. Each training step is of one record."""
     given = [word for path in paths for word in ("--image", str(path))]
-    data, ours = folder / "r.jsonl", ["--image-range", image_range]
+    data, own = folder / "r.jsonl", ["--image-range", image_range]
     records = [{"image": path.name, "prompt": "what is it ?", "answer": "a ring"} for path in paths]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     source = f"{{path: {data}, image_range: {image_range}}}"
@@ -200,10 +200,10 @@ def commands(folder: Path, paths: Sequence[Path], image_range: str) -> dict[str,
     steps = [f"stages.{i}.{k}" for i in (0, 1) for k in (f"steps={len(paths)}", "batch_size=1")]
     sweep = ["--method", "uniform", "--keep", "0.5", "--output-tokens", "1", "--repeats", "1", "--output-dir", str(folder / "sweep")]
     return {
-        "generate": ["generate", *given, "--prompt", "what is it ?", "--max-new-tokens", "1", *ours],
-        "show": ["show", *given, "--method", "divprune:keep=0.5", "--output", str(folder / "o.png"), *ours],
-        "eval": ["eval", "--data", str(data), "--max-new-tokens", "1", *ours],
-        "sweep": ["sweep", "--data", str(data), "--max-new-tokens", "1", *sweep, *ours],
+        "generate": ["generate", *given, "--prompt", "what is it ?", "--max-new-tokens", "1", *own],
+        "show": ["show", *given, "--method", "divprune:keep=0.5", "--output", str(folder / "o.png"), *own],
+        "eval": ["eval", "--data", str(data), "--max-new-tokens", "1", *own],
+        "sweep": ["sweep", "--data", str(data), "--max-new-tokens", "1", *sweep, *own],
         "train": ["train", "--config", "tokenflex_builtin", *recipe, *steps],
     }
 

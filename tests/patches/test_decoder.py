@@ -291,9 +291,9 @@ def test_nothing_dropped_is_the_stock_model_bit_for_bit(toys, make_batch, kind, 
         stock = model(**one)
     me.wrap(model, spec)
     with torch.no_grad():
-        ours = model(**one)
-    assert torch.equal(stock.logits, ours.logits)
-    assert ours.visual_keep_mask.all() and ours.visual_keep_mask.shape == one["input_ids"].shape
+        own = model(**one)
+    assert torch.equal(stock.logits, own.logits)
+    assert own.visual_keep_mask.all() and own.visual_keep_mask.shape == one["input_ids"].shape
 
 
 @every_decoder
@@ -433,9 +433,9 @@ def test_the_report_holds_the_indices_of_the_last_stage(toys, make_batch):
 def test_a_forward_gives_logits_at_every_column(toys, make_batch, kind, positions, name, side):
     batch, model = make_batch(*ROWS, padding_side=side), tiny(kind)
     with me.compressed(model, f"{name}:positions={positions}"), torch.no_grad():
-        ours = model(**batch)
-    assert ours.logits.shape[:2] == batch["input_ids"].shape
-    for (ids, features), mask, logits in zip(rows_of(model, batch), batch["attention_mask"].bool(), ours.logits):
+        own = model(**batch)
+    assert own.logits.shape[:2] == batch["input_ids"].shape
+    for (ids, features), mask, logits in zip(rows_of(model, batch), batch["attention_mask"].bool(), own.logits):
         with torch.no_grad():
             expected, s, _ = run(model, start(model, ids, features), REFERENCES[name], positions)
         torch.testing.assert_close(logits[mask][s.columns], expected, atol=2e-5, rtol=2e-5)

@@ -142,11 +142,11 @@ def test_a_trainer_is_its_own_for_models_that_are_not_wrapped_and_when_released(
 
     me.wrap(tiny("llava"), SPECS[0])
     trainer(me.wrap(tiny("llava"), SPECS[0]), "llava", "left")
-    ours = {name: transformers.Trainer.__dict__[name] for name in shims.AROUND}
-    assert all(hasattr(method, "visual") for method in ours.values())
+    own = {name: transformers.Trainer.__dict__[name] for name in shims.AROUND}
+    assert all(hasattr(method, "visual") for method in own.values())
     shims.release()
     try:
-        assert all(transformers.Trainer.__dict__[name] is method.__wrapped__ for name, method in ours.items())
+        assert all(transformers.Trainer.__dict__[name] is method.__wrapped__ for name, method in own.items())
         stock = reported(trainer(tiny("llava"), "llava", "left"))
     finally:
         shims.watch_if_there()
@@ -210,10 +210,10 @@ def test_a_count_of_this_call_is_put_right(spec, kind):
         every = int((batch["labels"][:, 1:] != -100).sum())
         torch.testing.assert_close(model(**batch, num_items_in_batch=kind(every)).loss, loss)
         masked = {**batch, "labels": me.mask_labels(model, batch)}
-        ours = int((masked["labels"][:, 1:] != -100).sum())
-        assert ours == by_hand("llava", spec, ONE)[1] < every
-        torch.testing.assert_close(model(**batch, num_items_in_batch=kind(ours)).loss, loss)
-        torch.testing.assert_close(model(**masked, num_items_in_batch=kind(3 * ours)).loss, loss / 3)
+        own = int((masked["labels"][:, 1:] != -100).sum())
+        assert own == by_hand("llava", spec, ONE)[1] < every
+        torch.testing.assert_close(model(**batch, num_items_in_batch=kind(own)).loss, loss)
+        torch.testing.assert_close(model(**masked, num_items_in_batch=kind(3 * own)).loss, loss / 3)
 
 
 @pytest.mark.parametrize("spec", SPECS[:-1])

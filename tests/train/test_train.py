@@ -337,8 +337,8 @@ def test_a_kill_between_the_last_step_and_the_stages_weights_trains_no_step_more
     (distil / "model.safetensors").unlink()
     cut = run(recipe(tmp_path / "cut"))
     assert {e["step"] for e in log_of(cut.parent, "distil")} == {1, 2}
-    ours, theirs = (load_file(folder / "compressor.safetensors") for folder in (cut, whole))
-    assert all(torch.equal(ours[k], v) for k, v in theirs.items())
+    own_name, theirs = (load_file(folder / "compressor.safetensors") for folder in (cut, whole))
+    assert all(torch.equal(own_name[k], v) for k, v in theirs.items())
 
 
 def test_a_checkpoint_torn_by_a_kill_is_passed_over(tmp_path):

@@ -218,9 +218,9 @@ def test_independent_turns_are_single_turns(kind, template, images):
     batch = Collator(processor, independent_turns=True)([together, record(("is it ?", "no"))])
     for turn in (1, 2, 3):
         alone = encode(record((marked + questions[turn - 1], said[turn - 1])), processor)
-        mine = (batch["turns"][0] == 0) | (batch["turns"][0] == turn)
+        own = (batch["turns"][0] == 0) | (batch["turns"][0] == turn)
         for name in {"input_ids", "labels", "mm_token_type_ids"} & set(alone):
-            assert torch.equal(batch[name][0, mine], alone[name]), name
+            assert torch.equal(batch[name][0, own], alone[name]), name
         assert (batch["turns"][0] == 0).sum() == (alone["turns"] == 0).sum()
     assert torch.equal(batch["turns"] == -1, batch["attention_mask"] == 0)
     assert ((batch["turns"] == 0).sum() > 0) == (images > 0)

@@ -302,7 +302,7 @@ def test_a_routers_token_stands_behind_every_question_of_the_training(tmp_path):
     model = load(ModelOptions()).model
     with me.compressed(model, me.load(final)), pytest.raises(me.CountMismatchError, match="append it to the question"):
         model(input_ids=plain["input_ids"][:1], pixel_values=Collator(loaded.processor)(records[:1])["pixel_values"])
-    with pytest.raises(me.MllmEfficientError, match="no token that can be written behind a question"):
+    with pytest.raises(me.MllmEfficientError, match="no token that can be written after a question"):
         Collator(loaded.processor, ending=9999)
 
 
@@ -370,8 +370,8 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch)
         patch.setattr(LogFile, "on_log", cut)
         run(recipe(tmp_path / "cut", *more))
     run(recipe(tmp_path / "cut", *more))
-    ours, theirs = (log_of(folder / "run", "routing") for folder in (tmp_path / "cut", tmp_path / "whole"))
-    assert [e["loss"] for e in ours if "loss" in e] == pytest.approx([e["loss"] for e in theirs if "loss" in e], abs=1e-3)
+    own, theirs = (log_of(folder / "run", "routing") for folder in (tmp_path / "cut", tmp_path / "whole"))
+    assert [e["loss"] for e in own if "loss" in e] == pytest.approx([e["loss"] for e in theirs if "loss" in e], abs=1e-3)
     assert whole.exists()
 
 

@@ -87,9 +87,9 @@ def test_evaluations_keep_the_kernels_and_the_tokens_of_every_layer(tmp_path):
     out = tmp_path / "run"
     assert main(["eval", "--method", "dpn", "--limit", "21", "--output-dir", str(out)]) == 0
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    mine = [r for r in rows if r["method"] == "dpn"]
-    assert len(mine) == 21
-    for row in mine:
+    own = [r for r in rows if r["method"] == "dpn"]
+    assert len(own) == 21
+    for row in own:
         grid, layers = (12, 12), [144]
         for kernel in row["kernels"]:
             grid = tuple(side // by for side, by in zip(grid, map(int, kernel.split("x"))))

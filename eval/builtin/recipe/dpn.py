@@ -108,9 +108,9 @@ class Run:
 
     def around(self) -> tuple[str, str]:
         """The forced kernels whose FLOPs are next below and above the routed ones'."""
-        mine = self.cost[ROUTED].mean()
-        coarse = [k for k in self.kernels if self.cost[k].mean() <= mine]
-        fine = [k for k in self.kernels if self.cost[k].mean() >= mine]
+        own = self.cost[ROUTED].mean()
+        coarse = [k for k in self.kernels if self.cost[k].mean() <= own]
+        fine = [k for k in self.kernels if self.cost[k].mean() >= own]
         below, above = (coarse or self.kernels[-1:])[0], (fine or self.kernels[:1])[-1]
         if below == above:  # outside of them all, or on one of them
             at = self.kernels.index(above)
