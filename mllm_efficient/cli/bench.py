@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..loading.processor import processor_settings
 from ..writing import writing
 from . import options, serving
 
@@ -24,9 +23,11 @@ REPEATS, PAIRS, WARMUP, MAX_BATCH = 10, 15, 2, 256
 SERVED_REPEATS, SERVED_WARMUP, CONCURRENCY = 5, 1, "1,8,32"
 
 
+@options.of_model
 def bench(
+    *,
+    settings: Any,
     context: typer.Context,
-    model: options.Model = "builtin",
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Shape name or config.json; nothing is downloaded.")] = False,
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="One or several, such as 1,8.")] = "1",
@@ -70,18 +71,6 @@ def bench(
         str | None, typer.Option("--serve-args", help="With --backend vllm: more arguments of vllm serve, as one text.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Writes rows and meta to this JSON file too.")] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    attn_implementation: options.Attention = None,
-    quantization: options.Quantization = None,
-    revision: options.Revision = None,
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    adapter: options.Adapter = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -94,7 +83,7 @@ def bench(
     if (overhead and method) or ((overhead or selection) and (max_batch or quantized)):
         given = "--method" if overhead and method else "--max-batch" if max_batch else "--quantized"
         raise MllmEfficientError(f"{given} has no effect with {'--overhead' if overhead else '--selection'}: leave it out")
-    if selection and (random_weights or model != "builtin"):
+    if selection and (random_weights or settings.model != "builtin"):
         raise MllmEfficientError("--selection runs no model: leave --model and --random-weights out")
     if max_batch_limit is not None and not max_batch:
         raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
@@ -103,21 +92,17 @@ def bench(
     times = repeats or (SERVED_REPEATS if of_servers else PAIRS if overhead or selection else REPEATS)
     rounds = warmup if warmup is not None else SERVED_WARMUP if of_servers else WARMUP
     with _writing(output) as write, _threads(threads):
-        from ..loading.models import ModelOptions
         from ..measure.machine import busy
 
-        settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-            processor_settings(min_pixels, max_pixels, processor_kwargs),
-        )  # fmt: skip
         if of_servers:
             load: dict[str, Any] = {
                 "image_size": size, "images": images, "text_tokens": text_tokens, "output_tokens": output_tokens, "repeats": times,
-                "concurrency": serving.concurrency_of(concurrency or CONCURRENCY), "requests": requests, "warmup": rounds, "seed": seed,
+                "concurrency": serving.concurrency_of(concurrency or CONCURRENCY), "requests": requests, "warmup": rounds,
+                "seed": settings.seed,
             }  # fmt: skip
             rows, meta = serving.run_servers(
                 settings, chosen, load, servers=server or (), server_model=server_model, random_weights=random_weights,
-                tokenizer=model if "--model" in given_options(context) else None, serve_args=serve_args or "",
+                tokenizer=settings.model if "--model" in given_options(context) else None, serve_args=serve_args or "",
             )  # fmt: skip
         elif selection:
             rows, meta = _selection(settings, method or (), rounds, times)
@@ -126,7 +111,7 @@ def bench(
             from ..measure.workload import Workload
 
             plan = Settings(
-                Workload(size, images, text_tokens, output_tokens), batches, times, rounds, seed,
+                Workload(size, images, text_tokens, output_tokens), batches, times, rounds, settings.seed,
                 (max_batch_limit or MAX_BATCH) if max_batch else None,
             )  # fmt: skip
             loaded = _load(settings, random_weights)

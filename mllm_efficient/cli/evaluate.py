@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..loading.processor import processor_settings
 from . import options
 from .answering import answered, failures
 
@@ -24,8 +23,10 @@ case, punctuation, articles and numbers spelled out; 'first other token': where 
 of the next token along the uncompressed model's answer; 'right': percent of the requests that have an answer."""
 
 
+@options.of_model
 def evaluate(
-    model: options.Model = "builtin",
+    *,
+    settings: Any,
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     suite: Annotated[
         str | None,
@@ -74,18 +75,6 @@ def evaluate(
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="A method of this run to compare each row with.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Keeps answers and results here; resumes.")] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    attn_implementation: options.Attention = None,
-    quantization: options.Quantization = None,
-    revision: options.Revision = None,
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    adapter: options.Adapter = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -108,7 +97,6 @@ def evaluate(
         check_launch(distributed_on_cpu=True)
 
         from ..eval.lmms.run import TaskOptions
-        from ..loading.models import ModelOptions
         from .tasks import evaluate_tasks, even, task_names
 
         names, usual = task_names(tasks, suite)
@@ -116,10 +104,6 @@ def evaluate(
         asked = TaskOptions(
             names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
             prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range, coco_instances,
-        )  # fmt: skip
-        settings = ModelOptions(
-            model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-            processor_settings(min_pixels, max_pixels, processor_kwargs),
         )  # fmt: skip
         return evaluate_tasks(settings, method or (), asked, output_dir, json)
     from ..eval.harness import with_baselines
@@ -132,12 +116,7 @@ def evaluate(
     check_source(data, suite, split, max_new_tokens, turns)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
-    from ..loading.models import ModelOptions
 
-    settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        processor_settings(min_pixels, max_pixels, processor_kwargs),
-    )  # fmt: skip
     if data is not None:
         return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json, image_range)
     return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import MllmEfficientError
-from ..loading.processor import processor_settings
 from . import options
 
 
+@options.of_model
 def generate(
+    *,
+    settings: Any,
     prompt: Annotated[str, typer.Option("--prompt", help="The question; pictures stand where it says <image>, or in front.")],
     image: Annotated[list[str] | None, typer.Option("--image", help="Image file, file: or data: URI. Repeatable.")] = None,
-    model: options.Model = "builtin",
     method: Annotated[str, typer.Option("--method", help="Specification or YAML file, such as divprune:keep=0.1.")] = "none",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     image_range: options.ImageRange = "full",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    attn_implementation: options.Attention = None,
-    quantization: options.Quantization = None,
-    revision: options.Revision = None,
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    adapter: options.Adapter = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -45,12 +34,8 @@ def generate(
     pictures = [load_image(path, image_range) for path in image]
 
     from ..apply import wrap as wrapper
-    from ..loading.models import ModelOptions, environment, load
+    from ..loading.models import environment, load
 
-    settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        processor_settings(min_pixels, max_pixels, processor_kwargs),
-    )  # fmt: skip
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))
     if text == prompt:

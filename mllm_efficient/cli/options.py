@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +36,12 @@ ProcessorKwargs = Annotated[
     list[str] | None,
     typer.Option("--processor-kwargs", help="KEY=VALUE of the image processor, such as max_patches=6; JSON or text. Repeatable."),
 ]
+OF_A_MODEL: dict[str, tuple[Any, Any]] = {  # the options of ``of_model``: types and defaults
+    "model": (Model, "builtin"), "device": (Device, "auto"), "dtype": (Dtype, "auto"), "device_map": (DeviceMap, None),
+    "attn_implementation": (Attention, None), "quantization": (Quantization, None), "revision": (Revision, None), "seed": (Seed, 0),
+    "trust_remote_code": (TrustRemoteCode, False), "adapter": (Adapter, None), "min_pixels": (MinPixels, None),
+    "max_pixels": (MaxPixels, None), "processor_kwargs": (ProcessorKwargs, None),
+}  # fmt: skip
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
@@ -58,6 +66,27 @@ Limit = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python file that registers methods. Repeatable.")]
+
+
+def of_model(command: Callable) -> Callable:
+    """A command with the options that every model command takes; as ``settings`` it gets the ``ModelOptions`` that they make."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "settings"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(name, kind, default=default, annotation=type_) for name, (type_, default) in OF_A_MODEL.items()]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> Any:
+        from ..loading.models import ModelOptions
+        from ..loading.processor import processor_settings
+
+        of_a_model = {name: given.pop(name) for name in OF_A_MODEL}
+        pixels = processor_settings(*(of_a_model.pop(name) for name in ("min_pixels", "max_pixels", "processor_kwargs")))
+        return command(settings=ModelOptions(**of_a_model, processor_kwargs=pixels), **given)
+
+    run.__signature__ = signature.replace(parameters=[p.replace(kind=kind) for p in own] + more)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in [*own, *more]} | {"return": signature.return_annotation}
+    return run
 
 
 def import_files(paths: Sequence[Path] | None) -> None:

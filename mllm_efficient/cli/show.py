@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..loading.processor import processor_settings
 from . import options
 
 if TYPE_CHECKING:
@@ -22,7 +21,10 @@ if TYPE_CHECKING:
     from ..media.overlay import Result, Subject
 
 
+@options.of_model
 def show(
+    *,
+    settings: Any,
     output: Annotated[Path, typer.Option("--output", help="The PNG to write.")],
     method: Annotated[list[str], typer.Option("--method", help="Specification or YAML file. Repeatable.")],
     image: Annotated[
@@ -34,19 +36,6 @@ def show(
     image_range: options.ImageRange = "full",
     dim: Annotated[str, typer.Option("--dim", help="How dropped tokens look: light or dark.")] = "light",
     caption: Annotated[str | None, typer.Option("--caption", help="Small print below, instead of the legend; '' for none.")] = None,
-    model: options.Model = "builtin",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    attn_implementation: options.Attention = None,
-    quantization: options.Quantization = None,
-    revision: options.Revision = None,
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    adapter: options.Adapter = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> None:
@@ -66,13 +55,9 @@ def show(
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
     clip = load_frames(video, frames, image_range) if video is not None else ([], [])
 
-    from ..loading.models import BUILTIN, ModelOptions, environment, load
+    from ..loading.models import BUILTIN, environment, load
     from ..report import by_layer
 
-    settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        processor_settings(min_pixels, max_pixels, processor_kwargs),
-    )  # fmt: skip
     loaded = load(settings)
     options.announce(loaded, methods)
     subjects, rows = [], []
@@ -87,6 +72,7 @@ def show(
         results = [_run(loaded, m, prompt, clip[0], video=True)[0] for m in methods]
         subjects.append(_film(clip[0], clip[1], results))
         rows += [_row(m, video, "video", result, output) for m, result in zip(methods, results)]
+    model = settings.model
     name = "Embedded model" if model == BUILTIN else Path(model).resolve().name if Path(model).is_dir() else model
     figures.save(figures.figure(subjects, dim=dim, caption=f"{name}: {legend(subjects)}." if caption is None else caption), output)
     if json:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
-from ..loading.processor import processor_settings
 from ..writing import write_text
 from . import options
 from .answering import answered
@@ -37,11 +36,13 @@ and --output-tokens; ratios are paired with the 95% interval. Recommended is the
 once, is what stands in brackets. The requests that are farthest from the uncompressed model are in the report."""
 
 
+@options.of_model
 def sweep(
+    *,
+    settings: Any,
     context: typer.Context,
     output_dir: Annotated[Path, typer.Option("--output-dir", help="Keeps answers, timings and the report here; resumes.")],
     method: Annotated[list[str], typer.Option("--method", help="With a budget, or without one to cross it with all. Repeatable.")],
-    model: options.Model = "builtin",
     keep: Annotated[str | None, typer.Option("--keep", help="Fractions kept, such as 0.5,0.25.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Or counts kept, such as 192,128,64.")] = None,
     suite: Annotated[
@@ -75,18 +76,6 @@ def sweep(
     output_tokens: Annotated[int, typer.Option("--output-tokens", min=1, help="Tokens generated when timing.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of every timing.")] = REPEATS,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Rounds thrown away before.")] = WARMUP,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    device_map: options.DeviceMap = None,
-    attn_implementation: options.Attention = None,
-    quantization: options.Quantization = None,
-    revision: options.Revision = None,
-    seed: options.Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    adapter: options.Adapter = None,
-    min_pixels: options.MinPixels = None,
-    max_pixels: options.MaxPixels = None,
-    processor_kwargs: options.ProcessorKwargs = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
@@ -119,15 +108,11 @@ def sweep(
     from ..eval.report.rows import failures
     from ..eval.requests import read_requests
     from ..eval.sweep import Flops, cross, possible, unique
-    from ..loading.models import ModelOptions, load
+    from ..loading.models import load
     from ..measure.bench import Settings
     from ..measure.workload import Workload
 
     cells = cross(method, budgets)
-    settings = ModelOptions(
-        model, device, dtype, device_map, attn_implementation, quantization, revision, seed, trust_remote_code, adapter,
-        processor_settings(min_pixels, max_pixels, processor_kwargs),
-    )  # fmt: skip
     requests = None if data is None else read_requests(data, limit, image_range)
     if requests is not None and not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")
@@ -145,11 +130,11 @@ def sweep(
             max_new_tokens=max_new_tokens, image_range=image_range, coco_instances=coco_instances,
         )  # fmt: skip
         host, named = checked(wanted)
-    plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
+    plan = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, settings.seed)
     start = time.monotonic()
     with owned(output_dir):
         loaded = load(settings)
-        flops = Flops(loaded, plan.workload, seed)
+        flops = Flops(loaded, plan.workload, settings.seed)
         if match and flops.error:
             raise MllmEfficientError(f"--match flops: {flops.error}")
         if flops.error:
