@@ -145,7 +145,7 @@ def test_bad_calls_of_the_projector_are_one_line(call, message):
     ("none@divprune", "no weights of its own"),
     ("none@tokenflex:tokens=36", "a method without its budget is wanted"),
     ("none@", "a method without its budget is wanted"),
-    ("tokenflex:tokens=9,weights=5", "no folder or hub id"),
+    ({"method": "tokenflex", "tokens": 9, "weights": 5}, "no folder or hub id"),
 ])  # fmt: skip
 def test_bad_specifications_are_one_line(spec, message):
     with pytest.raises(me.MllmEfficientError, match=message):
