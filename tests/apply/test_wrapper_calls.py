@@ -11,13 +11,15 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 import mllm_efficient as me
 
-from .test_wrapper import (
+from .test_wrapper import (  # noqa: F401  (fixtures)
     IMAGE,
     METHODS,
     MIXED,
     NEW,
     POSITIONED,
     explicit,
+    plain,
+    wrapped,
 )
 
 

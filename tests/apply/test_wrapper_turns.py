@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import mllm_efficient as me
 
-from .test_wrapper import (
+from .test_wrapper import (  # noqa: F401  (fixtures)
     IMAGE,
     METHODS,
     MIXED,
@@ -21,6 +21,8 @@ from .test_wrapper import (
     POSITIONED,
     N,
     explicit,
+    plain,
+    wrapped,
 )
 
 # ------------------------------------------------------------------------------------------------ the next turn

@@ -352,7 +352,7 @@ def test_what_failed_has_no_confidence_and_takes_it_from_no_other():
 
 def test_calibration_over_tasks_is_the_mean_and_lacks_nothing():
     rng = np.random.default_rng(5)
-    parts = [calibrated(answers(60, rng.random(60), rng.random(60)), name=name) for name in ("a", "b")]
+    parts = [calibrated(answers(60, rng.random(60), rng.random(60) < 0.5), name=name) for name in ("a", "b")]
     both, each = columns(parts), [columns([p]) for p in parts]
     assert both["ece"] == pytest.approx(np.mean([c["ece"] for c in each]), abs=0.011)
     low, high = both["aurc_interval"]

@@ -18,6 +18,7 @@ from mllm_efficient.cli import main
 from .test_tasks import (
     ENVIRONMENT,
     evaluate,
+    finished,  # noqa: F401  (fixtures)
     overall,
     own_task,
     squares,

@@ -24,8 +24,11 @@ from mllm_efficient.registry import BUILTIN
 
 from ..families import FAMILIES as HOSTS
 from ..families import tiny
-from .test_bench import (
+from .test_bench import (  # noqa: F401  (fixtures)
+    charged,
+    loaded,
     run,
+    shape,
     shrunk,
     write_config,
 )

@@ -10,8 +10,10 @@ import transformers
 
 import mllm_efficient as me
 
-from .test_decoder import (
+from .test_decoder import (  # noqa: F401  (fixtures)
+    batch,
     tiny,
+    toys,
 )
 
 
