@@ -48,7 +48,7 @@ ASK = ("--prompt", "What colour is the big object?")
         ("divprune:kep=0.5", "did you mean 'keep'"),
         ("divprune:keep=0.5,metric=cos", "metric"),
         ("no_such.yaml", "cannot read"),
-        ("random:keep=0.5|divprune:keep=0.5", "one family"),
+        ("random:keep=0.5|divprune:keep=0.5", "one kind"),
     ],
 )
 def test_a_bad_method_is_one_line(capsys, scene, method, says):

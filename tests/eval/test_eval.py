@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -377,7 +376,7 @@ def oracle(questions, says) -> Loaded:
     tokenizer = processor.tokenizer
     known = {tuple(tokenizer(s.question.natural, add_special_tokens=False).input_ids): s.question for s in questions}
 
-    def generate(input_ids, max_new_tokens, **call):
+    def generate(input_ids, max_new_tokens, logits_processor=(), **call):
         answers = []
         for row in input_ids.tolist():
             (question,) = {
@@ -387,7 +386,10 @@ def oracle(questions, says) -> Loaded:
         longest = max(map(len, answers))
         assert longest <= max_new_tokens
         sequences = torch.cat([input_ids, torch.tensor([a + [0] * (longest - len(a)) for a in answers])], 1)
-        return SimpleNamespace(sequences=sequences, logits=[torch.zeros(len(answers), len(vocabulary))] * longest)
+        for length in range(input_ids.shape[1], sequences.shape[1]):
+            for watch in logits_processor:
+                watch(sequences[:, :length], torch.zeros(len(answers), len(vocabulary)))
+        return sequences
 
     model.generate = generate
     return Loaded(model, processor, ModelOptions(model="oracle"))
