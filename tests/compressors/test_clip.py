@@ -19,7 +19,7 @@ from mllm_efficient.measure.counter import Counted, count
 from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.patches import adapter_for
 
-from .. import families
+from .. import families, families_reference
 from ..conftest import VOCABULARY
 from .test_conditional import cosine, drawn, slow_dpp
 
@@ -215,8 +215,8 @@ def test_tiles_are_packed_as_their_features_are(clip, name, aspect, registered, 
         hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
         tiles = reference.visual_projection(tower.post_layernorm(hidden))
     size = inputs["image_sizes"][0]
-    tiling = families.canvas(model, size, True)
-    places = families.packed(name, model, size, tiling)[side * side :]
+    tiling = families_reference.canvas(model, size, True)
+    places = families_reference.packed(name, model, size, tiling)[side * side :]
     places = places[places[:, 2] == 0]
     expected = [*tiles[0]]
     for row, column, _ in places.long().tolist():

@@ -17,7 +17,7 @@ from mllm_efficient.compressors.fastv import FastV
 from mllm_efficient.compressors.reducer import Reducer, solve, spread_out
 from mllm_efficient.patches import adapter_for
 
-from .. import families
+from .. import families, families_reference
 from ..patches.test_decoder import (
     DECODERS,
     IMAGE,
@@ -350,7 +350,7 @@ def test_every_row_of_a_batch_equals_the_slow_formulas(name, spec, positions, ne
         report = me.last_report(model)
     for row, kind in enumerate(family.mixed):
         inputs = families.make(name, kind)
-        found = families.visuals(name, model, inputs)
+        found = families_reference.visuals(name, model, inputs)
         ids = inputs["input_ids"][0]
         stages, seen = slow_rows(model, method, positions, newline)
         said = []
@@ -428,7 +428,7 @@ def test_pooling_knows_the_planes_rows_and_columns_of_every_view(registered, nam
         out = new_tokens(model.generate(**batch, max_new_tokens=3), batch)
     for row, kind in enumerate(family.mixed):
         inputs = families.make(name, kind)
-        found, said = families.visuals(name, model, inputs), []
+        found, said = families_reference.visuals(name, model, inputs), []
         for _ in range(3):
             s = spliced(model, inputs["input_ids"][0], found, said)
             s.places = [
@@ -467,12 +467,12 @@ def test_m_rope_families_keep_the_places_of_what_stays(name, layer, method):
     report = out.compression
     for row, kind in enumerate(family.mixed):
         inputs = families.make(name, kind)
-        found = families.visuals(name, model, inputs)
+        found = families_reference.visuals(name, model, inputs)
         stages, seen = slow_rows(model, method, "keep", None, layer)
         said = []
         for number in range(5):
-            whole = families.splice(name, model, inputs, found, [families.everything(v) for v in found], "keep")
-            whole = families.extended(model, whole, torch.tensor(said + ([20, 21] if number == 3 else []), dtype=torch.long))
+            whole = families_reference.splice(name, model, inputs, found, [families_reference.everything(v) for v in found], "keep")
+            whole = families_reference.extended(model, whole, torch.tensor(said + ([20, 21] if number == 3 else []), dtype=torch.long))
             s = spliced(model, inputs["input_ids"][0], found, [])
             deep = tuple(torch.zeros_like(whole.embeds[0]) for _ in whole.deep)
             for layer_features, target in zip(whole.deep, deep):
