@@ -1,8 +1,4 @@
-"""Tiny random models of every anyres, tiled and M-RoPE family, their processors and batches, and a slow reference.
-
-Nothing here imports the package under test. The reference takes one row without padding and without a cache, puts the
-stock features of what stays between the text by hand, and computes the whole sequence afresh for every new token.
-"""
+"""Tiny random models of every anyres, tiled and M-RoPE family, their processors and batches. Nothing here imports the package under test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The slow reference of every family: one row after the other, no cache, no padding, placeholders replaced by hand."""
+"""The slow reference of every family. Nothing here imports the package under test.
+
+It takes one row without padding and without a cache, puts the stock features of what stays between the text by hand, and computes
+the whole sequence afresh for every new token.
+"""
 
 from __future__ import annotations
 

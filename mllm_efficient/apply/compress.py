@@ -20,7 +20,7 @@ from .stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may ask for beyond the tower's output. clip: a ``patches.clip.Clip``."""
+    """What a method may ask for beyond the tower's output. clip: a ``patches.tower.clip.Clip``."""
 
     generator: Generator
     text: Tensor | None = None
