@@ -1,4 +1,7 @@
-"""Tiny random models of every anyres, tiled and M-RoPE family, their processors and batches. Nothing here imports the package under test."""
+"""Tiny random models of every anyres, tiled and M-RoPE family, their processors and batches.
+
+Nothing here imports the package under test.
+"""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def of_model(command: Callable) -> Callable:
         pixels = processor_settings(*(of_a_model.pop(name) for name in ("min_pixels", "max_pixels", "processor_kwargs")))
         return command(settings=ModelOptions(**of_a_model, processor_kwargs=pixels), **given)
 
-    run.__signature__ = signature.replace(parameters=[p.replace(kind=kind) for p in own] + more)  # type: ignore[attr-defined]
+    run.__signature__ = signature.replace(parameters=[more[0], *(p.replace(kind=kind) for p in own), *more[1:]])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*own, *more]} | {"return": signature.return_annotation}
     return run
 
