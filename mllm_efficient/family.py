@@ -10,13 +10,6 @@ if TYPE_CHECKING:
     from .compressors.reducer import Reducer
 
 
-class Item(Protocol):
-    """One image or video of a call, of which at least the shape of its tokens is known."""
-
-    @property
-    def shape(self) -> VisualShape: ...
-
-
 class Family(Protocol):
     """The facts of one model that decide what a method does to an image, before any pixel is looked at.
 

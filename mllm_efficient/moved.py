@@ -19,6 +19,13 @@ MODULES = {
     "installing": "trained.install", "base_model": "trained.base_model", "exporting": "trained.export",
     "images": "media.images", "video": "media.video", "viz": "media.overlay", "figures": "media.figure",
     "models": "loading.models", "prompts": "loading.prompts", "processor": "loading.processor", "adapters": "loading.lora",
+    "active": "apply.active", "entrance": "apply.entrance", "host": "apply.signatures", "original_prompt": "apply.original_prompt",
+    "outputs": "apply.outputs", "piped": "apply.pipeline", "sharding": "apply.sharding", "stopwatch": "apply.stopwatch",
+    "compressors._cosine": "compressors.math.cosine", "compressors._sums": "compressors.math.sums",
+    "compressors._finite": "compressors.math.finite", "compressors._divprune_triton": "compressors.math.farthest_triton",
+    "patches.attention": "patches.tower.attention", "patches.clip": "patches.tower.clip", "patches.tome": "patches.tower.merge",
+    "patches.passes": "patches.decoder.passes", "patches.staging": "patches.decoder.staging", "patches.rating": "patches.decoder.rating",
+    "patches.ragged": "patches.families.ragged", "launching": "cli.launching",
     "checkup": "patches.checkup", "eval.records": "eval.record.samples", "eval.stats": "stats",
     **{f"patches.{name}": f"patches.families.{name}" for name in (
         "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen_vl", "internvl")},
@@ -43,11 +50,12 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"{PACKAGE}.{MODULES[spec.name.partition('.')[2]]}"
         _warn(spec.name, new, 1)  # warnings leaves the frames of the import system out
         module = importlib.import_module(new)
-        self._own = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own  # the import system has put the old name's in its place
+        assert module.__spec__ is not None  # the import system has put the old name's in its place
+        module.__spec__ = module.__spec__.loader_state
 
 
 def _warn(old: str, new: str, callers: int) -> None:

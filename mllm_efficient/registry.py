@@ -6,6 +6,7 @@ Built-in and registered methods are found by name; installed packages add theirs
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
@@ -45,6 +46,7 @@ def register(name: str) -> Callable[[type], type]:
 
     def decorate(cls: type) -> type:
         _require_method_class(cls)
+        _require_settings(cls)
         _require_name(name)
         old = _registered.get(name)
         owner = f"{old.__module__}.{old.__qualname__}" if old else BUILTIN.get(name)
@@ -63,6 +65,14 @@ def _require_method_class(cls: Any) -> None:
         raise MllmEfficientError(f"{cls.__name__}: put @dataclass(frozen=True) between @register and the class")
     if not isinstance(cls, type) or not issubclass(cls, Compressor):
         raise MllmEfficientError(f"{getattr(cls, '__name__', cls)!s} is not a method: derive it from me.Selector, me.Merger or me.Reducer")
+
+
+def _require_settings(cls: type[Compressor]) -> None:
+    """Raises for a setting by the name of something that every method is asked for."""
+    own = {field.name for field in dataclasses.fields(Compressor)}
+    taken = [field.name for field in dataclasses.fields(cls) if field.name not in own and hasattr(Compressor, field.name)]
+    if taken:
+        raise MllmEfficientError(f"{cls.__name__}: a setting cannot be named {taken[0]!r}, which every method has: use another name")
 
 
 def _require_name(name: str) -> None:
@@ -117,8 +127,8 @@ def _load_entry_point(name: str) -> None:
 def build(what: str | dict | Path | Compressor | Iterable) -> Compressor:
     """A method from a specification string, a dict (``to_dict()``), a YAML file or an object.
 
-    ``"a:x=1 | b:y=2"``, a list, or ``{"stages": [...]}`` compose: at most one method of each family, run in the order
-    J (projector), P (before the language model), L (in the decoder); the result is then one ``Composed`` of these ``stages``.
+    ``"a:x=1 | b:y=2"``, a list, or ``{"stages": [...]}`` compose: at most one method of each kind, run in the order
+    projector, pre_llm (before the language model), in_llm (between its layers); the result is then one ``Composed`` of these ``stages``.
     """
     return what if isinstance(what, Compressor) else _composed([_made(part) for part in described(what)])
 

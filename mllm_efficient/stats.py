@@ -167,7 +167,7 @@ class Estimate:
 def estimate(value: float, drawn: np.ndarray, shares: np.ndarray, own: np.ndarray, base: np.ndarray | None = None) -> Estimate:
     """A score, or with ``base`` the difference of two.
 
-    value, drawn: in points. shares: (clusters,) how much of the whole each cluster is, 1 in all; mine, base: (clusters,) how much
+    value, drawn: in points. shares: (clusters,) how much of the whole each cluster is, 1 in all; own, base: (clusters,) how much
     of the whole each cluster contributes to either score, between 0 and its share.
     """
     change = own - (shares if base is None else base)

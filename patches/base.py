@@ -15,8 +15,6 @@ from .rules import DECODERS, ROUTER, Rules, Views
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIXELS = ("pixel_values", "pixel_values_videos")
-
 
 @dataclass(frozen=True)
 class Item:
@@ -41,9 +39,6 @@ class Encoding:
     attention: Tensor | None = None
     keys: Tensor | None = None
     tower: Tensor | None = None
-
-
-OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs of methods that the tower has to be watched for
 
 
 class Adapter(Rules):

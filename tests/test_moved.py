@@ -1,6 +1,7 @@
 """Old import paths: the same objects, with a warning that says the new one."""
 
 import importlib
+import pickle
 import sys
 import warnings
 
@@ -40,3 +41,11 @@ def test_a_name_that_was_nowhere_is_still_an_error():
         importlib.import_module("mllm_efficient.nothing")
     with pytest.raises(AttributeError, match="no attribute"):
         importlib.import_module("mllm_efficient.compressors.base").Nothing  # noqa: B018
+
+
+def test_a_model_that_an_older_version_pickled_finds_its_hooks():
+    from mllm_efficient.apply.outputs import mark_output
+
+    sys.modules.pop("mllm_efficient.outputs", None)
+    with pytest.warns(DeprecationWarning):
+        assert pickle.loads(b"cmllm_efficient.outputs\nmark_output\n.") is mark_output

@@ -276,3 +276,23 @@ def test_a_registered_method_cannot_take_a_builtin_name(first):
         """
     )
     assert "method 'divprune' is already registered" in message
+
+
+def test_a_usual_setting_without_a_default_is_still_asked_for():
+    """A dataclass takes an inherited class attribute for a field's default."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Seeded(me.Selector):
+        seed: int
+        weights: str
+
+    with pytest.raises(TypeError, match="seed"):
+        Seeded(keep=0.5)
+    assert (me.Uniform(keep=0.5).seed, me.Uniform(keep=0.5).order, me.Uniform(keep=0.5).clip) == (0, "raster", None)
+
+
+@pytest.mark.parametrize("taken", ["kind", "parts", "plan", "merges"])
+def test_a_setting_by_the_name_of_what_every_method_has_is_refused(taken):
+    cls = dataclasses.make_dataclass("Taken", [(taken, str, "x")], bases=(me.Selector,), frozen=True, kw_only=True)
+    with pytest.raises(me.MllmEfficientError, match=f"cannot be named '{taken}'"):
+        me.register("taken")(cls)

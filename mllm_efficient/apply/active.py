@@ -100,8 +100,9 @@ _making = threading.Lock()
 
 
 def active_on(model: Any) -> Active | None:
-    """What is active on a model that ``wrap`` or ``compressed`` put hooks on."""
-    found = (getattr(hook, "active", None) for hook in tuple(model._forward_pre_hooks.values()))
+    """What is active on a model that ``wrap`` or ``compressed`` was called on; not on its base model, which has a hook for it too."""
+    hooks = tuple(model._forward_pre_hooks.values())
+    found = (getattr(hook, "active", None) for hook in hooks if getattr(hook, "top", model) is model)
     return next((one for one in found if isinstance(one, Active)), None)
 
 

@@ -8,7 +8,7 @@ nothing is compressed labels pass untouched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..compressors.none import NoCompression
 from ..errors import CountMismatchError
 from .active import method_of
 from .encode import has_pixels
-from .plan import plan
+from .plan import Plan
 from .prompt import IGNORE, require
 
 _said = set[str]()
@@ -73,12 +73,12 @@ def count_for(given: Any, labels: Tensor, entered: Tensor) -> Any:
     )
 
 
-def leaves_alone(adapter: Any, whole: Compressor, items: list[Any]) -> bool:
-    """Whether a method leaves every image of a call as it is, so that the call is the stock model's."""
-    before, inside = before_of(whole) or NoCompression(), inside_of(whole)
-    if inside is not None and before.name != NoCompression.name:
+def leaves_alone(method: Compressor, plans: Iterable[Plan]) -> bool:
+    """Whether a method leaves every image of a call as it is, so that the call is the stock model's. plans: of each, after all stages."""
+    before = before_of(method) or NoCompression()
+    if inside_of(method) is not None and before.name != NoCompression.name:
         return False
-    return all(plan(adapter, inside or before, item).untouched for item in items)
+    return all(p.untouched for p in plans)
 
 
 def stays_long(adapter: Any, whole: Compressor) -> bool:
@@ -100,7 +100,7 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     if method is None or ids is None or not has_pixels(dict(batch)):
         return labels
     adapter, mask = adapter_for(model), batch.get("attention_mask")
-    if leaves_alone(adapter, method, adapter.items(dict(batch))):
+    if leaves_alone(method, (method.plans(adapter, item)[-1] for item in adapter.items(dict(batch)))):
         return labels
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     return entering(labels, mask, visual_in(adapter, ids), not stays_long(adapter, method))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..compressors.composed import stages_of
-from ..compressors.none import NoCompression
 from ..registry import runnable
 from ..report import CompressionReport, ImageReport
 from .call import Call, parse_call, place_images
@@ -23,7 +22,7 @@ from .compress import CompressedImage, compress_images
 from .context import contexts_of
 from .encode import Encoded, encode, encode_items, encoding_key, has_pixels, keeps_all
 from .in_llm import report_of, shortened_image, staging_of, whole_image
-from .labels import count_for
+from .labels import count_for, leaves_alone
 from .locate import PlacedImage
 from .plan import Plan, check
 from .positions import native, place
@@ -128,7 +127,7 @@ def prepare(
         return _as_it_came(call, CompressionReport())
     placed = place_images(call)
     plans = plan_images(call, placed)
-    if _keeps_everything(call, plans):
+    if call.past is None and leaves_alone(call.method, (p.whole for p in plans)):
         return _uncompressed(call, placed, plans)
     compressed = encode_and_compress(call, placed, plans)
     return assemble(call, placed, plans, compressed)
@@ -208,12 +207,6 @@ def look(model: Any, compressor: Any, **inputs: Any) -> CompressionReport:
 
 def _as_it_came(call: Call, report: CompressionReport) -> Prepared:
     return Prepared(_given({**call.tensors(call.labels), **call.vision}), None, call.adapter.pack, report, None)
-
-
-def _keeps_everything(call: Call, plans: list[ImagePlan]) -> bool:
-    """Whether every image stays as it is, so that the call is the stock model's."""
-    both = call.in_llm is not None and call.pre_llm.name != NoCompression.name
-    return call.past is None and not both and all(p.whole.untouched for p in plans)
 
 
 def _uncompressed(call: Call, placed: list[PlacedImage], plans: list[ImagePlan]) -> Prepared:

@@ -41,7 +41,7 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
 
     Args:
         model: a supported transformers model (bare, under PEFT, dispatched or prepared by accelerate).
-        compressor: a method, ``"divprune:keep=0.1"``, a dict, a YAML file, or a list of at most one method per family.
+        compressor: a method, ``"divprune:keep=0.1"``, a dict, a YAML file, or a list of at most one method of each kind.
         logits: ``"full"`` for logits of the prompt's own length from ``forward``, where a column that went says what the one
             before it does.
 

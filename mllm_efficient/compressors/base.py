@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .resizer import Resizer
 
 RANDOM = "random"  # in place of a folder of weights: ones that are drawn, for timing alone
+# What a method has that does not declare a setting of this name. No class attributes: a dataclass would take them for defaults.
+UNDECLARED = {"order": "raster", "seed": 0, "clip": None, "weights": None}
 CHOICES = frozenset({"score", "select", "merge", "compress"})  # what a subclass that chooses in another way overrides
 BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 
@@ -83,8 +85,12 @@ class Compressor:
         def clip(self) -> str | None: ...
         @property
         def weights(self) -> str | None: ...
-    else:  # what a method has that does not declare a setting of this name
-        order, seed, clip, weights = "raster", 0, None, None
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in UNDECLARED:
+                return UNDECLARED[name]
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

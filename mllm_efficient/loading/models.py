@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -242,11 +243,16 @@ def fingerprint(loaded: Loaded) -> str:
     return digest.hexdigest()[:16]
 
 
+def release() -> str:
+    """The release of this package, ``MAJOR.MINOR.PATCH``: what results are compared by. The whole version names a commit."""
+    return re.sub(r"[^0-9.].*", "", __version__).rstrip(".")
+
+
 def environment(loaded: Loaded) -> dict[str, Any]:
     """What a result depends on besides the method: weights, versions, device, dtype, kernel, how prompts are made, seed."""
     import torch
 
-    versions = {"mllm_efficient": __version__, "python": platform.python_version()}
+    versions = {"mllm_efficient": release(), "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
     model, options = loaded.model, loaded.options
     _, adapter = adapters.resolved(options.model, options.adapter)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..apply.labels import visual_in
 from ..errors import MllmEfficientError
 from ..loading.models import Loaded
 from ..patches.rules import Size, Views
@@ -72,7 +73,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
         call = {k: _repeated(v, batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
         if adapter.mrope:
-            call["mm_token_type_ids"] = _visual(adapter, call["input_ids"]).int()
+            call["mm_token_type_ids"] = visual_in(adapter, call["input_ids"]).int()
         device = adapter.model.device
         call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
     else:
@@ -83,7 +84,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
             return loaded.inputs(prompts, pictures)
 
         call = lengthened(adapter, preprocess(), workload.text_tokens, seed)
-    visual = _visual(adapter, call["input_ids"])
+    visual = visual_in(adapter, call["input_ids"])
     shapes = [item.shape for item in adapter.items(call)]
     text_only = {"input_ids": call["input_ids"][~visual].view(batch, -1)}
     text_only["attention_mask"] = torch.ones_like(text_only["input_ids"])
@@ -164,7 +165,7 @@ def _repeated(value: Tensor, batch: int) -> Tensor:
 def lengthened(adapter: Any, call: dict[str, Any], text_tokens: int, seed: int) -> dict[str, Any]:
     """A processor's inputs with more text in front of their last token, so that each prompt has ``text_tokens``."""
     ids = call["input_ids"]
-    have = int((~_visual(adapter, ids))[0].sum())
+    have = int((~visual_in(adapter, ids))[0].sum())
     if have > text_tokens:
         raise MllmEfficientError(f"this model's chat prompt alone has {have} text tokens: --text-tokens must be at least {have}")
     more = text_ids(adapter, text_tokens - have, seed).to(ids.device).expand(len(ids), -1)
@@ -173,7 +174,3 @@ def lengthened(adapter: Any, call: dict[str, Any], text_tokens: int, seed: int) 
         if name in call:
             out[name] = torch.cat([call[name][:, :-1], fill.to(call[name]), call[name][:, -1:]], 1)
     return out
-
-
-def _visual(adapter: Any, ids: Tensor) -> Tensor:
-    return torch.isin(ids, torch.tensor(list(adapter.placeholders.values()), device=ids.device))

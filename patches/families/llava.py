@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mllm_efficient.compressors.fit import OF_TOWER
 from mllm_efficient.compressors.tome import blocks_of
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import OF_TOWER, Adapter, Encoding, Item, smaller_pixels, uncropped
+from ..base import Adapter, Encoding, Item, smaller_pixels, uncropped
 from ..rules import Rules, Size, Views
 from ..running import at_hand, input_of
 from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
@@ -35,6 +36,10 @@ class LlavaRules(Rules):
     @functools.cached_property
     def tower_size(self) -> Tower:
         return clip_or_siglip(self.config.vision_config, self.name)
+
+    @property
+    def patch(self) -> int:
+        return int(self.config.vision_config.patch_size)  # also of a tower whose FLOPs are not known
 
     @functools.cached_property
     def projector_size(self) -> ProjectorSize:

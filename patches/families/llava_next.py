@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mllm_efficient.compressors.fit import OF_TOWER
 from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import OF_TOWER, Adapter, Encoding, Item, smaller_pixels
+from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import Views
 from ..running import at_hand, input_of
 from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched

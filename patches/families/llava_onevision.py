@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mllm_efficient.compressors.fit import OF_TOWER
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import OF_TOWER, Encoding, Item, smaller_pixels, uncropped
+from ..base import Encoding, Item, smaller_pixels, uncropped
 from ..rules import ASPECT_RATIO, SHARED, Size, Views
 from ..running import at_hand
 from ..tower.attention import positions_at_hand, tower_of

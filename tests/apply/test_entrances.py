@@ -241,6 +241,7 @@ def test_is_wrapped_and_what_repr_says(tiny_llava):
     assert not me.is_wrapped(tiny_llava) and "compression" not in repr(tiny_llava)
     me.wrap(tiny_llava, SPEC)
     assert me.is_wrapped(tiny_llava) and f"compression='{SPEC}'" in repr(tiny_llava)
+    assert not me.is_wrapped(tiny_llava.model), "its base model is compressed through it, and is not wrapped itself"
     me.unwrap(tiny_llava)
     with me.compressed(tiny_llava, "pool:tokens=9"):
         assert me.is_wrapped(tiny_llava) and "compression='pool:tokens=9'" in repr(tiny_llava)

@@ -272,7 +272,8 @@ def test_saving_replaces_a_file_makes_folders_and_leaves_nothing_else(tmp_path):
 def test_drawing_needs_no_model_and_leaves_pyplot_alone():
     code = (
         "import sys\nfrom mllm_efficient.cli import main\nassert main(['show', '--help']) == 0\nassert 'numpy' not in sys.modules\n"
-        "from PIL import Image\nfrom mllm_efficient import figures, viz\nfrom mllm_efficient.tokens import Plane\n"
+        "from PIL import Image\nfrom mllm_efficient.media import figure as figures, overlay as viz\n"
+        "from mllm_efficient.tokens import Plane\n"
         "picture = Image.new('RGB', (32, 32))\n"
         "figures.figure([viz.Subject([picture], [viz.Result('A $x_y', 4, 1, (Plane(2, 2),), [0])])], caption='\\u6f22 $')\n"
         "assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
