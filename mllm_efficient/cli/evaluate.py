@@ -186,10 +186,10 @@ def _builtin(
     _finish(rows, meta, output_dir, json)
     if not json:
         options.print_table(*text_table(rows, CATEGORIES))
-        print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")
-        last = "tokens on what the question is about; 'ECE', 'AURC': calibration of the answers' confidence, in percent (lower is better)."
         if any(r.get("hard_n") is not None for r in rows):
             print("'hard': right of what none gets right and resize at the same budget wrong; 'broken': wrong of what both get right.")
+        print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")
+        last = "tokens on what the question is about; 'ECE', 'AURC': calibration of the answers' confidence, in percent (lower is better)."
         if turns > 1:
             print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
             last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
