@@ -122,7 +122,8 @@ def test_the_kinds_know_nothing_of_models():
     """Importing every kind of method imports nothing of ``apply``, ``patches``, ``trained`` or torch."""
     kinds = "base selector merger resizer projector reducer composed kinds grouping fit"
     code = (
-        f"import sys, importlib\nbefore = set(sys.modules)\nfor name in {kinds.split()}: importlib.import_module('mllm_efficient.compressors.' + name)\n"
+        "import sys, importlib\nbefore = set(sys.modules)\n"
+        f"for name in {kinds.split()}: importlib.import_module('mllm_efficient.compressors.' + name)\n"
         "found = [m for m in set(sys.modules) - before if m == 'torch' or m.split('.')[:2] in "
         "[['mllm_efficient', room] for room in ('apply', 'patches', 'trained', 'eval', 'measure')]]\nprint(found)"
     )
