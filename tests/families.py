@@ -331,24 +331,29 @@ class Cohere2Tiles:
         return best[1]
 
 
-@functools.cache
-def cohere2_tokenizer(padding_side: str):
-    out = copy.deepcopy(tokenizer(padding_side))
-    names = {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>", "img_line_break_token": "<|vision_end|>"}
+def named(plain: Any, names: dict[str, str]) -> Any:
+    """A copy of a tokenizer that has a family's special tokens as attributes, and their ids."""
+    out = copy.deepcopy(plain)
     for name, token in names.items():
         setattr(out, name, token)
         setattr(out, f"{name}_id", VOCABULARY[token])
     return out
+
+
+@functools.cache
+def cohere2_tokenizer(padding_side: str):
+    return named(
+        tokenizer(padding_side),
+        {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>", "img_line_break_token": "<|vision_end|>"},
+    )
 
 
 @functools.cache
 def internvl_tokenizer(padding_side: str):
-    out = copy.deepcopy(tokenizer(padding_side))
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
-    for name, token in names.items():
-        setattr(out, name, token)
-        setattr(out, f"{name}_id", VOCABULARY[token])
-    return out
+    return named(
+        tokenizer(padding_side),
+        {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+    )
 
 
 @functools.cache

@@ -43,7 +43,6 @@ BUDGETS = st.one_of(
     st.fixed_dictionaries({"keep": fraction}), st.fixed_dictionaries({"prune": st.floats(0, 0.99)}),
     st.fixed_dictionaries({"tokens": st.integers(1, 30).map(lambda n: n * n)}),
 )  # fmt: skip
-BUDGET = {"keep", "tokens", "prune"}
 
 
 def methods(names: Sequence[str]) -> st.SearchStrategy[Any]:
@@ -139,7 +138,6 @@ def split_at_every_separator(text: str) -> list[tuple[str, dict[str, str]]]:
 
 
 bare = st.text(alphabet=st.characters(exclude_characters="|,=:\"'[]{}@", codec="utf-8"), min_size=1, max_size=8)
-bare_value = st.text(alphabet="abc=: @.~1", max_size=6)
 
 
 @settings(max_examples=150, deadline=None)

@@ -17,7 +17,6 @@ from .pictures import worst_requests
 from .recommend import decided_by
 from .rows import HEADER, NOTES, RIGHT, WORDS, metric_of, tasks_of
 
-SHADES = 5  # of the cells that lost points, from a point to 40
 SCORES = {None: "Score", RIGHT: "Right", WORDS: "Same words"}
 PLOTS = {"accuracy_flops": ("FLOPs", plots.flops), "accuracy_ttft": ("Time to first token", plots.ttft)}
 

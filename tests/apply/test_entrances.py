@@ -19,11 +19,11 @@ from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogits
 
 import mllm_efficient as me
 
+from ..conftest import MIXED
 from ..families import FAMILIES, make, tiny
 
 NEW = {"max_new_tokens": 3, "do_sample": False}
 SPEC = "divprune:tokens=9"
-MIXED = ("one image", "two images", "text only", "long text")
 TRAINED = ["tokenflex:tokens=9,weights=random", "dpn:weights=random,at=1/2", "none@tokenflex:weights=random"]
 
 

@@ -16,9 +16,10 @@ import torch
 import mllm_efficient as me
 from mllm_efficient.apply.wrap import method_of
 
+from ..conftest import MIXED
+
 N, IMAGE = 36, 4
 SPEC = "divprune:tokens=9"
-MIXED = ("one image", "two images", "text only", "long text")
 NEW = dict(max_new_tokens=5)
 HOSTS = ("plain", "PEFT LoRA", "CPU offload", "disk offload", "dispatched to disk and CPU", "accelerate bf16")
 ORDERS = ("host then wrap", "wrap then host")

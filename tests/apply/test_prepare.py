@@ -12,11 +12,10 @@ import mllm_efficient as me
 from mllm_efficient.apply.prepare import encode
 from mllm_efficient.compressors.base import generator_for
 
-from ..conftest import eager_attention
+from ..conftest import MIXED, eager_attention
 
 N, GRID, IMAGE = 36, (6, 6), 4
 ROWS = ("one image", "two images", "touching images", "text only", "long text")
-MIXED = ("one image", "two images", "text only", "long text")
 SPECS = (
     "divprune:tokens=9", "divprune:tokens=9,metric=l2", "random:tokens=9", "random:tokens=9,seed=3", "uniform:tokens=9", "uniform:keep=0.4",
     "pool:tokens=9", "pool:tokens=9,op=max", "resize:tokens=9", "divprune:tokens=9,order=picked",

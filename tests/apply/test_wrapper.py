@@ -13,8 +13,9 @@ import mllm_efficient as me
 from mllm_efficient.patches import transformers_version
 from mllm_efficient.patches.families.llava import LlavaAdapter
 
+from ..conftest import MIXED
+
 N, GRID, IMAGE = 36, (6, 6), 4
-MIXED = ("one image", "two images", "text only", "long text")
 NEW = dict(max_new_tokens=6)
 
 
