@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
-from . import rules
+from . import facts, rules
 
 if TYPE_CHECKING:
     from .base import Adapter
@@ -70,6 +70,10 @@ def adapter_for(model: Any) -> Adapter:
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
             return rules.adapter_class(FAMILIES[cls.__name__])(inner)
+    if getattr(inner.config, "model_type", None) in facts.FACTS:
+        from .families.generic import GenericAdapter
+
+        return GenericAdapter(inner)
     raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
 
 

@@ -54,6 +54,11 @@ class Adapter(Rules):
         super().__init__(type(model).__name__, model.config)
 
     @property
+    def base(self) -> Any:
+        """The model without its head; the model itself where it holds tower and decoder directly."""
+        return getattr(self.model, "model", self.model)
+
+    @property
     def placeholders(self) -> dict[str, int]:
         """The placeholder token of each modality."""
         video = getattr(self.config, "video_token_id", None)

@@ -51,10 +51,10 @@ def place(
         offset = past.following.to(ids.device)
         places, following = places + offset[:, None], following + offset
     if keeps:
-        places = places.gather(2, (columns[:, before:] - start).expand(3, -1, -1))
+        places = places.gather(2, (columns[:, before:] - start).expand(len(places), -1, -1))
     places = torch.where(valid[:, before:], places, 0)
-    places = torch.cat([places.new_zeros(3, len(ids), before), places], 2)  # those in the cache are not read again
-    return replace(layout, following=following.cpu(), mrope=True), with_text_row(places, valid)
+    places = torch.cat([places.new_zeros(len(places), len(ids), before), places], 2)  # those in the cache are not read again
+    return replace(layout, following=following.cpu(), axes=len(places)), with_text_row(places, valid)
 
 
 def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, Tensor]:

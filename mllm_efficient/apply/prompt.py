@@ -28,7 +28,7 @@ class Layout:
     ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
     column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
     row. positions: "renumber" or "keep". following: (B,) the position of the next token of each row, where positions
-    are not simply counted on (kept positions, M-RoPE). mrope: whether positions have three rows. All on the CPU.
+    are not simply counted on (kept positions, M-RoPE). axes: rows of positions on M-RoPE models, else 0. All on the CPU.
     """
 
     ids: Tensor
@@ -38,7 +38,11 @@ class Layout:
     images: Tensor
     positions: str
     following: Tensor | None = None
-    mrope: bool = False
+    axes: int = 0
+
+    @property
+    def mrope(self) -> bool:
+        return bool(self.axes)
 
     def grown(self, ids: Tensor, mask: Tensor | None, length: int) -> Layout:
         """The layout with the columns that a cache of ``length`` got since: they stay as they are in the cache."""
@@ -66,7 +70,7 @@ class Layout:
             return None
         since = mask[:, self.reduced_length :].long().cumsum(1)
         places = (self.following.to(mask.device)[:, None] + since - 1)[:, -new:]
-        return with_text_row(places.expand(3, *places.shape), mask) if self.mrope else places
+        return with_text_row(places.expand(self.axes, *places.shape), mask) if self.mrope else places
 
     @property
     def full_length(self) -> int:
@@ -103,6 +107,26 @@ def require(ok: bool, message: str) -> None:
         raise CountMismatchError(message)
 
 
+TYPES = ("mm_token_type_ids", "token_type_ids")  # (B, L), which columns are of images
+PER_COLUMN = ("attention_mask", "labels", *TYPES)  # (B, L), with the prompt
+
+
+def require_short(kwargs: dict[str, Any]) -> None:
+    """Raises ``CountMismatchError`` for a shortened prompt beside which a tensor of the full prompt's length is given.
+
+    Some models take such a tensor without a word and give other logits.
+    """
+    layout, ids = getattr(kwargs.get("mm_encoder_outputs"), "layout", None), kwargs.get("input_ids")
+    if layout is None or ids is None or ids.shape[1] != layout.reduced_length:
+        return
+    for name in PER_COLUMN:
+        given = kwargs.get(name)
+        if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] != ids.shape[1]:
+            raise CountMismatchError(
+                f"{name} {tuple(given.shape)} is not of the shortened prompt, which has {ids.shape[1]} columns: take all of model_kwargs"
+            )
+
+
 def lay_out(ids: Tensor, mask: Tensor, keep: Tensor, past: Layout | None, images: Tensor, positions: str) -> Layout:
     """Repacks the kept, unmasked columns, padded on the side the prompt is padded on.
 
@@ -134,7 +158,7 @@ def take_columns(layout: Layout, input_ids: Tensor, attention_mask: Tensor, rest
         # The first real token after left padding would be predicted from padding.
         after_pad = ok & ~torch.cat([torch.ones_like(ok[:, :1]), ok[:, :-1]], 1)
         out["labels"] = torch.where(after_pad, IGNORE, shorter)
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    for name in TYPES:
         if rest.get(name) is not None:
             out[name] = torch.where(valid, rest[name].gather(1, columns), 0)
     return out

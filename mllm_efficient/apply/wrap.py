@@ -29,6 +29,7 @@ from .original_prompt import MERGE, merged_as_shown
 from .outputs import check_length, mark_output
 from .pipeline import teach_pipelines
 from .plan import check
+from .prompt import require_short
 from .sharding import has_shards
 
 Model = TypeVar("Model")
@@ -146,8 +147,9 @@ def _put_on(adapter: Any, method: Compressor, alone: bool) -> CompressForward:
         hook = CompressForward()
         inner.register_forward_pre_hook(hook, with_kwargs=True)
         inner.register_forward_hook(mark_output, with_kwargs=True)
-        inner.model.register_forward_pre_hook(EnterBase(inner, hook.active), with_kwargs=True, prepend=True)
-        inner.model.register_forward_hook(MarkBase(inner, hook.active), with_kwargs=True)
+        if adapter.base is not inner:
+            adapter.base.register_forward_pre_hook(EnterBase(inner, hook.active), with_kwargs=True, prepend=True)
+            adapter.base.register_forward_hook(MarkBase(inner, hook.active), with_kwargs=True)
     try:
         if alone:
             require_idle(inner)  # after the hooks are on, in which whoever calls from now on waits
@@ -171,7 +173,7 @@ def _take_off(adapter: Any, method: Compressor | None, alone: bool) -> None:
         adapter.let_go_inside()
     if hook.active.used:
         return
-    for module in (inner, inner.model):
+    for module in (inner, adapter.base):
         for hooks, with_kwargs in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -199,13 +201,15 @@ class CompressForward:
         if kwargs is None:  # another thread's call, between the two steps of registering this hook
             return None
         if within_generate(model) or kwargs.get("mm_encoder_outputs") is not None:
+            require_short(kwargs)
             return None
         method = self.active.of_call(model)
         if method is None:
             return None
         with _autocast_of(model):
             args, kwargs = enter(model, model, method, args, kwargs, self.active.logits_here(model))
-        return args, kwargs if kwargs.get("mm_encoder_outputs") is not None else {**kwargs, ENTERED: True}
+        entered = kwargs.get("mm_encoder_outputs") is not None or not hasattr(model, "model")
+        return args, kwargs if entered else {**kwargs, ENTERED: True}
 
 
 def _autocast_of(model: Any) -> contextlib.AbstractContextManager[Any]:

@@ -73,7 +73,7 @@ def begin_pass(model: Any, args: tuple, kwargs: dict[str, Any] | None = None):
     kwargs = kwargs or {}
     if PASS in kwargs:
         return None
-    cache, decoder = cache_of(kwargs), getattr(model, "model", model).language_model
+    cache, decoder = cache_of(kwargs), decoder_of(model)
     staging: Staging | None = getattr(kwargs.get("mm_encoder_outputs"), "staging", None)
     state: Shortened | None = getattr(cache, SEGMENTS_ATTRIBUTE, None)
     if staging is None and state is None:
@@ -128,7 +128,7 @@ def _refuse(layer: Any) -> None:
 
 def decoder_of(model: Any) -> Any:
     """The language model of a top model."""
-    return model.model.language_model
+    return model.get_decoder()
 
 
 _users: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of the hooks on a model
