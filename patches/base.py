@@ -44,10 +44,12 @@ class Encoding:
 class Adapter(Rules):
     """The base of all adapters: a family's other half, of a model that is there. A family's own stands before its ``Rules``.
 
-    encode_keys: the vision arguments of a call.
+    encode_keys: the vision arguments of a call. text_row: whether positions of M-RoPE have one more row in front, the places in the
+    prompt.
     """
 
     encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    text_row: bool = True
 
     def __init__(self, model: Any):
         self.model = model
@@ -207,7 +209,9 @@ class Adapter(Rules):
 
         return BaseModelOutputWithPooling(pooler_output=features)
 
-    def rope(self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any) -> Tensor:
+    def rope(
+        self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any, items: Sequence[Item] = ()
+    ) -> Tensor:
         """Positions (3, B, L) of a prompt on M-RoPE models."""
         raise TypeError(f"{type(self).__name__} has no M-RoPE")
 

@@ -187,7 +187,8 @@ class Subject:
             return torch.cat(parts, -1)
         shape = [max(sides) for sides in zip(*(part.shape[1:] for part in parts))]
         pads = [[n for side, most in zip(reversed(part.shape[1:]), reversed(shape)) for n in (0, most - side)] for part in parts]
-        return torch.cat([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads)])
+        nothing = -1 if name == "image_position_ids" else 0
+        return torch.cat([torch.nn.functional.pad(part, pad, value=nothing) for part, pad in zip(parts, pads)])
 
     @torch.no_grad()
     def count(self) -> str:

@@ -108,6 +108,12 @@ def padded(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     }
 
 
+def tiles(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """(1, images, channels, side, side), and which of the tiles are there."""
+    side = _side(config)
+    return {"pixel_values": draw(1, images, _channels(config), side, side), "pixel_attention_mask": torch.ones(1, images, dtype=torch.bool)}
+
+
 def shapes(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     """(images, patches, values of a patch), padded, and the (rows, columns) of each."""
     vision = _vision(config)
@@ -127,10 +133,23 @@ def targets(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     return {"pixel_values": strip, "target_sizes": torch.tensor(grids, dtype=torch.int32)}
 
 
+def positions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """(images, patches, values of a patch), padded, and the (column, row) of each patch, -1 for padding."""
+    vision = _vision(config)
+    k = vision.pooling_kernel_size
+    grids = [(2 * k, k * (2 + i % 2)) for i in range(images)]
+    longest = max(h * w for h, w in grids)
+    longest += -longest % k**2
+    places = torch.full((images, longest, 2), -1)
+    for place, (h, w) in zip(places, grids):
+        place[: h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)
+    return {"pixel_values": draw(images, longest, 3 * _one(vision.patch_size) ** 2) / 2 + 0.5, "image_position_ids": places}
+
+
 def two_resolutions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     """Each picture small and large."""
     large = _one(config.high_res_vision_config.image_size)
     return {**square(config, images, draw), "high_res_pixel_values": draw(images, 3, large, large)}
 
 
-KINDS = {f.__name__: f for f in (square, patches, patch_images, token_images, merged_patches, patches_hw, sizes, padded, shapes, targets, two_resolutions)}
+KINDS = {f.__name__: f for f in (square, patches, patch_images, token_images, merged_patches, patches_hw, sizes, padded, tiles, shapes, positions, targets, two_resolutions)}

@@ -19,7 +19,7 @@ class Facts:
 
     grids: the argument of a call that says (frames, rows, columns) of each image in patches, ``merge`` x ``merge`` of which are a
     token (0: as the configuration says); "" where a call says nothing, so that every run of placeholders counts as an image. mrope: rows of positions, 0 where there
-    is one. deepstack: whether later layers add features, as ``deepstack_features``. beside: parts of the tower's output that are no
+    is one; text_row: whether one more stands in front, the places in the prompt. deepstack: whether later layers add features, as ``deepstack_features``. beside: parts of the tower's output that are no
     tokens and that the language model takes as they are. read: the part of the tower's output that the language model takes.
     recurrent: whether layers of the decoder carry a state along (linear attention, convolution, Mamba), which a masked token changes.
     gaps: whether positions can be given, so that kept tokens may keep theirs.
@@ -29,6 +29,7 @@ class Facts:
     grids: str = ""
     merge: int = 0
     mrope: int = 0
+    text_row: bool = True
     deepstack: bool = False
     beside: tuple[str, ...] = ()
     read: str = "pooler_output"
@@ -48,8 +49,6 @@ def _flat(**more: Any) -> Facts:
 
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 GLM_ROPE = {"text_config": {"rope_parameters": {**ROPE, "partial_rotary_factor": 1.0, "mrope_section": [4, 2, 2]}}}
-MLA = {"text_config": {"num_key_value_heads": 2, "head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-                       "v_head_dim": 16, "n_group": 1, "topk_group": 1}}  # fmt: skip
 MINICPM = {"text_config": {"num_hidden_layers": 4}, "vision_config": {"insert_layer_id": 1}, "insert_layer_id": 1}
 MAMBA = {"text_config": {"ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "use_mamba_kernels": False}}
 TWO_DEEP = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
@@ -60,7 +59,7 @@ FACTS: dict[str, Facts] = {
     "aria": Facts(tiny={"projector_patch_to_query_dict": {"64": 16}}),
     "aya_vision": Facts(),
     "chameleon": Facts(),
-    "cohere_compass": _flat(mrope=3, deepstack=True),
+    "cohere_compass": _flat(mrope=3, deepstack=True, tiny={**TWO_DEEP, "text_config": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [4, 2, 2]}, "sliding_attention": {**ROPE, "mrope_section": [4, 2, 2]}}}}),
     "cosmos3_edge": _flat(mrope=3),
     "cosmos3_omni": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
     "deepseek_ocr2": Facts(),
@@ -68,30 +67,28 @@ FACTS: dict[str, Facts] = {
     "deepseek_vl_hybrid": Facts(example="two_resolutions"),
     "dots3_note": _flat(),
     "emu3": Facts(example="sizes"),
-    "ernie4_5_vl_moe": _flat(mrope=3),
+    "ernie4_5_vl_moe": _flat(mrope=3, tiny={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}}}),
     "exaone4_5": _flat(),
-    "florence2": Facts(),
     "fuyu": Facts(),
     "gemma3": Facts(tiny={"mm_tokens_per_image": 16}),
-    "gemma4": Facts(example="positions"),
-    "gemma4_unified": Facts(example="positions"),
+    "gemma4": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_vision"}}),
+    "gemma4_unified": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_unified_vision"}}),
     "glm46v": _flat(mrope=3, tiny=GLM_ROPE),
     "glm4v": _flat(mrope=3, tiny=GLM_ROPE),
     "glm4v_moe": _flat(mrope=3, tiny=GLM_ROPE),
-    "glm5_next": _flat(),
+    "glm5_next": _flat(recurrent=True, tiny={"text_config": {"num_hidden_layers": 4, "linear_head_dim": 16, "linear_num_heads": 2}}),
     "glm_ocr": _flat(mrope=3, tiny=GLM_ROPE),
     "got_ocr2": Facts(),
-    "granite4_vision": Facts(example="sizes"),
-    "granite_docling": Facts(example="padded", deepstack=True),
-    "hunyuan_vl": _flat(mrope=4),
-    "hy_v4_vl": _flat(mrope=3),
+    "granite_docling": Facts(example="tiles", deepstack=True, beside=("router_logits",)),
+    "hunyuan_vl": Facts(example="patches", mrope=4, text_row=False, tiny={"text_config": {"head_dim": 16, "rope_parameters": {**ROPE, "mrope_section": [2, 2, 2, 2]}}}),
+    "hy_v4_vl": Facts(example="patches", mrope=3, tiny={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}}),
     "hyperclovax_vision_v2": _flat(),
     "idefics2": Facts(example="padded"),
     "idefics3": Facts(example="padded"),
-    "inkling2": _flat(gaps=False, merge=1, example="token_images"),
-    "inkling2_loop": _flat(gaps=False, merge=1, example="token_images"),
+    "inkling2": _flat(gaps=False, merge=1, example="token_images", recurrent=True, tiny={"text_config": {"unpadded_vocab_size": 160}}),
+    "inkling2_loop": _flat(gaps=False, merge=1, example="token_images", recurrent=True, tiny={"text_config": {"unpadded_vocab_size": 160}}),
     "janus": Facts(),
-    "kimi_k25": _flat(example="patch_images", tiny=MLA),
+    "kimi_k25": _flat(example="patch_images"),
     "lfm2_vl": Facts(example="shapes", recurrent=True),
     "lfm3_vl": _flat(recurrent=True),
     "lighton_ocr": Facts(example="sizes"),
@@ -104,7 +101,7 @@ FACTS: dict[str, Facts] = {
     "mistral_large4": Facts(example="sizes"),
     "molmo2": Facts(),
     "muse_glimmer": _flat(tiny={"text_config": {"layer_rope_theta": [1e4, 1e4, 0]}, "vision_config": {"patch_temporal": 1}, "out_hidden_size": 128}),
-    "muse_spark": _flat(),
+    "muse_spark": _flat(tiny={"vision_config": {"patch_temporal": 1}, "out_hidden_size": 128}),
     "nemotron_h_omni": Facts(recurrent=True, gaps=False, example="patches_hw", tiny=MAMBA),
     "ovis2": Facts(beside=("visual_indicator_features",)),
     "paddleocr_vl": _flat(mrope=3, example="patch_images", tiny={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}}),
@@ -115,11 +112,11 @@ FACTS: dict[str, Facts] = {
     "qwen3_5_moe": _flat(mrope=3, recurrent=True, tiny=FOUR_LAYERS),
     "qwen3_vl_moe": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
     "qwen4_exp": _flat(mrope=3, recurrent=True, tiny={"text_config": {"num_hidden_layers": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 256, "indexer_compress_ratio": 1}}),
-    "shieldgemma2": Facts(),
+    "shieldgemma2": Facts(tiny={"mm_tokens_per_image": 16}),
     "smolvlm": Facts(example="padded"),
     "step3p7": Facts(tiny={"text_config": {"sliding_window": 512}}),
     "unlimited_ocr": Facts(),
-    "video_llama_3": _flat(example="merged_patches"),
+    "video_llama_3": Facts(example="merged_patches"),
     "video_llava": Facts(),
     "vipllava": Facts(tiny={"vision_feature_layers": [-2, -1]}),
 }  # fmt: skip

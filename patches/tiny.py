@@ -15,6 +15,8 @@ PAD, BOS, EOS, FIRST = 0, 1, 2, 4  # token ids of a tiny model; other special to
 TEXT = 100  # the first id that stands for a word
 WIDTH, HEADS, LAYERS = 32, 2, 3
 
+DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layer")
+
 SMALL: dict[str, int] = {
     **dict.fromkeys(
         ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "hidden_dim", "out_hidden_size", "output_hidden_size", "output_dim",
@@ -23,13 +25,16 @@ SMALL: dict[str, int] = {
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim", "ffn_hidden_size", "intermediate_size_mlp"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "n_layer"), LAYERS),
+    **dict.fromkeys(DEPTHS, LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "attention_heads"), HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "swa_head_dim"), 16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k"), 2),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8), **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "v_head_dim"), 16),
+    **dict.fromkeys(("n_group", "topk_group"), 1), "index_n_heads": 2, "index_head_dim": 16, "index_topk": 512,
     "encoder_layers": 2, "decoder_layers": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 160, "max_position_embeddings": 1024,
+    "vocab_size_per_layer_input": 160, "hidden_size_per_layer_input": 16, "position_embedding_size": 64,
     "patch_size": 4, "spatial_patch_size": 4, "image_size": 32,
 }  # fmt: skip
 MADE_ANEW = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "per_layer_config")  # by transformers, from the rest
@@ -40,22 +45,34 @@ SPECIAL = re.compile(r"(.*)_token_(?:id|index|ids)")
 
 def tiny_config(config: Any, own: Mapping[str, Any] | None = None) -> Any:
     """A configuration of the same class, tiny. own: settings on top, those of a part under its name: ``{"text_config": {...}}``."""
-    settings = _small(config.to_dict())
+    own = own or {}
+    whole = config.to_dict()
+    absent = {name: part for name, part in own.items() if isinstance(part, Mapping) and whole.get(name) is None}
+    if absent:  # a part that the configuration leaves out by default
+        whole = type(config).from_dict({**whole, **absent}).to_dict()
+    settings = _small(whole)
     _move_ids(settings, {})
-    return type(config).from_dict(_with(settings, own or {}))
+    return type(config).from_dict(_with(settings, own))
 
 
 def _small(settings: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    layers = next((settings[name] for name in DEPTHS if isinstance(settings.get(name), int)), None)
     for name, value in settings.items():
+        if name in MADE_ANEW:
+            continue
         if isinstance(value, dict) and name.endswith("config"):
             out[name] = _small(value)
-        elif name in SMALL and value is not None and not isinstance(value, bool):
+        elif isinstance(value, (list, tuple)) and len(value) == layers:  # one for each layer
+            out[name] = copy.deepcopy(value[:LAYERS])
+        elif name in SMALL and value and not isinstance(value, bool):
             out[name] = [SMALL[name]] * len(value) if isinstance(value, (list, tuple)) else SMALL[name]
         elif name == "rope_parameters" and isinstance(value, dict):
             out[name] = _small_rope(value)
-        elif name not in MADE_ANEW:
+        else:
             out[name] = copy.deepcopy(value)
+    if "kv_lora_rank" in out:  # latent attention has keys of its own for every head
+        out |= {"num_key_value_heads": HEADS, "head_dim": SMALL["qk_rope_head_dim"] if out.get("head_dim") else out.get("head_dim")}
     return out
 
 

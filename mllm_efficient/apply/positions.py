@@ -54,7 +54,8 @@ def place(
         places = places.gather(2, (columns[:, before:] - start).expand(len(places), -1, -1))
     places = torch.where(valid[:, before:], places, 0)
     places = torch.cat([places.new_zeros(len(places), len(ids), before), places], 2)  # those in the cache are not read again
-    return replace(layout, following=following.cpu(), axes=len(places)), with_text_row(places, valid)
+    layout = replace(layout, following=following.cpu(), axes=len(places), text_row=adapter.text_row)
+    return layout, with_text_row(places, valid) if adapter.text_row else places
 
 
 def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,8 @@ def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage]
     types, grids, seconds = _kinds(adapter, ids.cpu(), images, rule)
     one = torch.ones_like(ids[:, :1])
     longer = (torch.cat([t, end.to(t)], 1) for t, end in ((ids, 0 * one), (mask.long(), one), (types.to(ids.device), 0 * one)))
-    places = adapter.rope(*longer, grids, seconds)
+    items = [image.item for image, _, _ in sorted(images, key=lambda known: known[0].index)]
+    places = adapter.rope(*longer, grids, seconds, items)
     return places[..., :-1], places[0, :, -1]
 
 

@@ -218,7 +218,7 @@ def _uncompressed(call: Call, placed: list[PlacedImage], plans: list[ImagePlan])
     if call.adapter.mrope:
         known = [(image, p.pre_llm, None) for image, p in zip(placed, plans)]
         places, _ = native(call.adapter, call.input_ids, call.mask, known, "keep")
-        tensors["position_ids"] = with_text_row(places, call.mask)
+        tensors["position_ids"] = with_text_row(places, call.mask) if call.adapter.text_row else places
     features = _all_features(placed, [call.encoded.encodings[image.index] for image in placed])
     return Prepared(_given(tensors), features, call.adapter.pack, report, None)
 

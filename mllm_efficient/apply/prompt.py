@@ -28,7 +28,8 @@ class Layout:
     ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
     column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
     row. positions: "renumber" or "keep". following: (B,) the position of the next token of each row, where positions
-    are not simply counted on (kept positions, M-RoPE). axes: rows of positions on M-RoPE models, else 0. All on the CPU.
+    are not simply counted on (kept positions, M-RoPE). axes: rows of positions on M-RoPE models, else 0; text_row: whether
+    the model takes one more in front, the places in the prompt. All on the CPU.
     """
 
     ids: Tensor
@@ -39,6 +40,7 @@ class Layout:
     positions: str
     following: Tensor | None = None
     axes: int = 0
+    text_row: bool = True
 
     @property
     def mrope(self) -> bool:
@@ -70,7 +72,10 @@ class Layout:
             return None
         since = mask[:, self.reduced_length :].long().cumsum(1)
         places = (self.following.to(mask.device)[:, None] + since - 1)[:, -new:]
-        return with_text_row(places.expand(self.axes, *places.shape), mask) if self.mrope else places
+        if not self.mrope:
+            return places
+        places = places.expand(self.axes, *places.shape)
+        return with_text_row(places, mask) if self.text_row else places
 
     @property
     def full_length(self) -> int:

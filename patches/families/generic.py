@@ -39,6 +39,7 @@ class GenericAdapter(Adapter):
         self.positions = "keep" if self.facts.mrope else "renumber"
         self.mrope = bool(self.facts.mrope)
         self.deepstack = self.facts.deepstack
+        self.text_row = self.facts.text_row
 
     @property
     def encode_keys(self) -> tuple[str, ...]:
@@ -123,6 +124,13 @@ class GenericAdapter(Adapter):
                 "belongs to the model"
             )
 
+    def check_positions(self, rule: str) -> None:
+        """Raises ``UnsupportedModelError`` for a rule of positions that this type cannot follow."""
+        if rule == "keep" and not self.facts.gaps:
+            raise UnsupportedModelError(f"positions='keep' has no effect on {self.name}, whose layers read no positions")
+        if rule == "renumber" and self.facts.mrope and not self.facts.grids:
+            raise UnsupportedModelError(f"positions='renumber' is not known for {self.name}, whose calls do not say the grid of a picture")
+
     def unit(self, item: Item) -> Grid:
         return item.shape.planes[0].rows, item.shape.planes[0].columns
 
@@ -138,9 +146,17 @@ class GenericAdapter(Adapter):
         layers = [list(layer) for layer in deep] if self.facts.deepstack else None
         return ragged_output(features, self.facts.read, layers, **beside)
 
-    def rope(self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any) -> Tensor:
-        """Positions (axes, B, L) by the model's own rule. grids: for each modality the (t, h, w) of each item in tokens."""
+    def rope(
+        self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any, items: Sequence[Item] = ()
+    ) -> Tensor:
+        """Positions (axes, B, L) by the model's own rule.
+
+        grids: for each modality the (t, h, w) of each item in tokens, where the call says them; else what it says of ``items`` is
+        passed on.
+        """
         call: dict[str, Any] = {}
+        if not self.facts.grids:
+            call = {name: value for item in items for name, value in item.arguments["call"].items()}
         for modality, sizes in grids.items():
             if sizes and self.facts.grids:
                 patches = [(t, h * self.merge, w * self.merge) for t, h, w in sizes]
@@ -164,7 +180,7 @@ def visual_indicators(base: Any) -> Tensor:
     return table(torch.arange(len(table.weight) - n, len(table.weight), device=table.weight.device))
 
 
-BESIDE = {"visual_indicator_features": visual_indicators}
+BESIDE = {"visual_indicator_features": visual_indicators, "router_logits": lambda base: None}
 
 
 def joined(features: Any) -> Tensor:

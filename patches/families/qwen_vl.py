@@ -225,7 +225,9 @@ class QwenVLAdapter(Adapter, QwenVLRules):
 
         return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=[list(layer) for layer in deep])
 
-    def rope(self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: list[Any]) -> Tensor:
+    def rope(
+        self, ids: Tensor, mask: Tensor, types: Tensor, grids: dict[str, list[Any]], seconds: Any, items: Sequence[Item] = ()
+    ) -> Tensor:
         """Positions (3, B, L) by the model's own rule.
 
         types: (B, L) 0 for text, 1 for images, 2 for videos. grids: for each modality the (t, h, w) of each item in
