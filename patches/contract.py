@@ -21,6 +21,7 @@ from mllm_efficient.errors import CountMismatchError
 from . import tiny
 from .examples import example
 from .facts import Facts
+from .families.generic import by_its_own_rule
 
 NEW = 3  # tokens that are decoded
 CLOSE = dict(rtol=1e-3, atol=2e-4)
@@ -38,7 +39,7 @@ class Subject:
     def __init__(self, config: Any, facts: Facts):
         from transformers import AutoModelForImageTextToText
 
-        from .families.generic import GenericAdapter
+        from . import adapter_for
 
         self.facts = facts
         config = tiny.tiny_config(config, facts.tiny)
@@ -50,7 +51,7 @@ class Subject:
                     weight += torch.randn_like(weight) * (0.2 if "language_model" in name and weight.ndim == 2 else 0.05)
         settings = self.model.generation_config
         settings.eos_token_id, settings.pad_token_id, settings.do_sample = None, tiny.PAD, False
-        self.adapter = GenericAdapter(self.model, facts)
+        self.adapter = adapter_for(self.model)
         self.prompts = [self.prompt(2, 0), self.prompt(1, 1)]
 
     def prompt(self, pictures: int, seed: int) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class Subject:
             for call in self.prompts:
                 prepared = prepare(self.model, f"{CHOICE},positions={rule}", **call)
                 given = self.model(**prepared.model_kwargs).logits[0]
-                keep = self.columns(call, prepared.report)
+                separators = any(image.separators_full for image in prepared.report.images)
+                keep = prepared.visual_keep_mask[0] if separators else self.columns(call, prepared.report)
                 if len(given) != int(keep.sum()):
                     return f"{len(given)} columns of {int(keep.sum())}"
                 wanted = self.by_hand(call, keep, rule) if self.facts.recurrent else self.masked(call, keep, rule)
@@ -129,7 +131,7 @@ class Subject:
         """Positions (1, L) or (axes, 1, L) of the whole prompt, of which those of the columns that stay count."""
         if self.facts.mrope:
             names = [n for n in self.adapter.encode_keys if n in call]
-            return self.adapter.by_its_own_rule({n: call[n] for n in names}, call["input_ids"], call["mm_token_type_ids"])
+            return by_its_own_rule(self.adapter.base, {n: call[n] for n in names}, call["input_ids"], call["mm_token_type_ids"])
         if rule == "keep":
             return torch.arange(len(keep))[None]
         return (keep.long().cumsum(0) - 1).clamp(min=0)[None]

@@ -146,10 +146,29 @@ def positions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     return {"pixel_values": draw(images, longest, 3 * _one(vision.patch_size) ** 2) / 2 + 0.5, "image_position_ids": places}
 
 
+def tokens_with_positions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """The same where a patch is what a token sees."""
+    vision = _vision(config)
+    grids = [(3, 3 + i % 2) for i in range(images)]
+    longest = max(h * w for h, w in grids)
+    places = torch.full((images, longest, 2), -1)
+    for place, (h, w) in zip(places, grids):
+        place[: h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)
+    values = 3 * (_one(vision.patch_size) * vision.pooling_kernel_size) ** 2
+    return {"pixel_values": draw(images, longest, values) / 2 + 0.5, "image_position_ids": places}
+
+
+def anyres(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """(images, views, channels, side, side) of the two tiles that stand on top of each other and the whole, and the pictures' sizes."""
+    side = _side(config)
+    config.image_grid_pinpoints = [[2 * side, side], [side, 2 * side]]
+    return {"pixel_values": draw(images, 3, _channels(config), side, side), "image_sizes": torch.tensor([(2 * side, side)] * images)}
+
+
 def two_resolutions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     """Each picture small and large."""
     large = _one(config.high_res_vision_config.image_size)
     return {**square(config, images, draw), "high_res_pixel_values": draw(images, 3, large, large)}
 
 
-KINDS = {f.__name__: f for f in (square, patches, patch_images, token_images, merged_patches, patches_hw, sizes, padded, tiles, shapes, positions, targets, two_resolutions)}
+KINDS = {f.__name__: f for f in (square, patches, patch_images, token_images, merged_patches, patches_hw, sizes, padded, tiles, shapes, positions, targets, anyres, two_resolutions, tokens_with_positions)}

@@ -163,14 +163,15 @@ class GenericAdapter(Adapter):
                 call[self.facts.grids.replace("image", modality)] = torch.tensor(patches, device=ids.device)
         if seconds:
             call["second_per_grid_ts"] = seconds
-        return self.by_its_own_rule(call, ids, types, mask)
+        return by_its_own_rule(self.base, call, ids, types, mask)
 
-    def by_its_own_rule(self, vision: dict[str, Any], ids: Tensor, types: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Positions (axes, B, L) of the model's ``get_rope_index``, given those of the vision arguments that it takes."""
-        rule = self.base.get_rope_index
-        names = inspect.signature(rule).parameters
-        given = {name: value for name, value in vision.items() if name in names}
-        return rule(ids, mm_token_type_ids=types, attention_mask=mask, **given)[0]
+
+def by_its_own_rule(base: Any, vision: dict[str, Any], ids: Tensor, types: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Positions (axes, B, L) of a model's ``get_rope_index``, given those of the vision arguments that it takes."""
+    rule = base.get_rope_index
+    names = inspect.signature(rule).parameters
+    given = {name: value for name, value in vision.items() if name in names}
+    return rule(ids, mm_token_type_ids=types, attention_mask=mask, **given)[0]
 
 
 def visual_indicators(base: Any) -> Tensor:
