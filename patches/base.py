@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.kinds import PROJECTOR
 from mllm_efficient.lazy import torch
@@ -48,7 +48,7 @@ class Adapter(Rules):
     prompt.
     """
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    encode_keys: tuple[str, ...] = ("pixel_values",)
     text_row: bool = True
 
     def __init__(self, model: Any):

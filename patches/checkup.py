@@ -21,9 +21,11 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import MllmEfficientError
+from .facts import FACTS, REFUSED
 
 KINDS = ("pre_llm", "projector", "in_llm")
 CHECKS = ("identity", "cache", "batch")
+ROW_CHECKS = ("identity", "chosen", "batch", "count", "long")  # of ``contract``
 NEW = 4  # tokens that are decoded
 
 
@@ -67,10 +69,14 @@ class Checkup:
         return "\n".join(lines + [f"{r.model_type} {r.kind} {r.check}: {r.why}" for r in self.failures])
 
 
-def doctor(device: str = "auto", attn_implementation: str | None = None) -> Checkup:
+ROW = "row"  # the kind of a check of a row of ``facts``
+
+
+def doctor(device: str = "auto", attn_implementation: str | None = None, every: bool = False) -> Checkup:
     """Checks every first-class family with every kind of method; some seconds on a CPU. Models are float32.
 
     Args:
+        every: also the contract of every row of ``facts``, on the CPU; one or two minutes.
         device: as torch names it; "auto" takes a GPU if there is one.
         attn_implementation: the attention kernel, such as "eager"; None is the model's default.
 
@@ -81,6 +87,9 @@ def doctor(device: str = "auto", attn_implementation: str | None = None) -> Chec
 
     device = pick_device(ModelOptions("tiny", device=device))
     rows = [row for model_type in _models() for row in check(model_type, KINDS, device, attn_implementation)]
+    if every:
+        rows += [row for model_type in FACTS for row in check_row(model_type)]
+        rows += [Row(model_type, ROW, name, None, why) for model_type, why in REFUSED.items() for name in ROW_CHECKS]
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
     return Checkup(tuple(rows), {"versions": versions, "device": device, "dtype": "float32"})
 
@@ -111,6 +120,27 @@ def check(model_type: str, kinds: Sequence[str], device: str = "cpu", attn_imple
                     why = _said(error)
                 rows.append(Row(model_type, kind, name, None if refusal else not why, why, kernel))
     return rows
+
+
+def check_row(model_type: str) -> list[Row]:
+    """The contract of a row of ``facts``. Never raises for what a check finds."""
+    from transformers import AutoConfig
+
+    from . import contract, require_present, transformers_version
+
+    refusal = FACTS[model_type].refusal(transformers_version())
+    try:
+        require_present(model_type)
+    except MllmEfficientError as error:
+        refusal = str(error)
+    if refusal:
+        return [Row(model_type, ROW, name, None, refusal) for name in ROW_CHECKS]
+    with _undisturbed():
+        try:
+            found = contract.keeps(AutoConfig.for_model(model_type), FACTS[model_type])
+        except Exception as error:  # a host that cannot be built is a finding
+            found = dict.fromkeys(ROW_CHECKS, _said(error))
+    return [Row(model_type, ROW, name, not why, why) for name, why in found.items()]
 
 
 _once = threading.RLock()

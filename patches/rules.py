@@ -121,11 +121,11 @@ class Rules:
 
     gives: frozenset[str] = frozenset({"text", "grid"})
     fixed_count: ClassVar[bool] = False
-    positions: ClassVar[str] = "renumber"
-    parts: ClassVar[frozenset[str]] = frozenset()
+    positions: str = "renumber"
+    parts: frozenset[str] = frozenset()
     separators: ClassVar[bool] = False
-    deepstack: ClassVar[bool] = False
-    mrope: ClassVar[bool] = False
+    deepstack: bool = False
+    mrope: bool = False
     projects: ClassVar[bool] = False
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1

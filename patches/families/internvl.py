@@ -122,7 +122,7 @@ def _canvases(fewest: int, most: int) -> list[Grid]:
 class InternVLAdapter(Adapter, InternVLRules):
     """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model."""
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    encode_keys: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The model is given all tiles in one row; which belong to one image stands in the prompt alone."""

@@ -42,7 +42,7 @@ class LlavaNextRules(AnyresRules):
 class LlavaNextAdapter(Adapter, LlavaNextRules):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    encode_keys: tuple[str, ...] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     call_settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @property
