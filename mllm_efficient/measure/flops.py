@@ -263,12 +263,16 @@ def projector_flops(projector: ProjectorSize, n: int) -> int:
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
     """What a method that needs the tower's attention or keys adds to it.
 
-    Keys of one layer, queries of the class token or of all tokens, and their products, computed once more.
+    Keys of one layer, queries of the class token or of all tokens, and their products, computed once more; the products alone
+    where the tower's own queries and keys are at hand.
     """
     if not kept.groups or not set(method.needs) & {"attention", "keys"}:
         return 0
     rows, columns = kept.picture.patches
     n = rows * columns + tower.class_token
+    if tower.fused:
+        windowed = tower.window and tower.layers - 1 not in tower.full_layers
+        return kept.picture.views * 2 * tower.width * (_window_pairs(tower, kept.picture.patches) if windowed else n * n)
     queries = 1 if tower.class_token else n
     return kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
 

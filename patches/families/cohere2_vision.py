@@ -48,7 +48,10 @@ class Cohere2VisionRules(InternVLRules):
 
 
 class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
-    """What the wrapper needs to know of one Cohere2 Vision model."""
+    """What the wrapper needs to know of one Cohere2 Vision model.
+
+    Its SigLIP tower has no class token: a token's attention is the mean that its patches receive, added up, its key theirs in the mean.
+    """
 
     encode_keys = ("pixel_values",)
 
@@ -57,6 +60,13 @@ class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
             return super().features(pixels, resized, **call)
         with positions_at_hand(tower_of(self.model)):
             return super().features(pixels, resized, interpolate_pos_encoding=True, **call)
+
+    def taken(self, call: dict[str, Any]) -> tuple[Any, str]:
+        return -1, "full"
+
+    def shuffled(self, patches: Tensor) -> Tensor:
+        tokens = self.model.model.multi_modal_projector.pixel_shuffle(patches)
+        return tokens.flatten(1, 2).unflatten(2, (-1, patches.shape[2]))
 
     def placeholder_runs(self, row: list[bool]) -> list[int]:
         """Runs with a single token between them are tiles of one image."""

@@ -19,7 +19,8 @@ from ..base import Adapter, Encoding, Item, smaller_pixels, uncropped
 from ..rules import Rules, Size, Views
 from ..running import at_hand, input_of
 from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
-from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
+from ..tower.attention import positions_at_hand, tower_of, watched
+from ..tower.blocks import has_class_token
 from ..tower.merge import run_merging
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from mllm_efficient.compressors.math.finite import require_finite
 from mllm_efficient.compressors.tome import match, merged
 from mllm_efficient.lazy import torch
 
-from .attention import has_class_token
+from .blocks import has_class_token
 
 if TYPE_CHECKING:
     from torch import Tensor
