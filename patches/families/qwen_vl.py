@@ -216,7 +216,6 @@ class QwenVLAdapter(Adapter, QwenVLRules):
             shapes = [self.shape_at(i, grid) for i in items]
         call = {PIXELS_OF[modality]: torch.cat(pixels), GRID_OF[modality]: grids}
 
-
         def run_model() -> Any:
             return getattr(self.model.model, f"get_{modality}_features")(**call, return_dict=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,14 +36,14 @@ def watched_last(tower: Any, call: Callable[[], Result], needs: frozenset[str]) 
     out, seen = watch(tower, call, watchers, needs)
     if not {"qkv", "cu_seqlens", "position_embeddings"} <= seen.keys():
         raise UnsupportedModelError(
-            f"this version of transformers does not hand {type(attention).__name__} what its {' and '.join(sorted(needs))} are computed from"
+            f"this version of transformers does not hand {type(attention).__name__} what {' and '.join(sorted(needs))} are computed from"
         )
     with torch.no_grad():
         q, k, _ = seen["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision  # each family has it beside its tower
         q, k = (part.transpose(0, 1).float() for part in rotate(q, k, *seen["position_embeddings"]))
         ends = seen["cu_seqlens"].tolist()
-        together = [slice(*pair) for pair in zip(ends, ends[1:])]
+        together = [slice(*pair) for pair in itertools.pairwise(ends)]
         return out, torch.cat([received(q[:, part], k[:, part], attention.scaling) for part in together]), k.mean(0)
 
 
