@@ -236,8 +236,12 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
 
 
 def _smaller(p: Plan, encoding: Any) -> CompressedImage:
-    """A smaller image, or one after another projector."""
+    """A smaller image, or one after another projector, or what a method in the tower left."""
     after, rows = p.seen, [encoding.features, *encoding.deep]
+    if encoding.kept is not None:
+        indices, keep = encoding.kept.cpu(), torch.zeros(p.shape.length, dtype=torch.bool)
+        keep[p.shape.token_slots[indices]] = True
+        return CompressedImage(rows[0], tuple(rows[1:]), keep, indices)
     if after.separators and not p.separators:
         rows = [r[after.token_slots.to(r.device)] for r in rows]
     return CompressedImage(rows[0], tuple(rows[1:]), _room(p), None, after.planes)

@@ -130,7 +130,7 @@ class Compressor:
 
     @property
     def in_tower(self) -> bool:
-        """Whether the method merges in the blocks of the tower: a ``Merger`` that defines ``in_blocks``."""
+        """Whether the method works in the blocks of the tower: it defines what ``in_tower.WorksInTower`` has."""
         return False
 
     @property

@@ -19,6 +19,7 @@ from typing import Any
 from ..apply.plan import check
 from ..compressors.base import Compressor
 from ..compressors.composed import before_of, compose, inside_of, or_random, stages_of
+from ..compressors.in_tower import Run
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
@@ -213,9 +214,9 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
-    elif kept is not None and kept.rounds:
-        project = projector_flops(model.projector, kept.picture.shape.n - sum(kept.rounds))
-        return picture.views * (merging_tower_flops(model.tower, picture.patches, kept.rounds) + project)
+    elif kept is not None and kept.rounds and method is not None:
+        inside = next(stage for stage in stages_of(method) if stage.in_tower)
+        return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
     else:
         project = projector_flops(model.projector, picture.projected)
     return picture.views * (tower_flops(model.tower, picture.patches) + project)
@@ -235,18 +236,17 @@ def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
     return total
 
 
-def merging_tower_flops(tower: Tower, patches: tuple[int, int], rounds: Sequence[int]) -> int:
-    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens after its attention; no further blocks run."""
-    d, n = tower.width, patches[0] * patches[1]
-    total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
-    n += tower.class_token
-    for pairs in rounds:
+def _view_inside(model: ModelShape, picture: Views, method: Any, rounds: tuple[int, ...]) -> int:
+    """One view through a tower in whose blocks a method takes ``rounds`` tokens off, and the projector. No further blocks run."""
+    tower, patches = model.tower, picture.patches[0] * picture.patches[1]
+    d, run = tower.width, Run(rounds, int(tower.class_token), patches // picture.projected)
+    total, n = 2 * patches * d * tower.channels * tower.frames * tower.patch**2, patches + tower.class_token
+    for block in range(len(rounds)):
         total += 8 * n * d * d + 4 * d * n * n
-        if pairs:
-            total += 2 * ((n + 1) // 2) * (n // 2) * (d // tower.heads)
-            n -= pairs
-        total += 2 * n * tower.mlp_matrices * d * tower.mlp_width
-    return total
+        choosing, inner, after = method.block_flops(n, d, tower.heads, run, block)
+        total += choosing + 2 * inner * tower.mlp_matrices * d * tower.mlp_width
+        n = after
+    return total + projector_flops(model.projector, picture.projected - sum(rounds))
 
 
 def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:

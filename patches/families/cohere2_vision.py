@@ -7,11 +7,14 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid
 
+from ..base import Item
 from ..rules import Settings, Size
 from ..sizes import ProjectorSize, Tower, clip_or_siglip
 from ..tower.attention import positions_at_hand, tower_of
+from ..tower.merge import run_inside
 from .internvl import USUAL_TILES, InternVLAdapter, InternVLRules
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ class Cohere2VisionRules(InternVLRules):
     def projector_size(self) -> ProjectorSize:
         width = self.tower_size.width * self.shrunk**2
         return ProjectorSize(width, self.config.alignment_intermediate_size, self.decoder_size.width, gated=True)
+
+    @property
+    def tower_blocks(self) -> int:
+        return self.tower_size.layers
 
     @property
     def shrunk(self) -> int:
@@ -60,6 +67,16 @@ class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
             return super().features(pixels, resized, **call)
         with positions_at_hand(tower_of(self.model)):
             return super().features(pixels, resized, interpolate_pos_encoding=True, **call)
+
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        patches = torch.arange(math.prod(int(n // self.patch) for n in pixels.shape[-2:]))
+        cells = self.shuffled(patches[None, :, None])[0, :, :, 0].sort(1).values
+        tower = tower_of(self.model)
+        hidden, steps = run_inside(method, tower, pixels, rounds, cells)
+        return self.of_patches(tower.post_layernorm(hidden).unflatten(1, (-1, cells.shape[1]))), steps.kept
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(tokens.flatten(0, 1)).flatten(1).unflatten(0, tokens.shape[:2])
 
     def taken(self, call: dict[str, Any]) -> tuple[Any, str]:
         return -1, "full"

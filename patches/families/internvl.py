@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.compressors.fit import OF_TOWER
+from mllm_efficient.compressors.tome import blocks_of
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
@@ -17,6 +18,7 @@ from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 from ..tower.attention import tower_of, watched
+from ..tower.merge import require_own, run_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,10 @@ class InternVLRules(Rules):
     def shrunk(self) -> int:
         """Patches along a side of a token."""
         return int(1 / self.config.downsample_ratio)
+
+    @property
+    def tower_blocks(self) -> int:
+        return blocks_of(self.tower_size.layers, self.config.vision_feature_layer)
 
     @property
     def side(self) -> int:
@@ -187,6 +193,22 @@ class InternVLAdapter(Adapter, InternVLRules):
             getattr(self.config, k) if call.get(k) is None else call[k] for k in ("vision_feature_layer", "vision_feature_select_strategy")
         )
         return layer, str(strategy)
+
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        require_own(self, self.taken({k: v for k, v in item.arguments.items() if k != "pixel_values"}))
+        patches = torch.arange(math.prod(int(n // self.patch) for n in pixels.shape[-2:]))
+        cells = self.shuffled(patches[None, :, None])[0, :, :, 0].sort(1).values
+        tower = tower_of(self.model)
+        hidden, steps = run_inside(method, tower, pixels.to(self.model.dtype), rounds, cells)
+        if self.tower_blocks == self.tower_size.layers and self.config.vision_feature_layer == -1:
+            hidden = tower.layernorm(hidden)  # which hidden states that are asked for by their number have not
+        return self.of_patches(hidden[:, int(self.class_token) :].unflatten(1, (-1, cells.shape[1]))), steps.kept
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """(views, K, D) of the patches (views, K, m, d) of tokens: each is shuffled and projected as an image of one token."""
+        small = tokens.flatten(0, 1).unflatten(1, (self.shrunk, self.shrunk))
+        shuffled = self.model.model.pixel_shuffle(small, scale_factor=self.config.downsample_ratio)
+        return self.model.model.multi_modal_projector(shuffled.flatten(1)).unflatten(0, tokens.shape[:2])
 
     def shuffled(self, patches: Tensor) -> Tensor:
         """(tiles, N, m, d) of (tiles, P, d): the m patches of every token, as the model's own function puts them together."""
