@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..family import Family
 
 EVERY = 2  # blocks from one drop to the next
-ASSUMED = 0.9  # the entropy of attention over its largest, where FLOPs are asked for and each image's own is to count
+ASSUMED = 0.95  # entropy of attention over log N where FLOPs are asked for and each image's own counts: the embedded model's, 0.92 to 0.98
 
 
 @register("flowcut")
@@ -36,7 +36,7 @@ class FlowCut(Compressor):
     the entropy of the class token's attention; the last drop leaves exactly K. A tower without a class token (SigLIP) takes the mean
     query in its place and the score attention x norm, as the paper's code for Qwen2-VL does.
     entropy: H / log N taken for all images, from 0 to 1; left out, each image's own, as in the paper. Then what the tower costs is only
-    known once an image is seen: FLOPs are counted for 0.9, and images run one by one, since each drops its own number (the paper's code
+    known once an image is seen: FLOPs are counted for 0.95, and images run one by one, since each drops its own number (the paper's code
     takes the largest of a batch).
     Where the projector puts 2 x 2 patches together (InternVL, Cohere2 Vision) they stay or go as one, their scores and shares of
     attention added; the paper's code for Qwen2-VL takes any four patches that are left for one token. Each tile has its share of K.

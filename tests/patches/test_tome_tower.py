@@ -176,7 +176,9 @@ def test_gradients_reach_the_tower(make_llava, make_batch):
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
 def test_other_families_refuse_by_name(name):
-    with pytest.raises(me.UnsupportedModelError, match="tome works in the tower of a LLaVA-1.5, InternVL .* which .* has not: leave at= out"):
+    with pytest.raises(
+        me.UnsupportedModelError, match="tome works in the tower of a LLaVA-1.5, InternVL .* which .* has not: leave at= out"
+    ):
         me.wrap(copy.deepcopy(families.tiny(name)), "tome:tokens=4,at=tower")
 
 
