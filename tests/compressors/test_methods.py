@@ -42,6 +42,7 @@ OWN = {
     "pool": ({"keep": 0.25, "op": "max"}, {"keep": 0.25, "op": "gem", "p": 2}, {"tokens": 7, "op": "ggem", "p": "1/2.5"}),
     "spp": ({"keep": 0.25, "op": "gem"}, {"tokens": 7, "op": "max"}),
     "tome": ({"keep": 0.25, "r": 4},),
+    "flowcut": ({"keep": 0.25, "entropy": 0.5},),
     "vispruner": ({"keep": 0.25, "r": 0.2},),
     "visionzip": ({"keep": 0.25, "contextual": 0.4},),
     "scope": ({"keep": 0.25, "alpha": 2},),
