@@ -59,10 +59,10 @@ def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
     if items and projector is not None:
         (side,) = {plan(adapter, projector, item).side for item in items}
         return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
-    if items and any(other[0] == IN_TOWER for _, other in keys):
-        inside = before_of(method)
+    inside = before_of(method)
+    if inside is not None and any(other[0] == IN_TOWER for _, other in keys):
         return Encoded(items, adapter.reduce_in_tower(inside, items, [plan(adapter, inside, item) for item in items]), keys)
-    return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
+    return Encoded(items, adapter.encode(items, needs, [other[0] for _, other in keys]), keys)
 
 
 def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
@@ -72,7 +72,7 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
     if seen.rounds:
         assert before is not None
-        other = (IN_TOWER, before.spec(), held(adapter))
+        other = (IN_TOWER, before.name, seen.rounds, getattr(before, "by_content", False), held(adapter))
     of_tower = frozenset() if before is None else frozenset(before.needs) & OF_TOWER
     return of_tower, other
 

@@ -79,7 +79,7 @@ class WorksInTower(Protocol):
 def plan_in_tower(method: Any, adapter: Family, item: Any) -> Plan:
     """The plan of a method in the tower. Raises ``BadBudgetError`` where a tile would be left without a token."""
     shape: VisualShape = item.shape
-    untouched = method.untouched_plan(shape)
+    untouched: Plan = method.untouched_plan(shape)
     sizes = [len(plane) for plane in shape.planes]
     if method.per == "tile":
         shares = [method.budget.count(n, fixed=False) for n in sizes]

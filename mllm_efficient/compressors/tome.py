@@ -138,13 +138,13 @@ class Merging:
     kept = None
 
     def __init__(self, run: Run, x: Tensor):
-        self.run, self.size = run, None
+        self.run = run
+        self.size: Tensor | None = None
         self.where = torch.arange(run.first + (x.shape[1] - run.first) // run.unit, device=x.device).repeat(len(x), 1)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Attention proportional to size."""
-        size: Tensor | None = self.size
-        return None if size is None else self._by_patch(size).log().to(dtype)[:, None, None]
+        return None if self.size is None else self._by_patch(self.size).log().to(dtype)[:, None, None]
 
     def after_attention(self, block: int, x: Tensor, heads: Heads) -> Tensor:
         pairs, run = self.run.rounds[block], self.run

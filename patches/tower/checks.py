@@ -12,13 +12,10 @@ from torch import Tensor
 from mllm_efficient.compressors.tome import ToMe
 from mllm_efficient.plans import Plan
 
-from ..base import Item
-
 KERNEL = "mllm_efficient_doctor"
-CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 
 
-def attention_fault(adapter: Any, item: Item) -> str:
+def attention_fault(adapter: Any, item: Any) -> str:
     """What is wrong with the attention that is recomputed for an image; empty if nothing. Against a kernel that keeps its matrix."""
     (found,) = adapter.encode([item], frozenset({"attention", "keys"}))
     with torch.no_grad(), _recording(adapter.model) as matrices:
@@ -34,11 +31,11 @@ def attention_fault(adapter: Any, item: Item) -> str:
         wanted = adapter.shuffled(patches[..., None]).sum((2, 3)).flatten()
     else:  # of several views the first
         got = got[: len(wanted)]
-    same = got.shape == wanted.shape and torch.allclose(got.float(), wanted.float(), **CLOSE)
+    same = got.shape == wanted.shape and torch.allclose(got.float(), wanted.float(), rtol=1e-3, atol=1e-5)
     return "" if same else "its attention is not that of the tower's own kernel"
 
 
-def blocks_fault(adapter: Any, item: Item) -> str:
+def blocks_fault(adapter: Any, item: Any) -> str:
     """What is wrong with a tower that is run block by block; empty if nothing. Nothing is taken off, so its tokens are the stock ones."""
     rounds = ((0,) * adapter.tower_blocks,) * len(item.shape.planes)
     with torch.no_grad():

@@ -121,7 +121,11 @@ def test_a_tower_that_attends_otherwise_is_found(model_type, kind, monkeypatch):
 
     cls = CLIPAttention if model_type == "llava" else InternVLVisionAttention
     forward = cls.forward
-    monkeypatch.setattr(cls, "forward", lambda self, x, *args, **kwargs: forward(self, x + x.sin(), *args, **kwargs))
+
+    def otherwise(self, hidden_states, *args, **kwargs):
+        return forward(self, hidden_states + hidden_states.sin(), *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", otherwise)
     says = {"attention": "its attention is not that of the tower's own kernel", "in_tower": "run block by block it gives other tokens"}
     identity = checkup.check(model_type, (kind,))[0]
     assert identity.check == "identity" and identity.holds is False and says[kind] in identity.why
