@@ -3,7 +3,8 @@
 A tiny model of random weights of each first-class family runs every kind of method. What holds:
 
 * ``identity``: a method that keeps everything gives the logits of the plain model, bit for bit, and so does the model after
-  ``unwrap``. A projector, which changes the model, gives those of its tokens put among the text by hand.
+  ``unwrap``. A projector, which changes the model, gives those of its tokens put among the text by hand. Attention that is asked of the
+  tower is that of its own kernel, and a tower that is run block by block gives the stock tokens where nothing is taken off.
 * ``cache``: greedy decoding with a cache gives what it gives without one, token by token and within rounding logit by logit.
 * ``batch``: two prompts of different lengths, padded, give what they give one by one.
 """
@@ -20,10 +21,11 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+from ..compressors.kinds import PRE_LLM
 from ..errors import MllmEfficientError
 from .facts import FACTS, REFUSED
 
-KINDS = ("pre_llm", "projector", "in_llm")
+KINDS = ("pre_llm", "projector", "in_llm", "attention", "in_tower")  # and, before the decoder, what asks the tower or works in it
 CHECKS = ("identity", "cache", "batch")
 ROW_CHECKS = ("identity", "chosen", "batch", "count", "long")  # of ``contract``
 NEW = 4  # tokens that are decoded
@@ -201,9 +203,14 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
+        if kind == "in_tower" and not self.adapter.tower_blocks:
+            return None, "nothing works between the blocks of this family's tower"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
-        method = build({"pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside}[kind])
-        return method, ""
+        specs = {
+            "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
+            "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
+        }  # fmt: skip
+        return build(specs[kind]), ""
 
     # -------------------------------------------------------------------------------------------------------------- checks
 
@@ -214,6 +221,8 @@ class Patient:
         from ..registry import build
 
         prompt = self.prompts[0]
+        if why := self._of_tower(method, prompt):
+            return why
         before = self._logits(prompt)
         if method.kind == "projector":
             with compressed(self.model, method):
@@ -225,6 +234,15 @@ class Patient:
                 if not torch.equal(self._logits(prompt), before):
                     return "a method that keeps everything changes the logits"
         return "" if torch.equal(self._logits(prompt), before) else "unwrap does not give the plain model back"
+
+    def _of_tower(self, method: Any, prompt: dict[str, Any]) -> str:
+        """What is wrong with what a method asks of the tower, empty if nothing."""
+        from .tower.checks import attention_fault, blocks_fault
+
+        (item,) = self.adapter.items(prompt)
+        if method.in_tower:
+            return blocks_fault(self.adapter, item)
+        return attention_fault(self.adapter, item) if "attention" in method.needs and method.kind == PRE_LLM else ""
 
     def cache(self, method: Any) -> str:
         from ..apply.wrap import compressed

@@ -111,7 +111,7 @@ class Rules:
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images.
+    at least between two images. clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
 
     Args:
         name: of the model, for messages.
@@ -129,10 +129,11 @@ class Rules:
     projects: ClassVar[bool] = False
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1
+    clip_tower: ClassVar[bool] = True
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})
-        if "attention" in self.gives and self.class_token:
+        if "attention" in self.gives and self.class_token and self.clip_tower:
             self.gives = self.gives | {"clip_text"}
 
     def with_settings(self, settings: Settings) -> Any:

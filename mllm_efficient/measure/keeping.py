@@ -26,7 +26,7 @@ class Kept:
     per_layer: tuple[int, ...] = ()
     side: int | None = None
     entering: int = 0
-    rounds: tuple[int, ...] = ()
+    rounds: tuple[tuple[int, ...], ...] = ()
 
     def at(self, layer: int) -> int:
         """Tokens and separators of the image that decoder layer ``layer`` sees. Separators go with the first tokens."""
