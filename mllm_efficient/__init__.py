@@ -18,7 +18,8 @@ moved.install()
 _HOME = {
     "VisualTokens": "tokens", "CompressedTokens": "tokens", "Budget": "budget",
     "Compressor": "compressors.base", "Selector": "compressors.selector", "Merger": "compressors.merger",
-    "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
+    "DivPrune": "compressors.divprune", "DivMerge": "compressors.divmerge",
+    "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
     "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.encode", "Encoded": "apply.encode",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .compressors.base import Compressor as Compressor
     from .compressors.cdpruner import CDPruner as CDPruner
     from .compressors.dart import Dart as Dart
+    from .compressors.divmerge import DivMerge as DivMerge
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
     from .compressors.fastervlm import FasterVLM as FasterVLM

@@ -36,7 +36,7 @@ CONDITIONED = ("cdpruner", "spp", "tome")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE)
+    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE)
 }
 _registered: dict[str, type] = {}
 

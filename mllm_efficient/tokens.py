@@ -137,14 +137,30 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class CompressedTokens:
-    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any."""
+    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any.
+
+    groups: (N,) of a selection into whose tokens the others were merged: the place in ``indices`` of the kept token that each of the N
+    is part of, a kept one of itself. weights: (N,) what each counts in the mean of its group. None where nothing was merged.
+    """
 
     features: Tensor
     indices: Tensor | None = None
     grid: tuple[int, int] | None = None
+    groups: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+    @property
+    def counts(self) -> Tensor | None:
+        """(K,) of how many tokens each kept one is the mean, itself included."""
+        return None if self.groups is None else counts_of(self.groups, len(self))
+
+
+def counts_of(groups: Tensor, k: int) -> Tensor:
+    """(k,) how many of groups (N,) are 0, 1 and so on; -1 is none of them."""
+    return torch.zeros(k + 1, dtype=torch.long, device=groups.device).index_add(0, groups + 1, torch.ones_like(groups))[1:]
 
 
 @dataclass(frozen=True)

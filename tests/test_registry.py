@@ -13,7 +13,8 @@ import mllm_efficient as me
 pytestmark = pytest.mark.once
 
 ROOT = Path(me.__file__).parent.parent
-BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
+BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"]
+BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
@@ -46,6 +47,7 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("pool", "Pool"),
         ("resize", "Resize"),
         ("divprune", "DivPrune"),
+        ("divmerge", "DivMerge"),
         ("cdpruner", "CDPruner"),
         ("spp", "SpatialPyramidPooling"),
         ("tome", "ToMe"),

@@ -14,7 +14,7 @@ from ..compressors.reducer import Reducer, spread_out
 from ..errors import CountMismatchError
 from ..report import CompressionReport
 from ..tokens import Grid, Plane, grids_of
-from .compress import CompressedImage
+from .compress import CompressedImage, places_in
 from .locate import PlacedImage
 from .plan import Plan
 from .prompt import IGNORE, Layout
@@ -154,6 +154,8 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         per_layer = spread_out(len(entered.columns), staging.stages, [stage[i] for stage in left], depth)
         stayed = None if staging.method.merges else entered.origin[staging.outcome["indices"][i].cpu()]
         indices, of_merged = (stayed, None) if image.kept_planes is None else (None, stayed)
+        was = image.indices if image.kept_planes is None else image.of_merged
+        groups = None if image.groups is None or was is None or stayed is None else places_in(was[image.groups], stayed)
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
         planes = (
             _pooled_planes(image.kept_planes or image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided])
@@ -161,8 +163,9 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
             else None
         )
         done = replace(
-            image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, per_layer=per_layer, kernels=kernels
-        )
+            image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, groups=groups, per_layer=per_layer,
+            kernels=kernels,
+        )  # fmt: skip
         images.append(done if planes is None else replace(done, kept_planes=planes))
     seconds = sum(watch.seconds() for watch in staging.outcome["watches"])
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + seconds)

@@ -157,6 +157,10 @@ class Compressor:
         """
         return 0
 
+    def merge_flops(self, n: int, d: int, k: int) -> int:
+        """FLOPs of merging into k of n tokens of width d what was not kept: the products that come on top of ``flops``."""
+        return 0
+
     def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
         """Every part as by itself, with its own K."""
         if self.shares_work and sharing.pays(parts):
