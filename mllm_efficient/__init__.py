@@ -30,6 +30,7 @@ _HOME = {
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
+    "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .apply.wrap import unwrap as unwrap
     from .apply.wrap import wrap as wrap
     from .budget import Budget as Budget
+    from .compressors.apet import ApET as ApET
     from .compressors.base import Compressor as Compressor
     from .compressors.cdpruner import CDPruner as CDPruner
     from .compressors.dart import Dart as Dart
@@ -66,10 +68,13 @@ if TYPE_CHECKING:
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
     from .compressors.merger import Merger as Merger
+    from .compressors.mmtok import MMTok as MMTok
     from .compressors.none import NoCompression as NoCompression
+    from .compressors.otprune import OTPrune as OTPrune
     from .compressors.pool import Pool as Pool
     from .compressors.projector import Projector as Projector
     from .compressors.prumerge_plus import PruMergePlus as PruMergePlus
+    from .compressors.prunesid import PruneSID as PruneSID
     from .compressors.pyramiddrop import PyramidDrop as PyramidDrop
     from .compressors.random import Random as Random
     from .compressors.reducer import Reducer as Reducer

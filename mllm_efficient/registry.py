@@ -34,9 +34,23 @@ GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
 CONDITIONED = ("cdpruner", "spp", "tome")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
+OF_2026 = ("mmtok", "apet", "prunesid", "otprune")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE)
+    for name in (
+        "none",
+        "random",
+        "uniform",
+        "pool",
+        "resize",
+        "divprune",
+        "divmerge",
+        "tokenflex",
+        *INSIDE,
+        *CONDITIONED,
+        *ATTENTIVE,
+        *OF_2026,
+    )
 }
 _registered: dict[str, type] = {}
 

@@ -48,6 +48,9 @@ OWN = {
     "scope": ({"keep": 0.25, "alpha": 2},),
     "prumerge_plus": ({"keep": 0.25, "uniform": 0.25, "neighbours": 3},),
     "uniform": ({"keep": 0.25, "raster": True},),
+    "mmtok": ({"keep": 0.25, "alpha": 1.0, "text_temperature": 0.01},),
+    "apet": ({"keep": 0.25, "basis": 3}, {"keep": 0.25, "merge": None}),
+    "otprune": ({"keep": 0.25, "gamma": 1.0},),
     "random": ({"keep": 0.25, "seed": 3}, {"tokens": 7, "seed": -1}),
 }
 

@@ -124,7 +124,7 @@ def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
             "prumerge_plus:keep=0.3",
         ),
         *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
-        *("divmerge:keep=0.3", "random:keep=0.3,merge=similarity"),
+        *("divmerge:keep=0.3", "random:keep=0.3,merge=similarity", "apet:keep=0.3", "prunesid:keep=0.3", "otprune:keep=0.3"),
     ],
 )
 def test_a_method_costs_what_torch_counts(spec):
@@ -133,7 +133,7 @@ def test_a_method_costs_what_torch_counts(spec):
     computed = method.flops(120, 48, 36) + method.merge_flops(120, 48, 36)
     assert counted(lambda: method.compress(v, 36)) == computed
     multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome", "scope", "visionzip", "prumerge_plus")
-    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec
+    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec or method.name in ("apet", "prunesid", "otprune")
     assert (computed > 0) == multiplies
 
 
