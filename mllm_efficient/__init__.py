@@ -26,7 +26,7 @@ _HOME = {
     "Layout": "apply.prompt",
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
-    "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
+    "DPN": "compressors.dpn", "Proportional": "compressors.proportional", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .compressors.otprune import OTPrune as OTPrune
     from .compressors.pool import Pool as Pool
     from .compressors.projector import Projector as Projector
+    from .compressors.proportional import Proportional as Proportional
     from .compressors.prumerge_plus import PruMergePlus as PruMergePlus
     from .compressors.prunesid import PruneSID as PruneSID
     from .compressors.pyramiddrop import PyramidDrop as PyramidDrop

@@ -31,7 +31,7 @@ from .errors import (
 from .parsing import read_yaml
 
 GROUP = "mllm_efficient.compressors"
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 OF_2026 = ("mmtok", "apet", "prunesid", "otprune")

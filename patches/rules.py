@@ -328,7 +328,7 @@ def check_reducer(model: Family, method: Reducer) -> None:
         raise UnsupportedModelError(
             f"{method.name}: positions='renumber' has no meaning inside {model.name}, whose positions have three rows"
         )
-    first, deep = method.stages(model.decoder_layers)[0], model.deep_layers
+    first, deep = min(method.stages(model.decoder_layers), default=model.decoder_layers), model.deep_layers
     if first < deep:
         raise UnsupportedModelError(
             f"{method.name} drops tokens at layer {first}, and {model.name} adds visual features up to layer {deep}: drop there or later"

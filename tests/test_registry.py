@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"]
-BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
+BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]
 BUILTIN += ["mmtok", "apet", "prunesid", "otprune"]
 for name in BUILTIN:

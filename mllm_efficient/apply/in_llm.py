@@ -13,7 +13,7 @@ from torch import Tensor
 from ..compressors.reducer import Reducer, spread_out
 from ..errors import CountMismatchError
 from ..report import CompressionReport
-from ..tokens import Grid, Plane, grids_of
+from ..tokens import Grid, Plane, counts_of, grids_of
 from .compress import CompressedImage, places_in
 from .locate import PlacedImage
 from .plan import Plan
@@ -28,7 +28,8 @@ class PromptImage:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
-    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none.
+    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none. held: (n,) how many tokens each holds, None
+    for one each.
     """
 
     row: int
@@ -37,6 +38,7 @@ class PromptImage:
     places: Tensor
     origin: Tensor
     grids: tuple[Grid, ...] | None = None
+    held: Tensor | None = None
 
 
 def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
@@ -62,8 +64,9 @@ def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: Compresse
         origin = torch.arange(sum(len(plane) for plane in planes)) if done.of_merged is None else done.of_merged
         is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
     columns, grids = short[image.columns.cpu()[kept]], grids_of(planes)
-    filled = len(origin) == sum(rows * columns for rows, columns in grids)
-    return PromptImage(image.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, grids if filled else None)
+    filled = grids if len(origin) == sum(rows * columns for rows, columns in grids) else None
+    held = None if done.groups is None else counts_of(done.groups, len(origin))
+    return PromptImage(image.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, filled, held)
 
 
 def staging_of(
@@ -91,7 +94,11 @@ def staging_of(
         places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
         counts = method.counts(n, depth, fixed=False, grids=image.grids)
         keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged_images)]
-        staged_images.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
+        staged_images.append(
+            StagedImage(
+                image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key, held=image.held
+            )
+        )  # fmt: skip
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
         numbers[image.row] += 1

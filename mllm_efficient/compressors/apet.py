@@ -76,4 +76,5 @@ def residuals(x: Tensor, basis: Tensor) -> Tensor:
     along = x @ directions.T
     beside = x - along @ directions
     kept_back = along * (RIDGE / (singular.square() + RIDGE))  # of what lies in the basis, the ridge's share
-    return (beside.square().sum(1) + kept_back.square().sum(1)).sqrt()
+    missed: Tensor = (beside.square().sum(1) + kept_back.square().sum(1)).sqrt()
+    return missed

@@ -214,6 +214,11 @@ class Compressor:
         return self.merges
 
     @property
+    def says_counts(self) -> bool:
+        """Whether of each token that is left it is known how many it holds."""
+        return False
+
+    @property
     def fills_rectangles(self) -> bool:
         """Whether what is left of an image are rectangles of tokens, each over its own part of the image."""
         return False

@@ -27,7 +27,7 @@ class OTPrune(Selector):
     products of the tokens with each other, and one token after the other is taken that enlarges det(I + gamma G G^T of the chosen)
     most, by an incremental Cholesky factor. gamma: the code's 0.01. The code's are the projected tokens too; a channel that is 0
     everywhere counts for nothing.
-    Scores that are equal in float32 go to the lowest index. NaN or infinity raises. O(N^2 D) once for the diagonal and O(N D + N K) for each
+    Scores that are equal in float32 go to the lowest index. NaN or infinity raises. O(N^2 D) once for the diagonal, O(N D + N K) for each
     of the K picks, in float64 where the device has it; no N x N matrix, no host synchronisation in the picks.
     """
 

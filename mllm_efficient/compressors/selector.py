@@ -73,6 +73,10 @@ class Selector(Compressor):
             indices = indices.sort(dim=1).values
         return [self._left(v, index) for v, index in zip(parts, indices)]
 
+    @property
+    def says_counts(self) -> bool:
+        return self.merge is not None
+
     def merge_flops(self, n: int, d: int, k: int) -> int:
         """The cosines of what is merged with what is kept."""
         return 2 * (n - k) * k * d if self.merge is not None else 0

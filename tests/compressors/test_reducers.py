@@ -36,8 +36,9 @@ from ..patches.test_decoder import (
     without,
 )
 
-# dpn, which routes, has tests of its own
-METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer) and not me.get_method(name).routes]
+# dpn, which routes, and proportional, which drops nothing, have tests of their own
+INSIDE = {name: me.get_method(name) for name in me.list_methods() if issubclass(me.get_method(name), Reducer)}
+METHODS = [name for name, cls in INSIDE.items() if not (cls.routes or cls.weighs)]
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
 
 
