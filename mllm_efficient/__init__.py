@@ -31,6 +31,7 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
+    "Hawk": "compressors.hawk",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .compressors.dpn import DPN as DPN
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
+    from .compressors.hawk import Hawk as Hawk
     from .compressors.merger import Merger as Merger
     from .compressors.mmtok import MMTok as MMTok
     from .compressors.none import NoCompression as NoCompression

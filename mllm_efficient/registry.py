@@ -34,7 +34,7 @@ GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
-OF_2026 = ("mmtok", "apet", "prunesid", "otprune")
+OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
     for name in (

@@ -117,6 +117,8 @@ class VisualTokens:
     text: (T, D) embeddings of the row's text tokens; only if needed.
     clip_text: (d,), clip_patches: (N, d), of a method with a setting ``clip`` that names a CLIP model: the text of the row
         (the mean of its pieces' unit embeddings) and the tokens in CLIP's space; only if ``clip_text`` is needed.
+    heads: (heads, N) products of text and visual tokens in the decoder's first layer, without rotary positions, mean over the text;
+        only if needed.
     generator: seeded by (the method's seed, the image's key); for methods that draw.
     """
 
@@ -129,6 +131,7 @@ class VisualTokens:
     text: Tensor | None = None
     clip_text: Tensor | None = None
     clip_patches: Tensor | None = None
+    heads: Tensor | None = None
     generator: Generator | None = None
 
     def __len__(self) -> int:

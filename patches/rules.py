@@ -134,6 +134,8 @@ class Rules:
         self.name, self.config, self.settings = name, config, dict(settings or {})
         if "attention" in self.gives and self.class_token:
             self.gives = self.gives | {"clip_text"}
+        if self.decoder in DECODERS.values():
+            self.gives = self.gives | {"heads"}
 
     def with_settings(self, settings: Settings) -> Any:
         """The same with other settings of the image processor."""

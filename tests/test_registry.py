@@ -16,7 +16,7 @@ ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"]
 BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]
-BUILTIN += ["mmtok", "apet", "prunesid", "otprune"]
+BUILTIN += ["mmtok", "apet", "prunesid", "otprune", "hawk"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 
@@ -61,6 +61,7 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("apet", "ApET"),
         ("prunesid", "PruneSID"),
         ("otprune", "OTPrune"),
+        ("hawk", "Hawk"),
     ],
 )
 def test_a_builtin_name_is_the_public_class(name, cls):

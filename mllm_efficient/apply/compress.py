@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,16 @@ from .stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may ask for beyond the tower's output. clip: a ``patches.tower.clip.Clip``."""
+    """What a method may ask for beyond the tower's output. clip: a ``patches.tower.clip.Clip``.
+
+    heads: gives the (heads, N) of ``VisualTokens`` for features (N, D).
+    """
 
     generator: Generator
     text: Tensor | None = None
     clip_text: Tensor | None = None
     clip: Any = None
+    heads: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
     extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
     if context.clip is not None:
         extra |= {"clip_text": context.clip_text, "clip_patches": context.clip.patches(encoding.tower)}
+    if context.heads is not None:
+        extra["heads"] = context.heads(features)
     return VisualTokens(features, shape.grid, shape.tile(), shape.frame(), **extra)
 
 
@@ -169,7 +175,8 @@ def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
         return v
     per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys", "clip_patches")}
     picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
-    return replace(v, **picked, grid=group.grid)
+    heads = None if v.heads is None or group.indices is None else v.heads[:, group.indices.to(v.heads.device)]
+    return replace(v, **picked, grid=group.grid, heads=heads)
 
 
 def _pick(values: Tensor, group: Group) -> Tensor:

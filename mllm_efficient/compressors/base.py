@@ -157,6 +157,10 @@ class Compressor:
         """
         return 0
 
+    def text_flops(self, n: int, d: int, text: int, decoder: Any) -> int:
+        """FLOPs of what is computed with ``text`` tokens of text for n tokens of width d; decoder: the sizes of the decoder."""
+        return 0
+
     def merge_flops(self, n: int, d: int, k: int) -> int:
         """FLOPs of merging into k of n tokens of width d what was not kept: the products that come on top of ``flops``."""
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
@@ -49,8 +49,12 @@ class MMTok(Selector):
                 raise BadSettingError(f"mmtok: {name}={value!r} is not a number {'of at least' if zero else 'above'} 0")
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """The cosines of all tokens with each other; those with the text, whose length is not known here, are not counted."""
+        """The cosines of all tokens with each other."""
         return 2 * n * n * d
+
+    def text_flops(self, n: int, d: int, text: int, decoder: Any) -> int:
+        """The cosines with the text."""
+        return 2 * text * n * d
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         if v.text is None or len(v.text) == 0:

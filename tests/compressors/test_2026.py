@@ -6,6 +6,7 @@ few values in every second. Scores that differ by less than rounding in float32 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -205,3 +206,85 @@ def test_mmtok_needs_text():
 def test_parameters_out_of_range_are_refused(spec, says):
     with pytest.raises(me.BadSettingError, match=says):
         me.build(spec)
+
+
+# ------------------------------------------------------------------------------------------------ hawk
+
+
+def slow_hawk(heads, weights):
+    score = [0.0] * len(heads[0])
+    for row, weight in zip(heads, weights):
+        length = math.sqrt(math.fsum(float(p) ** 2 for p in row))
+        score = [s + (weight * float(p) / length if length else 0.0) for s, p in zip(score, row)]
+    return score
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hawk_is_the_slow_sum_over_heads(seed, tmp_path):
+    draw = np.random.default_rng(seed)
+    n, h = int(draw.integers(2, 40)), int(draw.integers(1, 9))
+    k, heads, weights = int(draw.integers(1, n + 1)), draw.normal(size=(h, n)), draw.random(h)
+    if seed % 3 == 0:
+        heads[:, draw.integers(0, n, n // 3)] = heads[:, :1]
+    v = me.VisualTokens(torch.randn(n, 4), text=torch.randn(2, 4), heads=torch.tensor(heads))
+    if seed % 2:
+        path = tmp_path / "weights.json"
+        path.write_text(str(weights.tolist()))
+    else:
+        from safetensors.torch import save_file
+
+        path = tmp_path / "weights.safetensors"
+        save_file({"head_weights": torch.tensor(weights)}, path)
+        weights = torch.tensor(weights).float().tolist()
+    for given, of_heads in ((None, [1 / h] * h), (str(path), weights)):
+        score = slow_hawk(heads, of_heads)
+        chosen: list[int] = []
+        while len(chosen) < k:
+            chosen.append(best({i: s + 100 for i, s in enumerate(score) if i not in chosen}))
+        assert me.Hawk(tokens=k, head_weights=given).select(v).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_hawk_sees_the_first_layers_queries_and_keys(name, registered):
+    """Against every text token's product with every visual token, row by row of a padded batch."""
+    from ..families import FAMILIES, make, tiny
+
+    got = []
+
+    @registered("asking")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Asking(me.Selector):
+        needs = frozenset({"text", "heads"})
+
+        def score(self, v):
+            got.append(v)
+            return v.heads.sum(0)
+
+    model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
+    report = me.prepare(model, "asking:keep=0.5", **inputs).report
+    layer = model.model.language_model.layers[0]
+    attention = layer.self_attn
+    assert len(got) == len(report.images)
+    for v in got:
+        with torch.no_grad():
+            q, k = (getattr(attention, f"{which}_proj")(layer.input_layernorm(x)) for which, x in (("q", v.text), ("k", v.features)))
+        q, k = (part.view(len(part), -1, attention.head_dim) for part in (q, k))
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q).detach(), attention.k_norm(k).detach()
+        times = q.shape[1] // k.shape[1]
+        for h in range(q.shape[1]):
+            expected = torch.stack([k[:, h // times] @ t[h] for t in q]).mean(0) / math.sqrt(attention.head_dim)
+            torch.testing.assert_close(v.heads[h], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_file_of_head_weights_has_to_fit(tmp_path):
+    v = me.VisualTokens(torch.randn(4, 3), text=torch.randn(2, 3), heads=torch.randn(3, 4))
+    (tmp_path / "two.json").write_text("[1, 2]")
+    (tmp_path / "none.json").write_text("{")
+    with pytest.raises(me.BadSettingError, match="has weights of 2 heads, and the model's first layer has 3"):
+        me.Hawk(tokens=2, head_weights=str(tmp_path / "two.json")).select(v)
+    with pytest.raises(me.BadSettingError, match="is no JSON list or safetensors with 'head_weights'"):
+        me.Hawk(tokens=2, head_weights=str(tmp_path / "none.json")).select(v)
+    with pytest.raises(me.CountMismatchError, match="this row has none"):
+        me.Hawk(tokens=2).select(dataclasses.replace(v, text=torch.zeros(0, 3)))

@@ -78,7 +78,7 @@ def visual_tokens(grid: tuple[int, int], seed: int = 0, width: int = 5, dtype: t
     return me.VisualTokens(
         torch.randn(n, width, generator=draw).to(dtype), grid=grid, attention=torch.rand(n, generator=draw),
         keys=torch.randn(n, 4, generator=draw), text=torch.randn(6, width, generator=draw), clip_text=torch.randn(4, generator=draw),
-        tile=torch.zeros(n, dtype=torch.long), frame=torch.zeros(n, dtype=torch.long), **more,
+        heads=torch.randn(3, n, generator=draw), tile=torch.zeros(n, dtype=torch.long), frame=torch.zeros(n, dtype=torch.long), **more,
     )  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_a_method_says_what_it_is(name):
     cls = CLASSES[name]
     assert cls.name == name and issubclass(cls, Compressor)
     assert one_line(cls) and not one_line(cls).startswith(f"{cls.__name__}("), "its own docstring, not dataclass's"
-    assert set(cls.needs) <= {"attention", "keys", "text", "clip_text", "grid"}
+    assert set(cls.needs) <= {"attention", "keys", "text", "clip_text", "grid", "heads"}
     assert query_aware(cls) == bool(set(cls.needs) & {"text", "clip_text"})
     assert isinstance(cls.trained, bool) and isinstance(cls.paper, str)
 

@@ -141,7 +141,17 @@ def test_a_method_costs_what_torch_counts(spec):
     "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
 )
 @pytest.mark.parametrize(
-    "spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3,merge=mean", "cdpruner:tokens=7"]
+    "spec",
+    [
+        "none",
+        "divprune:tokens=7",
+        "resize:keep=0.25",
+        "pool:keep=0.25",
+        "random:keep=0.3,merge=mean",
+        "cdpruner:tokens=7",
+        "mmtok:tokens=7",
+        "hawk:tokens=7",
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_call_costs_what_torch_counts(family, spec, call):
