@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,8 @@ class Compressor:
     between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
     are new ones. channelwise: whether it merges every channel by itself, by places alone, so that features which some models add in
     later layers (deepstack) can be merged alike. routes: whether it decides image by image what is done. shares_work: whether
-    ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew.
+    ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew. says_counts:
+    whether it is known how many tokens each of those holds that are left.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
     CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
@@ -65,6 +67,7 @@ class Compressor:
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
+    says_counts: ClassVar[bool] = False
 
     keep: float | None = None
     tokens: int | None = None
@@ -218,11 +221,6 @@ class Compressor:
         return self.merges
 
     @property
-    def says_counts(self) -> bool:
-        """Whether of each token that is left it is known how many it holds."""
-        return False
-
-    @property
     def fills_rectangles(self) -> bool:
         """Whether what is left of an image are rectangles of tokens, each over its own part of the image."""
         return False
@@ -331,8 +329,6 @@ def query_aware(cls: type[Compressor]) -> bool:
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:
     """A CPU generator of its own for (the method's seed, the image's key): batches never change a result."""
-    import hashlib
-
     text = f"{compressor.seed}/{key}".encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)

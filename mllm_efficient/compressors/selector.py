@@ -74,7 +74,7 @@ class Selector(Compressor):
         return [self._left(v, index) for v, index in zip(parts, indices)]
 
     @property
-    def says_counts(self) -> bool:
+    def says_counts(self) -> bool:  # type: ignore[override]
         return self.merge is not None
 
     def merge_flops(self, n: int, d: int, k: int) -> int:
