@@ -64,7 +64,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ("fastv:ratio=0.5", "fastv works inside the decoder, and vLLM gives every layer the same tokens; divprune"),
+        ("fastv:ratio=0.5", "fastv works inside the decoder, and vLLM gives every layer the same tokens; apet, divmerge, divprune"),
         ("dpn", "dpn works inside the decoder"),
         ("resize:tokens=64", "resize makes the picture itself smaller"),
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
