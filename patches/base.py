@@ -218,6 +218,13 @@ class Adapter(Rules):
         """Embeddings (T, D) of text tokens (T,)."""
         return self.model.get_input_embeddings()(ids)
 
+    def text_to_vision(self, text: Tensor, features: Tensor) -> Tensor:
+        """(heads, N) products of text (T, D) and visual features (N, D) in the first decoder layer, mean over the text."""
+        from .decoder.first import text_to_vision
+        from .decoder.hooks import decoder_of
+
+        return text_to_vision(decoder_of(self.model), text, features)
+
     def pack(self, features: Sequence[tuple[str, Tensor, tuple[Tensor, ...]]]) -> dict[str, Any]:
         """(modality, features, deep features) of each item in prompt order, as ``forward`` takes them in ``mm_encoder_outputs``."""
         out: dict[str, Any] = {}

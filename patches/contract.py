@@ -22,7 +22,7 @@ from mllm_efficient.errors import CountMismatchError
 from . import tiny
 from .examples import example
 from .facts import Facts
-from .families.generic import by_its_own_rule
+from .running import by_its_own_rule
 
 NEW = 3  # tokens that are decoded
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-4}

@@ -135,6 +135,8 @@ class Rules:
         self.name, self.config, self.settings = name, config, dict(settings or {})
         if "attention" in self.gives and self.class_token and self.clip_tower:
             self.gives = self.gives | {"clip_text"}
+        if self.decoder in DECODERS.values():
+            self.gives = self.gives | {"heads"}
 
     def with_settings(self, settings: Settings) -> Any:
         """The same with other settings of the image processor."""
@@ -329,7 +331,7 @@ def check_reducer(model: Family, method: Reducer) -> None:
         raise UnsupportedModelError(
             f"{method.name}: positions='renumber' has no meaning inside {model.name}, whose positions have three rows"
         )
-    first, deep = method.stages(model.decoder_layers)[0], model.deep_layers
+    first, deep = min(method.stages(model.decoder_layers), default=model.decoder_layers), model.deep_layers
     if first < deep:
         raise UnsupportedModelError(
             f"{method.name} drops tokens at layer {first}, and {model.name} adds visual features up to layer {deep}: drop there or later"

@@ -159,6 +159,8 @@ def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], t
     of_tokens = stages_of(method)[-1]
     layers = 1 + model.rules.deep_layers if of_tokens.merges else 1  # those of later layers are merged as the features are
     total = layers * sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+    total += sum(of_tokens.merge_flops(n, model.decoder.width, k) for one in kept for n, k in one.groups)
+    total += sum(of_tokens.text_flops(n, model.decoder.width, text, model.decoder) for one in kept for n, _ in one.groups)
     if "clip_text" in method.needs and any(one.groups for one in kept):
         total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
     return total

@@ -124,22 +124,34 @@ def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
             "prumerge_plus:keep=0.3",
         ),
         *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
+        *("divmerge:keep=0.3", "random:keep=0.3,merge=similarity", "apet:keep=0.3", "prunesid:keep=0.3", "otprune:keep=0.3"),
     ],
 )
 def test_a_method_costs_what_torch_counts(spec):
     of_tower = {"attention": torch.rand(120), "keys": torch.randn(120, 48)}
     method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12), text=torch.randn(7, 48), **of_tower)
-    assert counted(lambda: method.compress(v, 36)) == method.flops(120, 48, 36)
+    computed = method.flops(120, 48, 36) + method.merge_flops(120, 48, 36)
+    assert counted(lambda: method.compress(v, 36)) == computed
     multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome", "scope", "visionzip", "prumerge_plus")
-    multiplies |= spec == "vispruner:keep=0.3"
-    assert (method.flops(120, 48, 36) > 0) == multiplies
+    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec or method.name in ("apet", "prunesid", "otprune")
+    assert (computed > 0) == multiplies
 
 
 @pytest.mark.parametrize(
     "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
 )
 @pytest.mark.parametrize(
-    "spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3", "cdpruner:tokens=7"]
+    "spec",
+    [
+        "none",
+        "divprune:tokens=7",
+        "resize:keep=0.25",
+        "pool:keep=0.25",
+        "random:keep=0.3,merge=mean",
+        "cdpruner:tokens=7",
+        "mmtok:tokens=7",
+        "hawk:tokens=7",
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_call_costs_what_torch_counts(family, spec, call):

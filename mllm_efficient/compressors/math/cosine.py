@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...lazy import torch
-from ..divprune import full_float32
 from .finite import require_finite
+from .precision import full_float32
 
 if TYPE_CHECKING:
     from torch import Tensor
