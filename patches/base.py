@@ -126,7 +126,9 @@ class Adapter(Rules):
         """The class of the decoder's layers; of sharded ones, which have a class of their own, the one that they had."""
         from .decoder.hooks import decoder_of
 
-        classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
+        decoder = decoder_of(self.model)
+        layers = getattr(decoder, "layers", None)
+        classes = [cls.__name__ for cls in type(layers[0] if layers else decoder).__mro__]
         return next((name for name in classes if name in DECODERS.values()), classes[0])
 
     def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
         n = text + sum(k.at(layer - 1) for k in kept)
         queries = text * ("text_attention" in method.needs) + ("attention" in method.needs)
         if shrinks and (queries or "keys" in method.needs):
-            total += 2 * n * decoder.width * narrow + 2 * queries * wide * (decoder.width + n)
+            made = narrow * n + wide * queries if decoder.plain else (2 * narrow + wide) * n
+            total += 2 * made * decoder.width + 2 * queries * wide * n
         total += len(kept) * method.router_flops(decoder.width)
         total += sum(method.choice_flops(before, after, text, decoder.width, k.per_layer[0]) for k, before, after in shrinks)
     return total

@@ -17,7 +17,7 @@ from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Decision, LayerTokens
 
 from ..rules import ROUTER
-from .rating import Heads, causal_mask, window_of
+from .rating import causal_mask, heads_of, kind_of, rotary_tables, window_of
 from .staging import Segment, Shortened, Staging
 from .weighing import weigh, weights_of
 
@@ -47,24 +47,21 @@ class Pass:
         weigh(self, index, layer, hidden, kwargs)
         if self.segment is None:
             return
-        kwargs["position_embeddings"] = self.tables(hidden, kwargs["position_embeddings"])
-        kwargs["position_ids"] = None  # a gap in positions would be read as the start of a packed sequence
+        kwargs["position_embeddings"] = self.tables(layer, hidden, kwargs["position_embeddings"])
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = None  # a gap in positions would be read as the start of a packed sequence
         kwargs["attention_mask"] = self.mask(index, layer, hidden, cache_of(kwargs))
 
-    def tables(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """cos and sin (.., B, length, d) for the columns of ``hidden``."""
+    def tables(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """cos and sin (.., B, length, d) of a layer for the columns of ``hidden``."""
         segment = self.segment
         assert segment is not None
         if self.state.positions == "keep":
-            return self.kept(hidden, full)
+            return self.kept(layer, hidden, full)
+        key = ("renumber", segment.first, kind_of(layer), hidden.device)
+        return self.once(key, lambda: rotary_tables(self.decoder, layer, hidden, self._places(segment, hidden)))
 
-        def renumbered() -> tuple[Tensor, ...]:
-            places = self._places(segment, hidden)
-            return tuple(part.to(hidden.device) for part in self.decoder.rotary_emb(hidden, position_ids=places))
-
-        return self.once(("renumber", segment.first, hidden.device), renumbered)
-
-    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tables where tokens keep their positions: columns after the prompts are all there."""
         return full
 
@@ -153,10 +150,12 @@ class Prefill(Pass):
         self.substitute(index, layer, hidden, kwargs)
         return hidden
 
-    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         segment = self.segment
         assert segment is not None
-        return self.once(("keep", segment.first, hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full))
+        return self.once(
+            ("keep", segment.first, kind_of(layer), hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full)
+        )
 
     def _kept(self, part: Tensor, segment: Segment, hidden: Tensor) -> Tensor:
         after = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
@@ -197,8 +196,8 @@ class Prefill(Pass):
         if not needs:
             return
         if self.segment is not None:
-            tables = self.tables(hidden, tables)
-        heads = Heads(layer, self._prompts(hidden), [self._table(part, hidden) for part in tables])
+            tables = self.tables(layer, hidden, tables)
+        heads = heads_of(layer, self._prompts(hidden), [self._table(part, hidden) for part in tables])
         seen = self.layer_mask.to(hidden.device)
         if "keys" in needs:
             self.observed["keys"] = heads.keys.transpose(1, 2).flatten(2)

@@ -127,6 +127,15 @@ class GenericAdapter(Adapter):
         if rule == "renumber" and self.facts.mrope and not self.facts.grids:
             raise UnsupportedModelError(f"positions='renumber' is not known for {self.name}, whose calls do not say the grid of a picture")
 
+    def check_inside(self, method: Any) -> None:
+        for fact, why in {
+            "recurrent": "layers that carry a state along, which a token cannot leave halfway",
+            "bidirectional": "images whose tokens attend to all of it, which the masks of in-decoder methods do not",
+        }.items():
+            if getattr(self.facts, fact):
+                raise UnsupportedModelError(f"{method.name} works inside the decoder, and {self.name} has {why}")
+        super().check_inside(method)
+
     def unit(self, item: Item) -> Grid:
         return item.shape.planes[0].rows, item.shape.planes[0].columns
 
