@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from .math.cosine import cosines, finite
+from .math.cosine import at_least_float32, cosines, finite
 from .merger import Merger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("prumerge_plus")
@@ -60,6 +63,15 @@ class PruMergePlus(Merger):
         keys = finite(v.keys, self.name, "keys")
         alike = cosines(keys[kept], keys).scatter_(1, kept[:, None], -2)  # itself is no neighbour
         near = alike.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(v) - 1)]
-        full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
-        merged = full[kept] + (attention[near].to(full.dtype)[..., None] * full[near]).sum(1)
-        return CompressedTokens(merged.to(v.features.dtype))
+        full = at_least_float32(v.features)
+        weights = attention.to(full)
+        # One after the other on a CPU: its caches hold the neighbours of one token, and not those of all.
+        parts = kept.split(1 if kept.device.type == "cpu" else k), near.split(1 if kept.device.type == "cpu" else k)
+        merged = [self._with_neighbours(v.features, weights, i, those, full) for i, those in zip(*parts)]
+        return CompressedTokens(torch.cat(merged))
+
+    @staticmethod
+    def _with_neighbours(x: Tensor, attention: Tensor, kept: Tensor, near: Tensor, full: torch.dtype) -> Tensor:
+        """(K', D) of the tokens ``kept`` (K',) and their neighbours (K', neighbours), summed up in dtype ``full``."""
+        rows = x[near].to(full)
+        return (x[kept].to(full) + (attention[near][..., None] * rows).sum(1)).to(x.dtype)

@@ -1,0 +1,101 @@
+"""Bipartite soft matching on a CPU, from the products of the tokens alone: ``tome`` after the projector.
+
+The product of a sum with a token is the sum of the products, so that one product of all rows serves all rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...lazy import torch
+from .cosine import IN_CACHE, at_least_float32, gram, steps, unit_rows
+from .sums import group_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CANCELS = 1 / 8  # a sum shorter than this share of its parts' lengths has lost digits: its products are made anew
+
+
+def grouped(x: Tensor, rounds: Sequence[int], name: str) -> Tensor:
+    """(N,) the merged token that each of the rows (N, D) becomes a part of, counted in raster order. rounds: pairs merged in each.
+
+    NaN and infinity raise (``require_finite``).
+    """
+    x, todo = x.detach(), list(rounds)
+    group = np.arange(len(x))
+    while todo:
+        sums = x if len(todo) == len(rounds) else group_sums(x.to(at_least_float32(x)), torch.from_numpy(group), int(group.max()) + 1)[0]
+        into, done = _rounds(sums, todo, name)
+        group = into[group]
+        del todo[:done]
+    return torch.from_numpy(group)
+
+
+def _rounds(x: Tensor, rounds: Sequence[int], name: str) -> tuple[np.ndarray, int]:
+    """(n,) what each of the rows x (n, D) becomes a part of, and after how many rounds: all, or those until a sum cancels."""
+    lengths = _lengths(x)
+    alike = gram(unit_rows(x, name, "visual tokens", steps(x.dtype) ** 0.5)).numpy()
+    into, left = np.arange(len(alike)), np.arange(len(alike))
+    done, cancelled = 0, False
+    while done < len(rounds) and not cancelled:
+        gone, target = _match(alike, left, rounds[done])
+        into[gone] = target
+        cancelled = _merge(alike, lengths, gone, target)
+        left = np.setdiff1d(left, gone, assume_unique=True)
+        done += 1
+    while (into[into] != into).any():  # a token of B may have gone to another in a later round
+        into = into[into]
+    place = np.cumsum(np.bincount(left, minlength=len(into))) - 1
+    return place[into], done
+
+
+def _lengths(x: Tensor) -> np.ndarray:
+    """(N,) lengths of rows in float64, over the largest entry of all, so that no square overflows."""
+    most = max(float(x.abs().max()), torch.finfo(torch.float64).tiny)
+    return torch.cat([torch.linalg.vector_norm(part.double() / most, dim=1) for part in x.split(64)]).numpy()
+
+
+def _match(alike: np.ndarray, left: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that merge in a round, and those that they merge into; of ``left``, the first and every second are A, the others B."""
+    a, b = left[::2], left[1::2]
+    best, partner = np.empty(len(a), dtype=alike.dtype), np.empty(len(a), dtype=np.int64)
+    rows = max(1, IN_CACHE // len(alike))
+    for start in range(0, len(a), rows):
+        near = np.take(np.take(alike, a[start : start + rows], 0), b, 1)
+        np.rint(near, out=near)
+        partner[start : start + rows] = at = near.argmax(1)
+        best[start : start + rows] = near[np.arange(len(at)), at]
+    strongest = np.argsort(-best, kind="stable")[:pairs]
+    return a[strongest], b[partner[strongest]]
+
+
+def _merge(alike: np.ndarray, lengths: np.ndarray, gone: np.ndarray, target: np.ndarray) -> bool:
+    """Puts the products of the sums in the places of their tokens of B. Whether one of the sums is short.
+
+    alike: (N, N) cosines in steps. lengths: (N,) of the sums.
+    """
+    targets, inverse = np.unique(target, return_inverse=True)
+    one = float(steps(torch.float64 if alike.dtype == np.float64 else torch.float32))
+    members, owner = np.concatenate([targets, gone]), np.concatenate([np.arange(len(targets)), inverse])
+    parts = lengths[members].astype(alike.dtype)
+    rows = _added(alike[members] * parts[:, None], owner, len(targets))  # products of the sums with unit rows
+    both = _added((rows[:, members] * parts).T, owner, len(targets))  # and with each other
+    length = np.sqrt(np.maximum(both.diagonal().astype(np.float64) / one, 0))
+    whole = np.bincount(owner, weights=lengths[members], minlength=len(targets))
+    scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0).astype(alike.dtype)
+    rows *= scale[:, None]
+    rows[:, targets] = both * scale * scale[:, None]
+    alike[targets], alike[:, targets] = rows, rows.T
+    lengths[targets] = length
+    return bool((length < CANCELS * whole).any())
+
+
+def _added(rows: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """(count, M) sums of rows (R, M) by owner (R,), none of which is without one."""
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], np.arange(count))
+    return np.add.reduceat(rows[order], starts, axis=0)
