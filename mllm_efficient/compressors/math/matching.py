@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...lazy import torch
-from .cosine import IN_CACHE, at_least_float32, gram, steps, unit_rows
+from .cosine import IN_CACHE, at_least_float32, parts_of, similarity, steps
 from .sums import group_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CANCELS = 1 / 8  # a sum shorter than this share of its parts' lengths has lost digits: its products are made anew
+CANCELS = 1 / 32  # a sum shorter than this share of its parts has lost digits that count: its products are made anew
 
 
 def grouped(x: Tensor, rounds: Sequence[int], name: str) -> Tensor:
@@ -27,18 +27,19 @@ def grouped(x: Tensor, rounds: Sequence[int], name: str) -> Tensor:
     """
     x, todo = x.detach(), list(rounds)
     group = np.arange(len(x))
-    while todo:
-        sums = x if len(todo) == len(rounds) else group_sums(x.to(at_least_float32(x)), torch.from_numpy(group), int(group.max()) + 1)[0]
-        into, done = _rounds(sums, todo, name)
-        group = into[group]
-        del todo[:done]
+    with np.errstate(invalid="ignore", over="ignore"):  # of NaN or infinity, where the answer is read later (``finite.Watch``)
+        while todo:
+            sums = x if len(todo) == len(rounds) else group_sums(x.to(at_least_float32(x)), torch.from_numpy(group), int(group.max()) + 1)[0]
+            into, done = _rounds(sums, todo, name)
+            group = into[group]
+            del todo[:done]
     return torch.from_numpy(group)
 
 
 def _rounds(x: Tensor, rounds: Sequence[int], name: str) -> tuple[np.ndarray, int]:
     """(n,) what each of the rows x (n, D) becomes a part of, and after how many rounds: all, or those until a sum cancels."""
     lengths = _lengths(x)
-    alike = gram(unit_rows(x, name, "visual tokens", steps(x.dtype) ** 0.5)).numpy()
+    alike = similarity(x, name, "visual tokens").numpy()
     into, left = np.arange(len(alike)), np.arange(len(alike))
     done, cancelled = 0, False
     while done < len(rounds) and not cancelled:
@@ -55,8 +56,8 @@ def _rounds(x: Tensor, rounds: Sequence[int], name: str) -> tuple[np.ndarray, in
 
 def _lengths(x: Tensor) -> np.ndarray:
     """(N,) lengths of rows in float64, over the largest entry of all, so that no square overflows."""
-    most = max(float(x.abs().max()), torch.finfo(torch.float64).tiny)
-    return torch.cat([torch.linalg.vector_norm(part.double() / most, dim=1) for part in x.split(64)]).numpy()
+    most = max(float(x[part].abs().max()) for part in parts_of(x)) or 1.0
+    return torch.cat([torch.linalg.vector_norm(x[part].double() / most, dim=1) for part in parts_of(x)]).numpy()
 
 
 def _match(alike: np.ndarray, left: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -79,19 +80,18 @@ def _merge(alike: np.ndarray, lengths: np.ndarray, gone: np.ndarray, target: np.
     alike: (N, N) cosines in steps. lengths: (N,) of the sums.
     """
     targets, inverse = np.unique(target, return_inverse=True)
-    one = float(steps(torch.float64 if alike.dtype == np.float64 else torch.float32))
     members, owner = np.concatenate([targets, gone]), np.concatenate([np.arange(len(targets)), inverse])
-    parts = lengths[members].astype(alike.dtype)
-    rows = _added(alike[members] * parts[:, None], owner, len(targets))  # products of the sums with unit rows
-    both = _added((rows[:, members] * parts).T, owner, len(targets))  # and with each other
-    length = np.sqrt(np.maximum(both.diagonal().astype(np.float64) / one, 0))
-    whole = np.bincount(owner, weights=lengths[members], minlength=len(targets))
+    whole = np.bincount(owner, weights=lengths[members])
+    shares = (lengths[members] / np.where(whole > 0, whole, 1)[owner]).astype(alike.dtype)
+    rows = _added(alike[members] * shares[:, None], owner, len(targets))  # products of the sums with unit rows
+    both = _added((rows[:, members] * shares).T, owner, len(targets))  # and with each other
+    length = np.sqrt(np.maximum(both.diagonal(), 0) / steps(torch.from_numpy(alike).dtype))
     scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0).astype(alike.dtype)
     rows *= scale[:, None]
     rows[:, targets] = both * scale * scale[:, None]
     alike[targets], alike[:, targets] = rows, rows.T
-    lengths[targets] = length
-    return bool((length < CANCELS * whole).any())
+    lengths[targets] = length * whole
+    return bool(((length < CANCELS) & (whole > 0)).any())
 
 
 def _added(rows: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
