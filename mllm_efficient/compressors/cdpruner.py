@@ -85,12 +85,13 @@ class CDPruner(Selector):
         given, text = self._question(v)
         text = text.to(v.features.device, torch.float64)
         require_finite(text, self.name, WHAT)
+        x = v.features.detach()
         if self.relevance == "clip":
-            divisors, own, _ = measured(v.features, None, self.name)
-            along = -measured(given, text[:, None], self.name)[2]
+            lengths, along = measured(x, None, self.name)[0], -measured(given, text[:, None], self.name)[1]
         else:
-            divisors, own, along = measured(v.features, unit(text.mean(0, keepdim=True)).T, self.name)
-        return Volume(v.features.detach(), divisors, own, scaled(along), k).picks()
+            lengths, along = measured(x, unit(text.mean(0, keepdim=True)).T, self.name)
+        own = (lengths > 0).double()
+        return Volume(x, torch.where(lengths == 0, 1, lengths), own, scaled(along), k).picks()
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """The picks of all in one loop."""
@@ -122,24 +123,20 @@ class CDPruner(Selector):
             return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
 
 
-def measured(x: Tensor, against: Tensor | None, name: str) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of rows (N, D), in float64: two (N, 1) to divide each by, to unit length; squared lengths (N,) then, 1 or 0; products with (D, 1).
+def measured(x: Tensor, against: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """Lengths (N,) of rows (N, D), and products (N,) of the rows at unit length with ``against`` (D, 1), 0 without; in float64.
 
-    Part after part, so that the rows are never all there in float64. NaN and infinity raise.
+    Part after part, so that the rows are never all there in float64. NaN and infinity raise; so do float64 rows longer than 1e154.
     """
-    largest, norm, own, along = (x.new_zeros(len(x), 1, dtype=torch.float64) for _ in range(4))
+    lengths, along = (x.new_zeros(len(x), 1, dtype=torch.float64) for _ in range(2))
     with torch.autocast(x.device.type, enabled=False):
         for part in parts_of(x):
-            rows = x[part].to(torch.float64, copy=True)
-            largest[part] = most = rows.abs().amax(1, keepdim=True)
-            rows.div_(torch.where(most == 0, 1, most))
-            norm[part] = length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-            rows.div_(torch.where(length == 0, 1, length))
-            own[part] = rows.square().sum(1, keepdim=True)
+            rows = x[part].to(torch.float64)
+            torch.linalg.vector_norm(rows, dim=1, keepdim=True, out=lengths[part])
             if against is not None:
-                along[part] = rows @ against
-    require_finite(largest, name, WHAT)
-    return (torch.where(largest == 0, 1, largest), torch.where(norm == 0, 1, norm)), own[:, 0], along[:, 0]
+                torch.mm(rows, against, out=along[part])
+    require_finite(lengths, name, WHAT)
+    return lengths[:, 0], along.div_(torch.where(lengths == 0, 1, lengths))[:, 0]
 
 
 def scaled(relevance: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Scope(Selector):
         attention = finite(v.attention, self.name, "attentions")
         full = torch.float32 if attention.device.type == "mps" else torch.float64
         saliency = (attention.to(full) ** self.alpha).float().to(full)  # the last bits of a power differ with where it stands
-        return similarity(v.features, self.name, "visual tokens").round_(), saliency
+        return similarity(v.features, self.name, "visual tokens")[0].round_(), saliency
 
 
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:

@@ -64,7 +64,7 @@ class VisPruner(Selector):
 
     def _alike(self, v: VisualTokens) -> Tensor:
         """Cosines (N, N) in whole steps."""
-        return similarity(v.features, self.name, "visual tokens").round_()
+        return similarity(v.features, self.name, "visual tokens")[0].round_()
 
     def batch_entries(self, n: int, d: int) -> int:
         return 3 * n * n

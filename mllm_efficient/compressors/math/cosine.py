@@ -54,29 +54,38 @@ def parts_of(x: Tensor) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(x), rows))
 
 
-def unit_rows(x: Tensor, name: str, what: str, length: float = 1.0) -> Tensor:
-    """``unit`` of rows (N, D), in float32 or float64, at another length, a power of two; nothing of their size is made besides.
+def unit_rows(x: Tensor, name: str, what: str, length: float = 1.0) -> tuple[Tensor, Tensor]:
+    """``unit`` of rows (N, D), in float32 or float64, at another length, a power of two; and their own lengths (N,), see ``lengths_of``.
 
-    NaN and infinity raise (``require_finite``).
+    Nothing of their size is made but the result. NaN and infinity raise (``require_finite``).
     """
-    x = x.detach()
-    out, largest = torch.empty_like(x, dtype=at_least_float32(x)), x.new_empty(len(x), 1, dtype=at_least_float32(x))
+    x, full = x.detach(), at_least_float32(x)
+    out, most, norm = torch.empty_like(x, dtype=full), x.new_empty(len(x), 1, dtype=full), x.new_empty(len(x), 1, dtype=full)
+    spare = x.new_empty(0)
     for part in parts_of(x):
-        rows = out[part].copy_(x[part])
-        most = torch.amax(rows.abs(), 1, keepdim=True, out=largest[part])
-        rows.div_(torch.where(most == 0, 1, most))
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        rows.div_(torch.where(norm == 0, 1, norm).div_(length))
-    require_finite(largest, name, what)
-    return out
+        given, rows = x[part], out[part]
+        spare = torch.abs(given, out=spare[: len(given)])
+        most[part] = spare.amax(1, keepdim=True)
+        torch.div(given, torch.where(most[part] == 0, 1, most[part]), out=rows)
+        norm[part] = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows.div_(torch.where(norm[part] == 0, 1, norm[part]).div_(length))
+    require_finite(most, name, what)
+    return out, lengths_of(most, norm)
 
 
-def similarity(x: Tensor, name: str, what: str) -> Tensor:
-    """(N, N) cosines of rows (N, D) in steps of 2^-18 (2^-30 in float64), before they are rounded to whole ones.
+def lengths_of(most: Tensor, norm: Tensor) -> Tensor:
+    """(N,) lengths in float64, over the largest entry of all rows, from the largest (N, 1) of each and its length over that."""
+    full = torch.float32 if most.device.type == "mps" else torch.float64
+    return (most.to(full) / most.max().clamp(min=torch.finfo(most.dtype).tiny) * norm)[:, 0]
+
+
+def similarity(x: Tensor, name: str, what: str) -> tuple[Tensor, Tensor]:
+    """(N, N) cosines of rows (N, D) in steps of 2^-18 (2^-30 in float64), before they are rounded to whole ones; lengths of the rows (N,).
 
     NaN and infinity raise (``require_finite``).
     """
-    return gram(unit_rows(x, name, what, steps(x.dtype) ** 0.5))
+    rows, lengths = unit_rows(x, name, what, steps(x.dtype) ** 0.5)
+    return gram(rows), lengths
 
 
 def gram(rows: Tensor) -> Tensor:

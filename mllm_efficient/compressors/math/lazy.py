@@ -15,22 +15,23 @@ from ...lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FEW = 4  # tokens that are scored anew at first; twice as many whenever none of them is the best
 LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
 
 
-def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.ndarray], take: Callable[[int, int], None]) -> Tensor:
+def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.ndarray], take: Callable[[int, int], None], few: int) -> Tensor:
     """(K,) indices in the order of choice; each time the largest score, the lowest index of equal ones.
 
     scores: (N,) before any is chosen, used up. score(tokens, i): what some tokens score after i picks, never more than before.
-    take(token, i): hears of pick i.
+    take(token, i): hears of pick i. few: tokens that are scored anew at first; twice as many whenever none of them is the best.
     """
     seen, picked = np.zeros(len(scores), dtype=np.int64), np.empty(k, dtype=np.int64)  # seen: after how many picks each was scored
     for i in range(k):
-        many = FEW
+        many = few
         while seen[best := int(scores.argmax())] != i:
-            some = np.argpartition(scores, -many)[-many:] if many < len(scores) else np.arange(len(scores))
-            some = np.append(some[(seen[some] != i) & (some != best) & (scores[some] > -np.inf)], best)
+            some = np.argpartition(scores, -many)[-many:] if 1 < many < len(scores) else np.array([best]) if many == 1 else np.arange(len(scores))
+            some = some[(seen[some] != i) & (scores[some] != -np.inf)]
+            if best not in some:  # one of many equal ones
+                some[0] = best
             scores[some] = score(some, i)
             seen[some] = i
             many *= 2
@@ -42,66 +43,65 @@ def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.nda
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
     """(K,) indices in the order of choice as ``scope`` picks them, from cosines (N, N) in whole steps and float64 saliency (N,)."""
     rows, weight = alike.numpy(), saliency.numpy()
-    cover = np.zeros_like(rows[0])
+    cover, covered = np.zeros_like(rows[0]), 0.0
 
     def score(tokens: np.ndarray, i: int) -> np.ndarray:
         gain = np.maximum(rows[tokens], cover).sum(1, dtype=np.float64)  # whole numbers, so exact
-        return (gain - cover.sum(dtype=np.float64)) * weight[tokens]
+        return (gain - covered) * weight[tokens]
 
     def take(token: int, i: int) -> None:
+        nonlocal covered
         np.maximum(cover, rows[token], out=cover)
+        covered = cover.sum(dtype=np.float64)
 
     parts = np.array_split(np.arange(len(rows)), -(-len(rows) // 64))
-    return greedy(np.concatenate([score(part, 0) for part in parts]), k, score, take)
+    return greedy(np.concatenate([score(part, 0) for part in parts]), k, score, take, few=4)
 
 
 class Volume:
     """The picks of ``cdpruner`` from rows x (N, D), of whatever dtype, in float64 arithmetic, for which only rows in question are made.
 
-    divisors: two of (N, 1), what x is divided by to be of unit length. own: (N,) squared lengths then, 1 or 0.
+    lengths: (N,) that make rows of length 1 of them, or of length 0 where ``own`` is 0 and not 1. relevance: (N,) in [0, 1].
     """
 
-    def __init__(self, x: Tensor, divisors: tuple[Tensor, Tensor], own: Tensor, relevance: Tensor, k: int):
-        self.x, self.divisors, self.relevance, self.k = x, divisors, relevance, k
-        n = len(x)
-        self.left, self.known = own.clone(), np.zeros(n, dtype=np.int64)  # known: how many entries of its row of the factor are there
-        self.factor = x.new_empty(n, k, dtype=torch.float64)
+    def __init__(self, x: Tensor, lengths: Tensor, own: Tensor, relevance: Tensor, k: int):
+        self.x, self.lengths, self.relevance, self.left, self.k = x, lengths.numpy(), relevance.numpy(), own.numpy(), k
+        self.known = np.zeros(len(x), dtype=np.int64)  # how many entries of its row of the factor are there
+        self.factor = np.empty((len(x), k))
         self.chosen = x.new_empty(k, x.shape[1], dtype=torch.float64)
-        self.corner = x.new_zeros(k, k, dtype=torch.float64)  # the chosen ones' rows of the factor, which is triangular
+        self.corner = np.zeros((k, k))  # the chosen ones' rows of the factor, which is triangular
 
     def picks(self) -> Tensor:
         """(K,) indices in the order of choice."""
-        return greedy(self._scores(torch.arange(len(self.x))), self.k, self._score, self._take)
+        return greedy(self._scores(np.arange(len(self.x))), self.k, self._score, self._take, few=1)
 
-    def _rows(self, tokens: Tensor) -> Tensor:
-        rows = self.x.index_select(0, tokens).to(torch.float64)
-        for divisor in self.divisors:
-            rows.div_(divisor[tokens])
-        return rows
+    def _adds(self, tokens: np.ndarray) -> np.ndarray:
+        return (self.relevance[tokens] > LEAST) & (self.left[tokens] > LEAST)
 
-    def _scores(self, tokens: Tensor) -> np.ndarray:
-        relevance, left = self.relevance[tokens], self.left[tokens]
-        adds = (relevance > LEAST) & (left > LEAST)
-        return torch.where(adds, relevance * relevance * left, relevance - 2).float().numpy()
+    def _scores(self, tokens: np.ndarray) -> np.ndarray:
+        relevance = self.relevance[tokens]
+        return np.where(self._adds(tokens), relevance * relevance * self.left[tokens], relevance - 2).astype(np.float32)
 
     def _score(self, tokens: np.ndarray, i: int) -> np.ndarray:
-        adds = ((self.relevance > LEAST) & (self.left > LEAST)).numpy()
-        some = tokens[adds[tokens]]
-        for known in np.unique(self.known[some]):
-            self._extend(torch.from_numpy(some[self.known[some] == known]), int(known), i)
-        self.known[some] = i
-        return self._scores(torch.from_numpy(tokens))
+        some = tokens[self._adds(tokens)]
+        known = self.known[some]
+        for entries in set(known.tolist()):
+            self._extend(some[known == entries], entries, i)
+        return self._scores(tokens)
 
-    def _extend(self, tokens: Tensor, known: int, i: int) -> None:
+    def _extend(self, tokens: np.ndarray, known: int, i: int) -> None:
         """Entries ``known`` to i of some tokens' rows of the factor."""
-        entries = self.chosen[known:i] @ self._rows(tokens).T
+        rows = self.x[torch.from_numpy(tokens)].double()
+        entries = (self.chosen[known:i] @ rows.T).div_(torch.from_numpy(self.lengths[tokens]))
+        corner = torch.from_numpy(self.corner)
         if known:
-            entries -= self.corner[known:i, :known] @ self.factor[tokens, :known].T
-        entries = torch.linalg.solve_triangular(self.corner[known:i, known:i], entries, upper=False)
-        self.factor[tokens, known:i] = entries.T
-        self.left[tokens] -= entries.square().sum(0)
+            entries -= corner[known:i, :known] @ torch.from_numpy(self.factor[tokens, :known]).T
+        new = torch.linalg.solve_triangular(corner[known:i, known:i], entries, upper=False).numpy()
+        self.factor[tokens, known:i] = new.T
+        self.left[tokens] -= np.square(new).sum(0)
+        self.known[tokens] = i
 
     def _take(self, token: int, i: int) -> None:
-        self.chosen[i] = self._rows(torch.tensor([token]))[0]
+        self.chosen[i].copy_(self.x[token]).div_(self.lengths[token])
         self.corner[i, :i] = self.factor[token, :i]
-        self.corner[i, i] = self.left[token].clamp(min=LEAST).sqrt()
+        self.corner[i, i] = max(self.left[token], LEAST) ** 0.5

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...lazy import torch
-from .cosine import IN_CACHE, at_least_float32, parts_of, similarity, steps
+from .cosine import IN_CACHE, at_least_float32, similarity, steps
 from .sums import group_sums
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def grouped(x: Tensor, rounds: Sequence[int], name: str) -> Tensor:
 
 def _rounds(x: Tensor, rounds: Sequence[int], name: str) -> tuple[np.ndarray, int]:
     """(n,) what each of the rows x (n, D) becomes a part of, and after how many rounds: all, or those until a sum cancels."""
-    lengths = _lengths(x)
-    alike = similarity(x, name, "visual tokens").numpy()
+    alike, lengths = (each.numpy() for each in similarity(x, name, "visual tokens"))
     into, left = np.arange(len(alike)), np.arange(len(alike))
     done, cancelled = 0, False
     while done < len(rounds) and not cancelled:
@@ -52,12 +51,6 @@ def _rounds(x: Tensor, rounds: Sequence[int], name: str) -> tuple[np.ndarray, in
         into = into[into]
     place = np.cumsum(np.bincount(left, minlength=len(into))) - 1
     return place[into], done
-
-
-def _lengths(x: Tensor) -> np.ndarray:
-    """(N,) lengths of rows in float64, over the largest entry of all, so that no square overflows."""
-    most = max(float(x[part].abs().max()) for part in parts_of(x)) or 1.0
-    return torch.cat([torch.linalg.vector_norm(x[part].double() / most, dim=1) for part in parts_of(x)]).numpy()
 
 
 def _match(alike: np.ndarray, left: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]:
