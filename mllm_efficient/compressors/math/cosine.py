@@ -12,7 +12,7 @@ from .finite import require_finite
 if TYPE_CHECKING:
     from torch import Tensor
 
-IN_CACHE = 2**17  # entries that a CPU works on at a time, so that only the first look at them is at memory
+IN_CACHE = 2**18  # entries that a CPU works on at a time, so that only the first look at them is at memory
 BLOCK = 192  # rows of a symmetric product at a time; a multiple of what matrix kernels take at once, so that no sum changes
 
 

@@ -68,18 +68,18 @@ def _match(alike: np.ndarray, left: np.ndarray, pairs: int) -> tuple[np.ndarray,
 
 
 def _merge(alike: np.ndarray, lengths: np.ndarray, gone: np.ndarray, target: np.ndarray) -> bool:
-    """Puts the products of the sums in the places of their tokens of B. Whether one of the sums is short.
+    """Puts the products of the sums, added up in float64, in the places of their tokens of B. Whether one of the sums is short.
 
     alike: (N, N) cosines in steps. lengths: (N,) of the sums.
     """
     targets, inverse = np.unique(target, return_inverse=True)
     members, owner = np.concatenate([targets, gone]), np.concatenate([np.arange(len(targets)), inverse])
     whole = np.bincount(owner, weights=lengths[members])
-    shares = (lengths[members] / np.where(whole > 0, whole, 1)[owner]).astype(alike.dtype)
+    shares = lengths[members] / np.where(whole > 0, whole, 1)[owner]
     rows = _added(alike[members] * shares[:, None], owner, len(targets))  # products of the sums with unit rows
     both = _added((rows[:, members] * shares).T, owner, len(targets))  # and with each other
     length = np.sqrt(np.maximum(both.diagonal(), 0) / steps(torch.from_numpy(alike).dtype))
-    scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0).astype(alike.dtype)
+    scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0)
     rows *= scale[:, None]
     rows[:, targets] = both * scale * scale[:, None]
     alike[targets], alike[:, targets] = rows, rows.T
