@@ -30,8 +30,8 @@ def serve(threads: int) -> None:
     import torch
 
     import mllm_efficient as me
-    from mllm_efficient.measure.selection import product
     from mllm_efficient.cli.options import import_files
+    from mllm_efficient.measure.selection import product
 
     torch.set_num_threads(threads)
     import_files([HERE / "naive.py"])
@@ -86,7 +86,9 @@ def main() -> None:
     shapes = [tuple(map(int, text.split("x"))) for text in options.shape or ()] or list(SHAPES)
     found = beside(options.before, options.method or METHODS, shapes, options.threads, options.warmup, options.repeats)
     for r in found["rows"]:
-        said = [f"{name} {r[name]['median']:.2f}" for name in ("over_product", "before_over_product", "over_before", "over_naive") if r[name]]
+        said = [
+            f"{name} {r[name]['median']:.2f}" for name in ("over_product", "before_over_product", "over_before", "over_naive") if r[name]
+        ]
         print(f"{r['method']:14} {r['n']} -> {r['k']}  {r['ms']['median']:.1f} ms  {'  '.join(said)}")
     if options.output:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -122,7 +124,8 @@ def beside(before: Path | None, methods: Any, shapes: Any, threads: int, warmup:
                 )
     commit = _commit(before) if before else None
     return {"rows": rows, "meta": {
-        "threads": threads, "warmup": warmup, "repeats": repeats, "order": f"all arms {ORDER}", "before": commit, "now": _commit(HERE.parent),
+        "threads": threads, "warmup": warmup, "repeats": repeats, "order": f"all arms {ORDER}",
+        "before": commit, "now": _commit(HERE.parent),
         "versions": versions("torch"), "machine": began, "machine_after": machine([]),
     }}  # fmt: skip
 

@@ -64,14 +64,14 @@ class PruMergePlus(Merger):
         alike = cosines(keys[kept], keys).scatter_(1, kept[:, None], -2)  # itself is no neighbour
         near = alike.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(v) - 1)]
         full = at_least_float32(v.features)
-        weights = attention.to(full)
-        # One after the other on a CPU: its caches hold the neighbours of one token, and not those of all.
-        parts = kept.split(1 if kept.device.type == "cpu" else k), near.split(1 if kept.device.type == "cpu" else k)
-        merged = [self._with_neighbours(v.features, weights, i, those, full) for i, those in zip(*parts)]
-        return CompressedTokens(torch.cat(merged))
+        weights = attention.to(full)[near]
+        if v.features.device.type == "cpu":  # one after the other: caches hold the neighbours of one token, and not those of all
+            sums = torch.stack([weighed(v.features[i].to(full), w[:, None]) for i, w in zip(near, weights)])
+        else:
+            sums = weighed(v.features[near].to(full), weights[..., None])
+        return CompressedTokens((v.features[kept].to(full) + sums).to(v.features.dtype))
 
-    @staticmethod
-    def _with_neighbours(x: Tensor, attention: Tensor, kept: Tensor, near: Tensor, full: torch.dtype) -> Tensor:
-        """(K', D) of the tokens ``kept`` (K',) and their neighbours (K', neighbours), summed up in dtype ``full``."""
-        rows = x[near].to(full)
-        return (x[kept].to(full) + (attention[near][..., None] * rows).sum(1)).to(x.dtype)
+
+def weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums (..., D) of rows (..., neighbours, D), which are used up, by weights (..., neighbours, 1)."""
+    return rows.mul_(weights).sum(-2)

@@ -15,10 +15,15 @@ from ...lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+BEHIND, TOGETHER = 4, 16  # a token that lacks so many entries of its row gets them together with so many others
 LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
 
 
-def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.ndarray], take: Callable[[int, int], None], few: int) -> Tensor:
+Score = Callable[[np.ndarray, int], np.ndarray]
+Take = Callable[[int, int], None]
+
+
+def greedy(scores: np.ndarray, k: int, score: Score, take: Take, few: int) -> Tensor:
     """(K,) indices in the order of choice; each time the largest score, the lowest index of equal ones.
 
     scores: (N,) before any is chosen, used up. score(tokens, i): what some tokens score after i picks, never more than before.
@@ -28,10 +33,8 @@ def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.nda
     for i in range(k):
         many = few
         while seen[best := int(scores.argmax())] != i:
-            some = np.argpartition(scores, -many)[-many:] if 1 < many < len(scores) else np.array([best]) if many == 1 else np.arange(len(scores))
+            some = largest(scores, many, best)
             some = some[(seen[some] != i) & (scores[some] != -np.inf)]
-            if best not in some:  # one of many equal ones
-                some[0] = best
             scores[some] = score(some, i)
             seen[some] = i
             many *= 2
@@ -40,14 +43,27 @@ def greedy(scores: np.ndarray, k: int, score: Callable[[np.ndarray, int], np.nda
     return torch.from_numpy(picked)
 
 
+def largest(scores: np.ndarray, many: int, best: int) -> np.ndarray:
+    """Indices of the ``many`` largest of scores, or of all, ``best`` among them whichever of equal ones they are."""
+    if many == 1:
+        return np.array([best])
+    if many >= len(scores):
+        return np.arange(len(scores))
+    some = np.argpartition(scores, -many)[-many:]
+    if best not in some:
+        some[0] = best
+    return some
+
+
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
     """(K,) indices in the order of choice as ``scope`` picks them, from cosines (N, N) in whole steps and float64 saliency (N,)."""
     rows, weight = alike.numpy(), saliency.numpy()
     cover, covered = np.zeros_like(rows[0]), 0.0
 
     def score(tokens: np.ndarray, i: int) -> np.ndarray:
-        gain = np.maximum(rows[tokens], cover).sum(1, dtype=np.float64)  # whole numbers, so exact
-        return (gain - covered) * weight[tokens]
+        gain: np.ndarray = np.maximum(rows[tokens], cover).sum(1, dtype=np.float64)  # whole numbers, so exact
+        gained: np.ndarray = (gain - covered) * weight[tokens]
+        return gained
 
     def take(token: int, i: int) -> None:
         nonlocal covered
@@ -71,19 +87,26 @@ class Volume:
         self.chosen = x.new_empty(k, x.shape[1], dtype=torch.float64)
         self.corner = np.zeros((k, k))  # the chosen ones' rows of the factor, which is triangular
 
+        self.scores = self._scores(np.arange(len(x)))
+
     def picks(self) -> Tensor:
         """(K,) indices in the order of choice."""
-        return greedy(self._scores(np.arange(len(self.x))), self.k, self._score, self._take, few=1)
+        return greedy(self.scores, self.k, self._score, self._take, few=1)
 
     def _adds(self, tokens: np.ndarray) -> np.ndarray:
-        return (self.relevance[tokens] > LEAST) & (self.left[tokens] > LEAST)
+        adds: np.ndarray = (self.relevance[tokens] > LEAST) & (self.left[tokens] > LEAST)
+        return adds
 
     def _scores(self, tokens: np.ndarray) -> np.ndarray:
         relevance = self.relevance[tokens]
-        return np.where(self._adds(tokens), relevance * relevance * self.left[tokens], relevance - 2).astype(np.float32)
+        scores: np.ndarray = np.where(self._adds(tokens), relevance * relevance * self.left[tokens], relevance - 2)
+        return scores.astype(np.float32)
 
     def _score(self, tokens: np.ndarray, i: int) -> np.ndarray:
         some = tokens[self._adds(tokens)]
+        if len(some) == 1 and i - self.known[some[0]] > BEHIND:  # others will be asked for soon: one pass over the chosen rows for all
+            others = largest(self.scores, TOGETHER, some[0])
+            some = others[self._adds(others) & (self.known[others] == self.known[some[0]]) & (self.scores[others] != -np.inf)]
         known = self.known[some]
         for entries in set(known.tolist()):
             self._extend(some[known == entries], entries, i)

@@ -25,14 +25,16 @@ def grouped(x: Tensor, rounds: Sequence[int], name: str) -> Tensor:
 
     NaN and infinity raise (``require_finite``).
     """
-    x, todo = x.detach(), list(rounds)
+    given = x = x.detach()
+    todo = list(rounds)
     group = np.arange(len(x))
     with np.errstate(invalid="ignore", over="ignore"):  # of NaN or infinity, where the answer is read later (``finite.Watch``)
         while todo:
-            sums = x if len(todo) == len(rounds) else group_sums(x.to(at_least_float32(x)), torch.from_numpy(group), int(group.max()) + 1)[0]
-            into, done = _rounds(sums, todo, name)
+            into, done = _rounds(x, todo, name)
             group = into[group]
             del todo[:done]
+            if todo:
+                x = group_sums(given.to(at_least_float32(given)), torch.from_numpy(group), int(group.max()) + 1)[0]
     return torch.from_numpy(group)
 
 
