@@ -114,14 +114,13 @@ class Volume:
 
     def _extend(self, tokens: np.ndarray, known: int, i: int) -> None:
         """Entries ``known`` to i of some tokens' rows of the factor."""
-        rows = self.x[torch.from_numpy(tokens)].double()
-        entries = (self.chosen[known:i] @ rows.T).div_(torch.from_numpy(self.lengths[tokens]))
-        corner = torch.from_numpy(self.corner)
-        if known:
-            entries -= corner[known:i, :known] @ torch.from_numpy(self.factor[tokens, :known]).T
-        new = torch.linalg.solve_triangular(corner[known:i, known:i], entries, upper=False).numpy()
-        self.factor[tokens, known:i] = new.T
-        self.left[tokens] -= np.square(new).sum(0)
+        rows = self.x.index_select(0, torch.from_numpy(tokens)).double()
+        dots = torch.mm(rows, self.chosen[known:i].T).numpy() / self.lengths[tokens, None]
+        factor, corner = self.factor[tokens, :i], self.corner
+        for a in range(known, i):
+            factor[:, a] = (dots[:, a - known] - np.einsum("ta,a->t", factor[:, :a], corner[a, :a])) / corner[a, a]
+        self.factor[tokens, known:i] = factor[:, known:]
+        self.left[tokens] -= np.square(factor[:, known:]).sum(1)
         self.known[tokens] = i
 
     def _take(self, token: int, i: int) -> None:
