@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...lazy import torch
+from .cosine import IN_CACHE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,13 +56,20 @@ def largest(scores: np.ndarray, many: int, best: int) -> np.ndarray:
     return some
 
 
+def parts_of_rows(count: int, width: int) -> list[np.ndarray]:
+    """Numbers 0 to count - 1 in parts, each of as many rows of a width as caches hold."""
+    return np.array_split(np.arange(count), -(-count // max(1, IN_CACHE // width)))
+
+
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
     """(K,) indices in the order of choice as ``scope`` picks them, from cosines (N, N) in whole steps and float64 saliency (N,)."""
     rows, weight = alike.numpy(), saliency.numpy()
     cover, covered = np.zeros_like(rows[0]), 0.0
 
     def score(tokens: np.ndarray, i: int) -> np.ndarray:
-        gain: np.ndarray = np.maximum(rows[tokens], cover).sum(1, dtype=np.float64)  # whole numbers, so exact
+        gain = np.empty(len(tokens))
+        for part in parts_of_rows(len(tokens), len(rows)):
+            np.maximum(rows[tokens[part]], cover).sum(1, dtype=np.float64, out=gain[part[0] : part[-1] + 1])  # whole numbers, so exact
         gained: np.ndarray = (gain - covered) * weight[tokens]
         return gained
 
@@ -70,8 +78,7 @@ def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
         np.maximum(cover, rows[token], out=cover)
         covered = cover.sum(dtype=np.float64)
 
-    parts = np.array_split(np.arange(len(rows)), -(-len(rows) // 64))
-    return greedy(np.concatenate([score(part, 0) for part in parts]), k, score, take, few=4)
+    return greedy(score(np.arange(len(rows)), 0), k, score, take, few=4)
 
 
 class Volume:
@@ -109,7 +116,9 @@ class Volume:
             some = others[self._adds(others) & (self.known[others] == self.known[some[0]]) & (self.scores[others] != -np.inf)]
         known = self.known[some]
         for entries in set(known.tolist()):
-            self._extend(some[known == entries], entries, i)
+            alike = some[known == entries]
+            for part in parts_of_rows(len(alike), self.x.shape[1]):
+                self._extend(alike[part], entries, i)
         return self._scores(tokens)
 
     def _extend(self, tokens: np.ndarray, known: int, i: int) -> None:

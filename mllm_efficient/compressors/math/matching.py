@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...lazy import torch
-from .cosine import IN_CACHE, at_least_float32, similarity, steps
+from .cosine import at_least_float32, similarity, steps
+from .lazy import parts_of_rows
 from .sums import group_sums
 
 if TYPE_CHECKING:
@@ -59,12 +60,11 @@ def _match(alike: np.ndarray, left: np.ndarray, pairs: int) -> tuple[np.ndarray,
     """The tokens that merge in a round, and those that they merge into; of ``left``, the first and every second are A, the others B."""
     a, b = left[::2], left[1::2]
     best, partner = np.empty(len(a), dtype=alike.dtype), np.empty(len(a), dtype=np.int64)
-    rows = max(1, IN_CACHE // len(alike))
-    for start in range(0, len(a), rows):
-        near = np.take(np.take(alike, a[start : start + rows], 0), b, 1)
+    for part in parts_of_rows(len(a), len(alike)):
+        near = np.take(np.take(alike, a[part], 0), b, 1)
         np.rint(near, out=near)
-        partner[start : start + rows] = at = near.argmax(1)
-        best[start : start + rows] = near[np.arange(len(at)), at]
+        partner[part] = at = near.argmax(1)
+        best[part] = near[np.arange(len(at)), at]
     strongest = np.argsort(-best, kind="stable")[:pairs]
     return a[strongest], b[partner[strongest]]
 
@@ -76,10 +76,16 @@ def _merge(alike: np.ndarray, lengths: np.ndarray, gone: np.ndarray, target: np.
     """
     targets, inverse = np.unique(target, return_inverse=True)
     members, owner = np.concatenate([targets, gone]), np.concatenate([np.arange(len(targets)), inverse])
+    order = np.argsort(owner, kind="stable")
+    members, owner = members[order], owner[order]
+    starts = np.searchsorted(owner, np.arange(len(targets)))
     whole = np.bincount(owner, weights=lengths[members])
     shares = lengths[members] / np.where(whole > 0, whole, 1)[owner]
-    rows = _added(alike[members] * shares[:, None], owner, len(targets))  # products of the sums with unit rows
-    both = _added((rows[:, members] * shares).T, owner, len(targets))  # and with each other
+    rows = np.empty((len(targets), len(alike)))  # products of the sums with unit rows
+    for part in parts_of_rows(len(targets), len(alike)):
+        some = slice(starts[part[0]], starts[part[-1] + 1] if part[-1] + 1 < len(targets) else len(members))
+        np.add.reduceat(alike[members[some]] * shares[some, None], starts[part] - starts[part[0]], axis=0, out=rows[part[0] : part[-1] + 1])
+    both = np.add.reduceat((rows[:, members] * shares).T, starts, axis=0)  # and with each other
     length = np.sqrt(np.maximum(both.diagonal(), 0) / steps(torch.from_numpy(alike).dtype))
     scale = np.where(length > 0, 1 / np.where(length > 0, length, 1), 0)
     rows *= scale[:, None]
@@ -87,10 +93,3 @@ def _merge(alike: np.ndarray, lengths: np.ndarray, gone: np.ndarray, target: np.
     alike[targets], alike[:, targets] = rows, rows.T
     lengths[targets] = length * whole
     return bool(((length < CANCELS) & (whole > 0)).any())
-
-
-def _added(rows: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
-    """(count, M) sums of rows (R, M) by owner (R,), none of which is without one."""
-    order = np.argsort(owner, kind="stable")
-    starts = np.searchsorted(owner[order], np.arange(count))
-    return np.add.reduceat(rows[order], starts, axis=0)

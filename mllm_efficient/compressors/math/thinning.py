@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...lazy import torch
+from .lazy import parts_of_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +35,10 @@ def thinned(alike: Tensor, rest: Tensor, leave: int, at_once: int) -> Tensor:
         gone_by = ~found[np.arange(len(first)), at]
         if gone_by.any():
             lost = first[gone_by]
-            near = rows[lost][:, others]
-            nearest[gone_by] = near.max(1)
-            _list_anew(rows, left, lost, values, tokens)
+            best = [np.take(rows[lost[part]], others, 1).max(1) for part in parts_of_rows(len(lost), len(rows))]
+            nearest[gone_by] = np.concatenate(best)
+            for part in parts_of_rows(len(lost), len(rows)):
+                _list_anew(rows, left, lost[part], values, tokens)
         # NaN may be among them where the answer whether there is any is read later (``finite.Watch``).
         order = np.nan_to_num(nearest).astype(np.int64) * len(first) - np.arange(len(first))  # no two are equal
         gone = min(at_once, len(first), len(left) - leave)
