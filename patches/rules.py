@@ -36,6 +36,8 @@ FAMILIES = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
     "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
+    "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),
+    "lighton_ocr": ("LightOnOcrForConditionalGeneration", "mistral3:LightOnOcr"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
 }
 
@@ -111,7 +113,7 @@ class Rules:
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images.
+    at least between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it.
 
     Args:
         name: of the model, for messages.
@@ -124,6 +126,8 @@ class Rules:
     positions: ClassVar[str] = "renumber"
     parts: ClassVar[frozenset[str]] = frozenset()
     separators: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
     deepstack: ClassVar[bool] = False
     mrope: ClassVar[bool] = False
     projects: ClassVar[bool] = False

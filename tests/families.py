@@ -29,6 +29,9 @@ WORDS = (
 ).split()
 VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
 PAD = VOCABULARY["<pad>"]
+# Text that some families put between the tokens of an image, in the vocabulary of theirs alone.
+MARKS = ("[IMG_BREAK]", "[IMG_END]")
+MARKED = {**VOCABULARY, **{token: len(VOCABULARY) + i for i, token in enumerate(MARKS)}}
 
 # I and V stand for the family's own image and video placeholders.
 PROMPTS = {
@@ -64,7 +67,8 @@ class Family:
 
     newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
     says which tiles are of one image, between <img> and </img>.
-    settings: of its image processor, where they are not what a model without one is counted with.
+    settings: of its image processor, where they are not what a model without one is counted with. marked: whether text stands between
+    the tokens of an image.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Family:
     tiled: bool = False
     in_prompt: bool = False
     settings: dict[str, Any] | None = None
+    marked: bool = False
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -99,9 +104,9 @@ class Family:
 
 def llama(**settings: Any):
     return transformers.LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, **settings,
+        **{"vocab_size": len(VOCABULARY), **settings}, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
     )  # fmt: skip
 
 
@@ -172,6 +177,29 @@ def cohere2_vision():
     return transformers.Cohere2VisionForConditionalGeneration(config)
 
 
+def pixtral(**settings: Any):
+    return transformers.PixtralVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=12,
+        image_size=48,
+        patch_size=4,
+        **settings,
+    )
+
+
+def mistral3():
+    text = transformers.MistralConfig(
+        **{**llama(vocab_size=len(MARKED)).to_dict(), "head_dim": 16, "sliding_window": None, "model_type": "mistral"}
+    )
+    config = transformers.Mistral3Config(
+        vision_config=pixtral(), text_config=text, image_token_index=VOCABULARY["<image>"], spatial_merge_size=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def mrope_text(**settings: Any) -> dict[str, Any]:
     # A small theta makes all three rows of positions matter to the last digit.
     return dict(
@@ -229,6 +257,7 @@ def _model(name: str, seed: int):
             scale = 0.3 if "language_model" in key and parameter.ndim == 2 else 0.1
             parameter += torch.randn(parameter.shape, generator=generator) * scale
         model.lm_head.weight[: len(SPECIAL)] = 0  # answers hold no placeholder and no padding
+        model.lm_head.weight[len(VOCABULARY) :] = 0
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
     return model
 
@@ -280,15 +309,15 @@ def unpatchify(flat: Tensor, grid: Sequence[int], patch: int, merge: int = 2) ->
 
 
 @functools.cache
-def tokenizer(padding_side: str):
+def tokenizer(padding_side: str, marked: bool = False):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(MARKED if marked else VOCABULARY, unk_token="<unk>"))
     core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", VOCABULARY["<s>"])])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>", padding_side=padding_side,
-        additional_special_tokens=list(SPECIAL[4:]), model_max_length=4096,
+        additional_special_tokens=[*SPECIAL[4:], *(MARKS if marked else ())], model_max_length=4096,
     )  # fmt: skip
 
 
@@ -336,7 +365,7 @@ def named(plain: Any, names: dict[str, str]) -> Any:
     out = copy.deepcopy(plain)
     for name, token in names.items():
         setattr(out, name, token)
-        setattr(out, f"{name}_id", VOCABULARY[token])
+        setattr(out, f"{name}_id", MARKED[token])
     return out
 
 
@@ -413,6 +442,31 @@ def cohere2_vision_processor(side: str):
     return standing_in(Cohere2VisionProcessor)(image_processor=Cohere2Tiles(), tokenizer=cohere2_tokenizer(side))
 
 
+@functools.cache
+def pixtral_tokenizer(padding_side: str):
+    names = {"image_token": "<image>", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
+    return named(tokenizer(padding_side, marked=True), names)
+
+
+@functools.cache
+def row_breaks() -> type:
+    """Stands in for Pixtral's processor, which needs torchvision: that of LightOnOCR, and a break after every row."""
+    from transformers.models.lighton_ocr.processing_lighton_ocr import LightOnOcrProcessor
+
+    class RowBreaks(LightOnOcrProcessor):
+        def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+            height, width = (int(side) // self.effective_patch_size for side in image_inputs["image_sizes"][image_idx])
+            rows = [self.image_token * width] * height
+            return self.image_break_token.join(rows) + self.image_end_token
+
+    return RowBreaks
+
+
+def mistral3_processor(side: str):
+    pictures = transformers.PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8})
+    return row_breaks()(image_processor=pictures, tokenizer=pixtral_tokenizer(side), patch_size=4, spatial_merge_size=2)
+
+
 def qwen_processor(cls: str) -> Callable[[str], Any]:
     def make(side: str):
         pictures = transformers.Qwen2VLImageProcessorPil(
@@ -445,6 +499,7 @@ FAMILIES = {
             in_prompt=True,
             settings={"max_patches": 4},
         ),
+        Family("mistral3", mistral3, mistral3_processor, settings={"size": {"longest_edge": 48}}, marked=True),
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .families import (
     FAMILIES,
+    MARKED,
     VOCABULARY,
 )
 
@@ -27,6 +28,7 @@ class Visual:
     features: (length, D) with newline columns and separators. columns: (length,) where they stand in the row.
     newline: (length,) bool. planes: (rows, columns) of each rectangle of tokens. parts: (N,) the tile or frame of each
     token. deep: the same as features for every layer that adds visual features. grid: (t, h, w) of an M-RoPE family.
+    marks: columns of text between the tokens, each with the groups of columns of each of which one must stay for it to stay.
     """
 
     modality: str
@@ -37,6 +39,7 @@ class Visual:
     parts: Tensor
     deep: tuple[Tensor, ...] = ()
     grid: tuple[int, int, int] | None = None
+    marks: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = ()
 
     @property
     def tokens(self) -> Tensor:
@@ -52,13 +55,14 @@ class Visual:
 class Kept:
     """What stays of a ``Visual``: stay (length,) bool, the features that stand in those slots, and those of later layers.
 
-    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid.
+    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid. marks: whether all text between tokens stays.
     """
 
     stay: Tensor
     features: Tensor
     deep: tuple[Tensor, ...] = ()
     shape: tuple[int, int, int] | None = None
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,14 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 plane = (h // 2, w // 2)
                 parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
                 add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
+    elif name == "mistral3":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "image_sizes")}
+            made = model.model.get_image_features(**call, return_dict=True).pooler_output
+            for features, size in zip(made, inputs["image_sizes"].tolist()):
+                plane = (size[0] // 8, size[1] // 8)
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [plane], torch.zeros(len(features), dtype=torch.long))
+            found["image"] = [replace(v, marks=row_breaks(ids, v)) for v in found["image"]]
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -174,6 +186,17 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
     return sorted(found["image"] + found["video"], key=lambda v: int(v.columns[0]))
 
 
+def row_breaks(ids: Tensor, visual: Visual) -> tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]:
+    """Each break of an image stays between a row that stays and one after it."""
+    columns, out = visual.columns.tolist(), []
+    for column in range(columns[0], columns[-1]):
+        if int(ids[column]) == MARKED["[IMG_BREAK]"]:
+            row = column - visual.planes[0][1]
+            out.append((column, (tuple(c for c in columns if row <= c < column), tuple(c for c in columns if c > column))))
+    assert len(out) == visual.planes[0][0] - 1 and int(ids[columns[-1] + 1]) == MARKED["[IMG_END]"]
+    return tuple(out)
+
+
 def everything(visual: Visual) -> Kept:
     """All of it."""
     return Kept(torch.ones(len(visual.features), dtype=torch.bool), visual.features, visual.deep)
@@ -185,16 +208,22 @@ def chosen(visual: Visual, indices: Tensor, newline: str | None = None) -> Kept:
         return everything(visual)
     stay = visual.newline.clone() if newline == "keep" else torch.zeros_like(visual.newline)
     stay[(~visual.newline).nonzero()[:, 0][indices]] = True
-    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep))
+    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep), marks=newline == "keep")
 
 
 def merged(
-    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = ()
-) -> Kept:
-    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take."""
+    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = (),
+    grids: Sequence[tuple[int, int]] = (),
+) -> Kept:  # fmt: skip
+    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take; where text stands
+    between rows, those of the first rows and columns of the (rows, columns) that they fill, ``grids``."""
     slots, start, taken = (~visual.newline).nonzero()[:, 0], 0, []
-    for (rows, columns), count in zip(visual.planes, counts):
-        taken.append(slots[start : start + count])
+    for i, ((rows, columns), count) in enumerate(zip(visual.planes, counts)):
+        own = slots[start : start + rows * columns]
+        if visual.marks and grids:
+            taken.append(own.view(rows, columns)[: grids[i][0], : grids[i][1]].flatten())
+        else:
+            taken.append(own[:count])
         start += rows * columns
     stay = torch.zeros_like(visual.newline)
     stay[torch.cat(taken)] = True
@@ -225,6 +254,8 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         embeds[here], visual[here] = left.features, True
         for layer, features in zip(deep, left.deep):
             layer[here] = features
+        for column, groups in item.marks:
+            stays[column] = left.marks or all(any(stays[c] for c in group) for group in groups)
     columns = stays.nonzero()[:, 0]
     if not FAMILIES[name].mrope:
         at = columns if positions == "keep" else torch.arange(len(columns))
@@ -251,7 +282,7 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
 def logits(model: Any, row: Row) -> Tensor:
     """Logits (L, vocabulary) of the bare language model and head, without a cache."""
     deep = dict(visual_pos_masks=row.visual, deepstack_visual_embeds=list(row.deep)) if row.deep else {}
-    hidden = model.model.language_model(
+    hidden = model.get_decoder()(
         inputs_embeds=row.embeds,
         position_ids=row.positions,
         attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,8 @@ class PromptImage:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
-    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none.
+    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none. marks: (M,) columns of the text between
+    them, which stays, but is none of the question's.
     """
 
     row: int
@@ -37,6 +38,7 @@ class PromptImage:
     places: Tensor
     origin: Tensor
     grids: tuple[Grid, ...] | None = None
+    marks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
 def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
@@ -44,7 +46,8 @@ def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
     columns, slots, planes = image.columns.cpu(), p.shape.token_slots, p.shape.planes
     is_separator = torch.ones(len(columns), dtype=torch.bool)
     is_separator[slots] = False
-    return PromptImage(image.row, columns[slots], columns[is_separator], places_of(planes), torch.arange(p.shape.n), grids_of(planes))
+    places, origin = places_of(planes), torch.arange(p.shape.n)
+    return PromptImage(image.row, columns[slots], columns[is_separator], places, origin, grids_of(planes), image.marked())
 
 
 def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: CompressedImage) -> PromptImage:
@@ -63,7 +66,8 @@ def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: Compresse
         is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
     columns, grids = short[image.columns.cpu()[kept]], grids_of(planes)
     filled = len(origin) == sum(rows * columns for rows, columns in grids)
-    return PromptImage(image.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, grids if filled else None)
+    places, marks = places_of(planes)[origin], short[image.marked(done.has_left())]
+    return PromptImage(image.row, columns[is_token], columns[~is_token], places, origin, grids if filled else None, marks)
 
 
 def staging_of(
@@ -94,6 +98,7 @@ def staging_of(
         staged_images.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
+        visual[image.row, image.marks] = True
         numbers[image.row] += 1
     last = instruction_end(mask, visual, labels)
     upto = torch.arange(mask.shape[1])[None] <= last[:, None]

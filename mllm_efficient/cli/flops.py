@@ -170,9 +170,17 @@ class _Counter:
     def row(self, method: Compressor, pairs: list[Pair], costs: list[Cost], call: dict[str, Any]) -> dict[str, Any]:
         """Means over the prompts in TFLOPs, and the sum of |counted - closed form| over all phases and prompts in FLOPs."""
         from ..measure.counter import count
+        from ..measure.flops import cost
 
         call = {**call, "processor": self.processor}
         counted = [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
+        if any(c.marks for c in counted):  # which rows and tiles have tokens left depends on what was chosen
+            how = {k: v for k, v in call.items() if k != "processor"}
+            prompts = zip(pairs, counted)
+            costs = [
+                cost(self.shape, text_tokens=t, visual_tokens=n, image_size=s, method=method, marks=c.marks, **how)
+                for (t, n, s), c in prompts
+            ]
         row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
         row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
         row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])

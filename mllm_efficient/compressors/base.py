@@ -39,7 +39,8 @@ class Compressor:
     fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE, "keep" on M-RoPE), "keep"
     leaves every kept token at its place in the uncompressed prompt. per: what the budget is for: every "image" (or
     video), every "tile" of an anyres image, every "frame" of a video. newline: None drops the newline and separator
-    columns of an image that loses tokens, "keep" keeps them all.
+    columns of an image that loses tokens, "keep" keeps them all. Where those are text (the break after a row, the name of a tile), None
+    drops each with the last token of its row or tile.
 
     kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
     between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
@@ -225,7 +226,8 @@ class Compressor:
         if kept == shape.n and self.full_is_identity:
             return replace(self.untouched_plan(shape), clamped=clamped)
         keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
-        return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+        separators, all_marks = shape.separators if keeps_newlines else 0, self.newline == "keep"
+        return Plan(shape, kept, groups, separators=separators, all_marks=all_marks, clamped=clamped)
 
     def plans(self, adapter: Any, item: Any) -> list[Plan]:
         """The plan after each of ``parts``, all of the item's own shape."""
@@ -234,7 +236,7 @@ class Compressor:
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""
         clamped = self.tokens is not None and self.tokens > shape.n
-        return Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
+        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=clamped)
 
     def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         """``plan`` of what the stage ``before`` leaves by its plan ``done``."""

@@ -60,6 +60,7 @@ from ..families_reference import Kept, Row, Visual, canvas, chosen, everything, 
 NEW = dict(max_new_tokens=6)
 TILED = tuple(f.name for f in FAMILIES.values() if f.tiled)
 NEWLINES = tuple(f.name for f in FAMILIES.values() if f.newlines)
+MARKED = tuple(f.name for f in FAMILIES.values() if f.marked)
 PARTS = {name: [*(["tile"] if name in TILED else []), *(["frame"] if name in WITH_VIDEO else [])] for name in FAMILIES}
 
 
@@ -121,7 +122,7 @@ def pooled(method: Any, visual: Visual, separately: bool) -> Kept:
     for rows, columns in visual.planes:
         counts.append(sum(h * w for (i, _), (h, w) in zip(areas, grids) if start <= i[0] < start + rows * columns))
         start += rows * columns
-    return merged(visual, smaller(visual.features), counts, (len(grids), *grids[0]), [smaller(d) for d in visual.deep])
+    return merged(visual, smaller(visual.features), counts, (len(grids), *grids[0]), [smaller(d) for d in visual.deep], grids)
 
 
 def refused(spec: str, name: str) -> bool:
@@ -142,12 +143,13 @@ def merged_anew(method: Any, visual: Visual) -> Kept:
     while sum(shares) > k:
         shares[shares.index(max(shares))] -= 1
     sizes = [method.yields(one, grid) for (_, grid), one in zip(areas, shares)]
+    grids = [method.target(grid, one) for (_, grid), one in zip(areas, shares)] if method.fills_rectangles else []
 
     def smaller(features: Tensor) -> Tensor:
         tokens = features[~visual.newline]
         return torch.cat([method.merge(me.VisualTokens(tokens[i], grid=g), one).features for (i, g), one in zip(areas, shares)])
 
-    return merged(visual, smaller(visual.features), sizes, (len(sizes), 1, sizes[0]), [smaller(d) for d in visual.deep])
+    return merged(visual, smaller(visual.features), sizes, (len(sizes), 1, sizes[0]), [smaller(d) for d in visual.deep], grids)
 
 
 def by_hand(spec: str, visual: Visual, key: int, text: Tensor | None = None) -> Kept:
@@ -319,7 +321,7 @@ def test_greedy_of_pooling_equals_the_slow_reference(spec, name, row):
 
 
 @pytest.mark.parametrize(
-    "spec, name, row", cases(["divprune:keep=0.25,newline=keep", "uniform:keep=0.5,newline=keep,positions=keep"], NEWLINES)
+    "spec, name, row", cases(["divprune:keep=0.25,newline=keep", "uniform:keep=0.5,newline=keep,positions=keep"], NEWLINES + MARKED)
 )
 def test_greedy_with_newline_columns_kept_equals_the_slow_reference(spec, name, row):
     equals_reference(spec, name, row)
@@ -511,7 +513,7 @@ def test_batch_equals_one_by_one(spec, name, beams):
     "spec", ["divprune:keep=0.3,positions=keep", "divprune:keep=0.3,positions=renumber", "divprune:keep=0.3,newline=keep"]
 )
 def test_batch_equals_one_by_one_with_other_rules(spec, name):
-    if "newline" in spec and name not in NEWLINES:
+    if "newline" in spec and name not in NEWLINES + MARKED:
         with pytest.raises(me.MllmEfficientError, match="newline"):
             me.wrap(tiny(name), spec)
         return
