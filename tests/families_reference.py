@@ -50,6 +50,14 @@ class Visual:
     def n(self) -> int:
         return int((~self.newline).sum())
 
+    @property
+    def separators(self) -> int:
+        return int(self.newline.sum()) + len(self.marks)
+
+    def left_of(self, kept: Kept) -> int:
+        """Newline columns and text between tokens that stay."""
+        return int((self.newline & kept.stay).sum()) + len(left_marks(self, kept))
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -194,7 +202,13 @@ def row_breaks(ids: Tensor, visual: Visual) -> tuple[tuple[int, tuple[tuple[int,
             row = column - visual.planes[0][1]
             out.append((column, (tuple(c for c in columns if row <= c < column), tuple(c for c in columns if c > column))))
     assert len(out) == visual.planes[0][0] - 1 and int(ids[columns[-1] + 1]) == MARKED["[IMG_END]"]
-    return tuple(out)
+    return (*out, (columns[-1] + 1, ()))
+
+
+def left_marks(visual: Visual, kept: Kept) -> list[int]:
+    """Columns of the text between tokens that stays."""
+    there = set(visual.columns[kept.stay].tolist())
+    return [column for column, groups in visual.marks if kept.marks or all(there & set(group) for group in groups)]
 
 
 def everything(visual: Visual) -> Kept:
@@ -254,8 +268,8 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         embeds[here], visual[here] = left.features, True
         for layer, features in zip(deep, left.deep):
             layer[here] = features
-        for column, groups in item.marks:
-            stays[column] = left.marks or all(any(stays[c] for c in group) for group in groups)
+        stays[[column for column, _ in item.marks]] = False
+        stays[left_marks(item, left)] = True
     columns = stays.nonzero()[:, 0]
     if not FAMILIES[name].mrope:
         at = columns if positions == "keep" else torch.arange(len(columns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,8 +63,9 @@ def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[
                 raise CountMismatchError(
                     f"the tokens of {modality} {n} would span two rows of the batch: one <{modality}> per {modality} in each row"
                 )
-            out.append(PlacedImage(item, i, token, int(rows[0]), columns, _marks(item.shape, columns, ids.shape[1])))
+            out.append(PlacedImage(item, i, token, int(rows[0]), columns))
             start += length
+    out = [replace(image, marks=_marks(image.item.shape, image.columns, ids.shape[1])) for image in out]
     return sorted(out, key=lambda image: (image.row, int(image.columns[0])))
 
 

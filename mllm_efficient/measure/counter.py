@@ -235,11 +235,14 @@ def _random(encoding: Any) -> dict[str, Any]:
 class OneDevice(TorchDispatchMode):
     """What an operation is given on the CPU beside tensors on meta goes to meta.
 
-    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values.
+    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values; also where a model
+    moves them beside its features.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and not args[0].is_floating_point() and str(kwargs.get("device")) == "meta":
+            kwargs = {**kwargs, "device": args[0].device}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if len({x.is_meta for x in tensors}) == 2:
             args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mllm_efficient.errors import CountMismatchError
+from mllm_efficient.errors import CountMismatchError, MllmEfficientError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
@@ -56,6 +56,10 @@ class Mistral3Rules(QwenVLRules):
     def of_size(self, size: Size) -> Views:
         """At most so many pixels along the longer side, then up to the next multiple."""
         width, height = self.resized(size, self.settings)
+        if min(width, height) < self.step:
+            raise MllmEfficientError(
+                f"a picture of {size[0]}x{size[1]} is less than one token on {self.name}: a side has {self.step} pixels"
+            )
         return self._at((height // self.step, width // self.step), size)
 
     def resized(self, size: Size, settings: Settings) -> Size:
@@ -134,6 +138,8 @@ class Mistral3Adapter(Adapter, Mistral3Rules):
             sizes = torch.tensor([[side * self.step for side in grid]] * len(items), device=sizes.device)
             shapes = [self.shape_at(i, grid) for i in items]
         shared = {k: v for k, v in items[0].arguments.items() if k == "vision_feature_layer"}
+        if sum(shape.n for shape in shapes) == 1:  # stock takes a single token's dimension away and fails
+            pixels, sizes = [*pixels, *pixels], torch.cat([sizes, sizes])
         out = self.base.get_image_features(pixel_values=torch.cat(pixels), image_sizes=sizes, return_dict=True, **shared)
         return [Encoding(features, shape) for features, shape in zip(out.pooler_output, shapes)]
 

@@ -28,8 +28,10 @@ from ..families import ASPECTS, FAMILIES, aspect_batch, make, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
-    "bench-0.3b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b"
+    "bench-0.3b", "lightonocr-1b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b",
+    "mistral-small-3.1-24b", "qwen2.5-vl-7b",
 )  # fmt: skip
+ALIKE = ("lighton_ocr",)  # of one class with a tested one; tests/patches/test_marks.py has what is different
 TEXT = 64
 # Text tokens per data set, without the system prompt, and visual tokens of LLaVA-1.6: DivPrune's own FLOPs script.
 PAPER_TEXT = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
@@ -299,7 +301,7 @@ def test_every_family_of_the_table_has_both_halves_and_is_tested():
 
     for model_type in TABLE:
         assert issubclass(adapter_class(model_type), rules_class(model_type))
-    assert set(TABLE) == {"llava", *FAMILIES}
+    assert set(TABLE) == {"llava", *FAMILIES, *ALIKE}
 
 
 def bare(shape: VisualShape) -> list[tuple]:
@@ -463,7 +465,7 @@ def test_the_shapes_ship():
     ("name", "millions"),
     [
         ("bench-0.3b", 288), ("llava-1.5-7b", 7063), ("llava-1.5-13b", 13351), ("llava-1.6-7b", 7063), ("llava-next-video-7b", 7063),
-        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292),
+        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292), ("mistral-small-3.1-24b", 24011), ("lightonocr-1b", 1006),
     ],
 )  # fmt: skip
 def test_a_shape_builds_the_model_it_is_named_after(name, millions):

@@ -1,0 +1,218 @@
+"""Families with text between the tokens of an image: row breaks and tiles' names, which leave a prompt with what they belong to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+import mllm_efficient as me
+from mllm_efficient.apply.wrap import compressed
+from mllm_efficient.measure.counter import count
+from mllm_efficient.measure.flops import cost
+from mllm_efficient.measure.keeping import marks_left
+from mllm_efficient.measure.shapes import shape_of
+from mllm_efficient.patches import adapter_for
+from mllm_efficient.tokens import Mark, Plane, VisualShape
+
+from ..families import FAMILIES, MARKED, VOCABULARY, make, tiny
+from ..families_reference import visuals
+
+NAMES = tuple(f.name for f in FAMILIES.values() if f.marked)
+NEW = dict(max_new_tokens=6)
+BREAK, END, IMAGE = MARKED["[IMG_BREAK]"], MARKED["[IMG_END]"], VOCABULARY["<image>"]
+
+
+def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    return model.generate(**inputs, **NEW)[:, inputs["input_ids"].shape[1] :]
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+
+def test_a_mark_stays_while_every_part_that_it_belongs_to_has_a_token():
+    between, of, always = Mark(3, ("x",), ((0, 3), (3, 9))), Mark(3, ("x", "y"), ((3, 6),)), Mark(9, ("z",), ())
+    shape = VisualShape((Plane(3, 3),), marks=(between, of, always))
+    assert (shape.marked, shape.length) == (4, 9)
+    for slots, left in (((2, 3), (True, True)), ((0, 1), (False, False)), ((4,), (False, True)), ((0, 8), (True, False))):
+        assert (between.left(slots), of.left(slots), always.left(slots)) == (*left, True)
+        assert shape.marked_by(slots) == left[0] + 2 * left[1] + 1
+
+
+# ------------------------------------------------------------------------------------------------ Mistral 3
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        (
+            [0, 7, 8],
+            "i|i i.",
+        ),
+        ([12], "i."),
+        ([0, 14], "i|i."),
+        ([4, 5, 9, 10, 14], "i|ii|ii."),
+    ],
+)
+def test_the_rows_that_are_left_are_written_as_a_smaller_picture_is(kept, left):
+    """Three rows of five tokens: a break between each two rows that are left, and one end."""
+    from mllm_efficient.apply.compress import CompressedImage
+    from mllm_efficient.apply.locate import locate
+    from mllm_efficient.patches.base import Item
+    from mllm_efficient.patches.families.mistral3 import row_breaks
+
+    row = [IMAGE] * 5
+    ids = torch.tensor([[1, *row, BREAK, *row, BREAK, *row, END, 30]])
+    shape = VisualShape((Plane(3, 5),), marks=row_breaks(3, 5))
+    (placed,) = locate(ids, {"image": IMAGE}, [Item({}, shape)])
+    keep = torch.zeros(15, dtype=torch.bool)
+    keep[kept] = True
+    stays = torch.ones(ids.shape[1], dtype=torch.bool)
+    stays[placed.columns], stays[placed.marked()] = keep, False
+    stays[placed.marked(CompressedImage(torch.zeros(0), (), keep, None).has_left())] = True
+    names = {IMAGE: "i", BREAK: "|", END: ".", 1: "", 30: ""}
+    assert "".join(names[int(token)] for token in ids[0, stays]) == left.replace(" ", "")
+
+
+def test_a_prompt_cut_within_an_image_or_with_other_text_in_it_is_refused():
+    model, good = tiny("mistral3"), make("mistral3", "one image")
+    ids = good["input_ids"]
+    at = int((ids[0] == BREAK).nonzero()[0])
+    without = torch.cat([ids[:, :at], ids[:, at + 1 :], ids[:, -1:]], 1)
+    end = int((ids[0] == END).nonzero()[0])
+    for wrong, says in ((without, "text tokens where 1 belong"), (ids[:, :end], "is cut within an image")):
+        with pytest.raises(me.CountMismatchError, match=says) as caught:
+            me.prepare(model, "uniform:keep=0.5", **{**good, "input_ids": wrong, "attention_mask": torch.ones_like(wrong)})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_without_breaks_has_none():
+    """As a hand-made one may be: rows side by side."""
+    model, good = tiny("mistral3"), make("mistral3", "two images")
+    plain = good["input_ids"][(good["input_ids"] != BREAK) & (good["input_ids"] != END)][None]
+    report = me.prepare(model, "uniform:keep=0.5", **{**good, "input_ids": plain, "attention_mask": torch.ones_like(plain)}).report
+    assert [(i.separators_full, i.separators_kept) for i in report.images] == [(0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("spec", ["resize:keep=0.5", "resize:tokens=4", "resize:keep=0.5,newline=keep"])
+@pytest.mark.parametrize("row", ["one image", "two images", "touching images"])
+def test_resize_is_the_stock_model_on_the_smaller_picture(spec, row):
+    model, inputs, method = tiny("mistral3"), make("mistral3", row), me.build(spec)
+    found, small, grids = visuals("mistral3", model, inputs), [], []
+    for i, visual in enumerate(found):
+        (rows, columns), (height, width) = visual.planes[0], inputs["image_sizes"][i].tolist()
+        k = min(method.tokens, visual.n) if method.tokens else max(1, round(method.keep * visual.n))
+        sizes = {(max(1, int(rows * s / 2000 + 0.5)), max(1, int(columns * s / 2000 + 0.5))) for s in range(1, 2001)}
+        grids.append(max((g for g in sizes if math.prod(g) <= k), key=math.prod))
+        shown = inputs["pixel_values"][i : i + 1, :, :height, :width]
+        small.append(interpolate(shown, [8 * side for side in grids[-1]], mode="bicubic", antialias=True))
+    high, wide = (max(part.shape[side] for part in small) for side in (2, 3))
+    pixels = torch.cat([torch.nn.functional.pad(p, (0, wide - p.shape[3], 0, high - p.shape[2])) for p in small])
+    ids, left = [], iter(grids)
+    inside = {c: v for v in found for c in range(int(v.columns[0]), int(v.columns[-1]) + 1)}
+    for column, token in enumerate(inputs["input_ids"][0].tolist()):
+        if column not in inside:
+            ids.append(token)
+        elif column == int(inside[column].columns[0]):
+            rows, columns = next(left)
+            ids += [*([IMAGE] * columns + [BREAK]) * (rows - 1), *[IMAGE] * columns]  # the end of the image stands behind
+    native = {"input_ids": torch.tensor([ids]), "pixel_values": pixels, "image_sizes": torch.tensor(grids) * 8}
+    expected = answer(model, {**native, "attention_mask": torch.ones_like(native["input_ids"])})
+    me.wrap(model, spec)
+    assert torch.equal(answer(model, inputs), expected)
+    assert [i.kept for i in me.last_report(model).images] == [math.prod(grid) for grid in grids]
+
+
+@pytest.mark.parametrize("size", [(48, 48), (1, 1), (49, 20), (700, 20), (31, 640), (1540, 1540), (1541, 77), (3000, 2000), (97, 73)])
+def test_a_picture_has_the_size_that_its_processor_gives(size):
+    from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
+
+    width, height = size
+    for name, step in (("mistral3", 8), ("lighton_ocr", 4)):
+        for longest in (48, 1540):
+            rules = shape_of(config(name), name, {"size": {"longest_edge": longest}, "patch_size": 4}).rules
+            high, wide = get_resize_output_image_size(torch.zeros(3, height, width).numpy(), (longest, longest), (step, step))
+            assert rules.resized(size, rules.settings) == (wide, high)
+            if min(high, wide) < 8:
+                with pytest.raises(me.MllmEfficientError, match="less than one token"):
+                    rules.of_size(size)
+                continue
+            shape = rules.of_size(size).shape
+            assert shape.grid == (high // 8, wide // 8)
+            assert shape.length + shape.marked == (high // 8) * (wide // 8 + (name == "mistral3"))
+
+
+def config(name: str) -> Any:
+    """Of a tiny model; LightOnOCR is Mistral 3 without breaks and with another decoder."""
+    import transformers
+
+    if name == "mistral3":
+        return tiny(name).config
+    text = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16, num_key_value_heads=1
+    )
+    return transformers.LightOnOcrConfig(vision_config=tiny("mistral3").config.vision_config, text_config=text, image_token_id=5)
+
+
+# ------------------------------------------------------------------------------------------------ what is the same for all
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_marks_stay_inside_the_decoder_and_are_no_text_of_the_question(name):
+    model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
+    spec = "fastv:layer=1,ratio=0.5"
+    with compressed(model, spec):
+        model(**inputs)
+        inside = me.last_report(model)
+        staging = me.prepare(model, spec, **inputs).staging
+    for image in inside.images:
+        assert image.separators_kept == image.separators_full > 0
+    marks = torch.tensor([token for token in MARKED.values() if token >= len(VOCABULARY)])
+    for row, text in enumerate(staging.text):
+        assert len(text) and not torch.isin(inputs["input_ids"][row, text], marks).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_before_the_decoder_and_one_inside_that_keeps_all_is_the_first_alone(name):
+    model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
+    with compressed(model, "uniform:keep=0.4"):
+        expected = answer(model, inputs)
+    with compressed(model, "uniform:keep=0.4 | fastv:layer=1,ratio=1.0"):
+        assert torch.equal(answer(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spec", ["none", "pool:keep=0.3", "resize:keep=0.4", "divprune:keep=0.1", "random:keep=0.6,newline=keep"])
+def test_the_closed_form_counts_the_marks_that_are_left(spec, name):
+    """By place before any pixel is looked at; where that depends on the choice, at most so many, and with as many as are left exactly."""
+    model, family = tiny(name), FAMILIES[name]
+    shape, size = shape_of(model.config, name, family.settings), (70, 50)
+    method, how = me.build(spec), dict(text_tokens=20, image_size=size, new_tokens=2)
+    counted = count(model, shape, method, **how)
+    closed = cost(shape, method=method, **how)
+    assert closed.separators >= counted.marks
+    exact = cost(shape, method=method, marks=counted.marks, **how)
+    for phase in ("vision", "compress", "prefill", "decode"):
+        assert getattr(counted, phase) == getattr(exact, phase), phase
+    if method.name in ("none", "pool", "resize") or method.newline:
+        assert closed.separators == counted.marks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_even_spread_leaves_every_part_its_marks_as_long_as_there_are_tokens(name):
+    model = tiny(name)
+    (item, *_) = adapter_for(model).items(make(name, "one image"))
+    shape = item.shape
+    found = [marks_left(method, method.plan(adapter_for(model), item)) for method in (me.Random(tokens=k) for k in range(1, shape.n + 1))]
+    assert found == sorted(found) and found[-1] == shape.marked and found[0] < shape.marked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_that_touch_are_told_apart(name):
+    model, inputs = tiny(name), make(name, "touching images")
+    report = me.prepare(model, "uniform:keep=0.5", **inputs).report
+    assert [i.full for i in report.images] == [v.n for v in visuals(name, model, inputs)] and len(report.images) == 2
+    assert [i.separators_full for i in report.images] == [len(v.marks) for v in visuals(name, model, inputs)]
