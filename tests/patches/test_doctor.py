@@ -17,6 +17,8 @@ from mllm_efficient.apply import signatures as host
 from mllm_efficient.patches import checkup
 from mllm_efficient.patches.decoder import hooks as decoder
 from mllm_efficient.patches.decoder import passes
+from mllm_efficient.patches.rules import FAMILIES as TABLE
+from mllm_efficient.patches.rules import rules_class
 
 from .. import families
 
@@ -56,17 +58,13 @@ def test_everything_holds_here(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = found["rows"]
-    assert {row["model_type"] for row in rows} == {"llava", *families.FAMILIES}
+    assert {row["model_type"] for row in rows} == set(TABLE)
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
     assert all(row["holds"] is True for row in rows if row["kind"] != "projector")
-    assert {row["model_type"] for row in rows if row["holds"] is None} == {
-        "internvl",
-        "cohere2_vision",
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-    }
+    other_projector = {name for name in TABLE if rules_class(name).projects}
+    assert {row["model_type"] for row in rows if row["holds"] is None} == set(TABLE) - other_projector
+    assert other_projector == {"llava", "llava_next", "llava_next_video", "llava_onevision"}
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
 
 
