@@ -27,6 +27,7 @@ _HOME = {
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
     "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
+    "FlowCut": "compressors.flowcut",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .compressors.dpn import DPN as DPN
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
+    from .compressors.flowcut import FlowCut as FlowCut
     from .compressors.merger import Merger as Merger
     from .compressors.none import NoCompression as NoCompression
     from .compressors.pool import Pool as Pool

@@ -62,7 +62,8 @@ def room_for(grid: Grid | None, n: int, within: Grid | None) -> list[int]:
 class Plan:
     """A method on one item of ``shape``.
 
-    groups: of a method that works on tokens. rounds: of one in the tower the pairs that each block merges.
+    groups: of a method that works on tokens. rounds: of one in the tower, for every view, the tokens that each block
+    takes off, so far as that is known before.
     smaller: the grid a smaller image is given; side: tokens along a side of
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
     columns and separators that are left. all_marks: whether the text between placeholders stays wherever its row or tile has gone;
@@ -84,7 +85,7 @@ class Plan:
     stages: tuple[tuple[int, int], ...] = ()
     per_layer: tuple[int, ...] = ()
     entering: int = 0
-    rounds: tuple[int, ...] = ()
+    rounds: tuple[tuple[int, ...], ...] = ()
 
     @property
     def seen(self) -> VisualShape:

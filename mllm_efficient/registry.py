@@ -33,10 +33,11 @@ from .parsing import read_yaml
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
 CONDITIONED = ("cdpruner", "spp", "tome")
+IN_TOWER = ("flowcut",)
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE)
+    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER)
 }
 _registered: dict[str, type] = {}
 

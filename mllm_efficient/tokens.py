@@ -169,11 +169,13 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class CompressedTokens:
-    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any."""
+    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any; places: (K,)
+    ascending, of merged ones the token that each took the others into and whose place it has, if each has one."""
 
     features: Tensor
     indices: Tensor | None = None
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import UnsupportedModelError
@@ -70,16 +71,55 @@ def adapter_for(model: Any) -> Adapter:
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
             return rules.adapter_class(FAMILIES[cls.__name__])(inner)
-    if getattr(inner.config, "model_type", None) in facts.FACTS:
+    kind = getattr(getattr(inner, "config", None), "model_type", "")
+    if kind in facts.FACTS:
         from .families.generic import GenericAdapter
 
+        refusal = facts.FACTS[kind].refusal(transformers_version())
+        if refusal:
+            raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {refusal}")
         return GenericAdapter(inner)
-    raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__)}")
+    raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__, kind)}")
 
 
-def advice_on(name: str) -> str:
-    """What to use instead of a model of an unknown class, after "is not supported"."""
+def learn(model: Any) -> None:
+    """Makes a type of model known for this process, if it is not, by a row guessed from its class.
+
+    Raises ``UnsupportedModelError``, which shows the row, where the row does not hold on a tiny model of the same configuration.
+    """
+    inner = inner_model(model)
+    kind = getattr(getattr(inner, "config", None), "model_type", "")
+    if is_supported([cls.__name__ for cls in type(inner).__mro__], kind):
+        return
+    if kind in facts.REFUSED:
+        raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {facts.REFUSED[kind]}")
+    from . import contract
+
+    row = contract.guess(inner)
+    facts.FACTS[kind] = row
+    try:
+        wrong = {name: why for name, why in contract.keeps(inner.config, row).items() if why}
+    except Exception as error:  # whatever a tiny model of an unknown type raises
+        wrong = {"a tiny model": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    if wrong:
+        del facts.FACTS[kind]
+        said = "; ".join(f"{name}: {why}" for name, why in wrong.items())
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is not supported, and the row that was tried does not hold ({said}). "
+            f'What is missing is a right one in patches/facts.py: "{kind}": {row.written()}'
+        )
+
+
+def is_supported(classes: Iterable[str], model_type: str) -> bool:
+    """Whether a model of one of these classes, or of this type, can be compressed."""
+    return bool(set(classes) & set(FAMILIES)) or model_type in facts.FACTS
+
+
+def advice_on(name: str, model_type: str = "") -> str:
+    """What to use instead of a model of an unknown class, or why it cannot be compressed, after "is not supported"."""
+    if model_type in facts.REFUSED:
+        return f": {facts.REFUSED[model_type]}"
     twin = ORIGINALS.get(name)
     if twin is not None:
         return f": it is in the format of its own repository, so use its twin for transformers, whose name ends in -hf (such as {twin})"
-    return f": the model must be one of {', '.join(FAMILIES)}"
+    return f": the model must be one of {', '.join(FAMILIES)}, or of a type with a row (mllm-efficient doctor --all names them)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.kinds import PROJECTOR
 from mllm_efficient.lazy import torch
@@ -14,6 +15,8 @@ from .rules import DECODERS, ROUTER, Rules, Views
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_efficient.plans import Plan
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Encoding:
 
     features: (length, D) in the model's order, newline columns and separators included. deep: the same for each layer
     that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), tower: (N, D), of the tokens alone; tower
-    is the tower's output after its last norm. shape: of what was encoded, which for a smaller image is smaller than the item's.
+    is the tower's output after its last norm. kept: (K,) the tokens that a method in the tower left, None where it merged or none was
+    there. shape: of what was encoded, which for a smaller image is smaller than the item's.
     """
 
     features: Tensor
@@ -39,6 +43,7 @@ class Encoding:
     attention: Tensor | None = None
     keys: Tensor | None = None
     tower: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Adapter(Rules):
@@ -48,7 +53,7 @@ class Adapter(Rules):
     prompt.
     """
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    encode_keys: tuple[str, ...] = ("pixel_values",)
     text_row: bool = True
 
     def __init__(self, model: Any):
@@ -70,9 +75,28 @@ class Adapter(Rules):
     def decoder_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
-    def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
-        """Every image through a tower whose block i merges ``rounds[i]`` pairs of tokens."""
-        raise TypeError(f"{type(self).__name__} must define merge_in_tower")
+    def reduce_in_tower(self, method: Any, items: list[Item], plans: Sequence[Plan]) -> list[Encoding]:
+        """Every image through a tower in which a method makes tokens fewer, as its plan says; those that keep all through the stock
+        one. Views that are alike run together, unless the method looks at each to know how many go."""
+        whole = [i for i, planned in enumerate(plans) if not planned.rounds]
+        done = dict(zip(whole, self.encode([items[i] for i in whole])))
+        alike: dict[Any, list[tuple[int, int]]] = {}
+        for i, (item, planned) in enumerate(zip(items, plans)):
+            for view, rounds in enumerate(planned.rounds):
+                own = (i, view) if getattr(method, "by_content", False) else ()
+                alike.setdefault((rounds, item.arguments["pixel_values"].shape[1:], own), []).append((i, view))
+        out: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        for (rounds, _, _), views in alike.items():
+            pixels = torch.cat([items[i].arguments["pixel_values"][view : view + 1] for i, view in views])
+            tokens, kept = self.inside(method, items[views[0][0]], pixels, rounds)
+            out |= zip(views, zip(tokens, [None] * len(views) if kept is None else kept))
+        done |= {i: _of_views([out[i, v] for v in range(len(p.rounds))], items[i], p) for i, p in enumerate(plans) if p.rounds}
+        return [done[i] for i in range(len(items))]
+
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """(views, K, D) what the language model is given of views (views, C, H, W) of which a method in the tower takes ``rounds`` tokens
+        off, and (views, K) which tokens stayed, None where they were merged. item: one of those whose views they are."""
+        raise TypeError(f"{type(self).__name__} must define inside")
 
     @property
     def reached_inside(self) -> bool:
@@ -226,6 +250,13 @@ class Adapter(Rules):
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         """The planes with boxes in fractions of the original image of ``size`` (width, height), its preprocessing undone."""
         return planes
+
+
+def _of_views(views: Sequence[tuple[Tensor, Tensor | None]], item: Item, planned: Plan) -> Encoding:
+    """One item of the tokens of its views, and which of them stayed, of each view's own."""
+    starts = itertools.accumulate((len(plane) for plane in item.shape.planes), initial=0)
+    kept = [start + own for start, (_, own) in zip(starts, views) if own is not None]
+    return Encoding(torch.cat([tokens for tokens, _ in views]), planned.seen, kept=torch.cat(kept) if kept else None)
 
 
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:

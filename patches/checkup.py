@@ -3,7 +3,8 @@
 A tiny model of random weights of each first-class family runs every kind of method. What holds:
 
 * ``identity``: a method that keeps everything gives the logits of the plain model, bit for bit, and so does the model after
-  ``unwrap``. A projector, which changes the model, gives those of its tokens put among the text by hand.
+  ``unwrap``. A projector, which changes the model, gives those of its tokens put among the text by hand. Attention that is asked of the
+  tower is that of its own kernel, and a tower that is run block by block gives the stock tokens where nothing is taken off.
 * ``cache``: greedy decoding with a cache gives what it gives without one, token by token and within rounding logit by logit.
 * ``batch``: two prompts of different lengths, padded, give what they give one by one.
 """
@@ -20,10 +21,13 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
+from ..compressors.kinds import PRE_LLM
 from ..errors import MllmEfficientError
+from .facts import FACTS, REFUSED
 
-KINDS = ("pre_llm", "projector", "in_llm")
+KINDS = ("pre_llm", "projector", "in_llm", "attention", "in_tower")  # and, before the decoder, what asks the tower or works in it
 CHECKS = ("identity", "cache", "batch")
+ROW_CHECKS = ("identity", "chosen", "batch", "count", "long")  # of ``contract``
 NEW = 4  # tokens that are decoded
 
 
@@ -67,10 +71,14 @@ class Checkup:
         return "\n".join(lines + [f"{r.model_type} {r.kind} {r.check}: {r.why}" for r in self.failures])
 
 
-def doctor(device: str = "auto", attn_implementation: str | None = None) -> Checkup:
+ROW = "row"  # the kind of a check of a row of ``facts``
+
+
+def doctor(device: str = "auto", attn_implementation: str | None = None, every: bool = False) -> Checkup:
     """Checks every first-class family with every kind of method; some seconds on a CPU. Models are float32.
 
     Args:
+        every: also the contract of every row of ``facts``, on the CPU; one or two minutes.
         device: as torch names it; "auto" takes a GPU if there is one.
         attn_implementation: the attention kernel, such as "eager"; None is the model's default.
 
@@ -81,6 +89,9 @@ def doctor(device: str = "auto", attn_implementation: str | None = None) -> Chec
 
     device = pick_device(ModelOptions("tiny", device=device))
     rows = [row for model_type in _models() for row in check(model_type, KINDS, device, attn_implementation)]
+    if every:
+        rows += [row for model_type in FACTS for row in check_row(model_type)]
+        rows += [Row(model_type, ROW, name, None, why) for model_type, why in REFUSED.items() for name in ROW_CHECKS]
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
     return Checkup(tuple(rows), {"versions": versions, "device": device, "dtype": "float32"})
 
@@ -111,6 +122,27 @@ def check(model_type: str, kinds: Sequence[str], device: str = "cpu", attn_imple
                     why = _said(error)
                 rows.append(Row(model_type, kind, name, None if refusal else not why, why, kernel))
     return rows
+
+
+def check_row(model_type: str) -> list[Row]:
+    """The contract of a row of ``facts``. Never raises for what a check finds."""
+    from transformers import AutoConfig
+
+    from . import contract, require_present, transformers_version
+
+    refusal = FACTS[model_type].refusal(transformers_version())
+    try:
+        require_present(model_type)
+    except MllmEfficientError as error:
+        refusal = str(error)
+    if refusal:
+        return [Row(model_type, ROW, name, None, refusal) for name in ROW_CHECKS]
+    with _undisturbed():
+        try:
+            found = contract.keeps(AutoConfig.for_model(model_type), FACTS[model_type])
+        except Exception as error:  # a host that cannot be built is a finding
+            found = dict.fromkeys(ROW_CHECKS, _said(error))
+    return [Row(model_type, ROW, name, not why, why) for name, why in found.items()]
 
 
 _once = threading.RLock()
@@ -171,9 +203,14 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
+        if kind == "in_tower" and not self.adapter.tower_blocks:
+            return None, "nothing works between the blocks of this family's tower"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
-        method = build({"pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside}[kind])
-        return method, ""
+        specs = {
+            "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
+            "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
+        }  # fmt: skip
+        return build(specs[kind]), ""
 
     # -------------------------------------------------------------------------------------------------------------- checks
 
@@ -184,6 +221,8 @@ class Patient:
         from ..registry import build
 
         prompt = self.prompts[0]
+        if why := self._of_tower(method, prompt):
+            return why
         before = self._logits(prompt)
         if method.kind == "projector":
             with compressed(self.model, method):
@@ -195,6 +234,15 @@ class Patient:
                 if not torch.equal(self._logits(prompt), before):
                     return "a method that keeps everything changes the logits"
         return "" if torch.equal(self._logits(prompt), before) else "unwrap does not give the plain model back"
+
+    def _of_tower(self, method: Any, prompt: dict[str, Any]) -> str:
+        """What is wrong with what a method asks of the tower, empty if nothing."""
+        from .tower.checks import attention_fault, blocks_fault
+
+        (item,) = self.adapter.items(prompt)
+        if method.in_tower:
+            return blocks_fault(self.adapter, item)
+        return attention_fault(self.adapter, item) if "attention" in method.needs and method.kind == PRE_LLM else ""
 
     def cache(self, method: Any) -> str:
         from ..apply.wrap import compressed

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from .facts import Facts
 from .families.generic import by_its_own_rule
 
 NEW = 3  # tokens that are decoded
-CLOSE = dict(rtol=1e-3, atol=2e-4)
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-4}
 CHOICE = "uniform:keep=0.5"
 
 
@@ -50,7 +51,7 @@ class Subject:
                 if weight.is_floating_point():
                     weight += torch.randn_like(weight) * (0.2 if "language_model" in name and weight.ndim == 2 else 0.05)
         settings = self.model.generation_config
-        settings.eos_token_id, settings.pad_token_id, settings.do_sample = None, tiny.PAD, False
+        settings.eos_token_id, settings.pad_token_id, settings.do_sample, settings.max_length = None, tiny.PAD, False, None
         self.adapter = adapter_for(self.model)
         self.prompts = [self.prompt(2, 0), self.prompt(1, 1)]
 
@@ -99,6 +100,11 @@ class Subject:
     def chosen(self) -> str:
         from mllm_efficient.apply.prepare import prepare
 
+        if self.facts.gaps and not self.facts.mrope:
+            call = self.prompts[0]
+            counted = torch.arange(call["input_ids"].shape[1], device=self.model.device)[None]
+            if not torch.allclose(self.model(**call, position_ids=counted).logits, self.model(**call).logits, **CLOSE):
+                return "positions are not counted on one by one"
         rules = ["renumber", "keep"] if self.facts.gaps and not self.facts.mrope else ["keep"] if self.facts.gaps else ["renumber"]
         for rule in rules:
             for call in self.prompts:
@@ -200,7 +206,9 @@ class Subject:
         first = int((call["input_ids"][0] == self.adapter.placeholders["image"]).nonzero()[0])
         stays = [i for i in range(call["input_ids"].shape[1]) if i != first]
         length = call["input_ids"].shape[1]
-        call = {k: v[:, stays] if v.ndim == 2 and v.shape[1] == length and k not in self.adapter.encode_keys else v for k, v in call.items()}
+        call = {
+            k: v[:, stays] if v.ndim == 2 and v.shape[1] == length and k not in self.adapter.encode_keys else v for k, v in call.items()
+        }
         try:
             prepare(self.model, CHOICE, **call)
         except CountMismatchError:
@@ -221,6 +229,36 @@ class Subject:
             except CountMismatchError:
                 return ""
         return f"{beside} of the full prompt's length is taken beside a shortened prompt"
+
+
+EXAMPLES = {  # what the tower takes beside pixels, and the example that gives it
+    "image_grid_thw": "patches", "image_grid_hw": "patches_hw", "image_sizes": "sizes", "spatial_shapes": "shapes",
+    "target_sizes": "targets", "image_position_ids": "positions", "pixel_attention_mask": "padded",
+    "high_res_pixel_values": "two_resolutions",
+}  # fmt: skip
+CARRIES_STATE = ("linear_attention", "conv", "mamba", "recurrent")
+
+
+def guess(model: Any) -> Facts:
+    """The row that a model's class and configuration suggest."""
+    from mllm_efficient.errors import UnsupportedModelError
+
+    base = getattr(model, "model", model)
+    encoder = getattr(base, "get_image_features", None)
+    if encoder is None:
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: it has no get_image_features to shorten the output of")
+    takes = inspect.signature(encoder).parameters
+    example = next((kind for name, kind in EXAMPLES.items() if name in takes), "square")
+    text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
+    kinds = getattr(text, "layer_types", None) or ()
+    return Facts(
+        grids="image_grid_thw" if "image_grid_thw" in takes else "",
+        mrope=3 if hasattr(base, "get_rope_index") else 0,
+        deepstack=bool(getattr(vision, "deepstack_visual_indexes", None)),
+        recurrent=any(word in kind for kind in kinds for word in CARRIES_STATE),
+        example=example,
+        tiny={"text_config": {"num_hidden_layers": 4}} if kinds else {},
+    )
 
 
 CHECKS: dict[str, Callable[[Subject], str]] = {

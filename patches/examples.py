@@ -53,6 +53,16 @@ def square(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     return {"pixel_values": draw(images, _channels(config), side, side)}
 
 
+def large(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """(images, channels, 1024, 1024): towers that know but one size."""
+    return {"pixel_values": draw(images, 3, 1024, 1024)}
+
+
+def linear(config: Any, images: int, draw: Draw) -> dict[str, Any]:
+    """(images, patches, values of a patch), which a single matrix embeds."""
+    return {"pixel_values": draw(images, 12, config.num_channels * config.patch_size**2)}
+
+
 def patches(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     """All patches of all pictures one after the other, and the grid of each."""
     vision = _vision(config)
@@ -171,4 +181,25 @@ def two_resolutions(config: Any, images: int, draw: Draw) -> dict[str, Any]:
     return {**square(config, images, draw), "high_res_pixel_values": draw(images, 3, large, large)}
 
 
-KINDS = {f.__name__: f for f in (square, patches, patch_images, token_images, merged_patches, patches_hw, sizes, padded, tiles, shapes, positions, targets, anyres, two_resolutions, tokens_with_positions)}
+KINDS = {
+    f.__name__: f
+    for f in (
+        square,
+        large,
+        linear,
+        patches,
+        patch_images,
+        token_images,
+        merged_patches,
+        patches_hw,
+        sizes,
+        padded,
+        tiles,
+        shapes,
+        positions,
+        targets,
+        anyres,
+        two_resolutions,
+        tokens_with_positions,
+    )
+}

@@ -114,6 +114,7 @@ class Rules:
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
     at least between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it.
+    clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
 
     Args:
         name: of the model, for messages.
@@ -123,20 +124,21 @@ class Rules:
 
     gives: frozenset[str] = frozenset({"text", "grid"})
     fixed_count: ClassVar[bool] = False
-    positions: ClassVar[str] = "renumber"
-    parts: ClassVar[frozenset[str]] = frozenset()
+    positions: str = "renumber"
+    parts: frozenset[str] = frozenset()
     separators: ClassVar[bool] = False
     marks: ClassVar[bool] = False
     packed: ClassVar[bool] = False
-    deepstack: ClassVar[bool] = False
-    mrope: ClassVar[bool] = False
+    deepstack: bool = False
+    mrope: bool = False
     projects: ClassVar[bool] = False
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1
+    clip_tower: ClassVar[bool] = True
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})
-        if "attention" in self.gives and self.class_token:
+        if "attention" in self.gives and self.class_token and self.clip_tower:
             self.gives = self.gives | {"clip_text"}
 
     def with_settings(self, settings: Settings) -> Any:

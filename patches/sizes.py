@@ -67,7 +67,8 @@ class Tower:
 
     frames: images that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
     mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
-    window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it.
+    window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it. fused: queries, keys and values
+    come of one matrix, and a method that asks for attention or keys gets those that the tower has computed.
     """
 
     layers: int
@@ -82,6 +83,7 @@ class Tower:
     pooling_head: bool = False
     window: int = 0
     full_layers: tuple[int, ...] = ()
+    fused: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layer")
 
 SMALL: dict[str, int] = {
     **dict.fromkeys(
-        ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "hidden_dim", "out_hidden_size", "output_hidden_size", "output_dim",
-         "projection_dim", "projection_hidden_dim", "projection_hidden_size", "projector_hidden_size", "projector_input_dim",
+        ("hidden_size", "embed_dim", "d_model", "dim", "n_embd", "width", "hidden_dim", "out_hidden_size", "output_hidden_size",
+         "output_dim", "projection_dim", "projection_hidden_dim", "projection_hidden_size", "projector_hidden_size", "projector_input_dim",
          "projector_output_dim", "text_hidden_size", "decoder_hidden_size", "vision_hidden_size", "mm_hidden_size"), WIDTH),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "mlp_dim", "ffn_hidden_size", "intermediate_size_mlp"), 64),

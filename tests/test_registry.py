@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 
 ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
-BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus"]
+BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus", "flowcut"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 

@@ -135,13 +135,24 @@ def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Ten
 
 
 def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
-    """The same with every index on the CPU: one copy for the whole batch, because each makes the CPU wait."""
-    indices = [done.indices.detach() for parts in items for _, done, _ in parts if done.indices is not None]
-    if not indices:
+    """The same with every index and place on the CPU: one copy for the whole batch, because each makes the CPU wait."""
+    found = [where.detach() for parts in items for _, done, _ in parts if (where := _where(done)) is not None]
+    if not found:
         return items
-    joined = torch.cat([i.to(indices[0].device, torch.long) for i in indices]).cpu()
-    on_cpu = iter(joined.split([len(i) for i in indices]))
-    return [[(g, d if d.indices is None else replace(d, indices=next(on_cpu)), deep) for g, d, deep in parts] for parts in items]
+    joined = torch.cat([i.to(found[0].device, torch.long) for i in found]).cpu()
+    on_cpu = iter(joined.split([len(i) for i in found]))
+
+    def moved(done: CompressedTokens) -> CompressedTokens:
+        if _where(done) is None:
+            return done
+        return replace(done, **{"places" if done.indices is None else "indices": next(on_cpu)})
+
+    return [[(group, moved(done), deep) for group, done, deep in parts] for parts in items]
+
+
+def _where(done: CompressedTokens) -> Tensor | None:
+    """(K,) which tokens of its group the kept ones are, or in whose places merged ones stand."""
+    return done.places if done.indices is None else done.indices
 
 
 def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
@@ -183,7 +194,7 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         stay = stay.nonzero()[:, 0]
         keep[stay], taken = True, torch.cat([taken, stay])
         rows = [torch.cat([r, full[stay.to(full.device)]]) for r, full in zip(rows, (encoding.features, *encoding.deep))]
-    if indices is not None and (len(parts) > 1 or p.separators):  # merged tokens stay group after group
+    if all(_where(done) is not None for _, done, _ in parts) and (len(parts) > 1 or p.separators):  # others stay group after group
         order = taken.argsort()
         rows = [r[order.to(r.device)] for r in rows]
     done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, _merged_planes(parts) if indices is None else None)
@@ -193,19 +204,21 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
 def _placeholders(method: Compressor, shape: VisualShape, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
     """The placeholders that the tokens of all groups take, group after group, and the indices of those that were kept.
 
-    Merged tokens take the first placeholders of their group; where rows are marked, those of the first rows and columns, as a smaller
-    image has them. Raises ``CountMismatchError`` where a token was selected twice.
+    Merged tokens without places take the first placeholders of their group; where rows are marked, those of the first rows and columns,
+    as a smaller image has them. Raises ``CountMismatchError`` where a token was selected twice.
     """
     slots, indices = list[Tensor](), list[Tensor]()
     for group, done, _ in parts:
         own = torch.arange(shape.n) if group.indices is None else group.indices
-        if done.indices is None:
+        where = _where(done)
+        if where is None:
             slots.append(shape.token_slots[own[room_for(done.grid, group.kept, group.grid if shape.marks else None)]])
             continue
-        if len(done.indices.unique()) != len(done.indices):
+        if len(where.unique()) != len(where):
             raise CountMismatchError(f"{method.name} selected the same visual token twice")
-        indices.append(own[done.indices])
-        slots.append(shape.token_slots[own[done.indices].sort().values])
+        if done.indices is not None:
+            indices.append(own[done.indices])
+        slots.append(shape.token_slots[own[where].sort().values])
     if not indices:
         return torch.cat(slots), None
     kept = torch.cat(indices)
@@ -221,7 +234,9 @@ def _after_projector(p: Plan, s: CompressedImage) -> CompressedImage:
 
 
 def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
-    """The planes of merged tokens, each over what its tokens were over; without a grid, one row of them."""
+    """The planes of merged tokens, each over what its tokens were over; without a grid, one row of them, of all groups where these mix."""
+    if len(parts) > 1 and all(done.places is not None for _, done, _ in parts):
+        return (Plane(1, sum(len(done) for _, done, _ in parts), placed=False),)
     out = []
     for group, done, _ in parts:
         over = group.plane or Plane(1, 1)
@@ -231,8 +246,12 @@ def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:
 
 
 def _smaller(p: Plan, encoding: Any) -> CompressedImage:
-    """A smaller image, or one after another projector."""
+    """A smaller image, or one after another projector, or what a method in the tower left."""
     after, rows = p.seen, [encoding.features, *encoding.deep]
+    if encoding.kept is not None:
+        indices, keep = encoding.kept.cpu(), torch.zeros(p.shape.length, dtype=torch.bool)
+        keep[p.shape.token_slots[indices]] = True
+        return CompressedImage(rows[0], tuple(rows[1:]), keep, indices)
     if after.separators and not p.separators:
         rows = [r[after.token_slots.to(r.device)] for r in rows]
     return CompressedImage(rows[0], tuple(rows[1:]), _room(p), None, after.planes)

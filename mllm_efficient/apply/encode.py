@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .locate import PlacedImage
 
 PIXELS = ("pixel_values", "pixel_values_videos")  # arguments by which a call brings images and videos
-IN_TOWER = "in the tower"  # begins the key of an encoding whose tower merged
+IN_TOWER = "in the tower"  # begins the key of an encoding in whose tower tokens became fewer
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
     if items and projector is not None:
         (side,) = {plan(adapter, projector, item).side for item in items}
         return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
-    if items and keys[0][1][0] == IN_TOWER:
-        (rounds,) = {rounds for _, (_, rounds, _) in keys}
-        return Encoded(items, adapter.merge_in_tower(items, rounds), keys)
-    return Encoded(items, adapter.encode(items, needs, [grid for _, (grid, _) in keys]), keys)
+    inside = before_of(method)
+    if inside is not None and any(other[0] == IN_TOWER for _, other in keys):
+        return Encoded(items, adapter.reduce_in_tower(inside, items, [plan(adapter, inside, item) for item in items]), keys)
+    return Encoded(items, adapter.encode(items, needs, [other[0] for _, other in keys]), keys)
 
 
 def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:
@@ -71,7 +71,8 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     seen = plan(adapter, before or NoCompression(), item)
     other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
     if seen.rounds:
-        other = (IN_TOWER, seen.rounds, held(adapter))
+        assert before is not None
+        other = (IN_TOWER, before.name, seen.rounds, getattr(before, "by_content", False), held(adapter))
     of_tower = frozenset() if before is None else frozenset(before.needs) & OF_TOWER
     return of_tower, other
 

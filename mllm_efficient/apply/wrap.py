@@ -33,11 +33,12 @@ from .prompt import require_short
 from .sharding import has_shards
 
 Model = TypeVar("Model")
+UNKNOWN = ("refuse", "try")
 _UNSET: Any = object()
 _swapped: dict[type, type] = {}
 
 
-def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
+def wrap(model: Model, compressor: Any, *, logits: str = "short", unknown: str = "refuse") -> Model:
     """Makes ``model`` compress its visual tokens from now on; returns the same object.
 
     Args:
@@ -45,6 +46,8 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
         compressor: a method, ``"divprune:keep=0.1"``, a dict, a YAML file, or a list of at most one method of each kind.
         logits: ``"full"`` for logits of the prompt's own length from ``forward``, where a column that went says what the one
             before it does.
+        unknown: what to do with a type of model that is not known: "refuse", or "try", which checks on a tiny model of the same
+            configuration whether compression is right there, takes some seconds, and refuses if it is not.
 
     ``generate`` returns the original prompt in front of the new tokens and takes ``compression=`` for one call (None is
     off). ``forward`` returns logits of the reduced length, ``outputs.visual_keep_mask`` (B, L), and of the logits' length
@@ -55,11 +58,15 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short") -> Model:
         AlreadyWrappedError, UnsupportedModelError (DDP, FSDP or compiled wrappers, unknown families, prompt tuning),
         BadBudgetError; and MllmEfficientError while another thread is in a call of the model.
     """
-    from ..patches import adapter_for
+    from ..patches import adapter_for, learn
     from ..patches.trainer import refuse_virtual_tokens, watch_if_there
 
     check_length(logits)
+    if unknown not in UNKNOWN:
+        raise MllmEfficientError(f"unknown={unknown!r} is neither {' nor '.join(map(repr, UNKNOWN))}")
     refuse_virtual_tokens(model)
+    if unknown == "try":
+        learn(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner = adapter.model
     with changing(inner):

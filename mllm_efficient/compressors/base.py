@@ -44,9 +44,11 @@ class Compressor:
 
     kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
     between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
-    are new ones. channelwise: whether it merges every channel by itself, by places alone, so that features which some models add in
-    later layers (deepstack) can be merged alike. routes: whether it decides image by image what is done. shares_work: whether
-    ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew.
+    are new ones. in_place: whether each of these has the place of one of the tokens that it was merged from
+    (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
+    places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike.
+    routes: whether it decides image by image what is done. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
+    after image; a subclass that chooses in another way says so anew.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
     CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
@@ -63,6 +65,7 @@ class Compressor:
     trained: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     merges: ClassVar[bool] = False
+    in_place: ClassVar[bool] = False
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
@@ -103,7 +106,9 @@ class Compressor:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
-        if self.positions == "keep" and self.merges and self.kind != IN_LLM:  # inside the decoder it takes the place of one of them
+        if (
+            self.positions == "keep" and self.merges and not self.in_place and self.kind != IN_LLM
+        ):  # inside the decoder it takes the place of one of them
             raise BadSettingError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
             raise BadSettingError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
@@ -126,7 +131,7 @@ class Compressor:
 
     @property
     def in_tower(self) -> bool:
-        """Whether the method merges in the blocks of the tower: a ``Merger`` that defines ``in_blocks``."""
+        """Whether the method works in the blocks of the tower: it defines what ``in_tower.WorksInTower`` has."""
         return False
 
     @property
@@ -272,8 +277,8 @@ class Compressor:
         self.budget.count(usual.n, fixed=adapter.fixed_count)
 
     def position_rule(self, adapter: Family) -> str:
-        """ "renumber" or "keep": the method's own rule, else the model's. A merged token has no old position to keep."""
-        return self.positions or ("renumber" if self.merges else adapter.positions)
+        """ "renumber" or "keep": the method's own rule, else the model's. A token merged in no one's place has no position to keep."""
+        return self.positions or ("renumber" if self.merges and not self.in_place else adapter.positions)
 
     # ------------------------------------------------------------------------------ in words
 

@@ -136,7 +136,7 @@ class Composed(Compressor):
     def _check_after(self, projector: Projector, stage: Compressor) -> None:
         """Raises where a stage cannot work on the tokens of a trained projector."""
         if stage.as_resizer is not None or stage.in_tower:
-            does = "merges in the tower" if stage.in_tower else "makes the picture smaller"
+            does = f"{'merges' if stage.merges else 'drops'} in the tower" if stage.in_tower else "makes the picture smaller"
             raise UnsupportedModelError(f"{stage.name} {does}, and {projector.name} gives as many tokens: use one of them")
         tokens, lacking = f"the tokens of {projector.name}", sorted(OF_TOWER & set(stage.needs))
         if lacking:

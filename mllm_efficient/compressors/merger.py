@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import CountMismatchError, UnsupportedModelError
+from ..errors import CountMismatchError
 from ..plans import Plan
-from ..tokens import CompressedTokens, Grid, Plane, VisualShape, VisualTokens
+from ..tokens import CompressedTokens, Grid, VisualShape, VisualTokens
 from .base import Compressor
+from .in_tower import check_tower, check_tower_budget, plan_in_tower
 
 if TYPE_CHECKING:
     from ..family import Family
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Merger(Compressor):
     """Makes new tokens out of N. Override ``merge(v, k) -> CompressedTokens``, and ``yields`` where it gives fewer than k.
 
-    One that merges in the blocks of the tower says so by ``in_tower``, and defines ``in_blocks``.
+    One that merges in the blocks of the tower says so by ``in_tower``, and defines what ``in_tower.WorksInTower`` has.
     """
 
     merges: ClassVar[bool] = True
@@ -36,10 +37,6 @@ class Merger(Compressor):
             raise CountMismatchError(f"{self.name}: merge gave {len(out)} tokens where {wanted} were asked")
         return out
 
-    def in_blocks(self, n: int, k: int, blocks: int) -> tuple[int, ...]:
-        """Pairs that each of so many blocks of a tower merges, on the way from n tokens to k."""
-        raise TypeError(f"{type(self).__name__} must define in_blocks(n, k, blocks)")
-
     @property
     def fills_rectangles(self) -> bool:
         return type(self).target is not Merger.target
@@ -47,25 +44,18 @@ class Merger(Compressor):
     def plan(self, adapter: Family, item: Any) -> Plan:
         if not self.in_tower:
             return super().plan(adapter, item)
-        untouched = self.untouched_plan(item.shape)
-        n, k = item.shape.n, self.budget.count(item.shape.n, fixed=adapter.fixed_count)
-        if k == n:
-            return untouched
-        after, rounds = VisualShape((Plane(1, k, placed=False),)), self.in_blocks(n, k, adapter.tower_blocks)
-        return Plan(item.shape, k, after=after, rounds=rounds, clamped=untouched.clamped)
+        return plan_in_tower(self, adapter, item)
 
     def grids_left(self, planned: Plan) -> tuple[Grid, ...] | None:
         return tuple(self.target(g.grid, g.k) for g in planned.groups) if planned.groups else super().grids_left(planned)
 
     def check_parts(self, adapter: Family) -> None:
         super().check_parts(adapter)
-        if self.in_tower and (not adapter.tower_blocks or (usual := adapter.usual()) is None or len(usual.planes) > 1):
-            raise UnsupportedModelError(
-                f"{self.name}: at='tower' merges in a LLaVA-1.5's tower that gives the patches of one layer, which {adapter.name} has not: "
-                "leave at= out"
-            )
+        if self.in_tower:
+            check_tower(self, adapter, "leave at= out")
 
     def check_budget(self, adapter: Family, usual: VisualShape) -> None:
-        k = self.budget.count(usual.n, fixed=adapter.fixed_count)
-        if self.in_tower and k < usual.n:
-            self.in_blocks(usual.n, k, adapter.tower_blocks)
+        if self.in_tower:
+            check_tower_budget(self, adapter, usual)
+        else:
+            super().check_budget(adapter, usual)

@@ -25,12 +25,14 @@ class PruMergePlus(Merger):
     by cosine, a_j being their attention; one token goes into several if it is near several.
     uniform: U / K, rounded; 3/4 as in the paper's sample. neighbours: how many j, of all other tokens; the paper's 32. Left out:
     one more token that the released code adds, the sum of all pruned ones weighted by attention. It merges the tower's
-    output, this merges projected tokens. Ties go to the lowest index. NaN or infinity raises. O(N log N + K N d) for keys of
-    width d.
+    output, this merges projected tokens, each in the place of its x_i, whose M-RoPE position it keeps, and deepstack features likewise.
+    Ties go to the lowest index. NaN or infinity raises. O(N log N + K N d) for keys of width d.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     paper: ClassVar[str] = "arXiv 2403.15388"
+    in_place = True
+    channelwise = True
 
     uniform: float = 0.75
     neighbours: int = 32
@@ -50,7 +52,7 @@ class PruMergePlus(Merger):
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
         assert v.attention is not None and v.keys is not None
         if k == len(v):
-            return CompressedTokens(v.features, grid=v.grid)
+            return CompressedTokens(v.features, grid=v.grid, places=torch.arange(k, device=v.features.device))
         spaced = round(self.uniform * k)
         attention = finite(v.attention, self.name, "attentions")
         order = attention.sort(descending=True, stable=True).indices
@@ -62,4 +64,4 @@ class PruMergePlus(Merger):
         near = alike.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(v) - 1)]
         full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
         merged = full[kept] + (attention[near].to(full.dtype)[..., None] * full[near]).sum(1)
-        return CompressedTokens(merged.to(v.features.dtype))
+        return CompressedTokens(merged.to(v.features.dtype), places=kept)

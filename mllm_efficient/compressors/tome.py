@@ -10,6 +10,7 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from .divprune import full_float32
+from .in_tower import Heads, Run
 from .math.cosine import unit
 from .math.finite import require_finite
 from .math.sums import group_sums
@@ -33,7 +34,9 @@ class ToMe(Merger):
     at: "tower" merges as the paper does, one round in each block between attention and MLP, matched by the mean of the heads'
     keys; from then on attention is proportional to size (the logarithm of the size is added to the logits), the class token is in
     A and never merges, and the next round's order is what is left of A, then B. The tower gets cheaper too, and stops at the layer
-    whose output the model takes. LLaVA-1.5 alone has such a tower; tiles of other families are packed by their places.
+    whose output the model takes. LLaVA-1.5, InternVL and Cohere2 Vision have such a tower; tiles of other families are packed by their
+    places. Where the projector puts 2 x 2 patches together, these merge as one, matched by the mean of their keys, each patch with the
+    one at its place in the other; every tile has its share of K.
     "projector" (the default) has no keys and no later blocks: tokens are matched by their features, all merging is done at once, and
     a merged token stands where its token of B stood. Either way the language model gets them by the places of B.
     r: pairs in a round; left out, as many as leave K tokens after 24 rounds, the blocks of CLIP's ViT-L, or in the tower
@@ -83,6 +86,15 @@ class ToMe(Merger):
             f"tome: {said} in each of {blocks} blocks leave {left} of {n} tokens, not {k}: ask for more tokens or a larger r"
         )
 
+    def block_flops(self, n: int, width: int, heads: int, run: Run, block: int) -> tuple[int, int, int]:
+        """The product of A's keys with B's. Tokens merge before the MLP."""
+        pairs, tokens = run.rounds[block], run.first + (n - run.first) // run.unit
+        left = n - pairs * run.unit
+        return (2 * ((tokens + 1) // 2) * (tokens // 2) * (width // heads) if pairs else 0), left, left
+
+    def steps(self, run: Run, x: Tensor) -> Merging:
+        return Merging(run, x)
+
     def flops(self, n: int, d: int, k: int) -> int:
         """The products of A with B in every round; of those in the tower its own FLOPs have them."""
         total = 0
@@ -118,6 +130,66 @@ class ToMe(Merger):
                 into, stays = match(x.detach(), pairs)
                 x, size = merged(x, size, into, stays.sort(1).values)
         return x.to(dtype)
+
+
+class Merging:
+    """ToMe on one run of a tower. Tokens are their patches side by side; a class token, in front, is its own beside nothing."""
+
+    kept = None
+
+    def __init__(self, run: Run, x: Tensor):
+        self.run = run
+        self.size: Tensor | None = None
+        self.where = torch.arange(run.first + (x.shape[1] - run.first) // run.unit, device=x.device).repeat(len(x), 1)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Attention proportional to size."""
+        return None if self.size is None else self._by_patch(self.size).log().to(dtype)[:, None, None]
+
+    def after_attention(self, block: int, x: Tensor, heads: Heads) -> Tensor:
+        pairs, run = self.run.rounds[block], self.run
+        if not pairs:
+            return x
+        full = torch.float64 if x.dtype == torch.float64 else torch.float32
+        device = "cpu" if x.is_meta else x.device.type
+        with torch.autocast(device, enabled=False), full_float32(device):
+            keys = self._tokens(heads.k.detach().mean(1), "mean")
+            into, stays = match(keys.to(full), pairs, run.first)
+            tokens = self._tokens(x, "side by side").to(full)
+            size = torch.ones_like(tokens[..., :1]) if self.size is None else self.size
+            tokens, self.size = merged(tokens, size, into, stays)
+        self.where = self.where.gather(1, stays)
+        return self._patches(tokens).to(x.dtype)
+
+    def after_block(self, block: int, x: Tensor, heads: Heads) -> Tensor:
+        return x
+
+    def done(self, x: Tensor) -> Tensor:
+        tokens, order = self._tokens(x, "side by side"), self.where.argsort(1)
+        return self._patches(tokens.gather(1, order[..., None].expand_as(tokens)))
+
+    def _tokens(self, x: Tensor, how: str) -> Tensor:
+        """(views, tokens, ...) of (views, patches, d): the mean of each token's patches, or their rows side by side."""
+        run = self.run
+        if run.unit == 1:
+            return x
+        first, patches = x[:, : run.first], x[:, run.first :].unflatten(1, (-1, run.unit))
+        if how == "mean":
+            return torch.cat([first, patches.mean(2)], 1)
+        return torch.cat([torch.nn.functional.pad(first, (0, (run.unit - 1) * x.shape[2])), patches.flatten(2)], 1)
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """The inverse of rows side by side."""
+        run = self.run
+        if run.unit == 1:
+            return tokens
+        width = tokens.shape[2] // run.unit
+        return torch.cat([tokens[:, : run.first, :width], tokens[:, run.first :].unflatten(2, (run.unit, width)).flatten(1, 2)], 1)
+
+    def _by_patch(self, size: Tensor) -> Tensor:
+        """(views, patches) of sizes (views, tokens, 1)."""
+        run = self.run
+        return torch.cat([size[:, : run.first, 0], size[:, run.first :, 0].repeat_interleave(run.unit, 1)], 1)
 
 
 def blocks_of(layers: int, layer: Any) -> int:

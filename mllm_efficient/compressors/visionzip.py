@@ -24,12 +24,15 @@ class VisionZip(Merger):
     whose attention key is most similar by cosine, and a contextual token is its target plus the mean of what went to it.
     contextual: C / K, rounded, and at most K - 1; the paper's 10 of 64 (its 54 dominant ones are 53 patches and the class
     token, which the models here do not hand to the language model: all K are patches). Paper and code merge the tower's
-    output, this merges projected tokens; they stand in raster order, a contextual one in its target's place.
+    output, this merges projected tokens (so do the ports to Qwen2.5-VL); they stand in raster order, a contextual one in its target's
+    place, whose M-RoPE position it keeps as in those ports. Deepstack features are merged by the same targets.
     Ties go to the lowest index. NaN or infinity raises. O(N log N + N C d) for keys of width d.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
     paper: ClassVar[str] = "arXiv 2412.04467"
+    in_place = True
+    channelwise = True
 
     contextual: float = 10 / 64
 
@@ -55,7 +58,7 @@ class VisionZip(Merger):
         dominant = order[: k - c]
         if c == 0 or k == n:
             kept = order[:k].sort().values
-            return CompressedTokens(v.features[kept])
+            return CompressedTokens(v.features[kept], places=kept)
         rest = order[k - c :].sort().values
         spaced = torch.arange(c, device=rest.device) * (len(rest) // c)
         is_target = torch.zeros(len(rest), dtype=torch.bool, device=rest.device).index_fill_(0, spaced, True)
@@ -67,5 +70,6 @@ class VisionZip(Merger):
         sums, parts = group_sums(full[others], goes_to, c)
         merged = full[targets] + sums / parts.clamp(min=1)[:, None]
         places = torch.cat([dominant, targets])
-        rows = torch.cat([full[dominant], merged])[places.argsort()]
-        return CompressedTokens(rows.to(v.features.dtype))
+        places, order = places.sort()
+        rows = torch.cat([full[dominant], merged])[order]
+        return CompressedTokens(rows.to(v.features.dtype), places=places)

@@ -166,15 +166,16 @@ def load(options: ModelOptions) -> Loaded:
 
 def _require_family(name: str, config: dict[str, Any]) -> None:
     """config: the content of ``config.json``, which transformers need not know."""
-    from ..patches import FAMILIES, advice_on, require_present
+    from ..patches import FAMILIES, advice_on, is_supported, require_present
     from ..patches.vllm import PREFIX
 
     made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
-    if made_for and not set(made_for) & set(FAMILIES):
+    kind = str(config.get("model_type"))
+    if made_for and not is_supported(made_for, kind):
         no_vision = "" if _has_vision(config) else " and takes no images"
-        raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0])}")
+        raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0], kind)}")
     for cls in made_for:
-        require_present(FAMILIES[cls])
+        require_present(FAMILIES.get(cls, kind))
 
 
 def _has_vision(config: Any) -> bool:

@@ -229,6 +229,7 @@ def _random(encoding: Any) -> dict[str, Any]:
     return {
         "features": like(encoding.features), "deep": tuple(like(layer) for layer in encoding.deep), "attention": like(encoding.attention),
         "keys": like(encoding.keys), "tower": like(encoding.tower),
+        "kept": None if encoding.kept is None else torch.arange(len(encoding.kept)),
     }  # fmt: skip
 
 

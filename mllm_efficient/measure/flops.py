@@ -19,6 +19,7 @@ from typing import Any
 from ..apply.plan import check
 from ..compressors.base import Compressor
 from ..compressors.composed import before_of, compose, inside_of, or_random, stages_of
+from ..compressors.in_tower import Run
 from ..compressors.reducer import Reducer
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
@@ -162,7 +163,8 @@ def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], t
     """The products of a method that runs before the decoder. tokens: N of each image."""
     width = model.tower.width // model.tower.heads if "keys" in method.needs else model.decoder.width
     of_tokens = stages_of(method)[-1]
-    total = sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+    layers = 1 + model.rules.deep_layers if of_tokens.merges else 1  # those of later layers are merged as the features are
+    total = layers * sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
     if "clip_text" in method.needs and any(one.groups for one in kept):
         total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
     return total
@@ -218,9 +220,9 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
-    elif kept is not None and kept.rounds:
-        project = projector_flops(model.projector, kept.picture.shape.n - sum(kept.rounds))
-        return picture.views * (merging_tower_flops(model.tower, picture.patches, kept.rounds) + project)
+    elif kept is not None and kept.rounds and method is not None:
+        inside = next(stage for stage in stages_of(method) if stage.in_tower)
+        return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
     else:
         project = projector_flops(model.projector, picture.projected)
     return picture.views * (tower_flops(model.tower, picture.patches, among) + project)
@@ -243,18 +245,17 @@ def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0) -> int:
     return total
 
 
-def merging_tower_flops(tower: Tower, patches: tuple[int, int], rounds: Sequence[int]) -> int:
-    """One view in a tower whose block i merges ``rounds[i]`` pairs of tokens after its attention; no further blocks run."""
-    d, n = tower.width, patches[0] * patches[1]
-    total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
-    n += tower.class_token
-    for pairs in rounds:
+def _view_inside(model: ModelShape, picture: Views, method: Any, rounds: tuple[int, ...]) -> int:
+    """One view through a tower in whose blocks a method takes ``rounds`` tokens off, and the projector. No further blocks run."""
+    tower, patches = model.tower, picture.patches[0] * picture.patches[1]
+    d, run = tower.width, Run(rounds, int(tower.class_token), patches // picture.projected)
+    total, n = 2 * patches * d * tower.channels * tower.frames * tower.patch**2, patches + tower.class_token
+    for block in range(len(rounds)):
         total += 8 * n * d * d + 4 * d * n * n
-        if pairs:
-            total += 2 * ((n + 1) // 2) * (n // 2) * (d // tower.heads)
-            n -= pairs
-        total += 2 * n * tower.mlp_matrices * d * tower.mlp_width
-    return total
+        choosing, inner, after = method.block_flops(n, d, tower.heads, run, block)
+        total += choosing + 2 * inner * tower.mlp_matrices * d * tower.mlp_width
+        n = after
+    return total + projector_flops(model.projector, picture.projected - sum(rounds))
 
 
 def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
@@ -273,12 +274,16 @@ def projector_flops(projector: ProjectorSize, n: int) -> int:
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
     """What a method that needs the tower's attention or keys adds to it.
 
-    Keys of one layer, queries of the class token or of all tokens, and their products, computed once more.
+    Keys of one layer, queries of the class token or of all tokens, and their products, computed once more; the products alone
+    where the tower's own queries and keys are at hand.
     """
     if not kept.groups or not set(method.needs) & {"attention", "keys"}:
         return 0
     rows, columns = kept.picture.patches
     n = rows * columns + tower.class_token
+    if tower.fused:
+        windowed = tower.window and tower.layers - 1 not in tower.full_layers
+        return kept.picture.views * 2 * tower.width * (_window_pairs(tower, kept.picture.patches) if windowed else n * n)
     queries = 1 if tower.class_token else n
     return kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
 

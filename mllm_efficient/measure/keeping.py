@@ -29,7 +29,7 @@ class Kept:
     per_layer: tuple[int, ...] = ()
     side: int | None = None
     entering: int = 0
-    rounds: tuple[int, ...] = ()
+    rounds: tuple[tuple[int, ...], ...] = ()
     marks: int = 0
 
     def at(self, layer: int) -> int:
@@ -60,9 +60,8 @@ def marks_left(method: Compressor, p: Plan) -> int:
         return shape.marked
     chooses, slots = stages_of(before)[-1], list[int]()
     for group in p.groups:
-        if chooses.merges_tokens:
-            grid = chooses.target(group.grid, group.k) if chooses.fills_rectangles else None  # type: ignore[attr-defined]
-            taken = room_for(grid, group.kept, group.grid)
+        if chooses.fills_rectangles:
+            taken = room_for(chooses.target(group.grid, group.k), group.kept, group.grid)  # type: ignore[attr-defined]
         else:
             taken = [(2 * i + 1) * group.n // (2 * group.kept) for i in range(group.kept)]
         slots += [group.places[i] for i in taken]

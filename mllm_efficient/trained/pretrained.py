@@ -74,14 +74,17 @@ def _base(where: str, kwargs: dict[str, Any], common: dict[str, Any]) -> Any:
     """The model without its method. What was trained with that is not reported as unexpected."""
     import transformers
 
-    from ..patches import FAMILIES
+    from ..patches import advice_on, is_supported
 
-    names = transformers.AutoConfig.from_pretrained(where, **common).architectures or []
-    known = [name for name in names if name in FAMILIES]
-    if not known:
+    config = transformers.AutoConfig.from_pretrained(where, **common)
+    names = config.architectures or []
+    if not is_supported(names, config.model_type):
         raise UnsupportedModelError(
-            f"{where} is a {', '.join(names)}, which is not supported: the model must be one of {', '.join(FAMILIES)}"
+            f"{where} is a {', '.join(names)}, which is not supported{advice_on(names[0] if names else '', config.model_type)}"
         )
+    known = [name for name in names if hasattr(transformers, name)]
+    if not known:
+        raise UnsupportedModelError(f"{where}: config.json names no class of transformers among its architectures")
     cls = getattr(transformers, known[0])
     own = [f"^{keys}".replace(".", r"\.") for keys in (PART_KEYS, DELTA_KEYS)]
     also = list(cls._keys_to_ignore_on_load_unexpected or [])

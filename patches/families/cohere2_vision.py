@@ -7,11 +7,14 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid
 
+from ..base import Item
 from ..rules import Settings, Size
 from ..sizes import ProjectorSize, Tower, clip_or_siglip
 from ..tower.attention import positions_at_hand, tower_of
+from ..tower.merge import run_inside
 from .internvl import USUAL_TILES, InternVLAdapter, InternVLRules
 
 if TYPE_CHECKING:
@@ -34,6 +37,10 @@ class Cohere2VisionRules(InternVLRules):
         return ProjectorSize(width, self.config.alignment_intermediate_size, self.decoder_size.width, gated=True)
 
     @property
+    def tower_blocks(self) -> int:
+        return self.tower_size.layers
+
+    @property
     def shrunk(self) -> int:
         return self.config.downsample_factor
 
@@ -48,7 +55,10 @@ class Cohere2VisionRules(InternVLRules):
 
 
 class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
-    """What the wrapper needs to know of one Cohere2 Vision model."""
+    """What the wrapper needs to know of one Cohere2 Vision model.
+
+    Its SigLIP tower has no class token: a token's attention is the mean that its patches receive, added up, its key theirs in the mean.
+    """
 
     encode_keys = ("pixel_values",)
 
@@ -57,6 +67,23 @@ class Cohere2VisionAdapter(InternVLAdapter, Cohere2VisionRules):
             return super().features(pixels, resized, **call)
         with positions_at_hand(tower_of(self.model)):
             return super().features(pixels, resized, interpolate_pos_encoding=True, **call)
+
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        patches = torch.arange(math.prod(int(n // self.patch) for n in pixels.shape[-2:]))
+        cells = self.shuffled(patches[None, :, None])[0, :, :, 0].sort(1).values
+        tower = tower_of(self.model)
+        hidden, steps = run_inside(method, tower, pixels, rounds, cells)
+        return self.of_patches(tower.post_layernorm(hidden).unflatten(1, (-1, cells.shape[1]))), steps.kept
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        return self.model.model.multi_modal_projector(tokens.flatten(0, 1)).flatten(1).unflatten(0, tokens.shape[:2])
+
+    def taken(self, call: dict[str, Any]) -> tuple[Any, str]:
+        return -1, "full"
+
+    def shuffled(self, patches: Tensor) -> Tensor:
+        tokens = self.model.model.multi_modal_projector.pixel_shuffle(patches)
+        return tokens.flatten(1, 2).unflatten(2, (-1, patches.shape[2]))
 
     def placeholder_runs(self, row: list[bool]) -> list[int]:
         """Runs with a single token between them are tiles of one image."""

@@ -40,12 +40,7 @@ class GenericAdapter(Adapter):
         self.mrope = bool(self.facts.mrope)
         self.deepstack = self.facts.deepstack
         self.text_row = self.facts.text_row
-
-    @property
-    def encode_keys(self) -> tuple[str, ...]:
-        """Whatever the model's own ``get_image_features`` and ``get_video_features`` take."""
-        names = [name for modality in PIXELS for name in self._arguments(modality)]
-        return tuple(dict.fromkeys(names))
+        self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
 
     def _encoder(self, modality: str) -> Any:
         return getattr(self.base, f"get_{modality}_features", None)

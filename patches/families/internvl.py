@@ -8,6 +8,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mllm_efficient.compressors.fit import OF_TOWER
+from mllm_efficient.compressors.tome import blocks_of
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
@@ -15,6 +17,8 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
+from ..tower.attention import tower_of, watched
+from ..tower.merge import require_own, run_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +29,10 @@ USUAL_TILES = (1, 12)
 class InternVLRules(Rules):
     """The shapes of InternVL."""
 
+    gives = frozenset({"attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     counting: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
+    clip_tower = False
 
     @functools.cached_property
     def tower_size(self) -> Tower:
@@ -46,6 +52,10 @@ class InternVLRules(Rules):
     def shrunk(self) -> int:
         """Patches along a side of a token."""
         return int(1 / self.config.downsample_ratio)
+
+    @property
+    def tower_blocks(self) -> int:
+        return blocks_of(self.tower_size.layers, self.config.vision_feature_layer)
 
     @property
     def side(self) -> int:
@@ -120,9 +130,13 @@ def _canvases(fewest: int, most: int) -> list[Grid]:
 
 
 class InternVLAdapter(Adapter, InternVLRules):
-    """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model."""
+    """What the wrapper needs to know of one InternVL model. Frames of a video are images to the model.
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    A token is pixel-shuffled from 2 x 2 patches: its attention, the class token's of the layer whose output the model takes, is the sum
+    of theirs, its key their mean.
+    """
+
+    encode_keys: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         """The model is given all tiles in one row; which belong to one image stands in the prompt alone."""
@@ -158,8 +172,50 @@ class InternVLAdapter(Adapter, InternVLRules):
             pixels = smaller_pixels(pixels, *sides)
             shapes = [self.shape_at(i, grid) for i in items]
         call = {k: v for k, v in items[0].arguments.items() if k != "pixel_values"}
-        parts = self.features(pixels, resized=grid is not None, **call).split([len(s.planes) for s in shapes])
-        return [Encoding(part.flatten(0, 1), shape) for part, shape in zip(parts, shapes)]
+        beside: dict[str, Tensor] = {}
+        if needs & OF_TOWER:
+            features, seen = watched(
+                tower_of(self.model), lambda: self.features(pixels, grid is not None, **call), *self.taken(call), needs
+            )
+            beside = {"attention": self.shuffled(seen["attention"][..., None]).sum((2, 3)), "keys": self.shuffled(seen["keys"]).mean(2)}
+        else:
+            features = self.features(pixels, resized=grid is not None, **call)
+        tiles = [len(s.planes) for s in shapes]
+        own = [dict(zip(beside, of_item)) for of_item in zip(*(v.to(features.device).split(tiles) for v in beside.values()))]
+        return [
+            Encoding(part.flatten(0, 1), shape, **{name: value.flatten(0, 1) for name, value in more.items()})
+            for part, shape, more in zip(features.split(tiles), shapes, own or [{}] * len(shapes))
+        ]
+
+    def taken(self, call: dict[str, Any]) -> tuple[Any, str]:
+        """The layer of the tower whose output the model takes, and whether the class token is left out ("default")."""
+        layer, strategy = (
+            getattr(self.config, k) if call.get(k) is None else call[k] for k in ("vision_feature_layer", "vision_feature_select_strategy")
+        )
+        return layer, str(strategy)
+
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        require_own(self, self.taken({k: v for k, v in item.arguments.items() if k != "pixel_values"}))
+        patches = torch.arange(math.prod(int(n // self.patch) for n in pixels.shape[-2:]))
+        cells = self.shuffled(patches[None, :, None])[0, :, :, 0].sort(1).values
+        tower = tower_of(self.model)
+        hidden, steps = run_inside(method, tower, pixels.to(self.model.dtype), rounds, cells)
+        if self.tower_blocks == self.tower_size.layers and self.config.vision_feature_layer == -1:
+            hidden = tower.layernorm(hidden)  # which hidden states that are asked for by their number have not
+        return self.of_patches(hidden[:, int(self.class_token) :].unflatten(1, (-1, cells.shape[1]))), steps.kept
+
+    def of_patches(self, tokens: Tensor) -> Tensor:
+        """(views, K, D) of the patches (views, K, m, d) of tokens: each is shuffled and projected as an image of one token."""
+        small = tokens.flatten(0, 1).unflatten(1, (self.shrunk, self.shrunk))
+        shuffled = self.model.model.pixel_shuffle(small, scale_factor=self.config.downsample_ratio)
+        return self.model.model.multi_modal_projector(shuffled.flatten(1)).unflatten(0, tokens.shape[:2])
+
+    def shuffled(self, patches: Tensor) -> Tensor:
+        """(tiles, N, m, d) of (tiles, P, d): the m patches of every token, as the model's own function puts them together."""
+        side, width = math.isqrt(patches.shape[1]), patches.shape[2]
+        grid = patches.view(len(patches), side, side, width)
+        tokens = self.model.model.pixel_shuffle(grid, scale_factor=self.config.downsample_ratio)
+        return tokens.flatten(1, 2).unflatten(2, (-1, width))
 
     def features(self, pixels: Tensor, resized: bool, **call: Any) -> Tensor:
         """(tiles, N, D) of the model's own for (tiles, C, H, W). resized: whether they are not of the tower's own size."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from ..base import Adapter, Encoding, Item, smaller_pixels, uncropped
 from ..rules import Rules, Size, Views
 from ..running import at_hand, input_of
 from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
-from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
-from ..tower.merge import run_merging
+from ..tower.attention import positions_at_hand, tower_of, watched
+from ..tower.blocks import has_class_token
+from ..tower.merge import require_own, run_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,18 +165,11 @@ class LlavaAdapter(Adapter, LlavaRules):
         beside: dict[str, Any] = {name: value.to(out[0].features.device) for name, value in capture.items()}
         return [replace(e, **{name: value[i] for name, value in beside.items()}) for i, e in enumerate(out)]
 
-    def merge_in_tower(self, items: list[Item], rounds: Sequence[int]) -> list[Encoding]:
-        layer, strategy = self._settings(items[0].arguments)
-        if (layer, strategy) != self._settings({}):
-            raise UnsupportedModelError(
-                f"vision_feature_layer={layer} of this call, {strategy!r}, is another than the model's: leave it out"
-            )
-        pixels = torch.cat([i.arguments["pixel_values"] for i in items])
-        hidden = run_merging(self.tower, pixels, len(rounds), rounds)
+    def inside(self, method: Any, item: Item, pixels: Tensor, rounds: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        require_own(self, self._settings(item.arguments))
+        hidden, steps = run_inside(method, self.tower, pixels, rounds)
         owner, name = self.projector_at
-        tokens = getattr(owner, name)(hidden[:, 1:] if self.class_token and strategy == "default" else hidden)
-        shape = VisualShape((Plane(1, tokens.shape[1], placed=False),))
-        return [Encoding(row, shape) for row in tokens]
+        return getattr(owner, name)(hidden[:, int(self.class_token) :]), steps.kept
 
     def become_smaller(self, grid: Grid) -> None:
         """Makes the model one for images of this grid, its position embeddings interpolated as ``resize`` has them in each call."""

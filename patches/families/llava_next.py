@@ -16,7 +16,8 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import Views
 from ..running import at_hand, input_of
-from ..tower.attention import has_class_token, positions_at_hand, tower_of, watched
+from ..tower.attention import positions_at_hand, tower_of, watched
+from ..tower.blocks import has_class_token
 from .anyres import AnyresRules
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LlavaNextRules(AnyresRules):
 class LlavaNextAdapter(Adapter, LlavaNextRules):
     """What the wrapper needs to know of one LLaVA-NeXT model."""
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    encode_keys: tuple[str, ...] = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
     call_settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @property

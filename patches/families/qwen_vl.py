@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mllm_efficient.compressors.fit import OF_TOWER
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
@@ -15,6 +16,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import Adapter, Encoding, Item, smaller_pixels
 from ..rules import OF_PIXELS, Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
+from ..tower.packed import watched_last, window_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ class QwenVLRules(Rules):
     pixels: (fewest, most) of an image, where nothing is known of a processor.
     """
 
+    gives = frozenset({"attention", "keys", "text", "grid"})
     parts = frozenset({"frame"})
     positions = "keep"
     mrope = True
@@ -54,7 +57,9 @@ class QwenVLRules(Rules):
     def _tower(self, width: int, mlp_width: int) -> Tower:
         vision = self.config.vision_config
         channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
-        return Tower(vision.depth, width, vision.num_heads, mlp_width, vision.patch_size, channels, vision.temporal_patch_size)
+        return Tower(
+            vision.depth, width, vision.num_heads, mlp_width, vision.patch_size, channels, vision.temporal_patch_size, fused=True
+        )  # fmt: skip
 
     @functools.cached_property
     def projector_size(self) -> ProjectorSize:
@@ -157,7 +162,13 @@ def grid_of(size: Size, step: int, limits: tuple[int, int], name: str) -> Grid:
 
 
 class QwenVLAdapter(Adapter, QwenVLRules):
-    """What the wrapper needs to know of one Qwen-VL model."""
+    """What the wrapper needs to know of one Qwen-VL model.
+
+    Attention and keys are those of the tower's last block, which sees the whole of an image or of a frame on all released
+    models, as in the ports of VisionZip and VisPruner to Qwen2.5-VL. There is no class token: a patch counts by the mean attention it
+    receives from all patches of its image or video. A token's attention is the sum of that of the patches merged to it (the ports take
+    the mean, the same order), so that an image's sums to 1; its key is their mean, after rotation. The order of windows is undone.
+    """
 
     encode_keys = (*PIXELS_OF.values(), *GRID_OF.values(), "second_per_grid_ts")
 
@@ -204,9 +215,30 @@ class QwenVLAdapter(Adapter, QwenVLRules):
             grids[:, 1:] = torch.tensor(grid, device=grids.device) * self.merge
             shapes = [self.shape_at(i, grid) for i in items]
         call = {PIXELS_OF[modality]: torch.cat(pixels), GRID_OF[modality]: grids}
-        out = getattr(self.model.model, f"get_{modality}_features")(**call, return_dict=True)
+
+        def run_model() -> Any:
+            return getattr(self.model.model, f"get_{modality}_features")(**call, return_dict=True)
+
+        if not needs & OF_TOWER:
+            return self._encodings(run_model(), shapes)
+        out, attention, keys = watched_last(self.model.model.visual, run_model, needs)
+        return self._beside(self._encodings(out, shapes), attention, keys)
+
+    def _encodings(self, out: Any, shapes: list[VisualShape]) -> list[Encoding]:
         layers = getattr(out, "deepstack_features", None) or []
         return [Encoding(f, shape, tuple(layer[i] for layer in layers)) for i, (f, shape) in enumerate(zip(out.pooler_output, shapes))]
+
+    def _beside(self, encodings: list[Encoding], attention: Tensor, keys: Tensor) -> list[Encoding]:
+        """With the tower's attention (P,) and keys (P, d), patches in its order, for each token (see ``QwenVLAdapter``)."""
+        of_token = self.merge**2
+        attention, keys = attention.unflatten(0, (-1, of_token)).sum(1), keys.unflatten(0, (-1, of_token)).mean(1)
+        shapes = [e.shape for e in encodings]
+        if self.tower_size.window:
+            grids = [(len(s.planes), s.planes[0].rows, s.planes[0].columns) for s in shapes]
+            raster = window_order(grids, self.tower_size.window // self.merge).argsort().to(attention.device)
+            attention, keys = attention[raster], keys[raster]
+        parts = zip(encodings, *(value.split([s.n for s in shapes]) for value in (attention, keys)))
+        return [replace(e, attention=(a / (of_token * len(a))).to(e.features.device), keys=k.to(e.features.device)) for e, a, k in parts]
 
     def _smaller(self, patches: Tensor, shape: VisualShape, grid: Grid) -> Tensor:
         """Patches (t * h * w, d), blocks of merge x merge together, of the image made smaller."""

@@ -1,27 +1,36 @@
-"""What a CLIP or SigLIP tower attends to, its keys and its output: of the one layer whose output the model takes."""
+"""What a vision tower attends to, its keys and its output: of the one layer whose output the model takes.
+
+Attention is what the class token gives each patch, averaged over heads. A tower without a class token gives the mean attention that
+a patch receives from all patches of its image, as the published ports to such towers do. Either is recomputed from queries and keys:
+the tower stays on its fast kernel.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mllm_efficient.errors import UnsupportedModelError
 from mllm_efficient.lazy import torch
 
 from ..running import at_hand, hooking, uncompiled
+from .blocks import Block, has_class_token, layers_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Result = TypeVar("Result")
+# A method that registers a hook, and what is then called with the module, its arguments and, of a forward hook, what it gives.
+Watcher = tuple[Callable[..., Any], Callable[..., None]]
+AT_ONCE = 2**24  # entries of an attention matrix in memory: 64 MB in float32
 _capturing: contextvars.ContextVar[object | None] = contextvars.ContextVar("capturing", default=None)
 
 
 def tower_of(model: Any) -> Any:
-    """The part of a LLaVA's vision tower that holds embeddings and encoder."""
+    """The part of a LLaVA's or InternVL's vision tower that holds embeddings and encoder."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
@@ -34,25 +43,34 @@ def positions_at_hand(tower: Any) -> Iterator[None]:
         yield
 
 
-def has_class_token(tower: Any) -> bool:
-    return hasattr(tower.embeddings, "class_embedding")
-
-
 _compiled: weakref.WeakSet[Any] = weakref.WeakSet()  # towers whose compiled code does not run hooks
 
 
 def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, needs: frozenset[str]) -> tuple[Result, dict[str, Tensor]]:
-    """What ``call`` gives, in which the model runs its tower, and what ``needs`` names of it (see ``captured``).
+    """What ``call`` gives, in which the model runs its CLIP, SigLIP or InternViT tower, and what ``needs`` names of it.
+
+    That is attention (views, N) and keys (views, N, d), for ``clip_text`` the tower's output after its last norm, tower (views, N, D).
+
+    layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
+    """
+    return watch(tower, call, lambda seen: _watchers(tower, seen, layer, strategy, needs), needs)
+
+
+def watch(
+    tower: Any, call: Callable[[], Result], watchers: Callable[[dict[str, Any]], Sequence[Watcher]], needs: frozenset[str]
+) -> tuple[Result, dict[str, Any]]:
+    """What ``call`` gives, and what the watchers put into the dictionary that they are made with.
 
     A tower that was compiled before is run uncompiled. Raises ``UnsupportedModelError`` for one that cannot be watched even so.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
+    hooks = watchers(seen)
     if tower not in _compiled:
-        with captured(tower, seen, layer, strategy, needs):
+        with watching(hooks):
             out = call()
         if seen:
             return out, seen
-    with uncompiled(), captured(tower, seen, layer, strategy, needs):
+    with uncompiled(), watching(hooks):
         out = call()
     if not seen:
         raise UnsupportedModelError(f"the vision tower cannot be watched for {', '.join(sorted(needs))}: use it as transformers loads it")
@@ -61,46 +79,20 @@ def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, n
 
 
 @contextlib.contextmanager
-def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str, needs: frozenset[str]) -> Iterator[None]:
-    """Fills in attention (views, N) and keys (views, N, d) when the tower runs inside, for ``clip_text`` the tower's output
-    after its last norm, tower (views, N, D).
+def watching(watchers: Sequence[Watcher]) -> Iterator[None]:
+    """The hooks are there inside, and look at the calls of the thread that asked alone."""
+    token = object()
 
-    layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``. Recomputed for the queries needed from the
-    attention's own projections: the tower stays on its fast kernel. Only the thread that asked records.
-    """
-    layers, has_cls = tower.encoder.layers, has_class_token(tower)
-    index = layer if isinstance(layer, int) else layer[-1]
-    index = index - 1 if index >= 0 else len(layers) + index
-    if not 0 <= index < len(layers):
-        raise UnsupportedModelError(f"vision_feature_layer={layer} takes no attention layer's output")
-    attention, token = layers[index].self_attn, object()
-    first = 1 if has_cls and strategy == "default" else 0
+    def only(look: Callable[..., None]) -> Callable[..., None]:
+        @torch.no_grad()
+        def hook(*given: Any) -> None:
+            if _capturing.get() is token:
+                look(*given)
 
-    @torch.no_grad()
-    def record(module, args, kwargs=None):
-        # Another thread's call can come between the two steps of registering this hook, and then passes no kwargs.
-        if _capturing.get() is not token:
-            return
-        x = args[0] if args else (kwargs or {})["hidden_states"]
-        heads = module.num_heads
-        k = module.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
-        q = module.q_proj(x[:, :1] if has_cls else x).unflatten(-1, (heads, -1)).transpose(1, 2).float()
-        weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
-        into["attention"] = weights.mean((1, 2))[:, first:]
-        into["keys"] = k.mean(1)[:, first:]
+        return hook
 
-    @torch.no_grad()
-    def keep(module, args, output):
-        if _capturing.get() is token:
-            hidden = output[0] if isinstance(output, tuple) else output
-            into["tower"] = tower.post_layernorm(hidden)[:, first:]
-
-    handles = []
     with hooking:
-        if needs & {"attention", "keys"}:
-            handles.append(attention.register_forward_pre_hook(record, with_kwargs=True))
-        if "clip_text" in needs:
-            handles.append(layers[index].register_forward_hook(keep))
+        handles = [register(only(look), with_kwargs=True) for register, look in watchers]
     reset = _capturing.set(token)
     try:
         yield
@@ -109,3 +101,48 @@ def captured(tower: Any, into: dict[str, Tensor], layer: Any, strategy: str, nee
         with hooking:
             for handle in handles:
                 handle.remove()
+
+
+def _watchers(tower: Any, into: dict[str, Any], layer: Any, strategy: str, needs: frozenset[str]) -> list[Watcher]:
+    layers, has_cls = layers_of(tower), has_class_token(tower)
+    index = layer if isinstance(layer, int) else layer[-1]
+    index = index - 1 if index >= 0 else len(layers) + index
+    if not 0 <= index < len(layers):
+        raise UnsupportedModelError(f"vision_feature_layer={layer} takes no attention layer's output")
+    block, first = Block(layers[index]), 1 if has_cls and strategy == "default" else 0
+
+    def record(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        x = args[0] if args else (kwargs or {})["hidden_states"]
+        k = block.keys(x).float()
+        q = block.queries(x[:, :1] if has_cls else x).float()
+        if has_cls:
+            weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
+            into["attention"] = weights.mean((1, 2))[:, first:]
+        else:
+            into["attention"] = torch.stack([received(*view) for view in zip(q, k)]) / k.shape[2]
+        into["keys"] = k.mean(1)[:, first:]
+
+    def keep(module: Any, args: tuple, *rest: Any) -> None:
+        output = rest[-1]
+        hidden = output[0] if isinstance(output, tuple) else output
+        into["tower"] = tower.post_layernorm(hidden)[:, first:]
+
+    watchers: list[Watcher] = []
+    if needs & {"attention", "keys"}:
+        watchers.append((block.attention.register_forward_pre_hook, record))
+    if "clip_text" in needs:
+        watchers.append((layers[index].register_forward_hook, keep))
+    return watchers
+
+
+def received(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """(n,) attention that every token gets from all n in sum, averaged over heads, from queries and keys (heads, n, d).
+
+    As many queries at once as ``AT_ONCE`` allows: never all heads of a large image's matrix.
+    """
+    heads, n, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    total = k.new_zeros(n)
+    for some in q.split(max(1, AT_ONCE // (heads * n)), dim=1):
+        total += (some @ k.transpose(1, 2) * scale).softmax(-1).sum((0, 1))
+    return total / heads

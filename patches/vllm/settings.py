@@ -94,7 +94,11 @@ def _why_not(method: Compressor) -> str | None:
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
     elif method.in_tower:
-        why = "merges in the tower, which vLLM runs as it is: leave at= out"
+        why = (
+            "merges in the tower, which vLLM runs as it is: leave at= out"
+            if method.merges
+            else "drops in the tower, which vLLM runs as it is"
+        )
     elif method.as_resizer is not None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
     elif getattr(method, "on", None) is not None:

@@ -321,13 +321,6 @@ def test_a_batch_of_tiled_pictures_equals_its_rows(name, cls):
     assert torch.equal(together, torch.cat([ids for ids, _ in alone]))
 
 
-@pytest.mark.parametrize("name", ["internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("cls", METHODS)
-def test_families_without_attention_refuse_by_name(name, cls):
-    with pytest.raises(me.UnsupportedModelError, match=rf"{cls.name} needs attention(, keys)?, which .* does not give"):
-        me.wrap(tiny(name), cls(tokens=4))
-
-
 @pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
 def test_videos_refuse(name):
     inputs = make(name, "video")

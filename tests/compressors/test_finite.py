@@ -15,10 +15,11 @@ from mllm_efficient.registry import BUILTIN
 
 NEW = {"max_new_tokens": 2, "do_sample": False}
 SPECS = (
-    "divprune:tokens=9", "random:tokens=9", "uniform:tokens=9", "pool:tokens=9", "pool:tokens=9,op=gem", "spp:tokens=9", "resize:tokens=9",
-    "cdpruner:tokens=9", "tome:tokens=9", "tome:tokens=18,at=tower", "fastervlm:tokens=9", "vispruner:tokens=9", "visionzip:tokens=9",
-    "scope:tokens=9", "prumerge_plus:tokens=9", "tokenflex:tokens=9,weights=random", "fastv:layer=1,ratio=0.5", "pyramiddrop:ratio=0.5",
-    "sparsevlm:ratio=0.5", "sparsevlm:ratio=0.5,recycle=0.5", "dart:layer=1,ratio=0.5", "dpn:weights=random,at=1/2",
+    "divprune:tokens=9", "random:tokens=9", "uniform:tokens=9", "pool:tokens=9", "pool:tokens=9,op=gem", "spp:tokens=9",
+    "resize:tokens=9", "cdpruner:tokens=9", "tome:tokens=9", "tome:tokens=18,at=tower", "flowcut:tokens=9", "fastervlm:tokens=9",
+    "vispruner:tokens=9", "visionzip:tokens=9", "scope:tokens=9", "prumerge_plus:tokens=9", "tokenflex:tokens=9,weights=random",
+    "fastv:layer=1,ratio=0.5", "pyramiddrop:ratio=0.5", "sparsevlm:ratio=0.5", "sparsevlm:ratio=0.5,recycle=0.5",
+    "dart:layer=1,ratio=0.5", "dpn:weights=random,at=1/2",
 )  # fmt: skip
 KEEP_ALL = ("none", "divprune:keep=1", "pool:keep=1", "resize:keep=1", "fastv:keep=1", "dart:keep=1")
 

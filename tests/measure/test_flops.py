@@ -190,13 +190,14 @@ def test_attention_asked_of_the_tower_is_counted(make_llava, registered):
         def score(self, v):
             return v.attention
 
-    for model in (make_llava(tower="clip"), make_llava(tower="siglip"), tiny("llava_next"), tiny("llava_onevision")):
+    tiles = [tiny(name) for name in ("llava_next", "llava_onevision", "internvl", "cohere2_vision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
+    for model in (make_llava(tower="clip"), make_llava(tower="siglip"), *tiles):
         shape = shape_of(model.config)
         found, closed = counter.count(model, shape, me.build("by_attention:tokens=9")), cost(shape, method="by_attention:tokens=9")
         assert found.vision == closed.vision > cost(shape).vision
         assert found.total == closed.total
-    with pytest.raises(me.UnsupportedModelError, match="by_attention needs attention, which qwen2.5-vl-7b does not give"):
-        cost("qwen2.5-vl-7b", method="by_attention:tokens=9")
+    of_7b, plain = cost("qwen2.5-vl-7b", method="by_attention:tokens=9"), cost("qwen2.5-vl-7b")
+    assert of_7b.vision - plain.vision == 2 * 1280 * 2304**2, "24 x 24 tokens of 2 x 2 patches, in the last block, which has no windows"
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi", "gpt_neox", "gemma"])

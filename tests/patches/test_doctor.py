@@ -61,10 +61,10 @@ def test_everything_holds_here(capsys):
     assert {row["model_type"] for row in rows} == set(TABLE)
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
-    assert all(row["holds"] is True for row in rows if row["kind"] != "projector")
-    other_projector = {name for name in TABLE if rules_class(name).projects}
-    assert {row["model_type"] for row in rows if row["holds"] is None} == set(TABLE) - other_projector
-    assert other_projector == {"llava", "llava_next", "llava_next_video", "llava_onevision"}
+    assert all(row["holds"] is True for row in rows if row["kind"] not in ("projector", "in_tower"))
+    lacking = {kind: {row["model_type"] for row in rows if row["holds"] is None and row["kind"] == kind} for kind in checkup.KINDS}
+    assert lacking["projector"] == {name for name in TABLE if not rules_class(name).projects}
+    assert lacking["in_tower"] == set(TABLE) - {"llava", "internvl", "cohere2_vision"} and not any(row["holds"] is False for row in rows)
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
 
 
@@ -112,6 +112,25 @@ def test_a_check_can_fail(kind, monkeypatch):
     rows = {row.check: row for row in checkup.check("llava", (kind,))}
     failed = "cache" if broken else "batch"
     assert rows[failed].holds is False and "differ" in rows[failed].why
+
+
+@pytest.mark.parametrize("kind", ["attention", "in_tower"])
+@pytest.mark.parametrize("model_type", ["llava", "internvl"])
+def test_a_tower_that_attends_otherwise_is_found(model_type, kind, monkeypatch):
+    """A step before its projections that is not known here."""
+    from transformers.models.clip.modeling_clip import CLIPAttention
+    from transformers.models.internvl.modeling_internvl import InternVLVisionAttention
+
+    cls = CLIPAttention if model_type == "llava" else InternVLVisionAttention
+    forward = cls.forward
+
+    def otherwise(self, hidden_states, *args, **kwargs):
+        return forward(self, hidden_states + hidden_states.sin(), *args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", otherwise)
+    says = {"attention": "its attention is not that of the tower's own kernel", "in_tower": "run block by block it gives other tokens"}
+    identity = checkup.check(model_type, (kind,))[0]
+    assert identity.check == "identity" and identity.holds is False and says[kind] in identity.why
 
 
 def test_state_of_torch_does_not_matter_and_stays(fresh_check):

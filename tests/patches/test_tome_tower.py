@@ -13,7 +13,7 @@ from mllm_efficient.cli import main
 from mllm_efficient.measure.counter import Counted, count
 from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.patches import adapter_for
-from mllm_efficient.patches.tower.merge import run_merging
+from mllm_efficient.patches.tower.merge import run_inside
 from mllm_efficient.patches.vllm.settings import require_served
 
 from .. import families
@@ -76,7 +76,7 @@ def test_it_is_the_slow_matching_in_every_block(make_llava, seed):
     k = int(draw.integers(-(-16 // 2**layers), 17))
     rounds = me.ToMe(tokens=k, at="tower").in_blocks(16, k, layers)
     with torch.no_grad():
-        found = run_merging(tower, pixels, layers, rounds)[0]
+        found = run_inside(me.ToMe(tokens=k, at="tower"), tower, pixels, rounds)[0][0]
     assert len(found) == k + (kind == "clip")
     torch.testing.assert_close(found, slow_tower(tower, pixels, rounds), rtol=0, atol=1e-9)
 
@@ -89,7 +89,8 @@ def test_without_pairs_it_is_the_tower(make_llava, kind, layer):
     blocks = layer if layer >= 0 else 4 + layer
     with torch.no_grad():
         stock = tower(pixels, output_hidden_states=True).hidden_states[layer]
-        torch.testing.assert_close(run_merging(tower, pixels, blocks, (0,) * blocks), stock, rtol=1e-5, atol=1e-5)
+        found, _ = run_inside(me.ToMe(tokens=9, at="tower"), tower, pixels, (0,) * blocks)
+        torch.testing.assert_close(found, stock, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_merge_first_and_the_class_token_never():
@@ -173,9 +174,11 @@ def test_gradients_reach_the_tower(make_llava, make_batch):
 # ------------------------------------------------------------------------------------------------ what cannot be
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl"])
 def test_other_families_refuse_by_name(name):
-    with pytest.raises(me.UnsupportedModelError, match="tome: at='tower' merges in a LLaVA-1.5's tower .* which .* has not"):
+    with pytest.raises(
+        me.UnsupportedModelError, match="tome works in the tower of a LLaVA-1.5, InternVL .* which .* has not: leave at= out"
+    ):
         me.wrap(copy.deepcopy(families.tiny(name)), "tome:tokens=4,at=tower")
 
 
