@@ -203,6 +203,8 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
+        if kind == "attention" and "attention" not in self.adapter.gives:
+            return None, "the attention of this family's tower is not known"
         if kind == "in_tower" and not self.adapter.tower_blocks:
             return None, "nothing works between the blocks of this family's tower"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"

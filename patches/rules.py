@@ -36,6 +36,8 @@ FAMILIES = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
     "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
+    "idefics3": ("Idefics3ForConditionalGeneration", "smolvlm:Idefics3"),
+    "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm:SmolVLM"),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration", "mistral3:LightOnOcr"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),

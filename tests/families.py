@@ -30,7 +30,10 @@ WORDS = (
 VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
 PAD = VOCABULARY["<pad>"]
 # Text that some families put between the tokens of an image, in the vocabulary of theirs alone.
-MARKS = ("[IMG_BREAK]", "[IMG_END]")
+MARKS = (
+    "[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>", "\n", "\n\n",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)  # fmt: skip
 MARKED = {**VOCABULARY, **{token: len(VOCABULARY) + i for i, token in enumerate(MARKS)}}
 
 # I and V stand for the family's own image and video placeholders.
@@ -95,7 +98,7 @@ class Family:
 
     @property
     def image_token(self) -> int:
-        return VOCABULARY["<IMG_CONTEXT>" if self.in_prompt else "<|image_pad|>" if self.mrope else "<image>"]
+        return VOCABULARY["<IMG_CONTEXT>" if self.in_prompt and not self.marked else "<|image_pad|>" if self.mrope else "<image>"]
 
     @property
     def video_token(self) -> int | None:
@@ -200,6 +203,15 @@ def mistral3():
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
+def idefics3():
+    vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4)
+    config = transformers.Idefics3Config(
+        vision_config=vision, text_config=llama(vocab_size=len(MARKED)), image_token_id=VOCABULARY["<image>"], scale_factor=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
 def mrope_text(**settings: Any) -> dict[str, Any]:
     # A small theta makes all three rows of positions matter to the last digit.
     return dict(
@@ -254,7 +266,7 @@ def _model(name: str, seed: int):
     with torch.no_grad():
         # The decoder's matrices are larger: with 0.1 everywhere greedy decoding falls into short loops.
         for key, parameter in model.named_parameters():
-            scale = 0.3 if "language_model" in key and parameter.ndim == 2 else 0.1
+            scale = 0.3 if ("language_model" in key or "text_model" in key) and parameter.ndim == 2 else 0.1
             parameter += torch.randn(parameter.shape, generator=generator) * scale
         model.lm_head.weight[: len(SPECIAL)] = 0  # answers hold no placeholder and no padding
         model.lm_head.weight[len(VOCABULARY) :] = 0
@@ -467,6 +479,12 @@ def mistral3_processor(side: str):
     return row_breaks()(image_processor=pictures, tokenizer=pixtral_tokenizer(side), patch_size=4, spatial_merge_size=2)
 
 
+def idefics3_processor(side: str):
+    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24})
+    text = copy.deepcopy(tokenizer(side, marked=True))
+    return transformers.Idefics3Processor(image_processor=pictures, tokenizer=text, image_seq_len=9)
+
+
 def qwen_processor(cls: str) -> Callable[[str], Any]:
     def make(side: str):
         pictures = transformers.Qwen2VLImageProcessorPil(
@@ -498,6 +516,15 @@ FAMILIES = {
             tiled=True,
             in_prompt=True,
             settings={"max_patches": 4},
+        ),
+        Family(
+            "idefics3",
+            idefics3,
+            idefics3_processor,
+            tiled=True,
+            in_prompt=True,
+            marked=True,
+            settings={"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}},
         ),
         Family("mistral3", mistral3, mistral3_processor, settings={"size": {"longest_edge": 48}}, marked=True),
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),

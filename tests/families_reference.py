@@ -164,6 +164,18 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 plane = (size[0] // 8, size[1] // 8)
                 add("image", features, torch.zeros(len(features), dtype=torch.bool), [plane], torch.zeros(len(features), dtype=torch.long))
             found["image"] = [replace(v, marks=row_breaks(ids, v)) for v in found["image"]]
+    elif name == "idefics3":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask")}
+            made = torch.cat(list(model.model.get_image_features(**call, return_dict=True).pooler_output))
+            n, at = 9, 0
+            for tiles, marks in named_tiles(ids, family.image_token):
+                features = made[at : at + n * tiles]
+                at += n * tiles
+                parts = torch.arange(tiles).repeat_interleave(n)
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [(3, 3)] * tiles, parts)
+                found["image"][-1] = replace(found["image"][-1], marks=marks)
+            assert at == len(made)
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -203,6 +215,38 @@ def row_breaks(ids: Tensor, visual: Visual) -> tuple[tuple[int, tuple[tuple[int,
             out.append((column, (tuple(c for c in columns if row <= c < column), tuple(c for c in columns if c > column))))
     assert len(out) == visual.planes[0][0] - 1 and int(ids[columns[-1] + 1]) == MARKED["[IMG_END]"]
     return (*out, (columns[-1] + 1, ()))
+
+
+def named_tiles(ids: Tensor, image_token: int) -> list[tuple[int, tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]]]:
+    """The tiles and marks of each Idefics3 image: a tile's name and the token in front of it stay with the tile, the line break after a
+    row between it and a later row, the one in front of the whole image with any tile, and the last token always."""
+    text = {id: token for token, id in MARKED.items()}
+    words, out, at = [text[int(i)] for i in ids], [], 0
+    rows: list[list[tuple[int, ...]]] = [[]]
+    names: list[tuple[int, tuple[int, ...]]] = []
+    lines: list[int] = []
+    while at < len(words):
+        if words[at] in ("\n", "\n\n") and names:
+            lines.append(at)
+            rows.append([])
+        elif words[at] == "<fake_token_around_image>" and words[at + 1].startswith(("<row", "<global")):
+            stop = at + 2
+            while stop < len(words) and int(ids[stop]) == image_token:
+                stop += 1
+            tile = tuple(range(at + 2, stop))
+            rows[-1].append(tile)
+            names += [(at, tile), (at + 1, tile)]
+            at = stop - 1
+        elif words[at] == "<fake_token_around_image>":
+            marks: list[tuple[int, tuple[tuple[int, ...], ...]]] = [(column, (tile,)) for column, tile in names]
+            for i, line in enumerate(lines):
+                before, after = sum(rows[i], ()), sum((tile for row in rows[i + 1 : -1] for tile in row), ())
+                every = sum((tile for row in rows[:-1] for tile in row), ())
+                marks.append((line, (before, after) if i < len(lines) - 1 else (every,)))
+            out.append((sum(map(len, rows)), (*sorted(marks), (at, ()))))
+            rows, names, lines = [[]], [], []
+        at += 1
+    return out
 
 
 def left_marks(visual: Visual, kept: Kept) -> list[int]:

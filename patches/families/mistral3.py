@@ -26,6 +26,7 @@ MOST_PIXELS = 1540  # along the longer side, of the released checkpoints
 class Mistral3Rules(QwenVLRules):
     """The shapes of Mistral 3. Of the rows that are left each but the last keeps its break, and the image its end."""
 
+    gives = frozenset({"text", "grid"})
     parts = frozenset()
     positions = "renumber"
     mrope = False

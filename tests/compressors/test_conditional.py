@@ -22,7 +22,7 @@ import mllm_efficient as me
 from mllm_efficient.compressors.base import query_aware
 from mllm_efficient.compressors.spp import levels
 
-from ..families import FAMILIES, make, tiny
+from ..families import FAMILIES, MARKED, VOCABULARY, make, tiny
 
 SEEDS = range(200)
 
@@ -237,7 +237,8 @@ def shown(name: str, inputs: dict[str, Any], labels: torch.Tensor | None = None)
 
 
 def plain_text(name: str, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    stays = [int(i) for i, m in zip(ids, mask) if m and int(i) not in (FAMILIES[name].image_token, FAMILIES[name].video_token)]
+    visual = (FAMILIES[name].image_token, FAMILIES[name].video_token, *range(len(VOCABULARY), len(MARKED)))
+    stays = [int(i) for i, m in zip(ids, mask) if m and int(i) not in visual]
     return model.get_input_embeddings()(torch.tensor(stays))
 
 

@@ -111,7 +111,9 @@ def test_a_tower_that_sees_all_pictures_at_once_costs_what_torch_counts(name):
         call = adapter.example(pictures, lambda *size: torch.empty(size, device="meta", dtype=adapter.model.dtype))
         ran = counted(lambda: adapter.base.get_image_features(**call))
     among = sum(math.prod(picture.patches) for picture in pictures)
-    assert ran == sum(vision_flops(shape, picture, among=among) for picture in pictures) == cost(shape, image_size=(420, 280), images=2).vision
+    assert (
+        ran == sum(vision_flops(shape, picture, among=among) for picture in pictures) == cost(shape, image_size=(420, 280), images=2).vision
+    )
 
 
 @pytest.mark.parametrize("size", [(672, 672), (700, 420)])

@@ -409,6 +409,10 @@ def small_tiles(name: str, model: Any, pixels: Tensor, side: int) -> Tensor:
     """(tiles, side * side, D) of tiles (tiles, C, H, W) made smaller, position embeddings interpolated, by the tower itself."""
     size = side * (8 if FAMILIES[name].in_prompt else model.config.vision_config.patch_size)
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    if name == "idefics3":
+        return (
+            model.model.get_image_features(pixel_values=pixels[None], return_dict=True).pooler_output[0].view(len(pixels), side * side, -1)
+        )
     if FAMILIES[name].in_prompt:
         how = {"interpolate_pos_encoding": True} if name == "cohere2_vision" else {}
         return model.model.get_image_features(pixel_values=pixels, return_dict=True, **how).pooler_output
@@ -448,7 +452,8 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
     found, kept, at, largest = visuals(name, model, inputs), [], 0, math.isqrt(visuals(name, model, inputs)[0].planes[0][0] ** 2)
     for i, visual in enumerate(found):
         count = len(visual.planes) if FAMILIES[name].in_prompt else 1 + (len(visual.planes) > 1 and len(visual.parts.unique()) - 1)
-        pixels = inputs["pixel_values"][at : at + count] if FAMILIES[name].in_prompt else inputs["pixel_values"][i][:count]
+        every = inputs["pixel_values"][0] if name == "idefics3" else inputs["pixel_values"]
+        pixels = every[at : at + count] if FAMILIES[name].in_prompt else inputs["pixel_values"][i][:count]
         size, at = None if FAMILIES[name].in_prompt else inputs["image_sizes"][i], at + count
         with torch.no_grad():
             for side in range(largest, 0, -1):

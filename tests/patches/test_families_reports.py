@@ -434,8 +434,9 @@ def test_gradients_reach_projector_tower_and_decoder(spec, name):
     model, inputs = me.wrap(tiny(name), spec), make(name, *FAMILIES[name].mixed)
     model(**inputs, labels=labelled(name, inputs)).loss.backward()
     visual, names = ("visual", ("merger",)) if name in MROPE else ("vision_tower", ("multi_modal_projector",))
+    visual, names = ("vision_model", ("connector",)) if name == "idefics3" else (visual, names)
     names += ("deepstack_merger_list.0", "deepstack_merger_list.1") if name == "qwen3_vl" else ()
-    names += ("language_model.layers.0", visual)
+    names += ("text_model.layers.0" if name == "idefics3" else "language_model.layers.0", visual)
     for part in names:
         gradients = [p.grad.abs().sum() for n, p in model.named_parameters() if f"{part}." in n and p.grad is not None]
         assert gradients and sum(gradients) > 0, part
@@ -458,7 +459,9 @@ def test_generate_under_lora_equals_the_explicit_path(spec, name):
 
     def with_lora():
         torch.manual_seed(0)
-        return get_peft_model(tiny(name), LoraConfig(r=2, target_modules=r".*(language_model).*\.(q_proj|v_proj)", init_lora_weights=False))
+        return get_peft_model(
+            tiny(name), LoraConfig(r=2, target_modules=r".*(language_model|text_model).*\.(q_proj|v_proj)", init_lora_weights=False)
+        )
 
     inputs = make(name, *FAMILIES[name].mixed)
     plain, wrapped = with_lora().eval(), me.wrap(with_lora().eval(), spec)
@@ -521,6 +524,9 @@ def both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     out = {**first, **second}
     for key in first.keys() & second.keys():
         parts = [first[key], second[key]]
+        if "pixel_attention_mask" in first:  # all tiles of a conversation
+            out[key] = torch.cat(parts, 1)
+            continue
         if key == "pixel_values" and parts[0].ndim == 5:
             tiles = max(p.shape[1] for p in parts)
             parts = [torch.cat([p, p.new_zeros(len(p), tiles - p.shape[1], *p.shape[2:])], 1) for p in parts]
