@@ -236,13 +236,13 @@ def _random(encoding: Any) -> dict[str, Any]:
 class OneDevice(TorchDispatchMode):
     """What an operation is given on the CPU beside tensors on meta goes to meta.
 
-    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values; also where a model
-    moves them beside its features.
+    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values, and features on meta;
+    also where a model moves one beside the other.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and not args[0].is_floating_point() and str(kwargs.get("device")) == "meta":
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs and args[0].is_meta == args[0].is_floating_point():
             kwargs = {**kwargs, "device": args[0].device}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if len({x.is_meta for x in tensors}) == 2:

@@ -159,7 +159,9 @@ class SmolVLMAdapter(InternVLAdapter, SmolVLMRules):
         """(tokens of all tiles, D) of the model's own, which looks for tiles of zeros and so cannot run without values."""
         pixels = call["pixel_values"]
         if pixels.is_meta:
-            return self.base.connector(self.base.vision_model(pixels[0], return_dict=True).last_hidden_state).flatten(0, 1)
+            seen = torch.ones(pixels.shape[1], *(side // self.patch for side in pixels.shape[-2:]), dtype=torch.bool)
+            states = self.base.vision_model(pixels[0], patch_attention_mask=seen, return_dict=True).last_hidden_state
+            return self.base.connector(states).flatten(0, 1)
         return torch.cat(list(self.base.get_image_features(**call, return_dict=True).pooler_output))
 
     def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:

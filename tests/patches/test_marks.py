@@ -18,7 +18,7 @@ from mllm_efficient.measure.shapes import shape_of
 from mllm_efficient.patches import adapter_for
 from mllm_efficient.tokens import Mark, Plane, VisualShape
 
-from ..families import FAMILIES, MARKED, VOCABULARY, make, tiny
+from ..families import FAMILIES, MARKED, VOCABULARY, make, noise, tiny
 from ..families_reference import visuals
 
 NAMES = tuple(f.name for f in FAMILIES.values() if f.marked)
@@ -216,3 +216,81 @@ def test_pictures_that_touch_are_told_apart(name):
     report = me.prepare(model, "uniform:keep=0.5", **inputs).report
     assert [i.full for i in report.images] == [v.n for v in visuals(name, model, inputs)] and len(report.images) == 2
     assert [i.separators_full for i in report.images] == [len(v.marks) for v in visuals(name, model, inputs)]
+
+
+# ------------------------------------------------------------------------------------------------ Idefics3 and SmolVLM
+
+
+@pytest.mark.parametrize("settings", [(48, 24), (96, 24), (100, 24), (24, 24), (1456, 364), (5000, 364)])
+@pytest.mark.parametrize("size", [(48, 48), (1, 1), (70, 50), (25, 24), (640, 31), (31, 640), (97, 96)])
+def test_a_picture_is_cut_into_the_tiles_that_its_processor_cuts(size, settings):
+    """By the processor itself, whose own count of them (``get_number_of_image_patches``) is another one for some settings."""
+    from transformers import Idefics3ImageProcessorPil
+
+    longest, tile = settings
+    kwargs = {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
+    if longest > 200 and max(size) > 10 * min(size):
+        pytest.skip("many large tiles, which take seconds")
+    out = Idefics3ImageProcessorPil(**kwargs, return_row_col_info=True)(noise(0, *size), return_tensors="pt")
+    rows, columns = out["rows"][0][0], out["cols"][0][0]
+    rules = shape_of(tiny("idefics3").config, "idefics3", kwargs).rules
+    assert rules.tiling(size, kwargs) == (max(rows, 1), max(columns, 1))
+    image = rules.of_size(size)
+    assert len(image.shape.planes) == image.views == out["pixel_values"].shape[1]
+    assert rules.tiling(size, {**kwargs, "do_image_splitting": False}) == (1, 1)
+
+
+def test_the_length_of_a_prompt_is_that_of_the_processor():
+    """With the two line breaks after the last row of tiles as one token, as the released tokenizers have them."""
+    processor = FAMILIES["idefics3"].processor("left")
+    rules = shape_of(tiny("idefics3").config, "idefics3", FAMILIES["idefics3"].settings).rules
+    for size in ((48, 48), (70, 50), (20, 60), (96, 10)):
+        shape, (found,) = rules.of_size(size).shape, processor._get_num_multimodal_tokens([size[::-1]])["num_image_tokens"]
+        assert shape.length + shape.marked == found
+
+
+def test_line_breaks_that_are_two_tokens_are_one_mark():
+    model, inputs = tiny("idefics3"), make("idefics3", "one image")
+    ids = inputs["input_ids"][0].tolist()
+    at = ids.index(MARKED["\n\n"])
+    ids[at : at + 1] = [MARKED["\n"], MARKED["\n"]]
+    two = torch.tensor([ids])
+    call = {**inputs, "input_ids": two, "attention_mask": torch.ones_like(two)}
+    (one,) = me.prepare(model, "uniform:keep=0.3", **inputs).report.images
+    prepared = me.prepare(model, "uniform:keep=0.3", **call)
+    (image,) = prepared.report.images
+    assert (image.separators_full, image.planes) == (one.separators_full + 1, one.planes)
+    only_whole = torch.ones(two.shape[1], dtype=torch.bool)
+    only_whole[at : at + 2] = False
+    (last,) = me.prepare(model, OnlyLast(tokens=9), **call).report.images
+    assert last.separators_kept == 3  # the whole image's two in front, and the one behind
+
+
+class OnlyLast(me.Selector):
+    """The last k tokens."""
+
+    name = "only_last"
+
+    def select(self, v, k):
+        return torch.arange(len(v) - k, len(v))
+
+
+def test_what_drops_whole_tiles_drops_their_text():
+    """The whole picture alone is written as a picture that was never cut."""
+    model, inputs = tiny("idefics3"), make("idefics3", "one image")
+    prepared = me.prepare(model, OnlyLast(tokens=9), **inputs)
+    left = [token for token in prepared.model_kwargs["input_ids"][0].tolist() if token == IMAGE or token >= len(VOCABULARY)]
+    fake = MARKED["<fake_token_around_image>"]
+    assert left == [fake, MARKED["<global-img>"], *[IMAGE] * 9, fake]
+    assert prepared.model_kwargs["input_ids"].shape[1] == inputs["input_ids"].shape[1] - int((~prepared.visual_keep_mask).sum())
+
+
+def test_words_around_placeholders_are_no_names_of_tiles():
+    """Prompts made by hand, without the text that the processor puts around tiles."""
+    model = tiny("idefics3")
+    word = iter(range(VOCABULARY["user"], len(VOCABULARY)))
+    row = [1, next(word), next(word), *[IMAGE] * 9, next(word), next(word), *[IMAGE] * 18, next(word)]
+    ids = torch.tensor([row])
+    pixels = torch.rand(1, 3, 3, 24, 24)
+    report = me.prepare(model, "uniform:keep=0.3", input_ids=ids, pixel_values=pixels).report
+    assert [(i.full, i.separators_full) for i in report.images] == [(9, 0), (18, 0)]
