@@ -22,8 +22,9 @@ from importlib.resources import files
 from typing import Any
 
 from ..compressors.kinds import PRE_LLM
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, UnsupportedModelError
 from .facts import FACTS, REFUSED
+from .rules import check_reducer
 
 KINDS = ("pre_llm", "projector", "in_llm", "attention", "in_tower")  # and, before the decoder, what asks the tower or works in it
 CHECKS = ("identity", "cache", "batch")
@@ -212,7 +213,13 @@ class Patient:
             "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
             "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
         }  # fmt: skip
-        return build(specs[kind]), ""
+        method = build(specs[kind])
+        if kind == "in_llm":
+            try:
+                check_reducer(self.adapter, method)
+            except UnsupportedModelError as error:
+                return None, str(error)
+        return method, ""
 
     # -------------------------------------------------------------------------------------------------------------- checks
 
@@ -301,7 +308,7 @@ class Patient:
             parts = [prompt[name] for prompt in self.prompts]
             if value.shape == self.prompts[0]["input_ids"].shape:
                 parts = [torch.nn.functional.pad(part, (longest - part.shape[1], 0)) for part in parts]
-            out[name] = torch.cat(parts)
+            out[name] = self.adapter.joined(name, parts)
         return out
 
 

@@ -195,7 +195,7 @@ def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, pro
         prompt += written(one, placeholder, adapter)
     ids = torch.tensor([prompt + text] * batch)
     types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
-    return {"input_ids": ids, **types, **{k: torch.cat([v] * batch) for k, v in vision.items()}}
+    return {"input_ids": ids, **types, **{k: adapter.joined(k, [v] * batch) for k, v in vision.items()}}
 
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[VisualShape]]:

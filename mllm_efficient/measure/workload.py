@@ -71,7 +71,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
         images = _images(adapter.with_settings(loaded.picture_settings), size, workload.images)
         one = drawn_inputs(adapter, images, seed)
         ids = _with_text(adapter, [image.shape for image in images], workload.text_tokens, seed)
-        call = {k: _repeated(v, batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
+        call = {k: adapter.joined(k, [v] * batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
         if adapter.mrope:
             call["mm_token_type_ids"] = visual_in(call["input_ids"], adapter.placeholders).int()
@@ -158,11 +158,6 @@ def text_ids(adapter: Any, count: int, seed: int) -> Tensor:
                 special.add(getattr(holder, name))
     plain = torch.tensor([i for i in range(min(config.vocab_size, 2000)) if i not in special])
     return plain[torch.randint(len(plain), (count,), generator=torch.Generator().manual_seed(seed))]
-
-
-def _repeated(value: Tensor, batch: int) -> Tensor:
-    """The arguments of one prompt for a batch of them, image by image."""
-    return torch.cat([value] * batch)
 
 
 # ----------------------------------------------------------------------------------- inputs of a processor
