@@ -261,7 +261,7 @@ def qwen3_vl():
 def _model(name: str, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[name].build().eval()
+        model = EVERY[name].build().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # The decoder's matrices are larger: with 0.1 everywhere greedy decoding falls into short loops.
@@ -479,6 +479,38 @@ def mistral3_processor(side: str):
     return row_breaks()(image_processor=pictures, tokenizer=pixtral_tokenizer(side), patch_size=4, spatial_merge_size=2)
 
 
+def minicpm():
+    config = transformers.MiniCPMV4_6Config(
+        text_config=dict(
+            vocab_size=len(MARKED), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2,
+            max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, model_type="qwen3_5_text",
+        ),
+        vision_config=dict(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=4,
+            model_type="minicpmv4_6_vision",
+        ),
+        insert_layer_id=0, image_size=32, image_token_id=VOCABULARY["<image>"], video_token_id=VOCABULARY["<video>"],
+    )  # fmt: skip
+    return transformers.MiniCPMV4_6ForConditionalGeneration(config)
+
+
+MINICPM_NAMES = {
+    "image_token": "<image>", "video_token": "<video>", "image_start_token": "<img>", "image_end_token": "</img>",
+    "slice_start_token": "<|vision_start|>", "slice_end_token": "<|vision_end|>", "image_id_start_token": "<|image_pad|>",
+    "image_id_end_token": "<|video_pad|>",
+}  # fmt: skip
+
+
+def minicpm_processor(side: str):
+    pictures = transformers.MiniCPMV4_6ImageProcessorPil(scale_resolution=32, patch_size=4, max_slice_nums=6, use_image_id=False)
+    videos = Videos()
+    videos.slice_mode, videos.downsample_mode = False, "16x"
+    return standing_in(transformers.MiniCPMV4_6Processor)(
+        image_processor=pictures, tokenizer=named(tokenizer(side, marked=True), MINICPM_NAMES), video_processor=videos
+    )
+
+
 def idefics3_processor(side: str):
     pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24})
     text = copy.deepcopy(tokenizer(side, marked=True))
@@ -532,6 +564,22 @@ FAMILIES = {
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
     )
 }
+# Families that do less than all tests of ``FAMILIES`` ask: layers that carry a state, FLOPs that are not known.
+APART = {
+    f.name: f
+    for f in (
+        Family(
+            "minicpmv4_6",
+            minicpm,
+            minicpm_processor,
+            tiled=True,
+            in_prompt=True,
+            marked=True,
+            settings={"scale_resolution": 32, "max_slice_nums": 6},
+        ),
+    )
+}
+EVERY = {**FAMILIES, **APART}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
 
@@ -548,7 +596,7 @@ def video(name: str, row: str) -> np.ndarray:
     """Frames (F, H, W, 3) of a row's video: three in a tile's size, or of a size of their own where the family takes any."""
     side = {"llava_onevision": 25}.get(name, TILE)
     count, height, width = (
-        {"video": (4, 24, 40), "image and video": (6, 16, 24)}.get(row, (4, 32, 16)) if FAMILIES[name].mrope else (3, side, side)
+        {"video": (4, 24, 40), "image and video": (6, 16, 24)}.get(row, (4, 32, 16)) if EVERY[name].mrope else (3, side, side)
     )
     seed = 1000 + list(PROMPTS).index(row)
     return torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).numpy()
@@ -562,12 +610,12 @@ def pictures(row: str) -> list[Image.Image]:
 
 @functools.cache
 def _processor(name: str, padding_side: str):
-    return FAMILIES[name].processor(padding_side)
+    return EVERY[name].processor(padding_side)
 
 
 def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], videos: Sequence = (), padding_side: str = "left"):
     """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
     given = [row for row in images if row] if name == "llava_onevision" else [picture for row in images for picture in row]
     call = {"images": given or None, "videos": list(videos) or None}

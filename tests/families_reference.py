@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .families import (
-    FAMILIES,
+    EVERY,
     MARKED,
     VOCABULARY,
 )
@@ -136,7 +136,7 @@ def anyres(name: str, model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, 
 @torch.no_grad()
 def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
     """The images and videos of a row (or of each row of an unpadded batch of one) in prompt order, in full."""
-    family, ids = FAMILIES[name], inputs["input_ids"][0]
+    family, ids = EVERY[name], inputs["input_ids"][0]
     found: dict[str, list[Visual]] = {"image": [], "video": []}
     where = {"image": (ids == family.image_token).nonzero()[:, 0]}
     where["video"] = (ids == family.video_token).nonzero()[:, 0] if family.video else torch.zeros(0, dtype=torch.long)
@@ -176,6 +176,17 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 add("image", features, torch.zeros(len(features), dtype=torch.bool), [(3, 3)] * tiles, parts)
                 found["image"][-1] = replace(found["image"][-1], marks=marks)
             assert at == len(made)
+    elif name == "minicpmv4_6":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "target_sizes")}
+            made = iter(zip(model.model.get_image_features(**call, return_dict=True).pooler_output, inputs["target_sizes"].tolist()))
+            for crops, marks in slices(ids, family.image_token):
+                own = [next(made) for _ in range(crops)]
+                features = torch.cat([part for part, _ in own])
+                parts = torch.cat([torch.full((len(part),), i) for i, (part, _) in enumerate(own)])
+                planes = [(h // 4, w // 4) for _, (h, w) in own]
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), planes, parts)
+                found["image"][-1] = replace(found["image"][-1], marks=marks)
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -249,6 +260,37 @@ def named_tiles(ids: Tensor, image_token: int) -> list[tuple[int, tuple[tuple[in
     return out
 
 
+def slices(ids: Tensor, image_token: int) -> list[tuple[int, tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]]]:
+    """Crops and marks of each MiniCPM-V image: what opens and closes a crop stays with it, a line break between its row and a later one.
+
+    What is around an image of a single crop is no mark: it stays in any case.
+    """
+    opens = {VOCABULARY["<img>"]: True, VOCABULARY["<|vision_start|>"]: False}
+    images: list[list[tuple[int, ...]]] = []
+    lines: list[dict[int, int]] = []
+    for at, token in enumerate(ids.tolist()):
+        if token in opens:
+            stop = at + 1
+            while int(ids[stop]) == image_token:
+                stop += 1
+            if opens[token]:
+                images.append([])
+                lines.append({})
+            images[-1].append(tuple(range(at + 1, stop)))
+        elif token == MARKED["\n"]:
+            lines[-1][at] = len(images[-1])
+    out = []
+    for crops, breaks in zip(images, lines):
+        marks: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
+        for crop in crops:
+            marks += [(crop[0] - 1, (crop,)), (crop[-1] + 1, (crop,))]
+        starts = [1, *breaks.values(), len(crops)]
+        for i, line in enumerate(breaks):
+            marks.append((line, (sum(crops[starts[i] : starts[i + 1]], ()), sum(crops[starts[i + 1] :], ()))))
+        out.append((len(crops), tuple(sorted(marks)) if len(crops) > 1 else ()))
+    return out
+
+
 def left_marks(visual: Visual, kept: Kept) -> list[int]:
     """Columns of the text between tokens that stays."""
     there = set(visual.columns[kept.stay].tolist())
@@ -291,7 +333,7 @@ def merged(
 
 def rope_index(name: str, model: Any, ids: Tensor, inputs: dict[str, Any], grids: dict[str, Tensor]) -> Tensor:
     """Positions (3, L) of a row without padding, by the stock model."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     types = (ids == family.image_token).int() + 2 * (ids == family.video_token).int()
     seconds = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}
     return model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids, **seconds)[0][:, 0]
@@ -315,7 +357,7 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         stays[[column for column, _ in item.marks]] = False
         stays[left_marks(item, left)] = True
     columns = stays.nonzero()[:, 0]
-    if not FAMILIES[name].mrope:
+    if not EVERY[name].mrope:
         at = columns if positions == "keep" else torch.arange(len(columns))
         following = len(ids) if positions == "keep" else len(columns)
         at = at[None]

@@ -47,9 +47,9 @@ from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.patches import transformers_version
 
 from ..families import (
+    EVERY,
     FAMILIES,
     MROPE,
-    VOCABULARY,
     WITH_VIDEO,
     make,
     patchify,
@@ -178,15 +178,16 @@ def position_rule(name: str, spec: str) -> str:
 def sequence(name: str, model: Any, spec: str, inputs: dict[str, Any]):
     """One row as ``spec`` leaves it, ready for the bare language model."""
     found, ids = visuals(name, model, inputs), inputs["input_ids"][0]
-    family = FAMILIES[name]
-    words = (ids != family.image_token) & (ids != family.video_token) & (ids < len(VOCABULARY))  # row breaks and the like are none
+    family = EVERY[name]
+    words = (ids != family.image_token) & (ids != family.video_token)
+    words[[column for visual in found for column, _ in visual.marks]] = False  # row breaks and the like are none
     text = model.get_input_embeddings()(ids[words])
     return splice(name, model, inputs, found, [by_hand(spec, v, i, text) for i, v in enumerate(found)], position_rule(name, spec))
 
 
 def types(name: str, ids: Tensor) -> dict[str, Tensor]:
     """mm_token_type_ids, where the family's processor gives them."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     return {"mm_token_type_ids": (ids == family.image_token).int() + 2 * (ids == family.video_token).int()} if family.mrope else {}
 
 

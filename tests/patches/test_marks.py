@@ -19,7 +19,8 @@ from mllm_efficient.patches import adapter_for
 from mllm_efficient.tokens import Mark, Plane, VisualShape
 
 from ..families import FAMILIES, MARKED, VOCABULARY, make, noise, tiny
-from ..families_reference import visuals
+from ..families_reference import greedy, logits, visuals
+from .test_families import sequence
 
 NAMES = tuple(f.name for f in FAMILIES.values() if f.marked)
 NEW = dict(max_new_tokens=6)
@@ -294,3 +295,141 @@ def test_words_around_placeholders_are_no_names_of_tiles():
     pixels = torch.rand(1, 3, 3, 24, 24)
     report = me.prepare(model, "uniform:keep=0.3", input_ids=ids, pixel_values=pixels).report
     assert [(i.full, i.separators_full) for i in report.images] == [(9, 0), (18, 0)]
+
+
+# ------------------------------------------------------------------------------------------------ MiniCPM-V
+
+MINICPM = "minicpmv4_6"
+ROWS = ("one image", "two images", "touching images", "long text")
+SELECTED = ("divprune:keep=0.25", "uniform:keep=0.1", "random:keep=0.5", "cdpruner:keep=0.25", "divprune:keep=0.2,per=tile")
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "spec", [*SELECTED, "pool:keep=0.5", "tome:keep=0.3", "divprune:keep=0.25,positions=keep", "uniform:keep=0.3,newline=keep"]
+)
+def test_minicpm_equals_the_slow_reference(spec, row):
+    """Layers that carry a state see the columns that are left and no others."""
+    model, inputs = tiny(MINICPM), make(MINICPM, row)
+    expected = sequence(MINICPM, model, spec, inputs)
+    prepared = me.prepare(model, spec, **inputs)
+    if not me.build(spec).merges:
+        assert prepared.visual_keep_mask[0].nonzero()[:, 0].tolist() == expected.columns.tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**prepared.model_kwargs).logits[0], logits(model, expected), atol=1e-4, rtol=1e-4)
+    wanted = greedy(model, expected)
+    assert answer(me.wrap(model, spec), inputs)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.5", "resize:keep=0.6"])
+def test_minicpm_in_a_batch_answers_as_one_by_one(spec, beams):
+    model, rows = me.wrap(tiny(MINICPM), spec), ("one image", "two images", "text only", "long text")
+    together = model.generate(**make(MINICPM, *rows), **NEW, num_beams=beams)[:, -6:]
+    alone = torch.cat([model.generate(**make(MINICPM, row), **NEW, num_beams=beams)[:, -6:] for row in rows])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("spec", ["none", "divprune:keep=1", "pool:keep=1", "resize:keep=1"])
+def test_minicpm_that_keeps_everything_is_bit_equal(spec):
+    from mllm_efficient.apply.prepare import encode
+
+    model, inputs = tiny(MINICPM), make(MINICPM, "one image", "two images", "text only")
+    prepared = me.prepare(model, spec, encoded=encode(model, spec, **inputs), **inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**prepared.model_kwargs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+@pytest.mark.parametrize("size", [(40, 40), (64, 40), (20, 60), (70, 7), (31, 33), (500, 30), (100, 100), (1, 1)])
+def test_a_picture_is_cut_into_the_slices_that_its_processor_cuts(size, mode):
+    from transformers import MiniCPMV4_6ImageProcessorPil
+
+    for settings in ({"max_slice_nums": 9}, {"max_slice_nums": 4, "slice_mode": True}, {"slice_mode": False}, {"max_slice_nums": 1}):
+        settings = {"scale_resolution": 32, "downsample_mode": mode, **settings}
+        out = MiniCPMV4_6ImageProcessorPil(patch_size=4, **settings)(noise(0, *size), return_tensors="pt")
+        merge = 2 if mode == "4x" else 4
+        wanted = [(h // merge, w // merge) for h, w in out["target_sizes"].tolist()]
+        shape = shape_rules(settings).of_size(size).shape
+        assert [(plane.rows, plane.columns) for plane in shape.planes] == wanted
+        rows, columns = out["grids"][0]
+        assert shape.marked == (0 if len(wanted) == 1 else 2 * len(wanted) + rows - 1) and len(wanted) == 1 + rows * columns
+
+
+def shape_rules(settings: dict) -> Any:
+    from mllm_efficient.patches.rules import rules_class
+
+    return rules_class(MINICPM)(MINICPM, tiny(MINICPM).config, settings)
+
+
+@pytest.mark.parametrize("row", ["one image", "two images"])
+def test_resize_of_minicpm_is_the_stock_model_on_smaller_crops(row):
+    model, inputs, spec = tiny(MINICPM), make(MINICPM, row), "resize:keep=0.6"
+    report = me.prepare(model, spec, **inputs).report
+    found, sizes, strips, stays = visuals(MINICPM, model, inputs), [], [], torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    crops, at = iter(inputs["target_sizes"].tolist()), 0
+    for visual, image in zip(found, report.images):
+        assert image.kept <= round(0.6 * visual.n) and len(image.kept_planes) == len(visual.planes)
+        start = 0
+        for full, plane in zip(visual.planes, image.kept_planes):
+            (h, w), (rows, columns) = next(crops), (plane.rows, plane.columns)
+            strip = inputs["pixel_values"][0, :, :, at : at + h * w * 4]
+            at += h * w * 4
+            picture = torch.stack([strip[:, :, i * 4 : i * 4 + 4] for i in range(h * w)])  # patches (h * w, C, 4, 4)
+            picture = picture.view(h, w, -1, 4, 4).permute(2, 0, 3, 1, 4).reshape(1, -1, h * 4, w * 4)
+            small = interpolate(picture, (rows * 16, columns * 16), mode="bicubic", antialias=True)[0]
+            patches = [small[:, r * 4 : r * 4 + 4, c * 4 : c * 4 + 4] for r in range(rows * 4) for c in range(columns * 4)]
+            strips.append(torch.cat(patches, -1))
+            sizes.append((rows * 4, columns * 4))
+            own = visual.columns[start : start + math.prod(full)]
+            stays[own] = False
+            stays[own[: rows * columns]] = True
+            start += math.prod(full)
+    ids = inputs["input_ids"][:, stays]
+    call = {"pixel_values": torch.cat(strips, -1)[None], "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
+    expected = answer(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **call})
+    assert torch.equal(answer(me.wrap(model, spec), inputs), expected)
+
+
+def minicpm_47() -> Any:
+    """A tiny MiniCPM-V 4.7 whose marks are those of the tests' prompts."""
+    import transformers
+
+    old = tiny(MINICPM).config
+    rope = {"rope_type": "default", "rope_theta": 20.0, "partial_rotary_factor": 1.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text, vision = (
+        {**old.text_config.to_dict(), "rope_parameters": rope},
+        {**old.vision_config.to_dict(), "model_type": "minicpmv4_7_vision"},
+    )
+    config = transformers.MiniCPMV4_7Config(
+        text_config=text, vision_config=vision, insert_layer_id=0, image_size=32,
+        image_token_id=VOCABULARY["<image>"], video_token_id=VOCABULARY["<video>"], image_start_id=VOCABULARY["<img>"],
+        image_end_id=VOCABULARY["</img>"], slice_start_id=VOCABULARY["<|vision_start|>"], slice_end_id=VOCABULARY["<|vision_end|>"],
+        newline_id=MARKED["\n"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MiniCPMV4_7ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+@pytest.mark.parametrize("row", ["one image", "two images", "touching images"])
+@pytest.mark.parametrize("spec", ["divprune:keep=0.25", "uniform:keep=0.1"])
+def test_positions_on_the_canvas_stay_those_of_the_whole_prompt(spec, row):
+    """MiniCPM-V 4.7: text between slices has places on the canvas too."""
+    model, inputs = minicpm_47(), make(MINICPM, row)
+    types = (inputs["input_ids"] == IMAGE).long()
+    inputs["mm_token_type_ids"] = types
+    places, _ = model.model.get_rope_index(inputs["input_ids"], mm_token_type_ids=types, target_sizes=inputs["target_sizes"])
+    prepared = me.prepare(model, spec, **inputs)
+    keep = prepared.visual_keep_mask[0]
+    features = torch.cat(model.model.get_image_features(inputs["pixel_values"], inputs["target_sizes"], return_dict=True).pooler_output)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])[0].clone()
+    embeds[types[0].bool()] = features
+    with torch.no_grad():
+        hidden = model.get_decoder()(inputs_embeds=embeds[keep][None], position_ids=places[:, :, keep]).last_hidden_state
+        torch.testing.assert_close(model(**prepared.model_kwargs).logits, model.lm_head(hidden), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(places[1, 0], places[2, 0]) and any(i.separators_full for i in prepared.report.images)
