@@ -101,10 +101,11 @@ def check(model_type: str, kinds: Sequence[str], device: str = "cpu", attn_imple
     """All checks of one family with some kinds of methods. Never raises for what a check finds."""
     import torch
 
-    from . import require_present
+    from . import require_present, require_whole
 
     try:
         require_present(model_type)
+        require_whole(model_type)
     except MllmEfficientError as error:
         return [Row(model_type, kind, name, None, str(error)) for kind in kinds for name in CHECKS]
     rows: list[Row] = []

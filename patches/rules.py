@@ -38,6 +38,7 @@ FAMILIES = {
     "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
     "idefics3": ("Idefics3ForConditionalGeneration", "smolvlm:Idefics3"),
     "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm:SmolVLM"),
+    "llama4": ("Llama4ForConditionalGeneration", "llama4:Llama4"),
     "minicpmv4_6": ("MiniCPMV4_6ForConditionalGeneration", "minicpm:MiniCPMV46"),
     "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", "minicpm:MiniCPMV47"),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),

@@ -33,7 +33,7 @@ SHAPES = (
     "mistral-small-3.1-24b", "qwen2.5-vl-7b", "smolvlm2-2.2b",
 )  # fmt: skip
 PACKED = ("lightonocr-1b", "mistral-small-3.1-24b")
-ALIKE = ("lighton_ocr", "smolvlm", "minicpmv4_6", "minicpmv4_7")  # tests/patches/test_marks.py has what is different
+ALIKE = ("lighton_ocr", "smolvlm", "minicpmv4_6", "minicpmv4_7", "llama4")  # tests/patches/test_marks.py has what is different
 TEXT = 64
 # Text tokens per data set, without the system prompt, and visual tokens of LLaVA-1.6: DivPrune's own FLOPs script.
 PAPER_TEXT = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
