@@ -180,38 +180,6 @@ def cohere2_vision():
     return transformers.Cohere2VisionForConditionalGeneration(config)
 
 
-def pixtral(**settings: Any):
-    return transformers.PixtralVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=12,
-        image_size=48,
-        patch_size=4,
-        **settings,
-    )
-
-
-def mistral3():
-    text = transformers.MistralConfig(
-        **{**llama(vocab_size=len(MARKED)).to_dict(), "head_dim": 16, "sliding_window": None, "model_type": "mistral"}
-    )
-    config = transformers.Mistral3Config(
-        vision_config=pixtral(), text_config=text, image_token_index=VOCABULARY["<image>"], spatial_merge_size=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.Mistral3ForConditionalGeneration(config)
-
-
-def idefics3():
-    vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=4)
-    config = transformers.Idefics3Config(
-        vision_config=vision, text_config=llama(vocab_size=len(MARKED)), image_token_id=VOCABULARY["<image>"], scale_factor=2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.Idefics3ForConditionalGeneration(config)
-
-
 def mrope_text(**settings: Any) -> dict[str, Any]:
     # A small theta makes all three rows of positions matter to the last digit.
     return dict(
@@ -454,69 +422,6 @@ def cohere2_vision_processor(side: str):
     return standing_in(Cohere2VisionProcessor)(image_processor=Cohere2Tiles(), tokenizer=cohere2_tokenizer(side))
 
 
-@functools.cache
-def pixtral_tokenizer(padding_side: str):
-    names = {"image_token": "<image>", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
-    return named(tokenizer(padding_side, marked=True), names)
-
-
-@functools.cache
-def row_breaks() -> type:
-    """Stands in for Pixtral's processor, which needs torchvision: that of LightOnOCR, and a break after every row."""
-    from transformers.models.lighton_ocr.processing_lighton_ocr import LightOnOcrProcessor
-
-    class RowBreaks(LightOnOcrProcessor):
-        def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-            height, width = (int(side) // self.effective_patch_size for side in image_inputs["image_sizes"][image_idx])
-            rows = [self.image_token * width] * height
-            return self.image_break_token.join(rows) + self.image_end_token
-
-    return RowBreaks
-
-
-def mistral3_processor(side: str):
-    pictures = transformers.PixtralImageProcessorPil(size={"longest_edge": 48}, patch_size={"height": 8, "width": 8})
-    return row_breaks()(image_processor=pictures, tokenizer=pixtral_tokenizer(side), patch_size=4, spatial_merge_size=2)
-
-
-def minicpm():
-    config = transformers.MiniCPMV4_6Config(
-        text_config=dict(
-            vocab_size=len(MARKED), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=16, linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=2,
-            max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, model_type="qwen3_5_text",
-        ),
-        vision_config=dict(
-            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=4,
-            model_type="minicpmv4_6_vision",
-        ),
-        insert_layer_id=0, image_size=32, image_token_id=VOCABULARY["<image>"], video_token_id=VOCABULARY["<video>"],
-    )  # fmt: skip
-    return transformers.MiniCPMV4_6ForConditionalGeneration(config)
-
-
-MINICPM_NAMES = {
-    "image_token": "<image>", "video_token": "<video>", "image_start_token": "<img>", "image_end_token": "</img>",
-    "slice_start_token": "<|vision_start|>", "slice_end_token": "<|vision_end|>", "image_id_start_token": "<|image_pad|>",
-    "image_id_end_token": "<|video_pad|>",
-}  # fmt: skip
-
-
-def minicpm_processor(side: str):
-    pictures = transformers.MiniCPMV4_6ImageProcessorPil(scale_resolution=32, patch_size=4, max_slice_nums=6, use_image_id=False)
-    videos = Videos()
-    videos.slice_mode, videos.downsample_mode = False, "16x"
-    return standing_in(transformers.MiniCPMV4_6Processor)(
-        image_processor=pictures, tokenizer=named(tokenizer(side, marked=True), MINICPM_NAMES), video_processor=videos
-    )
-
-
-def idefics3_processor(side: str):
-    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 24})
-    text = copy.deepcopy(tokenizer(side, marked=True))
-    return transformers.Idefics3Processor(image_processor=pictures, tokenizer=text, image_seq_len=9)
-
-
 def qwen_processor(cls: str) -> Callable[[str], Any]:
     def make(side: str):
         pictures = transformers.Qwen2VLImageProcessorPil(
@@ -531,6 +436,8 @@ def _mrope(name: str, build: Callable, processor: str, video: str) -> Family:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     return Family(name, build, qwen_processor(processor), image, video, mrope=True)
 
+
+from .families_marked import idefics3, idefics3_processor, minicpm, minicpm_processor, mistral3, mistral3_processor  # noqa: E402
 
 FRAMED = "<|vision_start|><|video_pad|><|vision_end|>"
 FAMILIES = {

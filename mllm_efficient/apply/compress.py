@@ -75,8 +75,8 @@ def compress_images(
     watch.read()
     parts = _indices_on_cpu(parts)
     seconds = clock.seconds()
-    done = [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)]
-    return [replace(d, all_marks=p.all_marks) for p, d in zip(plans, done)], seconds
+    images = [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)]
+    return [replace(image, all_marks=p.all_marks) for p, image in zip(plans, images)], seconds
 
 
 def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:

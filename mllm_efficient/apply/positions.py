@@ -77,7 +77,7 @@ def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -
     seconds = list[Any]()
     for image, p, done in sorted(images, key=lambda known: known[0].index):
         whole = rule == "keep" or p.untouched or done is None  # as the call has it: a model of crops of several sizes is told them
-        planes = p.shape.planes if whole else done.kept_planes
+        planes = p.shape.planes if whole or done is None else done.kept_planes
         if planes is None:  # selected tokens, which count on as text does
             types[image.row, _columns(ids, image, images)] = 0
             continue

@@ -119,8 +119,8 @@ class Llama4Adapter(InternVLAdapter, Llama4Rules):
         return [replace(item, shape=shape) for item, shape in zip(super().items(inputs), shapes)]
 
     def _images(self, rows: list[list[int]], pixels: Tensor) -> list[VisualShape]:
-        grid = tuple(int(side // self.patch) // self.shrunk for side in pixels.shape[-2:])
-        shapes = []
+        high, wide = (int(side // self.patch) // self.shrunk for side in pixels.shape[-2:])
+        grid, shapes = (high, wide), list[VisualShape]()
         for ids in rows:
             for tiles, down in images_of(ids, self.placeholders["image"], grid[0] * grid[1]):
                 shape = self.shape(tiles, grid, down or 1)

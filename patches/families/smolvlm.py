@@ -124,7 +124,8 @@ class SmolVLMAdapter(InternVLAdapter, SmolVLMRules):
             return []
         if not isinstance(pixels, torch.Tensor) or pixels.ndim != 5:
             raise CountMismatchError("pixel_values must be one tensor (batch, tiles, channels, height, width)")
-        grid = tuple(int(side // self.patch) // self.shrunk for side in pixels.shape[-2:])
+        down, across = (int(side // self.patch) // self.shrunk for side in pixels.shape[-2:])
+        grid = (down, across)
         n, out = grid[0] * grid[1], list[Item]()
         there = torch.ones(pixels.shape[:2], dtype=torch.bool) if pixels.is_meta else (pixels != 0).flatten(2).any(-1).cpu()
         for row, tiles, ids in zip(range(len(pixels)), there, inputs["input_ids"].tolist()):
