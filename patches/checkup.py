@@ -205,22 +205,19 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
-        if kind == "attention" and "attention" not in self.adapter.gives:
-            return None, "the attention of this family's tower is not known"
-        if kind == "in_tower" and not self.adapter.tower_blocks:
-            return None, "nothing works between the blocks of this family's tower"
+        lacks = {"attention": kind not in self.adapter.gives, "in_tower": not self.adapter.tower_blocks}
+        if lacks.get(kind):
+            return None, f"{kind}: nothing of this family's tower is known to methods"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         specs = {
             "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
             "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
         }  # fmt: skip
         method = build(specs[kind])
-        if kind == "in_llm":
-            try:
-                check_reducer(self.adapter, method)
-            except UnsupportedModelError as error:
-                return None, str(error)
-        return method, ""
+        try:
+            return method, check_reducer(self.adapter, method) or "" if kind == "in_llm" else ""
+        except UnsupportedModelError as error:
+            return None, str(error)
 
     # -------------------------------------------------------------------------------------------------------------- checks
 

@@ -97,8 +97,7 @@ def cost(
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
         convention: "exact", "divprune" or "sparsevlm".
-        visual_per_layer: visual tokens in each decoder layer, instead of those that the method leaves there.
-        marks: text columns between the images' tokens (row breaks, names of tiles) that stay in a prompt, instead of the most that can.
+        visual_per_layer, marks: visual tokens in each decoder layer, and text between them that stays, instead of the method's own.
 
     Raises:
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
@@ -113,15 +112,12 @@ def cost(
     check(rules, compressor)
     pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
-    if marks is not None:
-        kept = [replace(k, marks=0 if i else marks) for i, k in enumerate(kept)]
+    kept = kept if marks is None else [replace(k, marks=0 if i else marks) for i, k in enumerate(kept)]
     tokens, separators = sum(k.tokens for k in kept), sum(k.separators + k.marks for k in kept)
     lengths = _lengths(model, kept, text_tokens, visual_per_layer)
     vision = compress = decode = 0
     if convention == EXACT:
-        seen = [k.picture for k in kept]
-        among = batch_size * sum(p.views * p.patches[0] * p.patches[1] for p in seen) if rules.packed else 0
-        vision = sum(vision_flops(model, k.picture, compressor, k, among) + _extra_flops(model.tower, compressor, k) for k in kept)
+        vision = _seeing_flops(model, compressor, kept, batch_size)
         compress = 0 if before is None else _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens)
         compress += 0 if inside is None else choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
@@ -131,11 +127,17 @@ def cost(
     by_layer = inside is not None and visual_per_layer is None
     layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if by_layer else ()
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
-    b = batch_size
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
+        *(batch_size * part for part in (vision, compress, prefill, decode, cache)), _words(pictures), layers,
     )  # fmt: skip
+
+
+def _seeing_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], batch: int) -> int:
+    """Tower and projector of all images of a prompt, of which there are ``batch`` in a call, and what the method adds there."""
+    patches = sum(k.picture.views * k.picture.patches[0] * k.picture.patches[1] for k in kept)
+    among = batch * patches if model.rules.packed else 0
+    return sum(vision_flops(model, k.picture, method, k, among) + _extra_flops(model.tower, method, k) for k in kept)
 
 
 def _check(convention: str, text_tokens: int, visual_tokens: int | None, new_tokens: int, batch_size: int) -> None:
