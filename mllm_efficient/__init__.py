@@ -18,18 +18,21 @@ moved.install()
 _HOME = {
     "VisualTokens": "tokens", "CompressedTokens": "tokens", "Budget": "budget",
     "Compressor": "compressors.base", "Selector": "compressors.selector", "Merger": "compressors.merger",
-    "DivPrune": "compressors.divprune", "Random": "compressors.random", "Uniform": "compressors.uniform",
+    "DivPrune": "compressors.divprune", "DivMerge": "compressors.divmerge",
+    "Random": "compressors.random", "Uniform": "compressors.uniform",
     "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
     "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.encode", "Encoded": "apply.encode",
     "Layout": "apply.prompt",
     "Reducer": "compressors.reducer", "FastV": "compressors.fastv", "PyramidDrop": "compressors.pyramiddrop",
     "SparseVLM": "compressors.sparsevlm", "Dart": "compressors.dart",
-    "DPN": "compressors.dpn", "LayerTokens": "tokens", "ReducedTokens": "tokens",
+    "DPN": "compressors.dpn", "Proportional": "compressors.proportional", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "FlowCut": "compressors.flowcut",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
+    "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
+    "Hawk": "compressors.hawk",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
@@ -57,19 +60,26 @@ if TYPE_CHECKING:
     from .apply.wrap import unwrap as unwrap
     from .apply.wrap import wrap as wrap
     from .budget import Budget as Budget
+    from .compressors.apet import ApET as ApET
     from .compressors.base import Compressor as Compressor
     from .compressors.cdpruner import CDPruner as CDPruner
     from .compressors.dart import Dart as Dart
+    from .compressors.divmerge import DivMerge as DivMerge
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
     from .compressors.flowcut import FlowCut as FlowCut
+    from .compressors.hawk import Hawk as Hawk
     from .compressors.merger import Merger as Merger
+    from .compressors.mmtok import MMTok as MMTok
     from .compressors.none import NoCompression as NoCompression
+    from .compressors.otprune import OTPrune as OTPrune
     from .compressors.pool import Pool as Pool
     from .compressors.projector import Projector as Projector
+    from .compressors.proportional import Proportional as Proportional
     from .compressors.prumerge_plus import PruMergePlus as PruMergePlus
+    from .compressors.prunesid import PruneSID as PruneSID
     from .compressors.pyramiddrop import PyramidDrop as PyramidDrop
     from .compressors.random import Random as Random
     from .compressors.reducer import Reducer as Reducer

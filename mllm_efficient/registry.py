@@ -31,13 +31,17 @@ from .errors import (
 from .parsing import read_yaml
 
 GROUP = "mllm_efficient.compressors"
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn")
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
 IN_TOWER = ("flowcut",)
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
+OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
-    for name in ("none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", *INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER)
+    for name in (
+        *("none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"),
+        *(*INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER, *OF_2026),
+    )
 }
 _registered: dict[str, type] = {}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import MllmEfficientError
+from .tokens import counts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,9 @@ class ImageReport:
     its tokens such as row breaks and the names of tiles. per_layer: of an
     in-decoder method the tokens at each decoder layer, of which ``kept`` is the mean, rounded, and ``indices`` are those at
     the end; empty where all layers see the same. kernels: of a method that routes, the one chosen at each stage.
+    groups: (N,) of a selection into which the other tokens were merged: the place in ``indices`` (in ``of_merged`` behind another
+    projector, of whose tokens it then is) of the token that each is part of, -1 where that went inside the decoder; None where
+    nothing was merged so. counts: (K,) how many tokens each holds, itself included.
     """
 
     row: int
@@ -46,6 +50,12 @@ class ImageReport:
     per_layer: tuple[int, ...] = ()
     kernels: tuple[str, ...] = ()
     of_merged: Tensor | None = None
+    groups: Tensor | None = None
+
+    @property
+    def counts(self) -> Tensor | None:
+        left = self.of_merged if self.indices is None else self.indices
+        return None if self.groups is None or left is None else counts_of(self.groups, len(left))
 
 
 def by_layer(per_layer: Sequence[float]) -> str:

@@ -149,6 +149,8 @@ class VisualTokens:
     text: (T, D) embeddings of the row's text tokens; only if needed.
     clip_text: (d,), clip_patches: (N, d), of a method with a setting ``clip`` that names a CLIP model: the text of the row
         (the mean of its pieces' unit embeddings) and the tokens in CLIP's space; only if ``clip_text`` is needed.
+    heads: (heads, N) products of text and visual tokens in the decoder's first layer, without rotary positions, mean over the text;
+        only if needed.
     generator: seeded by (the method's seed, the image's key); for methods that draw.
     """
 
@@ -161,6 +163,7 @@ class VisualTokens:
     text: Tensor | None = None
     clip_text: Tensor | None = None
     clip_patches: Tensor | None = None
+    heads: Tensor | None = None
     generator: Generator | None = None
 
     def __len__(self) -> int:
@@ -169,16 +172,32 @@ class VisualTokens:
 
 @dataclass(frozen=True)
 class CompressedTokens:
-    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any; places: (K,)
-    ascending, of merged ones the token that each took the others into and whose place it has, if each has one."""
+    """features: (K, D); indices: (K,) of the kept tokens, or None where tokens were merged; grid of the K, if any.
+
+    places: (K,) ascending, of merged ones the token that each took the others into and whose place it has, if each has one.
+    groups: (N,) of a selection into whose tokens the others were merged: the place in ``indices`` of the kept token that each of the N
+    is part of, a kept one of itself. weights: (N,) what each counts in the mean of its group. None where nothing was merged.
+    """
 
     features: Tensor
     indices: Tensor | None = None
     grid: tuple[int, int] | None = None
+    groups: Tensor | None = None
+    weights: Tensor | None = None
     places: Tensor | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+    @property
+    def counts(self) -> Tensor | None:
+        """(K,) of how many tokens each kept one is the mean, itself included."""
+        return None if self.groups is None else counts_of(self.groups, len(self))
+
+
+def counts_of(groups: Tensor, k: int) -> Tensor:
+    """(k,) how many of groups (N,) are 0, 1 and so on; -1 is none of them."""
+    return torch.zeros(k + 1, dtype=torch.long, device=groups.device).index_add(0, groups + 1, torch.ones_like(groups))[1:]
 
 
 @dataclass(frozen=True)

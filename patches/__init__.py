@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -81,12 +82,10 @@ def adapter_for(model: Any) -> Adapter:
             return rules.adapter_class(FAMILIES[cls.__name__])(inner)
     kind = getattr(getattr(inner, "config", None), "model_type", "")
     if kind in facts.FACTS:
-        from .families.generic import GenericAdapter
-
         refusal = facts.FACTS[kind].refusal(transformers_version())
         if refusal:
             raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {refusal}")
-        return GenericAdapter(inner)
+        return importlib.import_module(f"{__name__}.families.generic").GenericAdapter(inner)
     raise UnsupportedModelError(f"{type(inner).__name__} is not supported{advice_on(type(inner).__name__, kind)}")
 
 
@@ -101,8 +100,7 @@ def learn(model: Any) -> None:
         return
     if kind in facts.REFUSED:
         raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {facts.REFUSED[kind]}")
-    from . import contract
-
+    contract = importlib.import_module(f"{__name__}.contract")  # which wraps models itself
     row = contract.guess(inner)
     facts.FACTS[kind] = row
     try:

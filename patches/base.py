@@ -126,7 +126,9 @@ class Adapter(Rules):
         """The class of the decoder's layers; of sharded ones, which have a class of their own, the one that they had."""
         from .decoder.hooks import decoder_of
 
-        classes = [cls.__name__ for cls in type(decoder_of(self.model).layers[0]).__mro__]
+        decoder = decoder_of(self.model)
+        layers = getattr(decoder, "layers", None)
+        classes = [cls.__name__ for cls in type(layers[0] if layers else decoder).__mro__]
         return next((name for name in classes if name in DECODERS.values()), classes[0])
 
     def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -217,6 +219,13 @@ class Adapter(Rules):
     def embed_text(self, ids: Tensor) -> Tensor:
         """Embeddings (T, D) of text tokens (T,)."""
         return self.model.get_input_embeddings()(ids)
+
+    def text_to_vision(self, text: Tensor, features: Tensor) -> Tensor:
+        """(heads, N) products of text (T, D) and visual features (N, D) in the first decoder layer, mean over the text."""
+        from .decoder.first import text_to_vision
+        from .decoder.hooks import decoder_of
+
+        return text_to_vision(decoder_of(self.model), text, features)
 
     def pack(self, features: Sequence[tuple[str, Tensor, tuple[Tensor, ...]]]) -> dict[str, Any]:
         """(modality, features, deep features) of each item in prompt order, as ``forward`` takes them in ``mm_encoder_outputs``."""

@@ -28,7 +28,7 @@ from .rules import check_reducer
 
 KINDS = ("pre_llm", "projector", "in_llm", "attention", "in_tower")  # and, before the decoder, what asks the tower or works in it
 CHECKS = ("identity", "cache", "batch")
-ROW_CHECKS = ("identity", "chosen", "batch", "count", "long")  # of ``contract``
+ROW_CHECKS = ("identity", "chosen", "batch", "inside", "count", "long")  # of ``contract``
 NEW = 4  # tokens that are decoded
 
 

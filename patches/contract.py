@@ -4,6 +4,8 @@
 * ``chosen``: a prompt without the columns of some visual tokens gives the logits of the plain model on the whole prompt with those
   columns masked and positions given by hand; where layers carry a state along, of the language model on the columns that stay.
 * ``batch``: two prompts with different pictures, padded, are answered as one by one, also with beams.
+* ``inside``: a method in the decoder that keeps everything changes no bit, and one that does not answers with a cache as without one,
+  unless the type refuses such methods.
 * ``count``: a prompt with too few placeholders raises.
 * ``long``: a tensor of the full prompt's length beside a shortened one raises.
 """
@@ -17,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_efficient.errors import CountMismatchError
+from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 
 from . import tiny
 from .examples import example
 from .facts import Facts
-from .families.generic import by_its_own_rule
+from .running import by_its_own_rule
 
 NEW = 3  # tokens that are decoded
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-4}
@@ -199,6 +201,25 @@ class Subject:
         return torch.cat([torch.nn.functional.pad(part, pad, value=nothing) for part, pad in zip(parts, pads)])
 
     @torch.no_grad()
+    def inside(self) -> str:
+        from mllm_efficient.apply.wrap import compressed
+        from mllm_efficient.registry import build
+
+        call, layer = self.prompts[0], max(1, self.adapter.deep_layers)
+        whole, half = (build(f"fastv:layer={layer},ratio={ratio}") for ratio in (1.0, 0.5))
+        try:
+            self.adapter.check_inside(half)
+        except UnsupportedModelError:
+            return ""
+        before = self.model(**call).logits
+        with compressed(self.model, whole):
+            if not torch.equal(self.model(**call).logits, before):
+                return "a method in the decoder that keeps everything changes the logits"
+        with compressed(self.model, half):
+            with_cache, without = (self.model.generate(**call, max_new_tokens=NEW, use_cache=use)[:, -NEW:] for use in (True, False))
+        return "" if torch.equal(with_cache, without) else f"{with_cache.tolist()} with a cache, {without.tolist()} without"
+
+    @torch.no_grad()
     def count(self) -> str:
         from mllm_efficient.apply.prepare import prepare
 
@@ -241,8 +262,6 @@ CARRIES_STATE = ("linear_attention", "conv", "mamba", "recurrent")
 
 def guess(model: Any) -> Facts:
     """The row that a model's class and configuration suggest."""
-    from mllm_efficient.errors import UnsupportedModelError
-
     base = getattr(model, "model", model)
     encoder = getattr(base, "get_image_features", None)
     if encoder is None:
@@ -262,7 +281,8 @@ def guess(model: Any) -> Facts:
 
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
-    "identity": Subject.identity, "chosen": Subject.chosen, "batch": Subject.batch, "count": Subject.count, "long": Subject.long,
+    "identity": Subject.identity, "chosen": Subject.chosen, "batch": Subject.batch, "inside": Subject.inside,
+    "count": Subject.count, "long": Subject.long,
 }  # fmt: skip
 
 

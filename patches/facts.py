@@ -28,6 +28,7 @@ class Facts:
     read: the part of the tower's output that the language model takes.
     recurrent: whether layers of the decoder carry a state along (linear attention, convolution, Mamba), which a masked token changes.
     gaps: whether positions can be given, so that kept tokens may keep theirs.
+    bidirectional: whether the tokens of an image attend to all of it.
     since: the first version of transformers that the row is right for. broken: one whose own model of the type raises at every call.
     example: how the pixels of one call look, a name of ``examples``. tiny: settings of the tiny model on which the row is checked.
     """
@@ -41,6 +42,7 @@ class Facts:
     read: str = "pooler_output"
     recurrent: bool = False
     gaps: bool = True
+    bidirectional: bool = False
     since: Version = (5, 19)
     broken: Version | None = None
     example: str = "square"
@@ -102,6 +104,7 @@ QWEN4 = {
         "indexer_compress_ratio": 1,
     },
 }  # fmt: skip
+UNIFIED = {"vision_config": {"model_type": "gemma4_unified_vision"}}
 
 FACTS: dict[str, Facts] = {
     "aria": Facts(tiny={"projector_patch_to_query_dict": {"64": 16}}),
@@ -116,9 +119,9 @@ FACTS: dict[str, Facts] = {
     "ernie4_5_vl_moe": _flat(mrope=3, tiny={"text_config": {"rope_parameters": {**ROPE, "mrope_section": [3, 3, 2]}}}),
     "exaone4_5": _flat(),
     "fuyu": Facts(read="last_hidden_state", example="linear", since=(5, 24)),
-    "gemma3": Facts(tiny={"mm_tokens_per_image": 16}),
-    "gemma4": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_vision"}}),
-    "gemma4_unified": Facts(example="tokens_with_positions", tiny={"vision_config": {"model_type": "gemma4_unified_vision"}}),
+    "gemma3": Facts(tiny={"mm_tokens_per_image": 16}, bidirectional=True),
+    "gemma4": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_vision"}}, bidirectional=True),
+    "gemma4_unified": Facts(example="tokens_with_positions", tiny=UNIFIED, bidirectional=True),
     "glm46v": _flat(mrope=3, tiny=GLM_ROPE),
     "glm4v": _flat(mrope=3, tiny=GLM_ROPE),
     "glm4v_moe": _flat(mrope=3, tiny=GLM_ROPE),
@@ -155,7 +158,7 @@ FACTS: dict[str, Facts] = {
     "nemotron_h_omni": Facts(recurrent=True, gaps=False, example="patches_hw", tiny=MAMBA),
     "ovis2": Facts(beside=("visual_indicator_features",)),
     "paddleocr_vl": _flat(mrope=3, example="patch_images", tiny=MROPE),
-    "paligemma": Facts(),
+    "paligemma": Facts(bidirectional=True),
     "pp_chart2table": Facts(),
     "qianfan_ocr": Facts(),
     "qwen2_5_vl": _flat(mrope=3, tiny=MROPE),
@@ -165,7 +168,7 @@ FACTS: dict[str, Facts] = {
     "qwen3_vl": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
     "qwen3_vl_moe": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
     "qwen4_exp": _flat(mrope=3, recurrent=True, tiny=QWEN4),
-    "shieldgemma2": Facts(tiny={"mm_tokens_per_image": 16}),
+    "shieldgemma2": Facts(tiny={"mm_tokens_per_image": 16}, bidirectional=True),
     "smolvlm": Facts(example="padded"),
     "step3p7": Facts(tiny={"text_config": {"sliding_window": 512}}),
     "unlimited_ocr": Facts(example="large", tiny=SAM),

@@ -20,7 +20,7 @@ from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.parsing import read_json
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from .sizes import Decoder, ProjectorSize, Tower, decoder_of
+from .sizes import PLAIN, Decoder, ProjectorSize, Tower, decoder_of
 
 if TYPE_CHECKING:
     from mllm_efficient.compressors.reducer import Reducer
@@ -145,6 +145,8 @@ class Rules:
         self.name, self.config, self.settings = name, config, dict(settings or {})
         if "attention" in self.gives and self.class_token and self.clip_tower:
             self.gives = self.gives | {"clip_text"}
+        if self.decoder in DECODERS.values():
+            self.gives = self.gives | {"heads"}
 
     def with_settings(self, settings: Settings) -> Any:
         """The same with other settings of the image processor."""
@@ -318,19 +320,26 @@ def _half(model_type: str, half: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------ what a decoder can be asked
 
-# kind of a text model: the class of its layers, in which in-decoder methods work
 ROUTER = "visual_router"  # name of a method's router in the decoder that it is put into
+# Kind of a text model: the class of its layers, in which in-decoder methods work. A test runs the doctor's check on every one.
 DECODERS = {
     "llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer", "qwen3": "Qwen3DecoderLayer",
     "qwen2_vl": "Qwen2VLDecoderLayer", "qwen2_5_vl": "Qwen2_5_VLDecoderLayer", "qwen3_vl": "Qwen3VLTextDecoderLayer",
+    "gemma": "GemmaDecoderLayer", "gemma2": "Gemma2DecoderLayer", "gemma3": "Gemma3DecoderLayer", "phi3": "Phi3DecoderLayer",
+    "granite": "GraniteDecoderLayer", "olmo2": "Olmo2DecoderLayer", "olmo3": "Olmo3DecoderLayer", "qwen2_moe": "Qwen2MoeDecoderLayer",
+    "qwen3_moe": "Qwen3MoeDecoderLayer", "mixtral": "MixtralDecoderLayer", "glm": "GlmDecoderLayer", "glm4": "Glm4DecoderLayer",
+    "cohere": "CohereDecoderLayer", "cohere2": "Cohere2DecoderLayer", "gpt_oss": "GptOssDecoderLayer", "ernie4_5": "Ernie4_5DecoderLayer",
+    "smollm3": "SmolLM3DecoderLayer", "starcoder2": "Starcoder2DecoderLayer", "stablelm": "StableLmDecoderLayer",
+    "helium": "HeliumDecoderLayer", "exaone4": "Exaone4DecoderLayer",
 }  # fmt: skip
+PLAIN_LAYERS = frozenset(DECODERS[kind] for kind in PLAIN)
 
 
 def check_reducer(model: Family, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in."""
     if model.decoder not in DECODERS.values():
         kind = model.decoder
-        raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")
+        raise UnsupportedModelError(f"{method.name} works inside decoders of {', '.join(DECODERS)}, and this one is of {kind}")
     if not model.mrope:
         return
     if method.merges:
@@ -339,7 +348,7 @@ def check_reducer(model: Family, method: Reducer) -> None:
         raise UnsupportedModelError(
             f"{method.name}: positions='renumber' has no meaning inside {model.name}, whose positions have three rows"
         )
-    first, deep = method.stages(model.decoder_layers)[0], model.deep_layers
+    first, deep = min(method.stages(model.decoder_layers), default=model.decoder_layers), model.deep_layers
     if first < deep:
         raise UnsupportedModelError(
             f"{method.name} drops tokens at layer {first}, and {model.name} adds visual features up to layer {deep}: drop there or later"

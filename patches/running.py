@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,14 @@ def input_of(module: Any, call: Callable[[], Any]) -> Tensor:
             f"{type(module).__name__} is run by something that passes no hooks by: use the model as transformers loads it"
         )
     return found[0]
+
+
+def by_its_own_rule(base: Any, vision: dict[str, Any], ids: Tensor, types: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Positions (axes, B, L) of a model's ``get_rope_index``, given those of the vision arguments that it takes."""
+    rule = base.get_rope_index
+    names = inspect.signature(rule).parameters
+    given = {name: value for name, value in vision.items() if name in names}
+    return rule(ids, mm_token_type_ids=types, attention_mask=mask, **given)[0]
 
 
 _eager_users, _eager = 0, contextlib.ExitStack()

@@ -12,8 +12,15 @@ from mllm_efficient.errors import UnsupportedModelError
 MLP_MATRICES = {
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
+    "cohere": 3, "ernie4_5": 3, "glm": 3, "glm4": 3, "granite": 3, "helium": 3, "olmo2": 3, "smollm3": 3,
 }  # fmt: skip
 SLIDING = ("mistral", "phi3", "gemma2", "cohere2")  # whose layers have a sliding window if the configuration names one
+# Kinds of text models whose attention is Llama's: separate projections, rotary positions in two halves, nothing more. Of others, in-decoder
+# methods are shown what the layer's own attention makes.
+PLAIN = (
+    "llama", "mistral", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma", "granite", "qwen2_moe", "qwen3_moe", "mixtral",
+    "starcoder2",
+)  # fmt: skip
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -37,6 +44,7 @@ class Decoder:
 
     width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
     sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
+    plain: whether keys of a layer can be made without its queries and values, by a method that is shown them.
     """
 
     layers: int
@@ -49,6 +57,7 @@ class Decoder:
     mlp_matrices: int = 3
     dtype: str = "float16"
     windows: tuple[int, ...] = ()
+    plain: bool = True
 
     def cached(self, lengths: Sequence[int]) -> list[int]:
         """What is left in the cache of each layer after ``lengths[i]`` tokens: a window holds what its next token will see."""
@@ -116,6 +125,7 @@ def decoder_of(config: Any, name: str) -> Decoder:
     return Decoder(
         text.num_hidden_layers, text.hidden_size, heads, kv_heads or heads, getattr(text, "head_dim", None) or text.hidden_size // heads,
         text.intermediate_size, text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
+        kind.removesuffix("_text") in PLAIN,
     )  # fmt: skip
 
 

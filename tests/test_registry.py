@@ -13,8 +13,10 @@ import mllm_efficient as me
 pytestmark = pytest.mark.once
 
 ROOT = Path(me.__file__).parent.parent
-BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "tokenflex", "fastv", "pyramiddrop", "sparsevlm", "dart", "dpn"]
+BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"]
+BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus", "flowcut"]
+BUILTIN += ["mmtok", "apet", "prunesid", "otprune", "hawk"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 
@@ -46,6 +48,7 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("pool", "Pool"),
         ("resize", "Resize"),
         ("divprune", "DivPrune"),
+        ("divmerge", "DivMerge"),
         ("cdpruner", "CDPruner"),
         ("spp", "SpatialPyramidPooling"),
         ("tome", "ToMe"),
@@ -54,6 +57,11 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("visionzip", "VisionZip"),
         ("scope", "Scope"),
         ("prumerge_plus", "PruMergePlus"),
+        ("mmtok", "MMTok"),
+        ("apet", "ApET"),
+        ("prunesid", "PruneSID"),
+        ("otprune", "OTPrune"),
+        ("hawk", "Hawk"),
     ],
 )
 def test_a_builtin_name_is_the_public_class(name, cls):

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from ..compressors.base import Compressor
 from ..compressors.math.finite import Watch, require_finite
+from ..compressors.merging import averaged
 from ..errors import CountMismatchError
 from ..plans import room_for
 from ..tokens import CompressedTokens, Mark, Plane, VisualShape, VisualTokens
@@ -21,12 +22,16 @@ from .stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may ask for beyond the tower's output. clip: a ``patches.tower.clip.Clip``."""
+    """What a method may ask for beyond the tower's output. clip: a ``patches.tower.clip.Clip``.
+
+    heads: gives the (heads, N) of ``VisualTokens`` for features (N, D).
+    """
 
     generator: Generator
     text: Tensor | None = None
     clip_text: Tensor | None = None
     clip: Any = None
+    heads: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class CompressedImage:
 
     features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
     placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones;
-    of_merged: (K,) those of them that stay on the CPU, None for all. all_marks: whether the text between placeholders stays, wherever
+    of_merged: (K,) those of them that stay on the CPU, None for all. groups: (N,) on the CPU, the place in ``indices`` of the kept
+    token that each is part of, None where none was merged into another. all_marks: whether the text between placeholders stays, wherever
     it belongs.
     """
 
@@ -45,6 +51,7 @@ class CompressedImage:
     indices: Tensor | None
     kept_planes: tuple[Plane, ...] | None = None
     of_merged: Tensor | None = None
+    groups: Tensor | None = None
     all_marks: bool = False
 
     def has_left(self) -> Callable[[Mark], bool]:
@@ -84,10 +91,13 @@ def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Ten
     return layers_of(method, p, encoding, context)[0]
 
 
-def layers_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> list[Tensor]:
-    """``rows_of`` the features, then of each deep layer."""
+def layers_of(method: Compressor, p: Plan, encoding: Any, context: Context, beside: Sequence[Tensor] = ()) -> list[Tensor]:
+    """``rows_of`` the features, then of each deep layer, then the rows of ``beside``.
+
+    beside: (N, ...) each, what is true of a token wherever it is kept, such as its place; only of methods that select.
+    """
     if p.untouched:
-        return [encoding.features, *encoding.deep]
+        return [encoding.features, *encoding.deep, *beside]
     ((*parts,),) = _compress(method, [p], [encoding], [context])
     layers = [torch.cat(of_layer) for of_layer in zip(*([done.features, *deep] for _, done, deep in parts))]
     places = []
@@ -95,10 +105,14 @@ def layers_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> l
         if done.indices is not None:
             own = group.indices
             places.append(done.indices if own is None else own.to(done.indices.device)[done.indices])
-    if len(parts) == 1 or not places:
+    if not places:
+        require(not beside, f"{method.name} merges tokens, which then have no place of their own")
         return layers
-    order = torch.cat(places).argsort()
-    return [layer[order] for layer in layers]
+    stay = torch.cat(places)
+    if len(parts) > 1:
+        stay, order = stay.sort()
+        layers = [layer[order] for layer in layers]
+    return [*layers, *(rows[stay] for rows in beside)]
 
 
 Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
@@ -128,6 +142,9 @@ def _jobs(p: Plan, encoding: Any, context: Context) -> list[Job]:
 
 def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Tensor], done: CompressedTokens) -> Part:
     require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
+    if done.groups is not None and done.weights is not None:
+        groups, weights, k = done.groups, done.weights, len(done)
+        return group, done, tuple(averaged(layer, groups.to(layer.device), weights.to(layer.device), k) for layer in layers)
     if done.indices is not None:
         return group, done, tuple(layer[done.indices.to(layer.device)] for layer in layers)
     merged = (method.merge(replace(part, features=layer), group.k).features for layer in layers)  # type: ignore[attr-defined]
@@ -135,17 +152,19 @@ def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Ten
 
 
 def _indices_on_cpu(items: list[list[Part]]) -> list[list[Part]]:
-    """The same with every index and place on the CPU: one copy for the whole batch, because each makes the CPU wait."""
-    found = [where.detach() for parts in items for _, done, _ in parts if (where := _where(done)) is not None]
+    """The same with every index, place and group on the CPU: one copy for the whole batch, because each makes the CPU wait."""
+    all_parts = [done for parts in items for _, done, _ in parts]
+    found = [t.detach() for done in all_parts for t in (_where(done), done.groups) if t is not None]
     if not found:
         return items
-    joined = torch.cat([i.to(found[0].device, torch.long) for i in found]).cpu()
-    on_cpu = iter(joined.split([len(i) for i in found]))
+    joined = torch.cat([t.to(found[0].device, torch.long) for t in found]).cpu()
+    on_cpu = iter(joined.split([len(t) for t in found]))
 
     def moved(done: CompressedTokens) -> CompressedTokens:
-        if _where(done) is None:
-            return done
-        return replace(done, **{"places" if done.indices is None else "indices": next(on_cpu)})
+        where, groups = (None if t is None else next(on_cpu) for t in (_where(done), done.groups))
+        if done.indices is None:
+            return replace(done, places=where, groups=groups)
+        return replace(done, indices=where, groups=groups)
 
     return [[(group, moved(done), deep) for group, done, deep in parts] for parts in items]
 
@@ -162,6 +181,8 @@ def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
     extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
     if context.clip is not None:
         extra |= {"clip_text": context.clip_text, "clip_patches": context.clip.patches(encoding.tower)}
+    if context.heads is not None:
+        extra["heads"] = context.heads(features)
     return VisualTokens(features, shape.grid, shape.tile(), shape.frame(), **extra)
 
 
@@ -170,7 +191,8 @@ def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
         return v
     per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys", "clip_patches")}
     picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
-    return replace(v, **picked, grid=group.grid)
+    heads = None if v.heads is None or group.indices is None else v.heads[:, group.indices.to(v.heads.device)]
+    return replace(v, **picked, grid=group.grid, heads=heads)
 
 
 def _pick(values: Tensor, group: Group) -> Tensor:
@@ -197,7 +219,8 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
     if all(_where(done) is not None for _, done, _ in parts) and (len(parts) > 1 or p.separators):  # others stay group after group
         order = taken.argsort()
         rows = [r[order.to(r.device)] for r in rows]
-    done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, _merged_planes(parts) if indices is None else None)
+    merged = _merged_planes(parts) if indices is None else None
+    done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, merged, groups=_groups(shape, parts, indices))
     return done if p.after is None else _after_projector(p, done)
 
 
@@ -223,6 +246,26 @@ def _placeholders(method: Compressor, shape: VisualShape, parts: list[Part]) -> 
         return torch.cat(slots), None
     kept = torch.cat(indices)
     return torch.cat(slots), kept.sort().values if len(parts) > 1 and method.order == "raster" else kept
+
+
+def _groups(shape: VisualShape, parts: list[Part], indices: Tensor | None) -> Tensor | None:
+    """(N,) the place in ``indices`` of the token of the image that each is part of; None where no part says so."""
+    if indices is None or all(done.groups is None for _, done, _ in parts):
+        return None
+    joined = torch.arange(shape.n)
+    for group, done, _ in parts:
+        own = torch.arange(shape.n) if group.indices is None else group.indices
+        if done.groups is None or done.indices is None:
+            raise CountMismatchError("a part of an image was merged, and another was not")
+        joined[own] = own[done.indices[done.groups]]
+    return places_in(joined, indices)
+
+
+def places_in(tokens: Tensor, indices: Tensor) -> Tensor:
+    """The place in ``indices`` of each of ``tokens``, -1 for one that is not among them."""
+    place = torch.full((1 + int(torch.cat([tokens, indices]).max()),), -1)
+    place[indices] = torch.arange(len(indices))
+    return place[tokens]
 
 
 def _after_projector(p: Plan, s: CompressedImage) -> CompressedImage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,8 @@ def contexts_of(call: Call, placed: list[PlacedImage]) -> list[Context]:
         text = adapter.embed_text(words) if words is not None and "text" in method.needs else None
         if clip is not None and words is not None and image.row not in clip_text:
             clip_text[image.row] = _text_by_clip(adapter, clip, words)
-        out.append(Context(generator_for(method, key), text, clip_text.get(image.row), clip))
+        heads = functools.partial(adapter.text_to_vision, text) if text is not None and len(text) and "heads" in method.needs else None
+        out.append(Context(generator_for(method, key), text, clip_text.get(image.row), clip, heads))
     return out
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..compressors.reducer import Reducer, spread_out
 from ..errors import CountMismatchError
 from ..report import CompressionReport
-from ..tokens import Grid, Plane, grids_of
-from .compress import CompressedImage
+from ..tokens import Grid, Plane, counts_of, grids_of
+from .compress import CompressedImage, places_in
 from .locate import PlacedImage
 from .plan import Plan
 from .prompt import IGNORE, Layout
@@ -28,8 +28,8 @@ class PromptImage:
     """The visual tokens of an image in the prompt that the decoder gets. columns: (n,), separators: (S,) of ``row``.
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
-    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none. marks: (M,) columns of the text between
-    them, which stays, but is none of the question's.
+    grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none. held: (n,) how many tokens each holds, None
+    for one each. marks: (M,) columns of the text between them, which stays, but is none of the question's.
     """
 
     row: int
@@ -38,6 +38,7 @@ class PromptImage:
     places: Tensor
     origin: Tensor
     grids: tuple[Grid, ...] | None = None
+    held: Tensor | None = None
     marks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
@@ -47,7 +48,7 @@ def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
     is_separator = torch.ones(len(columns), dtype=torch.bool)
     is_separator[slots] = False
     places, origin = places_of(planes), torch.arange(p.shape.n)
-    return PromptImage(image.row, columns[slots], columns[is_separator], places, origin, grids_of(planes), image.marked())
+    return PromptImage(image.row, columns[slots], columns[is_separator], places, origin, grids_of(planes), marks=image.marked())
 
 
 def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: CompressedImage) -> PromptImage:
@@ -65,9 +66,10 @@ def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: Compresse
         origin = torch.arange(sum(len(plane) for plane in planes)) if done.of_merged is None else done.of_merged
         is_token[p.after.token_slots if p.after is not None and p.separators else torch.arange(len(origin))] = True
     columns, grids = short[image.columns.cpu()[kept]], grids_of(planes)
-    filled = len(origin) == sum(rows * columns for rows, columns in grids)
+    filled = grids if len(origin) == sum(rows * columns for rows, columns in grids) else None
+    held = None if done.groups is None else counts_of(done.groups, len(origin))
     places, marks = places_of(planes)[origin], short[image.marked(done.has_left())]
-    return PromptImage(image.row, columns[is_token], columns[~is_token], places, origin, grids if filled else None, marks)
+    return PromptImage(image.row, columns[is_token], columns[~is_token], places, origin, filled, held, marks)
 
 
 def staging_of(
@@ -95,7 +97,11 @@ def staging_of(
         places = torch.cat([torch.full((n, 1), numbers[image.row]), image.places], 1)
         counts = method.counts(n, depth, fixed=False, grids=image.grids)
         keeps, key = method.newline == "keep", numbers[image.row] if keys is None else keys[len(staged_images)]
-        staged_images.append(StagedImage(image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key))
+        staged_images.append(
+            StagedImage(
+                image.row, image.columns, image.separators, places, counts, image.origin, keeps, image.grids, key, held=image.held
+            )
+        )  # fmt: skip
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
         visual[image.row, image.marks] = True
@@ -159,6 +165,8 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
         per_layer = spread_out(len(entered.columns), staging.stages, [stage[i] for stage in left], depth)
         stayed = None if staging.method.merges else entered.origin[staging.outcome["indices"][i].cpu()]
         indices, of_merged = (stayed, None) if image.kept_planes is None else (None, stayed)
+        was = image.indices if image.kept_planes is None else image.of_merged
+        groups = None if image.groups is None or was is None or stayed is None else places_in(was[image.groups], stayed)
         kernels = tuple("x".join(map(str, stage.kernels[i] or (1, 1))) for stage in decided)
         planes = (
             _pooled_planes(image.kept_planes or image.planes, staging.outcome["grids"][i], [stage.kernels[i] for stage in decided])
@@ -166,8 +174,9 @@ def report_of(staging: Staging, before: CompressionReport) -> CompressionReport:
             else None
         )
         done = replace(
-            image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, per_layer=per_layer, kernels=kernels
-        )
+            image, kept=round(sum(per_layer) / depth), indices=indices, of_merged=of_merged, groups=groups, per_layer=per_layer,
+            kernels=kernels,
+        )  # fmt: skip
         images.append(done if planes is None else replace(done, kept_planes=planes))
     seconds = sum(watch.seconds() for watch in staging.outcome["watches"])
     return replace(before, images=tuple(images), compress_seconds=before.compress_seconds + seconds)

@@ -280,7 +280,7 @@ def _image(image: PlacedImage, p: Plan, done: CompressedImage | None, whole: Pla
         row=image.row, full=p.shape.n, kept=p.kept, indices=indices, grid=grid, tile=p.shape.tile(), clamped=whole.clamped,
         modality=p.shape.modality, planes=p.shape.planes, kept_planes=kept_planes, frame=p.shape.frame(),
         separators_full=p.shape.separators + p.shape.marked, separators_kept=whole.separators + _marks_left(p, done), per_layer=p.per_layer,
-        of_merged=None if done is None else done.of_merged,
+        of_merged=None if done is None else done.of_merged, groups=None if done is None else done.groups,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UnsupportedModelError
 
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
-LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")  # what in-decoder methods replace
+LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings")  # what in-decoder methods replace
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,14 +49,13 @@ class Compressor:
     (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
     places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike.
     routes: whether it decides image by image what is done. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
-    after image; a subclass that chooses in another way says so anew.
+    after image; a subclass that chooses in another way says so anew. says_counts: whether it says how many tokens each that is left holds.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
     CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
 
-    What a kind of method means for an image's plan, for a model it is to run in, and in words, are methods of that kind:
-    ``plan``, ``check``, ``describe`` and their parts. Everything named ``adapter`` is a ``patches.base.Adapter``, or the rules of a
-    model's shape.
+    What a kind of method means for an image's plan, for a model and in words are methods of that kind: ``plan``, ``check``, ``describe``
+    and their parts. Everything named ``adapter`` is a ``patches.base.Adapter``, or the rules of a model's shape.
     """
 
     name: ClassVar[str] = ""
@@ -69,6 +69,7 @@ class Compressor:
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
+    says_counts: ClassVar[bool] = False
 
     keep: float | None = None
     tokens: int | None = None
@@ -106,9 +107,8 @@ class Compressor:
         self.budget  # noqa: B018  (raises on a bad budget)
         if self.positions not in (None, "renumber", "keep"):
             raise BadSettingError(f"positions={self.positions!r} is not one of 'renumber', 'keep'")
-        if (
-            self.positions == "keep" and self.merges and not self.in_place and self.kind != IN_LLM
-        ):  # inside the decoder it takes the place of one of them
+        in_place = self.in_place or self.kind == IN_LLM  # inside the decoder a merged token takes the place of one of them
+        if self.positions == "keep" and self.merges and not in_place:
             raise BadSettingError(f"{self.name} merges tokens, and a merged token has no old position: leave positions=")
         if self.per not in ("image", "tile", "frame"):
             raise BadSettingError(f"per={self.per!r} is not one of 'image', 'tile', 'frame'")
@@ -161,6 +161,14 @@ class Compressor:
         That is what torch's ``FlopCounterMode`` counts: sorting, pooling, norms and comparisons are nothing to it. A
         method that multiplies matrices overrides this.
         """
+        return 0
+
+    def text_flops(self, n: int, d: int, text: int, decoder: Any) -> int:
+        """FLOPs of what is computed with ``text`` tokens of text for n tokens of width d; decoder: the sizes of the decoder."""
+        return 0
+
+    def merge_flops(self, n: int, d: int, k: int) -> int:
+        """FLOPs of merging into k of n tokens of width d what was not kept: the products that come on top of ``flops``."""
         return 0
 
     def compress_all(self, parts: Sequence[VisualTokens], ks: Sequence[int]) -> list[CompressedTokens]:
@@ -293,16 +301,14 @@ class Compressor:
         each = {"image": "image or video", "tile": "tile", "frame": "frame"}[self.per]
         if self.tokens is not None:
             return f"{self.name} keeps up to {self.tokens} tokens per {each}"
-        fraction = self.budget.fraction or 0.0
-        if fraction == 1:
+        if (fraction := self.budget.fraction or 0.0) == 1:
             return f"{self.name} keeps every token"
         return f"{self.name} keeps {100 * fraction:.1f}% of the tokens per {each} (removes {100 * (1 - fraction):.1f}%)"
 
     def describe_plan(self, planned: Plan, adapter: Family, first: bool = True) -> str:
         """What a plan says, as the first stage of a composition or a later one."""
-        if not first:
-            return f"{self.name} {planned.kept} of them"
-        return f"{self.name} keeps {planned.kept} of {planned.shape.n} tokens per {planned.shape.modality}"
+        of_all = f"keeps {planned.kept} of {planned.shape.n} tokens per {planned.shape.modality}"
+        return f"{self.name} {of_all if first else f'{planned.kept} of them'}"
 
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
@@ -325,8 +331,6 @@ def query_aware(cls: type[Compressor]) -> bool:
 
 def generator_for(compressor: Compressor, key: int | str) -> torch.Generator:
     """A CPU generator of its own for (the method's seed, the image's key): batches never change a result."""
-    import hashlib
-
     text = f"{compressor.seed}/{key}".encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     return torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ from ..errors import BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
-from .math.cosine import unit
+from .math.cosine import parts_of, unit
 from .math.finite import require_finite
 from .selector import Selector
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST = 1e-6  # no more than this is nothing: of a relevance, or of what S_ii has left
+WHAT = "visual tokens or the text"
 
 
 @register("cdpruner")
@@ -41,8 +42,9 @@ class CDPruner(Selector):
     A token with r_i of at most 1e-6, as the least relevant one has, or with s_i of at most 1e-6, as a duplicate has, adds
     nothing to any determinant; such tokens come after all others, by relevance. A zero row is similar to nothing, itself
     included. NaN, infinity or no text raises.
-    O(N K^2 + N K D), no N x N matrix, no host synchronisation in the picks; in float64 where the device has it. On a CUDA
-    device the images of a call that are of one size share the loop.
+    O(N K^2 + N K D) at most, no N x N matrix; in float64 where the device has it. A CPU brings up to date only tokens whose last
+    score was larger than the best (arXiv 2206.05947). No host synchronisation in the picks elsewhere; on a CUDA device the images of a
+    call that are of one size share the loop.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text"})  # with relevance="clip" {"clip_text"}
@@ -68,14 +70,28 @@ class CDPruner(Selector):
         return {**super().to_dict(), "relevance": self.relevance}
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """The question's row and one row of S for every pick but the last, and their products with the factor.
+        """The question's row and one row of S for every pick but the last, and their products with the factor: a CPU, which makes
+        only the entries of S in question, has fewer.
 
         Under relevance="clip" the host counts the question's, in CLIP's space (``measure.flops.clip_flops``).
         """
         return 2 * n * d * (k - (self.relevance == "clip")) + n * (k - 1) * max(0, k - 2)
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return self.select_batch([v], k)[0]
+        if v.features.device.type != "cpu":
+            return self.select_batch([v], k)[0]
+        from .math.lazy import Volume
+
+        given, text = self._question(v)
+        text = text.to(v.features.device, torch.float64)
+        require_finite(text, self.name, WHAT)
+        x = v.features.detach()
+        if self.relevance == "clip":
+            lengths, along = measured(x, None, self.name)[0], -measured(given, text[:, None], self.name)[1]
+        else:
+            lengths, along = measured(x, unit(text.mean(0, keepdim=True)).T, self.name)
+        own = (lengths > 0).double()
+        return Volume(x, torch.where(lengths == 0, 1, lengths), own, scaled(along), k).picks()
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """The picks of all in one loop."""
@@ -85,21 +101,42 @@ class CDPruner(Selector):
     def batch_entries(self, n: int, d: int) -> int:
         return n * d
 
-    def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
-        """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""
+    def _question(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
+        """Rows (N, d) that are compared with the text, and the text (T, d), or (d,) of CLIP's."""
         given, text = (v.features, v.text) if self.relevance == "llm" else (v.clip_patches, v.clip_text)
         if text is None or given is None or len(text) == 0:
             raise CountMismatchError("cdpruner: the relevance of a token is to the text of its row, and this row has none")
+        return given.detach(), text.detach()
+
+    def _conditioned(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
+        """Unit rows (N, D) of the tokens, and their relevance (N,) in [0, 1]."""
+        given, text = self._question(v)
         # In float32 what is left of S_ii would be rounding once K reaches the rank, and rounding differs with the batch's size.
         full = torch.float32 if v.features.device.type == "mps" else torch.float64
         x, given, text = (t.detach().to(v.features.device, full) for t in (v.features, given, text))
         for part in {id(part): part for part in (x, given, text)}.values():
-            require_finite(part, self.name, "visual tokens or the text")
+            require_finite(part, self.name, WHAT)
         with torch.autocast(x.device.type, enabled=False):
             x = unit(x)
             if self.relevance == "clip":
                 return x, scaled(-(unit(given) @ text[:, None])[:, 0])
             return x, scaled((x @ unit(text.mean(0, keepdim=True)).T)[:, 0])
+
+
+def measured(x: Tensor, against: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
+    """Lengths (N,) of rows (N, D), and products (N,) of the rows at unit length with ``against`` (D, 1), 0 without; in float64.
+
+    Part after part, so that the rows are never all there in float64. NaN and infinity raise; so do float64 rows longer than 1e154.
+    """
+    lengths, along = (x.new_zeros(len(x), 1, dtype=torch.float64) for _ in range(2))
+    with torch.autocast(x.device.type, enabled=False):
+        for part in parts_of(x):
+            rows = x[part].to(torch.float64)
+            torch.linalg.vector_norm(rows, dim=1, keepdim=True, out=lengths[part])
+            if against is not None:
+                torch.mm(rows, against, out=along[part])
+    require_finite(lengths, name, WHAT)
+    return lengths[:, 0], along.div_(torch.where(lengths == 0, 1, lengths))[:, 0]
 
 
 def scaled(relevance: Tensor) -> Tensor:

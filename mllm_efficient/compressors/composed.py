@@ -12,7 +12,7 @@ from ..errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import RANDOM, Compressor
-from .fit import OF_TOWER
+from .fit import OF_TOWER, require_counts
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class Composed(Compressor):
         """Raises where the last stage cannot work on what the one before it leaves."""
         adapter.check_inside(reducer)
         before = self.stages[-2]
+        require_counts(reducer, before)
         if reducer.routes and not before.fills_rectangles:
             raise UnsupportedModelError(f"{reducer.name} pools rectangles of tokens, and {before.name} leaves none: use one of them")
         keeps_newlines = before.newline == "keep" or (before.kind == PRE_LLM and before.fraction == 1)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadSettingError, NotFiniteError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
 from .math.finite import ADVICE
+from .math.precision import full_float32 as full_float32
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -48,9 +47,9 @@ class DivPrune(Selector):
         super().__post_init__()
         for field, values in (("metric", ("cosine", "l2", "l1")), ("order", ("raster", "picked"))):
             if getattr(self, field) not in values:
-                raise BadSettingError(f"divprune: {field}={getattr(self, field)!r} is not one of {values}")
+                raise BadSettingError(f"{self.name}: {field}={getattr(self, field)!r} is not one of {values}")
         if self.order == "picked" and self.positions == "keep":
-            raise BadSettingError("divprune: order='picked' shuffles tokens, so positions='keep' has no meaning")
+            raise BadSettingError(f"{self.name}: order='picked' shuffles tokens, so positions='keep' has no meaning")
 
     @property
     def full_is_identity(self) -> bool:
@@ -61,17 +60,17 @@ class DivPrune(Selector):
         return 2 * n * n * d if self.metric == "cosine" else 0
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return farthest_first(distances(v.features, self.metric), k)
+        return farthest_first(distances(v.features, self.metric, self.name), k)
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """One product and one choice for all."""
-        return farthest_first(distances(torch.stack([v.features for v in parts]), self.metric), k)
+        return farthest_first(distances(torch.stack([v.features for v in parts]), self.metric, self.name), k)
 
 
-def distances(x: Tensor, metric: str = "cosine") -> Tensor:
+def distances(x: Tensor, metric: str = "cosine", name: str = "divprune") -> Tensor:
     """Pairwise distances (N, N) of rows (N, D), or (B, N, N) of (B, N, D), in float32, or float64 for float64 input.
 
-    Raises on NaN or infinity, for which the host waits once.
+    name: of the method. Raises on NaN or infinity, for which the host waits once.
     """
     x, full = x.detach(), torch.float64 if x.dtype == torch.float64 else torch.float32
     if metric != "cosine" or not mixed_precision(x):
@@ -82,7 +81,7 @@ def distances(x: Tensor, metric: str = "cosine") -> Tensor:
         ordinary = least > 2.0**-50 and most < 2.0**50  # no square overflows or vanishes, and nothing is NaN
         largest = None if ordinary else x.abs().amax(-1, keepdim=True).to(full)
         if largest is not None and not largest.isfinite().all():
-            raise NotFiniteError(f"divprune: the visual tokens hold NaN or infinity: {ADVICE}")
+            raise NotFiniteError(f"{name}: the visual tokens hold NaN or infinity: {ADVICE}")
         if metric != "cosine":
             return torch.cdist(x, x, p=1.0 if metric == "l1" else 2.0, compute_mode="donot_use_mm_for_euclid_dist")
         if largest is not None:  # rows scaled by powers of two, which is exact; zero rows get a norm of 1
@@ -111,30 +110,6 @@ def mixed_precision(x: Tensor) -> bool:
     bfloat16 = x.dtype == torch.bfloat16
     float16 = x.dtype == torch.float16 and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
     return (bfloat16 or float16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-
-_precision = threading.Lock()  # the setting is the process's, and several threads may select at once
-
-
-@contextlib.contextmanager
-def full_float32(device_type: str) -> Iterator[None]:
-    """Float32 matrix products in float32: no TF32 on CUDA, no bfloat16 on CPUs that have units for it.
-
-    By whichever of torch's two settings this version has.
-    """
-    matmul: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
-    matmul = getattr(matmul, "matmul", None)
-    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    if not hasattr(matmul, name):  # a device without reduced precision, or a torch that has no setting for it
-        yield
-        return
-    with _precision:
-        before = getattr(matmul, name)
-        setattr(matmul, name, off)
-        try:
-            yield
-        finally:
-            setattr(matmul, name, before)
 
 
 def farthest_first(d: Tensor, k: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..registry import register
 from ..tokens import LayerTokens
+from .recency import Debiased
 from .reducer import OneStage
 
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
-class FastV(OneStage):
+class FastV(Debiased, OneStage):
     """From ``layer`` on, the tokens with most attention from the instruction's last token in the layer before, mean over heads.
 
     That row of the attention is computed once more for its one query, so any attention kernel will do: O(n d^2 + n d).
-    ratio: the share of the tokens that is left after the layer. Source: FastV (arXiv 2403.06764).
+    ratio: the share of the tokens that is left after the layer. debias: see ``Debiased``. Source: FastV (arXiv 2403.06764).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -27,4 +28,4 @@ class FastV(OneStage):
 
     def score(self, v: LayerTokens) -> Tensor:
         assert v.attention is not None
-        return v.attention
+        return self.fair(v.attention, v)

@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError
 if TYPE_CHECKING:
     from ..family import Family
     from .base import Compressor
+    from .reducer import Reducer
 
 OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the vision tower is watched
 
@@ -68,4 +69,13 @@ def require_later_layers(method: Compressor, adapter: Family) -> None:
     if adapter.deepstack and method.merges_tokens and not method.channelwise:
         raise UnsupportedModelError(
             f"{method.name} merges by content, and the features that {adapter.name} adds in later layers cannot follow"
+        )
+
+
+def require_counts(method: Reducer, before: Compressor | None) -> None:
+    """Where a method weighs tokens by how many each holds, the one before it says how many."""
+    if method.weighs and (before is None or not before.says_counts):
+        raise UnsupportedModelError(
+            f"{method.name} weighs tokens by how many were merged into each, and nothing before it says how many: "
+            f"put a method that selects and merges before it, as in 'divmerge:keep=0.1 | {method.name}'"
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
-from .math.cosine import cosines, finite
+from .math.cosine import at_least_float32, cosines, finite
 from .merger import Merger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("prumerge_plus")
@@ -62,6 +65,15 @@ class PruMergePlus(Merger):
         keys = finite(v.keys, self.name, "keys")
         alike = cosines(keys[kept], keys).scatter_(1, kept[:, None], -2)  # itself is no neighbour
         near = alike.sort(dim=1, descending=True, stable=True).indices[:, : min(self.neighbours, len(v) - 1)]
-        full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
-        merged = full[kept] + (attention[near].to(full.dtype)[..., None] * full[near]).sum(1)
-        return CompressedTokens(merged.to(v.features.dtype), places=kept)
+        full = at_least_float32(v.features)
+        weights = attention.to(full)[near]
+        if v.features.device.type == "cpu":  # one after the other: caches hold the neighbours of one token, and not those of all
+            sums = torch.stack([weighed(v.features[i].to(full), w[:, None]) for i, w in zip(near, weights)])
+        else:
+            sums = weighed(v.features[near].to(full), weights[..., None])
+        return CompressedTokens((v.features[kept].to(full) + sums).to(v.features.dtype), places=kept)
+
+
+def weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """Sums (..., D) of rows (..., neighbours, D), which are used up, by weights (..., neighbours, 1)."""
+    return rows.mul_(weights).sum(-2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..registry import register
 from ..tokens import LayerTokens
-from .reducer import Reducer
+from .recency import Debiased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @register("pyramiddrop")
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Reducer):
+class PyramidDrop(Debiased):
     """At a quarter, half and three quarters of the layers, the tokens with most attention from the instruction's last token.
 
     The attention is that of the layer the tokens are about to enter, mean over heads, computed for its one query. The
-    paper's setting is ``ratio=0.5``: 0.5, 0.25 and 0.125 of the tokens are left. Source: PyramidDrop (arXiv 2410.17247).
+    paper's setting is ``ratio=0.5``: 0.5, 0.25 and 0.125 of the tokens are left. debias: see ``Debiased``. Source: PyramidDrop
+    (arXiv 2410.17247).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -30,4 +31,4 @@ class PyramidDrop(Reducer):
 
     def score(self, v: LayerTokens) -> Tensor:
         assert v.attention is not None
-        return v.attention
+        return self.fair(v.attention, v)

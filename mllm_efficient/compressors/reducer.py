@@ -31,10 +31,12 @@ class Reducer(Compressor):
     tokens that is left after each stage.
 
     needs: of attention, text_attention, keys, entry (see ``LayerTokens``). A method that merges sets ``merges`` and
-    overrides ``reduce``; one that decides image by image what is done sets ``routes`` and overrides ``decide``.
+    overrides ``reduce``; one that decides image by image what is done sets ``routes`` and overrides ``decide``. weighs: whether
+    attention is told how many tokens each holds.
     """
 
     kind: ClassVar[str] = IN_LLM
+    weighs: ClassVar[bool] = False
 
     ratio: float | None = None
     ratios: str | None = None

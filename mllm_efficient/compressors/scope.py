@@ -9,7 +9,7 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
-from .math.cosine import cosines, finite
+from .math.cosine import finite, gram_flops, similarity
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Scope(Selector):
     are of the projected tokens.
     Where nothing adds anything any more, and between ties, the lowest index is next. NaN or infinity
     raises. Sums of gains are exact (not on Apple's GPUs, which have no float64), so no device's order of adding changes a
-    choice. O(N^2 D + K N^2), no host synchronisation in the picks; on a CUDA device the images of a call that are of one size
-    share the loop.
+    choice. O(N^2 D + K N^2) at most: a CPU adds up anew only the gains of tokens whose last one was larger than the best. No host
+    synchronisation in the picks elsewhere; on a CUDA device the images of a call that are of one size share the loop.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -47,29 +47,35 @@ class Scope(Selector):
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The cosines of all tokens."""
-        return 2 * n * n * d
+        return gram_flops(n, d)
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return self.select_batch([v], k)[0]
+        if v.features.device.type != "cpu":
+            return self.select_batch([v], k)[0]
+        from .math.lazy import most_coverage as lazily
+
+        return lazily(*self._weighed(v), k)
 
     def batch_entries(self, n: int, d: int) -> int:
         return 3 * n * n
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
-        alike, saliency = [], []
-        for v in parts:
-            assert v.attention is not None
-            x, attention = finite(v.features, self.name, "visual tokens"), finite(v.attention, self.name, "attentions")
-            full = torch.float32 if attention.device.type == "mps" else torch.float64
-            alike.append(cosines(x, x))
-            saliency.append((attention.to(full) ** self.alpha).float().to(full))  # the last bits of a power differ with where it stands
+        alike, saliency = zip(*(self._weighed(v) for v in parts))
         return most_coverage(torch.stack(alike), torch.stack(saliency), k)
+
+    def _weighed(self, v: VisualTokens) -> tuple[Tensor, Tensor]:
+        """Cosines (N, N) in whole steps, and saliency (N,) in the dtype that gains are added up in."""
+        assert v.attention is not None
+        attention = finite(v.attention, self.name, "attentions")
+        full = torch.float32 if attention.device.type == "mps" else torch.float64
+        saliency = (attention.to(full) ** self.alpha).float().to(full)  # the last bits of a power differ with where it stands
+        return similarity(v.features, self.name, "visual tokens")[0].round_(), saliency
 
 
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:
     """(B, K) indices in the order of choice from cosines (B, N, N) and saliency (B, N), in whose dtype gains are added up.
 
-    Cosines are multiples of 2^-18 (2^-30 in float64): float32 has sums of 32 of them exactly, float64 those of all.
+    Cosines are whole steps of 2^-18 (2^-30 in float64), or multiples of them: float32 has sums of 32 exactly, float64 those of all.
     """
     images, n, _ = alike.shape
     alike = torch.nn.functional.pad(alike, (0, 0, 0, -n % EXACT))  # rows that no token covers any better

@@ -1,4 +1,4 @@
-"""Selectors keep K of the N tokens as they are."""
+"""Selectors keep K of the N tokens, as they are or with the others averaged into them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadBudgetError, CountMismatchError
+from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..tokens import CompressedTokens, VisualTokens
+from . import merging
 from .base import Compressor, generator_for
 from .math.finite import require_inside, require_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..family import Family
+    from ..plans import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,25 @@ class Selector(Compressor):
 
     ``select(v, k)`` may return any order; callers get raster order. It may be called with a tensor (N, D) and
     without k, which is then computed from the budget.
+
+    merge: what becomes of the others. None drops them. "mean": each joins the kept token that it is most like by cosine (of equals
+    the one with the lowest index), and a kept token becomes the mean of its group, itself one of it. "similarity": the mean is
+    weighted, 1 for the kept token and for another its cosine, 0 where that is negative. Which tokens are kept, their places and
+    their positions are as without merging. Features that a model adds in later layers (deepstack) are averaged over the same groups
+    with the same weights: what a token stands for is the same in every layer. O((N - K) K D) more, and (N - K) x K numbers.
+    Sources: VScan (arXiv 2505.22654), ApET (arXiv 2602.19870).
     """
+
+    merge: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge is None:
+            return
+        if self.merge not in merging.RULES:
+            raise BadSettingError(f"{self.name}: merge={self.merge!r} is not one of {merging.RULES}")
+        if type(self).compress is not Selector.compress:
+            raise BadSettingError(f"{self.name} has a compress of its own, so merge= would have no effect: leave it out")
 
     def score(self, v: VisualTokens) -> Tensor:
         """One score per token, (N,); the highest stay, ties go to the lowest index."""
@@ -43,14 +65,34 @@ class Selector(Compressor):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]
 
     def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
-        indices = self.select(v, k)
-        return CompressedTokens(v.features[indices], indices)
+        return self._left(v, self.select(v, k))
 
     def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
         indices = self.select_batch(parts, k)
         if self.order == "raster":
             indices = indices.sort(dim=1).values
-        return [CompressedTokens(v.features[index], index) for v, index in zip(parts, indices)]
+        return [self._left(v, index) for v, index in zip(parts, indices)]
+
+    @property
+    def says_counts(self) -> bool:  # type: ignore[override]
+        return self.merge is not None
+
+    def merge_flops(self, n: int, d: int, k: int) -> int:
+        """The cosines of what is merged with what is kept."""
+        return 2 * (n - k) * k * d if self.merge is not None else 0
+
+    def describe_plan(self, planned: Plan, adapter: Family, first: bool = True) -> str:
+        """``divmerge keeps 36 of 144 tokens per image and merges the others into them``."""
+        said = super().describe_plan(planned, adapter, first)
+        return said if self.merge is None or planned.untouched else f"{said} and merges the others into them"
+
+    def _left(self, v: VisualTokens, kept: Tensor) -> CompressedTokens:
+        """What is left of an image's tokens, of which ``kept`` (K,) stay."""
+        if self.merge is None:
+            return CompressedTokens(v.features[kept], kept)
+        groups, likeness = merging.join(v.features, kept, self.name)
+        weights = merging.weights_of(self.merge, likeness)
+        return CompressedTokens(merging.averaged(v.features, groups, weights, len(kept)), kept, None, groups, weights)
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """(B, K) indices of parts that are alike, in any order: what ``select`` gives for each, to the bit."""

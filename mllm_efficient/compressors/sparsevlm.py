@@ -10,7 +10,7 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import LayerTokens, ReducedTokens
 from .math.finite import require_finite, require_scores
-from .reducer import Reducer
+from .recency import Debiased
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ NEIGHBOURS = 5  # that a token's density is taken from
 
 @register("sparsevlm")
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Reducer):
+class SparseVLM(Debiased):
     """At layers 2, 6 and 15 of 32 (in proportion elsewhere), the tokens with most attention from the text raters.
 
     Raters are the text tokens whose relevance, the mean over visual tokens of softmax over text of the products of what
@@ -31,7 +31,8 @@ class SparseVLM(Reducer):
     recycle: the share of the dropped tokens, the best rated of them, that are not lost: density peaks make groups of them,
     ``clusters`` of their number but one token less than the budget at most, and each group is summed to one token in the
     place of its peak, within the budget.
-    0 drops them; the paper's first version merges, its second need not. Source: SparseVLM (arXiv 2410.04417).
+    0 drops them; the paper's first version merges, its second need not. debias: see ``Debiased``.
+    Source: SparseVLM (arXiv 2410.04417).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"text_attention", "entry"})
@@ -61,7 +62,7 @@ class SparseVLM(Reducer):
         relevance = (v.entry @ v.text_entry.T).float().softmax(-1).mean(0)
         require_finite(relevance, self.name, "relevances of the text")  # else no token is a rater, and all scores are 0
         raters = relevance >= relevance.mean()
-        return (v.text_attention * raters[:, None]).sum(0)
+        return self.fair((v.text_attention * raters[:, None]).sum(0), v)
 
     def split(self, n: int, k: int) -> tuple[int, int, int]:
         """Of n tokens, how many stay as they are, how many are recycled, and how many groups these make: k tokens in all.

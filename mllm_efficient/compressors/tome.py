@@ -11,7 +11,7 @@ from ..registry import register
 from ..tokens import CompressedTokens, VisualTokens
 from .divprune import full_float32
 from .in_tower import Heads, Run
-from .math.cosine import unit
+from .math.cosine import at_least_float32, gram_flops, steps, unit
 from .math.finite import require_finite
 from .math.sums import group_sums
 from .merger import Merger
@@ -44,7 +44,8 @@ class ToMe(Merger):
     left to do.
     Equal cosines go to the lowest index; they are compared to 2^-18 (2^-30 in float64), because the last bits of the
     cosines of copies depend on where they stand. A zero row has cosine 0 to everything. NaN or infinity raises. float32,
-    or float64 for float64 input. O(N^2 D) a round, which the images of a call that are of one size share on a CUDA device.
+    or float64 for float64 input. O(N^2 D) a round, which the images of a call that are of one size share on a CUDA device. On a CPU
+    after the projector O(N^2 D) once: the products of a merged token are the sums of its tokens' products (``math.matching``).
     """
 
     paper: ClassVar[str] = "arXiv 2210.09461"
@@ -96,15 +97,19 @@ class ToMe(Merger):
         return Merging(run, x)
 
     def flops(self, n: int, d: int, k: int) -> int:
-        """The products of A with B in every round; of those in the tower its own FLOPs have them."""
-        total = 0
-        for pairs in [] if self.in_tower else self.rounds(n, k):
-            total += 2 * ((n + 1) // 2) * (n // 2) * d
-            n -= pairs
-        return total
+        """The products of all tokens; those in the tower are in its own FLOPs. (A GPU has those of A with B in every round.)"""
+        return gram_flops(n, d) if k < n and not self.in_tower else 0
 
     def merge(self, v: VisualTokens, k: int) -> CompressedTokens:
-        return self.compress_batch([v], k)[0]
+        if self.in_tower or k >= len(v) or v.features.device.type != "cpu":
+            return self.compress_batch([v], k)[0]
+        from .math.matching import grouped
+
+        group = grouped(v.features, self.rounds(len(v), k), self.name)
+        full = at_least_float32(v.features)
+        with torch.autocast("cpu", enabled=False):
+            sums, parts = group_sums(v.features.to(full), group, k)
+            return CompressedTokens((sums / parts[:, None]).to(v.features.dtype))
 
     def compress_batch(self, parts: list[VisualTokens], k: int) -> list[CompressedTokens]:
         """The rounds of all at once."""
@@ -120,7 +125,7 @@ class ToMe(Merger):
     def _merged(self, some: list[VisualTokens], k: int) -> Tensor:
         """(B, K, D) of images that are alike in size."""
         dtype = some[0].features.dtype
-        full = torch.float64 if dtype == torch.float64 else torch.float32
+        full = at_least_float32(some[0].features)
         device = some[0].features.device.type
         with torch.autocast(device, enabled=False), full_float32(device):
             x = torch.stack([v.features.to(full) for v in some])
@@ -205,9 +210,8 @@ def match(metric: Tensor, pairs: int, first: int = 0) -> tuple[Tensor, Tensor]:
     first: tokens at the beginning that never merge, 0 or 1.
     """
     images, n, width = metric.shape
-    steps = 2.0**30 if metric.dtype == torch.float64 else 2.0**18
     rows = unit(metric.reshape(-1, width)).view(metric.shape)
-    best, partner = (rows[:, ::2] @ rows[:, 1::2].mT).mul_(steps).round_().max(2)
+    best, partner = (rows[:, ::2] @ rows[:, 1::2].mT).mul_(steps(metric.dtype)).round_().max(2)
     if first:
         best = best.index_fill(1, torch.zeros(1, dtype=torch.long, device=best.device), float("-inf"))
     strongest = best.sort(dim=1, descending=True, stable=True).indices

@@ -67,8 +67,9 @@ class VisionZip(Merger):
         keys = finite(v.keys, self.name, "keys")
         goes_to = cosines(keys[others], keys[targets]).argmax(1)
         full = v.features.to(torch.float64 if v.features.dtype == torch.float64 else torch.float32)
-        sums, parts = group_sums(full[others], goes_to, c)
-        merged = full[targets] + sums / parts.clamp(min=1)[:, None]
+        group = torch.full((n,), c, device=rest.device).index_copy_(0, others, goes_to)  # what stays is a group of its own
+        sums, parts = group_sums(full, group, c + 1)
+        merged = full[targets] + sums[:c] / parts[:c].clamp(min=1)[:, None]
         places = torch.cat([dominant, targets])
         places, order = places.sort()
         rows = torch.cat([full[dominant], merged])[order]

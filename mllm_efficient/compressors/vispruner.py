@@ -9,7 +9,7 @@ from ..errors import BadSettingError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
-from .math.cosine import cosines, finite
+from .math.cosine import finite, gram_flops, similarity
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class VisPruner(Selector):
     first on, is compared with those between, and the up to 8 with the largest cosine to any of them go.
     r: share of important tokens; the paper's 0.5. Its cosines are of the tower's output, these are of the projected tokens.
     Ties: the lowest index is important, and the lowest index goes. The rest stays in raster order between rounds. NaN or
-    infinity raises. O(N^2 D) once, then (N - K) / 8 rounds of O(N^2), which the images of a call that are of one size share on
-    a CUDA device; no host synchronisation.
+    infinity raises. O(N^2 D) once, then (N - K) / 8 rounds: of O(N) on a CPU, where every token has a list of the nearest; of
+    O(N^2) elsewhere, which the images of a call that are of one size share on a CUDA device, without host synchronisation.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
@@ -45,21 +45,36 @@ class VisPruner(Selector):
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The cosines of all tokens; none where importance alone fills the budget."""
-        return 2 * n * n * d if int(self.r * k) < k < n else 0
+        return gram_flops(n, d) if int(self.r * k) < k < n else 0
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return self.select_batch([v], k)[0]
+        important = int(self.r * k)
+        if important == k or k == len(v) or v.features.device.type != "cpu":
+            return self.select_batch([v], k)[0]
+        from .math.thinning import thinned
+
+        order = self._order(v)
+        alike, rest = self._alike(v), order[important:].sort().values
+        return torch.cat([order[:important], thinned(alike, rest, k - important, AT_ONCE)])
+
+    def _order(self, v: VisualTokens) -> Tensor:
+        """All indices (N,), the largest attention first."""
+        assert v.attention is not None
+        return finite(v.attention, self.name, "attentions").sort(descending=True, stable=True).indices
+
+    def _alike(self, v: VisualTokens) -> Tensor:
+        """Cosines (N, N) in whole steps."""
+        return similarity(v.features, self.name, "visual tokens")[0].round_()
 
     def batch_entries(self, n: int, d: int) -> int:
         return 3 * n * n
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
-        given = [finite(v.attention, self.name, "attentions") for v in parts if v.attention is not None]
-        order = torch.stack(given).sort(dim=1, descending=True, stable=True).indices
+        order = torch.stack([self._order(v) for v in parts])
         important, n = int(self.r * k), order.shape[1]
         if important == k or k == n:
             return order[:, :k]
-        alike = torch.stack([cosines(x := finite(v.features, self.name, "visual tokens"), x) for v in parts])
+        alike = torch.stack([self._alike(v) for v in parts])
         rest = order[:, important:].sort(1).values
         while rest.shape[1] > k - important:
             first, between = rest[:, ::2], rest[:, 1::2]

@@ -167,6 +167,8 @@ def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], t
     of_tokens = stages_of(method)[-1]
     layers = 1 + model.rules.deep_layers if of_tokens.merges else 1  # those of later layers are merged as the features are
     total = layers * sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
+    total += sum(of_tokens.merge_flops(n, model.decoder.width, k) for one in kept for n, k in one.groups)
+    total += sum(of_tokens.text_flops(n, model.decoder.width, text, model.decoder) for one in kept for n, _ in one.groups)
     if "clip_text" in method.needs and any(one.groups for one in kept):
         total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
     return total
@@ -183,7 +185,8 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
         n = text + sum(k.at(layer - 1) for k in kept)
         queries = text * ("text_attention" in method.needs) + ("attention" in method.needs)
         if shrinks and (queries or "keys" in method.needs):
-            total += 2 * n * decoder.width * narrow + 2 * queries * wide * (decoder.width + n)
+            made = narrow * n + wide * queries if decoder.plain else (2 * narrow + wide) * n
+            total += 2 * made * decoder.width + 2 * queries * wide * n
         total += len(kept) * method.router_flops(decoder.width)
         total += sum(method.choice_flops(before, after, text, decoder.width, k.per_layer[0]) for k, before, after in shrinks)
     return total

@@ -24,6 +24,7 @@ from ..rules import check_reducer
 from ..running import hooking
 from .passes import Pass, Prefill
 from .staging import Shortened, Staging
+from .weighing import require_kernel
 
 PASS = "visual_pass"  # the keyword under which a ``Pass`` travels
 
@@ -191,6 +192,8 @@ def check_decoder(adapter: Any, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that a method cannot work in."""
     check_reducer(adapter, method)
     check_layer(type(decoder_of(adapter.model).layers[0]))
+    if method.weighs:
+        require_kernel(decoder_of(adapter.model).config)
     _check_untested(adapter)
     if getattr(adapter.model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(f"{method.name} chooses by values, which torch.compile cannot trace: wrap a model that is not compiled")

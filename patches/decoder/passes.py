@@ -17,8 +17,9 @@ from mllm_efficient.errors import CountMismatchError
 from mllm_efficient.tokens import Decision, LayerTokens
 
 from ..rules import ROUTER
-from .rating import Heads, causal_mask, window_of
+from .rating import causal_mask, heads_of, kind_of, rotary_tables, window_of
 from .staging import Segment, Shortened, Staging
+from .weighing import weigh, weights_of
 
 
 class Pass:
@@ -42,27 +43,25 @@ class Pass:
         return hidden
 
     def substitute(self, index: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Mask and positions of the current segment in place of those of the full sequence."""
+        """Mask and positions of the current segment in place of those of the full sequence; a mask that weighs its columns."""
+        weigh(self, index, layer, hidden, kwargs)
         if self.segment is None:
             return
-        kwargs["position_embeddings"] = self.tables(hidden, kwargs["position_embeddings"])
-        kwargs["position_ids"] = None  # a gap in positions would be read as the start of a packed sequence
+        kwargs["position_embeddings"] = self.tables(layer, hidden, kwargs["position_embeddings"])
+        if "position_ids" in kwargs:
+            kwargs["position_ids"] = None  # a gap in positions would be read as the start of a packed sequence
         kwargs["attention_mask"] = self.mask(index, layer, hidden, cache_of(kwargs))
 
-    def tables(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """cos and sin (.., B, length, d) for the columns of ``hidden``."""
+    def tables(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """cos and sin (.., B, length, d) of a layer for the columns of ``hidden``."""
         segment = self.segment
         assert segment is not None
         if self.state.positions == "keep":
-            return self.kept(hidden, full)
+            return self.kept(layer, hidden, full)
+        key = ("renumber", segment.first, kind_of(layer), hidden.device)
+        return self.once(key, lambda: rotary_tables(self.decoder, layer, hidden, self._places(segment, hidden)))
 
-        def renumbered() -> tuple[Tensor, ...]:
-            places = self._places(segment, hidden)
-            return tuple(part.to(hidden.device) for part in self.decoder.rotary_emb(hidden, position_ids=places))
-
-        return self._once(("renumber", segment.first, hidden.device), renumbered)
-
-    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tables where tokens keep their positions: columns after the prompts are all there."""
         return full
 
@@ -70,7 +69,7 @@ class Pass:
         """(B, length) positions of the columns of ``hidden``, counted on within what is left."""
         n, lengths = segment.mask.shape[1], segment.lengths
         prompt = (torch.arange(n)[None] - (n - lengths)[:, None]).clamp(min=0)
-        lengths, prompt = (self._rows(part.to(hidden.device), hidden) for part in (lengths, prompt))
+        lengths, prompt = (self.rows(part.to(hidden.device), hidden) for part in (lengths, prompt))
         after = lengths[:, None] + self.new.to(hidden.device).long().cumsum(1) - 1
         return torch.cat([prompt, after.clamp(min=0)], 1)[:, -hidden.shape[1] :]
 
@@ -80,21 +79,21 @@ class Pass:
 
         def make() -> Any:
             whole = bool(segment.mask.all()) and self._all_new
-            seen = None if whole else torch.cat([self._rows(segment.mask.to(hidden.device), hidden), self.new.to(hidden.device)], 1)
+            seen = None if whole else torch.cat([self.rows(segment.mask.to(hidden.device), hidden), self.new.to(hidden.device)], 1)
             return causal_mask(self.decoder.config, hidden, seen, cache, index, window)
 
-        return self._once(("mask", segment.first, window, hidden.device), make)
+        return self.once(("mask", segment.first, window, hidden.device), make)
 
     @cached_property
     def _all_new(self) -> bool:
         return bool(self.new.all())
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
-    def _rows(self, per_sample: Tensor, hidden: Tensor) -> Tensor:
+    def rows(self, per_sample: Tensor, hidden: Tensor) -> Tensor:
         """(B, ..) of (S, ..): the rows of one sample follow each other."""
         times, rest = divmod(len(hidden), len(per_sample))
         if rest:
@@ -131,6 +130,9 @@ class Prefill(Pass):
         if index == 0:
             self.move(hidden.device)
             self.entry = hidden if "entry" in method.needs else None
+            if method.weighs:
+                self.state.weights = weights_of(self.staging)
+                self._remember(cache_of(kwargs))
         for number, stage in enumerate(self.staging.stages):
             rater = method.rater(stage)
             if index not in (rater, stage):
@@ -148,14 +150,16 @@ class Prefill(Pass):
         self.substitute(index, layer, hidden, kwargs)
         return hidden
 
-    def kept(self, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept(self, layer: Any, hidden: Tensor, full: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         segment = self.segment
         assert segment is not None
-        return self._once(("keep", segment.first, hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full))
+        return self.once(
+            ("keep", segment.first, kind_of(layer), hidden.device), lambda: tuple(self._kept(part, segment, hidden) for part in full)
+        )
 
     def _kept(self, part: Tensor, segment: Segment, hidden: Tensor) -> Tensor:
         after = torch.arange(self.state.length, part.shape[-2], device=hidden.device)
-        at = self._rows(segment.columns.to(hidden.device), hidden)
+        at = self.rows(segment.columns.to(hidden.device), hidden)
         at = torch.cat([at, after.expand(len(at), -1)], 1)
         part = part.to(hidden.device).expand(*part.shape[:-3], len(at), *part.shape[-2:])
         return part.gather(-2, at[..., None].expand(*part.shape[:-2], at.shape[1], part.shape[-1]))
@@ -192,8 +196,8 @@ class Prefill(Pass):
         if not needs:
             return
         if self.segment is not None:
-            tables = self.tables(hidden, tables)
-        heads = Heads(layer, self._prompts(hidden), [self._table(part, hidden) for part in tables])
+            tables = self.tables(layer, hidden, tables)
+        heads = heads_of(layer, self._prompts(hidden), [self._table(part, hidden) for part in tables])
         seen = self.layer_mask.to(hidden.device)
         if "keys" in needs:
             self.observed["keys"] = heads.keys.transpose(1, 2).flatten(2)
@@ -273,9 +277,9 @@ class Prefill(Pass):
         short = hidden[:, :n]
         if lengths != before:
             source = self._renumber(stay, lengths)
-            valid, rows = self.layer_mask.to(hidden.device), self._rows(source, hidden)
+            valid, rows = self.layer_mask.to(hidden.device), self.rows(source, hidden)
             short = short.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-            short = torch.where(self._rows(valid, hidden)[..., None], short, 0)
+            short = torch.where(self.rows(valid, hidden)[..., None], short, 0)
             self.columns = self.columns.gather(1, source)
             self.segment = Segment(self.staging.stages[number], self.layer_mask, self.columns)
             self.state.segments.append(self.segment)
@@ -341,5 +345,5 @@ class Prefill(Pass):
         here = torch.zeros(len(valid), self.staging.length, dtype=torch.long, device=hidden.device)
         here = here.scatter_add(1, columns, valid.long())
         slots = (here.cumsum(1) - 1 + (~valid).sum(1, keepdim=True)).clamp(min=0)
-        rows = self._rows(slots, hidden)
+        rows = self.rows(slots, hidden)
         return torch.cat([hidden[:, :n].gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1])), hidden[:, n:]], 1)

@@ -13,6 +13,8 @@ from torch import Tensor
 from mllm_efficient.compressors.reducer import Reducer
 from mllm_efficient.tokens import Grid
 
+from .weighing import Weights
+
 
 @dataclass(frozen=True)
 class StagedImage:
@@ -21,7 +23,7 @@ class StagedImage:
     places: (N, 4) image within its row, plane, row and column. counts: tokens left after each stage. keep_separators:
     whether newline columns stay where tokens go. origin: (N,) the number of each among all tokens of the image, or among what
     those were merged to before they came here. grids: (rows, columns) of the rectangles they fill, None where they fill none.
-    key: for methods that draw.
+    key: for methods that draw. held: (N,) how many tokens each holds, None for one each.
     """
 
     row: int
@@ -33,6 +35,7 @@ class StagedImage:
     keep_separators: bool = False
     grids: tuple[Grid, ...] | None = None
     key: int | str = 0
+    held: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,12 @@ class Segment:
 
 @dataclass
 class Shortened:
-    """What a cache remembers of the prompts in it. length: columns of the full prompts; segments: in layer order."""
+    """What a cache remembers of the prompts in it. length: columns of the full prompts; segments: in layer order.
+
+    weights: what is added to the attention that their columns get.
+    """
 
     length: int
     positions: str
     segments: list[Segment] = field(default_factory=list)
+    weights: Weights | None = None

@@ -16,6 +16,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item
 from ..facts import FACTS, Facts
+from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +127,15 @@ class GenericAdapter(Adapter):
         if rule == "renumber" and self.facts.mrope and not self.facts.grids:
             raise UnsupportedModelError(f"positions='renumber' is not known for {self.name}, whose calls do not say the grid of a picture")
 
+    def check_inside(self, method: Any) -> None:
+        for fact, why in {
+            "recurrent": "layers that carry a state along, which a token cannot leave halfway",
+            "bidirectional": "images whose tokens attend to all of it, which the masks of in-decoder methods do not",
+        }.items():
+            if getattr(self.facts, fact):
+                raise UnsupportedModelError(f"{method.name} works inside the decoder, and {self.name} has {why}")
+        super().check_inside(method)
+
     def unit(self, item: Item) -> Grid:
         return item.shape.planes[0].rows, item.shape.planes[0].columns
 
@@ -159,14 +169,6 @@ class GenericAdapter(Adapter):
         if seconds:
             call["second_per_grid_ts"] = seconds
         return by_its_own_rule(self.base, call, ids, types, mask)
-
-
-def by_its_own_rule(base: Any, vision: dict[str, Any], ids: Tensor, types: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Positions (axes, B, L) of a model's ``get_rope_index``, given those of the vision arguments that it takes."""
-    rule = base.get_rope_index
-    names = inspect.signature(rule).parameters
-    given = {name: value for name, value in vision.items() if name in names}
-    return rule(ids, mm_token_type_ids=types, attention_mask=mask, **given)[0]
 
 
 def visual_indicators(base: Any) -> Tensor:

@@ -136,12 +136,13 @@ class CompressedQwen(CompressedModel):
             raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
         place = torch.arange(len(features), device=features.device)
         at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
-        rest = torch.cat([features[:, width:], at.to(features.dtype)], dim=1)
+        places = at.to(features.dtype)
         if made:
-            return torch.cat([features[:, :width], rest], dim=1)
+            return torch.cat([features, places], dim=1)
         method = self.settings.of_request(count or None)
         plan = self.shapes.plan_of_grid(method, rows, columns)
-        kept = layers_of(method, plan, Encoding(features[:, :width], plan.shape, (rest,)), Context(generator_for(method, 0)))
+        encoding = Encoding(features[:, :width], plan.shape, (features[:, width:],))
+        kept = layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,))
         if len(kept[0]) != plan.kept:
             raise CountMismatchError(f"{len(kept[0])} rows for an image whose prompt has room for {plan.kept}")
         return torch.cat(kept, dim=1)

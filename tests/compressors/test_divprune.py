@@ -390,7 +390,7 @@ def test_images_chosen_together_are_those_chosen_alone(monkeypatch, metric, orde
     """What a GPU does, here on the CPU. Whole numbers: the distances are exact whoever shares the product."""
     shapes = []
     monkeypatch.setattr("mllm_efficient.compressors.sharing.TOGETHER", together)
-    monkeypatch.setattr(divprune, "distances", lambda x, m: shapes.append(tuple(x.shape)) or distances(x, m))
+    monkeypatch.setattr(divprune, "distances", lambda x, *how: shapes.append(tuple(x.shape)) or distances(x, *how))
     method, (parts, ks) = me.DivPrune(keep=0.5, metric=metric, order=order), several()
     done = method.compress_alike(parts, ks)
     sizes = {2**26: (3, 3, 3), 2 * 30**2: (2, 1, 2, 1, 3), 1: (1,) * 9}[together]

@@ -15,11 +15,15 @@ from mllm_efficient.registry import BUILTIN
 
 NEW = {"max_new_tokens": 2, "do_sample": False}
 SPECS = (
-    "divprune:tokens=9", "random:tokens=9", "uniform:tokens=9", "pool:tokens=9", "pool:tokens=9,op=gem", "spp:tokens=9",
-    "resize:tokens=9", "cdpruner:tokens=9", "tome:tokens=9", "tome:tokens=18,at=tower", "flowcut:tokens=9", "fastervlm:tokens=9",
-    "vispruner:tokens=9", "visionzip:tokens=9", "scope:tokens=9", "prumerge_plus:tokens=9", "tokenflex:tokens=9,weights=random",
-    "fastv:layer=1,ratio=0.5", "pyramiddrop:ratio=0.5", "sparsevlm:ratio=0.5", "sparsevlm:ratio=0.5,recycle=0.5",
-    "dart:layer=1,ratio=0.5", "dpn:weights=random,at=1/2",
+    "divprune:tokens=9", "random:tokens=9", "uniform:tokens=9", "pool:tokens=9", "pool:tokens=9,op=gem", "spp:tokens=9", "resize:tokens=9",
+    "divmerge:tokens=9", "uniform:tokens=9,merge=mean", "mmtok:tokens=9", "apet:tokens=9", "prunesid:tokens=9", "otprune:tokens=9",
+    "hawk:tokens=9",
+    "cdpruner:tokens=9", "tome:tokens=9", "tome:tokens=18,at=tower", "flowcut:tokens=9", "fastervlm:tokens=9", "vispruner:tokens=9",
+    "visionzip:tokens=9",
+    "scope:tokens=9", "prumerge_plus:tokens=9", "tokenflex:tokens=9,weights=random", "fastv:layer=1,ratio=0.5",
+    "pyramiddrop:ratio=0.5,debias=true",
+    "sparsevlm:ratio=0.5", "sparsevlm:ratio=0.5,recycle=0.5", "dart:layer=1,ratio=0.5", "dpn:weights=random,at=1/2",
+    "divmerge:tokens=9 | proportional",
 )  # fmt: skip
 KEEP_ALL = ("none", "divprune:keep=1", "pool:keep=1", "resize:keep=1", "fastv:keep=1", "dart:keep=1")
 
@@ -37,7 +41,8 @@ def spoilt(make_batch):
 
 
 def test_the_list_has_every_method():
-    assert {spec.partition(":")[0] for spec in SPECS} | {"none"} == set(BUILTIN)
+    listed = {stage.name for spec in SPECS for stage in me.build(spec).parts}
+    assert listed | {"none"} == set(BUILTIN)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -156,7 +161,7 @@ def test_the_errors_are_of_the_kinds_that_were_raised_before(error, of):
     "scope:tokens=9,alpha=-1", "tome:tokens=9,r=0", "pool:tokens=9,op=sum", "random:tokens=9,seed=x", "fastv:layer=0,keep=0.5",
     "dart:keep=0.5,pivots=0", "dpn:pool=sum", "cdpruner:tokens=9,clip=x", "sparsevlm:keep=0.5,recycle=2", "none:per=tile",
     "visionzip:tokens=9,contextual=1", "vispruner:tokens=9,r=2", "prumerge_plus:tokens=9,neighbours=0", "tokenflex:tokens=9,per=tile",
-    "divprune:tokens=9,positions=up",
+    "divprune:tokens=9,positions=up", "divprune:tokens=9,merge=sum", "divmerge:tokens=9,merge=", "none:merge=mean",
 ])  # fmt: skip
 def test_a_bad_setting_is_a_bad_setting(spec):
     with pytest.raises(me.BadSettingError):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,8 +37,9 @@ from ..patches.test_decoder import (
     without,
 )
 
-# dpn, which routes, has tests of its own
-METHODS = [name for name in me.list_methods() if issubclass(me.get_method(name), Reducer) and not me.get_method(name).routes]
+# dpn, which routes, and proportional, which drops nothing, have tests of their own
+INSIDE = {name: me.get_method(name) for name in me.list_methods() if issubclass(me.get_method(name), Reducer)}
+METHODS = [name for name, cls in INSIDE.items() if not (cls.routes or cls.weighs)]
 both_positions = pytest.mark.parametrize("positions", ["renumber", "keep"])
 
 
@@ -95,8 +97,15 @@ class Slow:
         k = self.counts[self.layers.index(number)]
         return drop(s, lambda i, states, s: sorted(getattr(self, self.method.name)(i, s, k)))
 
+    def fair(self, i, s, scores):
+        """Less the line that fits them best, where that is asked for."""
+        if not self.method.debias:
+            return scores
+        at = (s.places[i][:, 2] * 6 + s.places[i][:, 3]).numpy()
+        return scores - torch.from_numpy(np.polyval([np.polyfit(at, scores.double().numpy(), 1)[0], 0], at)).float()
+
     def fastv(self, i, s, k):
-        return top(self.map[:, s.last, s.images[i]].mean(0), k)
+        return top(self.fair(i, s, self.map[:, s.last, s.images[i]].mean(0)), k)
 
     pyramiddrop = fastv
 
@@ -106,7 +115,7 @@ class Slow:
         for v in visual:
             relevance += (text @ v).softmax(0) / len(visual)
         raters = [slot for slot, r in zip(text_of(s), relevance) if r >= relevance.mean()]
-        return top(self.map[:, raters][:, :, s.images[i]].mean((0, 1)), k)
+        return top(self.fair(i, s, self.map[:, raters][:, :, s.images[i]].mean(0).sum(0)), k)
 
     def dart(self, i, s, k):
         slots, text = s.images[i], text_of(s)
@@ -129,7 +138,8 @@ def slow(model, method, positions, n=36):
 
 
 BUDGETS = {
-    "fastv": ("ratio=0.25", "layer=3,keep=0.6"), "pyramiddrop": ("ratio=0.5", "keep=0.5"), "sparsevlm": ("keep=0.4", "ratios=0.5/0.2"),
+    "fastv": ("ratio=0.25", "layer=3,keep=0.6", "ratio=0.25,debias=true"), "pyramiddrop": ("ratio=0.5", "keep=0.5", "keep=0.5,debias=true"),
+    "sparsevlm": ("keep=0.4", "ratios=0.5/0.2", "keep=0.4,debias=true"),
     "dart": ("ratio=0.5", "layer=1,tokens=20", "ratio=0.08"),
 }  # fmt: skip
 EVERY = [(name, budget) for name in METHODS for budget in BUDGETS[name]]
@@ -183,6 +193,18 @@ def test_fastvs_scores_are_the_attentions_of_an_eager_model(registered, make_bat
         visual = (batch["input_ids"][row] == IMAGE).nonzero()[:, 0]
         visual = visual[36:] if i == 2 else visual[:36]
         torch.testing.assert_close(shown[i], attentions[row, :, -1, visual].mean(0), atol=1e-5, rtol=0)
+
+
+def test_a_trend_over_places_is_all_that_debiasing_takes_away():
+    from mllm_efficient.compressors.recency import without_trend
+
+    index = torch.tensor([0, 3, 4, 9, 30])
+    own = torch.tensor([1.0, -1.0, 0.5, 0.25, -0.5])
+    own = without_trend(own, index)
+    torch.testing.assert_close(without_trend(own + 0.3 * index, index) - (0.3 * index).mean(), own, atol=1e-5, rtol=0)
+    assert without_trend(torch.tensor([0.7]), torch.tensor([5])).tolist() == [0.699999988079071]
+    with pytest.raises(me.BadSettingError, match="debias='much' is not true or false"):
+        me.build("fastv:ratio=0.5,debias=much")
 
 
 def test_an_eager_decoder_generates_the_same(make_batch):

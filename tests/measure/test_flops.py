@@ -148,22 +148,37 @@ def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
             "prumerge_plus:keep=0.3",
         ),
         *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
+        *("divmerge:keep=0.3", "random:keep=0.3,merge=similarity", "apet:keep=0.3", "prunesid:keep=0.3", "otprune:keep=0.3"),
     ],
 )
 def test_a_method_costs_what_torch_counts(spec):
     of_tower = {"attention": torch.rand(120), "keys": torch.randn(120, 48)}
     method, v = me.build(spec), me.VisualTokens(torch.randn(10 * 12, 48), grid=(10, 12), text=torch.randn(7, 48), **of_tower)
-    assert counted(lambda: method.compress(v, 36)) == method.flops(120, 48, 36)
+    computed = method.flops(120, 48, 36) + method.merge_flops(120, 48, 36)
+    if method.name == "cdpruner":  # a CPU looks at few tokens again, a GPU at all
+        assert counted(lambda: method.compress_batch([v], 36)) == computed > counted(lambda: method.compress(v, 36)) > 0
+    else:
+        assert counted(lambda: method.compress(v, 36)) == computed
     multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome", "scope", "visionzip", "prumerge_plus")
-    multiplies |= spec == "vispruner:keep=0.3"
-    assert (method.flops(120, 48, 36) > 0) == multiplies
+    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec or method.name in ("apet", "prunesid", "otprune")
+    assert (computed > 0) == multiplies
 
 
 @pytest.mark.parametrize(
     "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
 )
 @pytest.mark.parametrize(
-    "spec", ["none", "divprune:tokens=7", "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3", "cdpruner:tokens=7"]
+    "spec",
+    [
+        "none",
+        "divprune:tokens=7",
+        "resize:keep=0.25",
+        "pool:keep=0.25",
+        "random:keep=0.3,merge=mean",
+        "cdpruner:tokens=7",
+        "mmtok:tokens=7",
+        "hawk:tokens=7",
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_real_call_costs_what_torch_counts(family, spec, call):
@@ -174,7 +189,9 @@ def test_a_real_call_costs_what_torch_counts(family, spec, call):
     found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **call)
     left = {"marks": found.marks} if FAMILIES[family].marked else {}  # which rows have tokens left is the method's choice
     closed = cost(shape, text_tokens=9, method=spec, **known, **call, **left)
-    for phase in ("vision", "compress", "prefill", "decode", "total"):
+    fewer = spec.startswith("cdpruner")  # on a CPU, which looks at few tokens again
+    assert 0 < found.compress <= closed.compress if fewer else found.compress == closed.compress
+    for phase in ("vision", "prefill", "decode", *(() if fewer else ("total",))):
         assert getattr(found, phase) == getattr(closed, phase), phase
 
 

@@ -157,7 +157,8 @@ REFUSED_SOMEWHERE = (
     "fastervlm:keep=0.5", "vispruner:keep=0.5", "scope:keep=0.5", "visionzip:keep=0.5", "prumerge_plus:keep=0.5",
     "cdpruner:keep=0.5,relevance=llm", "cdpruner:keep=0.5,relevance=clip,clip=somewhere", "random:tokens=100000",
     "divprune:keep=0.5 | fastv:layer=1,keep=0.5", "pool:keep=0.5 | sparsevlm:keep=0.4,recycle=0.3",
-    "tokenflex:tokens=4 | divprune:tokens=2",
+    "tokenflex:tokens=4 | divprune:tokens=2", "divmerge:keep=0.5", "mmtok:keep=0.5", "apet:keep=0.5", "prunesid:keep=0.5",
+    "otprune:keep=0.5", "divmerge:keep=0.5 | proportional", "hawk:keep=0.5",
 )  # fmt: skip
 
 

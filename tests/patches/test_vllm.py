@@ -64,7 +64,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ("fastv:ratio=0.5", "fastv works inside the decoder, and vLLM gives every layer the same tokens; divprune"),
+        ("fastv:ratio=0.5", "fastv works inside the decoder, and vLLM gives every layer the same tokens; apet, divmerge, divprune"),
         ("dpn", "dpn works inside the decoder"),
         ("resize:tokens=64", "resize makes the picture itself smaller"),
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
@@ -257,7 +257,7 @@ def test_greedy_answers_equal_transformers(questions):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["pool:tokens=36", "uniform:keep=0.25", "tome:tokens=36"])
+@pytest.mark.parametrize("spec", ["pool:tokens=36", "uniform:keep=0.25", "tome:tokens=36", "divmerge:tokens=36"])
 def test_other_methods_with_prompts_cut_inside_an_image(questions, spec):
     """Chunked prefill of 24 tokens, fewer than an image has."""
     (found,) = engine(builtin_folder(), [call(questions, n=60)], hf_overrides={KEY: spec}, max_num_batched_tokens=24)

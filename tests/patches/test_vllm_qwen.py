@@ -68,6 +68,14 @@ def test_prompts_cut_inside_an_image(served):
     assert found["answers"] == [a for a, _ in of_transformers(served, "divprune:keep=0.4")]
 
 
+def test_kept_tokens_that_hold_the_others_stand_where_they_stood(served):
+    """Deep layers' features are averaged alike, rows and columns are not: prompts cut inside an image, too."""
+    (found,) = engine(served[1], [call(served)], asks_again=True, max_num_batched_tokens=16, max_num_seqs=4,
+                      hf_overrides={KEY: "divmerge:keep=0.4"})  # fmt: skip
+    expected = [a for a, _ in of_transformers(served, "divmerge:keep=0.4")]
+    assert found["answers"] == expected != [a for a, _ in of_transformers(served, "divprune:keep=0.4")]
+
+
 def test_counts_and_hashes_in_the_front_end(served):
     calls = [{"prompt": t, "images": p, "tokens": n} for n in (None, 6) for t, p in zip(served[2], served[3])]
     tried = ({"method": "divprune", "keep": 0.4, "allowed_tokens": [6]}, {"method": "uniform", "tokens": 9, "allowed_tokens": [6]})
