@@ -165,9 +165,8 @@ def host_fault(model_type: str) -> str:
 
 @functools.cache
 def _fault(model_type: str) -> str:
-    if model_type not in _models():
-        return ""
-    return "; ".join(f"{row.check}: {row.why}" for row in check(model_type, ("in_llm",)) if row.holds is False)
+    rows = check(model_type, ("in_llm",)) if model_type in _models() else []
+    return "; ".join(f"{row.check}: {row.why}" for row in rows if row.holds is False)
 
 
 # ------------------------------------------------------------------------------------------------------------------- a model
@@ -185,8 +184,7 @@ class Patient:
         from . import adapter_for
 
         given = _models()[model_type]
-        config = AutoConfig.for_model(**given["config"])
-        more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        config, more = AutoConfig.for_model(**given["config"]), {"attn_implementation": attn_implementation} if attn_implementation else {}
         torch.manual_seed(0)
         self.model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, **more).eval().to(device)
         with torch.no_grad():
@@ -195,8 +193,7 @@ class Patient:
         settings = self.model.generation_config
         settings.eos_token_id, settings.pad_token_id, settings.do_sample = None, 0, False
         self.adapter = adapter_for(self.model)
-        loaded = Loaded(self.model, None, ModelOptions(model_type))
-        size = tuple(given["image_size"])
+        loaded, size = Loaded(self.model, None, ModelOptions(model_type)), tuple(given["image_size"])
         self.prompts = [make_inputs(loaded, self.adapter, Workload(size, 1, 6 + 5 * i, NEW), 1, seed=i).call for i in range(2)]
 
     def method(self, kind: str) -> tuple[Any, str]:
@@ -205,8 +202,7 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
-        lacks = {"attention": kind not in self.adapter.gives, "in_tower": not self.adapter.tower_blocks}
-        if lacks.get(kind):
+        if {"attention": kind not in self.adapter.gives, "in_tower": not self.adapter.tower_blocks}.get(kind):
             return None, f"{kind}: nothing of this family's tower is known to methods"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         specs = {

@@ -28,26 +28,21 @@ if TYPE_CHECKING:
 
 # model_type: (the model's class in transformers, the file in ``families`` and what its two halves are called before Rules and Adapter)
 FAMILIES = {
-    "llava": ("LlavaForConditionalGeneration", "llava:Llava"),
-    "llava_next": ("LlavaNextForConditionalGeneration", "llava_next:LlavaNext"),
+    "llava": ("LlavaForConditionalGeneration", "llava:Llava"), "llava_next": ("LlavaNextForConditionalGeneration", "llava_next:LlavaNext"),
     "llava_next_video": ("LlavaNextVideoForConditionalGeneration", "llava_next_video:LlavaNextVideo"),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "llava_onevision:LlavaOnevision"),
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"),
-    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
-    "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
-    "idefics3": ("Idefics3ForConditionalGeneration", "smolvlm:Idefics3"),
-    "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm:SmolVLM"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"), "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"), "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
+    "idefics3": ("Idefics3ForConditionalGeneration", "smolvlm:Idefics3"), "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm:SmolVLM"),
     "llama4": ("Llama4ForConditionalGeneration", "llama4:Llama4"),
     "minicpmv4_6": ("MiniCPMV4_6ForConditionalGeneration", "minicpm:MiniCPMV46"),
     "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", "minicpm:MiniCPMV47"),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration", "mistral3:LightOnOcr"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
-}
+}  # fmt: skip
 
-Size = tuple[int, int]  # (width, height) in pixels
-Settings = Mapping[str, Any]
+Size, Settings = tuple[int, int], Mapping[str, Any]  # (width, height) in pixels; of an image processor
 ANY_SIZE = (672, 672)  # an example for models that take images of any size
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first counts where both say it, as in transformers
