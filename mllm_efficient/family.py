@@ -15,7 +15,8 @@ class Family(Protocol):
 
     name: of the model, for messages. gives: what methods may need beyond the features. fixed_count: whether every image has as many
     tokens. positions: the default rule, "renumber" or "keep". parts: what ``per=`` can name. separators: whether there are newline
-    columns. deepstack: whether later layers add visual features; deep_layers: how many do. mrope: whether positions have three
+    columns; marks: whether text stands between the tokens of an image.
+    deepstack: whether later layers add visual features; deep_layers: how many do. mrope: whether positions have three
     rows. projects: whether another projector can take the place of the model's. decoder: the class of the decoder's layers.
     decoder_layers, tower_blocks: how many there are, and blocks of the tower that can merge tokens (0: none can).
 
@@ -34,6 +35,8 @@ class Family(Protocol):
     def parts(self) -> frozenset[str]: ...
     @property
     def separators(self) -> bool: ...
+    @property
+    def marks(self) -> bool: ...
     @property
     def deepstack(self) -> bool: ...
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .lazy import torch
-from .tokens import Plane, VisualShape
+from .tokens import Grid, Plane, VisualShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +33,29 @@ class Group:
         """(n,) of its tokens in the image, None for all of them."""
         if self.whole or self.plane is None:
             return None
+        return torch.tensor(self.places)
+
+    @property
+    def places(self) -> list[int]:
+        """The same as numbers."""
+        if self.whole or self.plane is None:
+            return list(range(self.n))
         first, stride = self.corner
-        return (first + torch.arange(self.plane.rows)[:, None] * stride + torch.arange(self.plane.columns)).flatten()
+        return [first + row * stride + column for row in range(self.plane.rows) for column in range(self.plane.columns)]
 
     @property
     def grid(self) -> tuple[int, int] | None:
         return (self.plane.rows, self.plane.columns) if self.plane else None
+
+
+def room_for(grid: Grid | None, n: int, within: Grid | None) -> list[int]:
+    """The n tokens of a plane whose places n new ones take: the first, or those of its first rows and columns.
+
+    grid: of the new ones, if any. within: (rows, columns) of the plane where its rows are marked, so that they go on being rows.
+    """
+    if grid is None or within is None or grid[0] > within[0] or grid[1] > within[1]:
+        return list(range(n))
+    return [row * within[1] + column for row in range(grid[0]) for column in range(grid[1])]
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,8 @@ class Plan:
     takes off, so far as that is known before.
     smaller: the grid a smaller image is given; side: tokens along a side of
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
-    columns and separators that are left. untouched: every token and separator stays as it is. clamped: more tokens were
+    columns and separators that are left. all_marks: whether the text between placeholders stays wherever its row or tile has gone;
+    else what is left of it depends on which tokens are. untouched: every token and separator stays as it is. clamped: more tokens were
     asked than there are. stages: of an in-decoder method (layer, tokens from there on); per_layer: its tokens at every layer, of
     which kept is the mean, rounded; entering: separators that the first layer sees.
     """
@@ -61,6 +79,7 @@ class Plan:
     side: int | None = None
     after: VisualShape | None = None
     separators: int = 0
+    all_marks: bool = False
     untouched: bool = False
     clamped: bool = False
     stages: tuple[tuple[int, int], ...] = ()

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image or video: ``full`` tokens before, ``kept`` after; newline columns and separators are counted apart.
+    """One image or video: ``full`` tokens before, ``kept`` after; separators are counted apart.
 
     row: of the batch. indices: (K,) of the kept tokens, on the CPU, None where tokens were merged. grid: (rows, columns)
     of the tokens, or of the merged ones, where they form one grid. tile, frame: (N,) of each token before, or None.
     clamped: more tokens were asked than there are. modality: "image" or "video". planes: the rectangles that the N
     tokens form, one after the other, with what each covers of the picture; kept_planes: those of the merged tokens,
     None where tokens were selected; of_merged: (K,) of the merged tokens that are left, None for all of them.
-    separators_full, separators_kept: newline columns and separators. per_layer: of an
+    separators_full, separators_kept: columns of the prompt that belong to the image and are no tokens: newline columns, and text between
+    its tokens such as row breaks and the names of tiles. per_layer: of an
     in-decoder method the tokens at each decoder layer, of which ``kept`` is the mean, rounded, and ``indices`` are those at
     the end; empty where all layers see the same. kernels: of a method that routes, the one chosen at each stage.
     groups: (N,) of a selection into which the other tokens were merged: the place in ``indices`` (in ``of_merged`` behind another
@@ -90,8 +91,13 @@ class CompressionReport:
         return sum(i.kept for i in self.images)
 
     @property
+    def separators_full(self) -> int:
+        """Newline columns, row breaks, names of tiles and the like beside the tokens before compression."""
+        return sum(i.separators_full for i in self.images)
+
+    @property
     def separators_kept(self) -> int:
-        """Newline columns and separators that stayed beside the tokens."""
+        """Those that stayed."""
         return sum(i.separators_kept for i in self.images)
 
     @property

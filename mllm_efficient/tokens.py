@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 Grid = tuple[int, int]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,25 @@ class Plane:
         return (self.tile + torch.tensor(self.row_tiles)[:, None] + torch.tensor(self.column_tiles)).flatten()
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Text that a prompt has among the placeholders of one image: the break after a row, the name of a tile.
+
+    before: the placeholder in front of which it stands, counted within the image; ``length`` for what comes after the last one.
+    words: what each of its columns is, in a word; equal words are equal tokens. of: (first, last + 1) placeholders each: the mark
+    stays in the prompt as long as of every one of these spans a placeholder stays. One span is what the mark belongs to; two are
+    what it stands between.
+    """
+
+    before: int
+    words: tuple[str, ...]
+    of: tuple[Span, ...]
+
+    def left(self, slots: Sequence[int]) -> bool:
+        """Whether it stays where the placeholders ``slots`` (ascending) do."""
+        return all(bisect.bisect_left(slots, first) < bisect.bisect_left(slots, last) for first, last in self.of)
+
+
 def grids_of(planes: tuple[Plane, ...]) -> tuple[Grid, ...]:
     """(rows, columns) of all planes that have tokens."""
     return tuple((p.rows, p.columns) for p in planes if len(p))
@@ -55,12 +77,14 @@ class VisualShape:
     """The tokens of one image or video, known before any pixel is looked at: its planes one after the other.
 
     modality: "image" or "video". closing: separators after the last plane. ``n`` counts tokens; ``length`` counts the
-    placeholders of the prompt, which are the tokens, the newline columns and the closing separators.
+    placeholders of the prompt, which are the tokens, the newline columns and the closing separators. marks: text among the
+    placeholders, in the order of the prompt; ``marked`` counts its columns.
     """
 
     planes: tuple[Plane, ...]
     modality: str = "image"
     closing: int = 0
+    marks: tuple[Mark, ...] = ()
 
     @functools.cached_property
     def n(self) -> int:
@@ -73,6 +97,14 @@ class VisualShape:
     @property
     def length(self) -> int:
         return self.n + self.separators
+
+    @property
+    def marked(self) -> int:
+        return sum(len(mark.words) for mark in self.marks)
+
+    def marked_by(self, slots: Sequence[int]) -> int:
+        """Columns of the marks that stay where the placeholders ``slots`` (ascending) do."""
+        return sum(len(mark.words) for mark in self.marks if mark.left(slots))
 
     @property
     def grid(self) -> tuple[int, int] | None:

@@ -65,12 +65,20 @@ def require_present(model_type: str) -> None:
         raise UnsupportedModelError(f"transformers {version} has no {model_type}: a newer one is needed")
 
 
+def require_whole(model_type: str) -> None:
+    """Raises ``UnsupportedModelError`` for a family whose every call raises in the installed transformers."""
+    row = facts.FACTS.get(model_type)
+    if row is not None and row.broken == transformers_version():
+        raise UnsupportedModelError(f"{model_type} is not supported: {row.refusal(transformers_version())}")
+
+
 def adapter_for(model: Any) -> Adapter:
     """The adapter of a model's family. Raises ``UnsupportedModelError`` naming the supported ones."""
     transformers_version()
     inner = inner_model(model)
     for cls in type(inner).__mro__:
         if cls.__name__ in FAMILIES:
+            require_whole(FAMILIES[cls.__name__])
             return rules.adapter_class(FAMILIES[cls.__name__])(inner)
     kind = getattr(getattr(inner, "config", None), "model_type", "")
     if kind in facts.FACTS:

@@ -256,6 +256,10 @@ class Adapter(Rules):
         width, height = self.view_size
         return {"pixel_values": pixels(sum(image.views for image in images), self.tower_size.channels, height, width)}
 
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """An argument of several calls as that of one."""
+        return torch.cat(list(parts))
+
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
         """The planes with boxes in fractions of the original image of ``size`` (width, height), its preprocessing undone."""
         return planes

@@ -22,8 +22,9 @@ from importlib.resources import files
 from typing import Any
 
 from ..compressors.kinds import PRE_LLM
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, UnsupportedModelError
 from .facts import FACTS, REFUSED
+from .rules import check_reducer
 
 KINDS = ("pre_llm", "projector", "in_llm", "attention", "in_tower")  # and, before the decoder, what asks the tower or works in it
 CHECKS = ("identity", "cache", "batch")
@@ -100,10 +101,11 @@ def check(model_type: str, kinds: Sequence[str], device: str = "cpu", attn_imple
     """All checks of one family with some kinds of methods. Never raises for what a check finds."""
     import torch
 
-    from . import require_present
+    from . import require_present, require_whole
 
     try:
         require_present(model_type)
+        require_whole(model_type)
     except MllmEfficientError as error:
         return [Row(model_type, kind, name, None, str(error)) for kind in kinds for name in CHECKS]
     rows: list[Row] = []
@@ -163,9 +165,8 @@ def host_fault(model_type: str) -> str:
 
 @functools.cache
 def _fault(model_type: str) -> str:
-    if model_type not in _models():
-        return ""
-    return "; ".join(f"{row.check}: {row.why}" for row in check(model_type, ("in_llm",)) if row.holds is False)
+    rows = check(model_type, ("in_llm",)) if model_type in _models() else []
+    return "; ".join(f"{row.check}: {row.why}" for row in rows if row.holds is False)
 
 
 # ------------------------------------------------------------------------------------------------------------------- a model
@@ -183,8 +184,7 @@ class Patient:
         from . import adapter_for
 
         given = _models()[model_type]
-        config = AutoConfig.for_model(**given["config"])
-        more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        config, more = AutoConfig.for_model(**given["config"]), {"attn_implementation": attn_implementation} if attn_implementation else {}
         torch.manual_seed(0)
         self.model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, **more).eval().to(device)
         with torch.no_grad():
@@ -193,8 +193,7 @@ class Patient:
         settings = self.model.generation_config
         settings.eos_token_id, settings.pad_token_id, settings.do_sample = None, 0, False
         self.adapter = adapter_for(self.model)
-        loaded = Loaded(self.model, None, ModelOptions(model_type))
-        size = tuple(given["image_size"])
+        loaded, size = Loaded(self.model, None, ModelOptions(model_type)), tuple(given["image_size"])
         self.prompts = [make_inputs(loaded, self.adapter, Workload(size, 1, 6 + 5 * i, NEW), 1, seed=i).call for i in range(2)]
 
     def method(self, kind: str) -> tuple[Any, str]:
@@ -203,14 +202,18 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
-        if kind == "in_tower" and not self.adapter.tower_blocks:
-            return None, "nothing works between the blocks of this family's tower"
+        if {"attention": kind not in self.adapter.gives, "in_tower": not self.adapter.tower_blocks}.get(kind):
+            return None, f"{kind}: nothing of this family's tower is known to methods"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         specs = {
             "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
             "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
         }  # fmt: skip
-        return build(specs[kind]), ""
+        method = build(specs[kind])
+        try:
+            return method, check_reducer(self.adapter, method) or "" if kind == "in_llm" else ""
+        except UnsupportedModelError as error:
+            return None, str(error)
 
     # -------------------------------------------------------------------------------------------------------------- checks
 
@@ -299,7 +302,7 @@ class Patient:
             parts = [prompt[name] for prompt in self.prompts]
             if value.shape == self.prompts[0]["input_ids"].shape:
                 parts = [torch.nn.functional.pad(part, (longest - part.shape[1], 0)) for part in parts]
-            out[name] = torch.cat(parts)
+            out[name] = self.adapter.joined(name, parts)
         return out
 
 

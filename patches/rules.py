@@ -28,19 +28,21 @@ if TYPE_CHECKING:
 
 # model_type: (the model's class in transformers, the file in ``families`` and what its two halves are called before Rules and Adapter)
 FAMILIES = {
-    "llava": ("LlavaForConditionalGeneration", "llava:Llava"),
-    "llava_next": ("LlavaNextForConditionalGeneration", "llava_next:LlavaNext"),
+    "llava": ("LlavaForConditionalGeneration", "llava:Llava"), "llava_next": ("LlavaNextForConditionalGeneration", "llava_next:LlavaNext"),
     "llava_next_video": ("LlavaNextVideoForConditionalGeneration", "llava_next_video:LlavaNextVideo"),
     "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "llava_onevision:LlavaOnevision"),
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"), "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
-    "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
-    "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
+    "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"), "llama4": ("Llama4ForConditionalGeneration", "llama4:Llama4"),
+    "idefics3": ("Idefics3ForConditionalGeneration", "smolvlm:Idefics3"), "smolvlm": ("SmolVLMForConditionalGeneration", "smolvlm:SmolVLM"),
+    "minicpmv4_6": ("MiniCPMV4_6ForConditionalGeneration", "minicpm:MiniCPMV46"),
+    "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", "minicpm:MiniCPMV47"),
+    "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),
+    "lighton_ocr": ("LightOnOcrForConditionalGeneration", "mistral3:LightOnOcr"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
-}
+}  # fmt: skip
 
-Size = tuple[int, int]  # (width, height) in pixels
-Settings = Mapping[str, Any]
+Size, Settings = tuple[int, int], Mapping[str, Any]  # (width, height) in pixels; of an image processor
 ANY_SIZE = (672, 672)  # an example for models that take images of any size
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first counts where both say it, as in transformers
@@ -111,7 +113,8 @@ class Rules:
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images. clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
+    at least between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it.
+    clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
 
     Args:
         name: of the model, for messages.
@@ -124,6 +127,8 @@ class Rules:
     positions: str = "renumber"
     parts: frozenset[str] = frozenset()
     separators: ClassVar[bool] = False
+    marks: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
     deepstack: bool = False
     mrope: bool = False
     projects: ClassVar[bool] = False

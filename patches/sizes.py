@@ -97,9 +97,11 @@ class Tower:
 
 @dataclass(frozen=True)
 class ProjectorSize:
-    """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token; ``copies`` of it (deepstack).
+    """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token, or one to ``hidden`` where ``outputs`` is 0;
+    ``copies`` of it (deepstack).
 
-    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU).
+    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU). merged: where one more
+    matrix in front makes ``inputs`` of several patches side by side, the width of those.
     """
 
     inputs: int
@@ -107,6 +109,7 @@ class ProjectorSize:
     outputs: int
     copies: int = 1
     gated: bool = False
+    merged: int = 0
 
 
 def decoder_of(config: Any, name: str) -> Decoder:

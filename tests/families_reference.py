@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .families import (
-    FAMILIES,
+    EVERY,
+    MARKED,
     VOCABULARY,
 )
 
@@ -27,6 +28,7 @@ class Visual:
     features: (length, D) with newline columns and separators. columns: (length,) where they stand in the row.
     newline: (length,) bool. planes: (rows, columns) of each rectangle of tokens. parts: (N,) the tile or frame of each
     token. deep: the same as features for every layer that adds visual features. grid: (t, h, w) of an M-RoPE family.
+    marks: columns of text between the tokens, each with the groups of columns of each of which one must stay for it to stay.
     """
 
     modality: str
@@ -37,6 +39,7 @@ class Visual:
     parts: Tensor
     deep: tuple[Tensor, ...] = ()
     grid: tuple[int, int, int] | None = None
+    marks: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = ()
 
     @property
     def tokens(self) -> Tensor:
@@ -47,18 +50,27 @@ class Visual:
     def n(self) -> int:
         return int((~self.newline).sum())
 
+    @property
+    def separators(self) -> int:
+        return int(self.newline.sum()) + len(self.marks)
+
+    def left_of(self, kept: Kept) -> int:
+        """Newline columns and text between tokens that stay."""
+        return int((self.newline & kept.stay).sum()) + len(left_marks(self, kept))
+
 
 @dataclass(frozen=True)
 class Kept:
     """What stays of a ``Visual``: stay (length,) bool, the features that stand in those slots, and those of later layers.
 
-    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid.
+    shape: (t, h, w) in tokens if the tokens were merged to a smaller grid. marks: whether all text between tokens stays.
     """
 
     stay: Tensor
     features: Tensor
     deep: tuple[Tensor, ...] = ()
     shape: tuple[int, int, int] | None = None
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def anyres(name: str, model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, 
 @torch.no_grad()
 def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
     """The images and videos of a row (or of each row of an unpadded batch of one) in prompt order, in full."""
-    family, ids = FAMILIES[name], inputs["input_ids"][0]
+    family, ids = EVERY[name], inputs["input_ids"][0]
     found: dict[str, list[Visual]] = {"image": [], "video": []}
     where = {"image": (ids == family.image_token).nonzero()[:, 0]}
     where["video"] = (ids == family.video_token).nonzero()[:, 0] if family.video else torch.zeros(0, dtype=torch.long)
@@ -144,6 +156,37 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 plane = (h // 2, w // 2)
                 parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
                 add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
+    elif name == "mistral3":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "image_sizes")}
+            made = model.model.get_image_features(**call, return_dict=True).pooler_output
+            for features, size in zip(made, inputs["image_sizes"].tolist()):
+                plane = (size[0] // 8, size[1] // 8)
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [plane], torch.zeros(len(features), dtype=torch.long))
+            found["image"] = [replace(v, marks=row_breaks(ids, v)) for v in found["image"]]
+    elif name == "idefics3":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask")}
+            made = torch.cat(list(model.model.get_image_features(**call, return_dict=True).pooler_output))
+            n, at = 9, 0
+            for tiles, marks in named_tiles(ids, family.image_token):
+                features = made[at : at + n * tiles]
+                at += n * tiles
+                parts = torch.arange(tiles).repeat_interleave(n)
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [(3, 3)] * tiles, parts)
+                found["image"][-1] = replace(found["image"][-1], marks=marks)
+            assert at == len(made)
+    elif name == "minicpmv4_6":
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "target_sizes")}
+            made = iter(zip(model.model.get_image_features(**call, return_dict=True).pooler_output, inputs["target_sizes"].tolist()))
+            for crops, marks in slices(ids, family.image_token):
+                own = [next(made) for _ in range(crops)]
+                features = torch.cat([part for part, _ in own])
+                parts = torch.cat([torch.full((len(part),), i) for i, (part, _) in enumerate(own)])
+                planes = [(h // 4, w // 4) for _, (h, w) in own]
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), planes, parts)
+                found["image"][-1] = replace(found["image"][-1], marks=marks)
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -174,6 +217,86 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
     return sorted(found["image"] + found["video"], key=lambda v: int(v.columns[0]))
 
 
+def row_breaks(ids: Tensor, visual: Visual) -> tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]:
+    """Each break of an image stays between a row that stays and one after it."""
+    columns, out = visual.columns.tolist(), []
+    for column in range(columns[0], columns[-1]):
+        if int(ids[column]) == MARKED["[IMG_BREAK]"]:
+            row = column - visual.planes[0][1]
+            out.append((column, (tuple(c for c in columns if row <= c < column), tuple(c for c in columns if c > column))))
+    assert len(out) == visual.planes[0][0] - 1 and int(ids[columns[-1] + 1]) == MARKED["[IMG_END]"]
+    return (*out, (columns[-1] + 1, ()))
+
+
+def named_tiles(ids: Tensor, image_token: int) -> list[tuple[int, tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]]]:
+    """The tiles and marks of each Idefics3 image: a tile's name and the token in front of it stay with the tile, the line break after a
+    row between it and a later row, the one in front of the whole image with any tile, and the last token always."""
+    text = {id: token for token, id in MARKED.items()}
+    words, out, at = [text[int(i)] for i in ids], [], 0
+    rows: list[list[tuple[int, ...]]] = [[]]
+    names: list[tuple[int, tuple[int, ...]]] = []
+    lines: list[int] = []
+    while at < len(words):
+        if words[at] in ("\n", "\n\n") and names:
+            lines.append(at)
+            rows.append([])
+        elif words[at] == "<fake_token_around_image>" and words[at + 1].startswith(("<row", "<global")):
+            stop = at + 2
+            while stop < len(words) and int(ids[stop]) == image_token:
+                stop += 1
+            tile = tuple(range(at + 2, stop))
+            rows[-1].append(tile)
+            names += [(at, tile), (at + 1, tile)]
+            at = stop - 1
+        elif words[at] == "<fake_token_around_image>":
+            marks: list[tuple[int, tuple[tuple[int, ...], ...]]] = [(column, (tile,)) for column, tile in names]
+            for i, line in enumerate(lines):
+                before, after = sum(rows[i], ()), sum((tile for row in rows[i + 1 : -1] for tile in row), ())
+                every = sum((tile for row in rows[:-1] for tile in row), ())
+                marks.append((line, (before, after) if i < len(lines) - 1 else (every,)))
+            out.append((sum(map(len, rows)), (*sorted(marks), (at, ()))))
+            rows, names, lines = [[]], [], []
+        at += 1
+    return out
+
+
+def slices(ids: Tensor, image_token: int) -> list[tuple[int, tuple[tuple[int, tuple[tuple[int, ...], ...]], ...]]]:
+    """Crops and marks of each MiniCPM-V image: what opens and closes a crop stays with it, a line break between its row and a later one.
+
+    What is around an image of a single crop is no mark: it stays in any case.
+    """
+    opens = {VOCABULARY["<img>"]: True, VOCABULARY["<|vision_start|>"]: False}
+    images: list[list[tuple[int, ...]]] = []
+    lines: list[dict[int, int]] = []
+    for at, token in enumerate(ids.tolist()):
+        if token in opens:
+            stop = at + 1
+            while int(ids[stop]) == image_token:
+                stop += 1
+            if opens[token]:
+                images.append([])
+                lines.append({})
+            images[-1].append(tuple(range(at + 1, stop)))
+        elif token == MARKED["\n"]:
+            lines[-1][at] = len(images[-1])
+    out = []
+    for crops, breaks in zip(images, lines):
+        marks: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
+        for crop in crops:
+            marks += [(crop[0] - 1, (crop,)), (crop[-1] + 1, (crop,))]
+        starts = [1, *breaks.values(), len(crops)]
+        for i, line in enumerate(breaks):
+            marks.append((line, (sum(crops[starts[i] : starts[i + 1]], ()), sum(crops[starts[i + 1] :], ()))))
+        out.append((len(crops), tuple(sorted(marks)) if len(crops) > 1 else ()))
+    return out
+
+
+def left_marks(visual: Visual, kept: Kept) -> list[int]:
+    """Columns of the text between tokens that stays."""
+    there = set(visual.columns[kept.stay].tolist())
+    return [column for column, groups in visual.marks if kept.marks or all(there & set(group) for group in groups)]
+
+
 def everything(visual: Visual) -> Kept:
     """All of it."""
     return Kept(torch.ones(len(visual.features), dtype=torch.bool), visual.features, visual.deep)
@@ -185,16 +308,22 @@ def chosen(visual: Visual, indices: Tensor, newline: str | None = None) -> Kept:
         return everything(visual)
     stay = visual.newline.clone() if newline == "keep" else torch.zeros_like(visual.newline)
     stay[(~visual.newline).nonzero()[:, 0][indices]] = True
-    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep))
+    return Kept(stay, visual.features[stay], tuple(d[stay] for d in visual.deep), marks=newline == "keep")
 
 
 def merged(
-    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = ()
-) -> Kept:
-    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take."""
+    visual: Visual, features: Tensor, counts: Sequence[int], shape: tuple[int, int, int] | None = None, deep: Sequence[Tensor] = (),
+    grids: Sequence[tuple[int, int]] = (),
+) -> Kept:  # fmt: skip
+    """New tokens in place of all of them. counts: how many there are for each plane, whose first slots they take; where text stands
+    between rows, those of the first rows and columns of the (rows, columns) that they fill, ``grids``."""
     slots, start, taken = (~visual.newline).nonzero()[:, 0], 0, []
-    for (rows, columns), count in zip(visual.planes, counts):
-        taken.append(slots[start : start + count])
+    for i, ((rows, columns), count) in enumerate(zip(visual.planes, counts)):
+        own = slots[start : start + rows * columns]
+        if visual.marks and grids:
+            taken.append(own.view(rows, columns)[: grids[i][0], : grids[i][1]].flatten())
+        else:
+            taken.append(own[:count])
         start += rows * columns
     stay = torch.zeros_like(visual.newline)
     stay[torch.cat(taken)] = True
@@ -204,7 +333,7 @@ def merged(
 
 def rope_index(name: str, model: Any, ids: Tensor, inputs: dict[str, Any], grids: dict[str, Tensor]) -> Tensor:
     """Positions (3, L) of a row without padding, by the stock model."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     types = (ids == family.image_token).int() + 2 * (ids == family.video_token).int()
     seconds = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}
     return model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids, **seconds)[0][:, 0]
@@ -225,8 +354,10 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         embeds[here], visual[here] = left.features, True
         for layer, features in zip(deep, left.deep):
             layer[here] = features
+        stays[[column for column, _ in item.marks]] = False
+        stays[left_marks(item, left)] = True
     columns = stays.nonzero()[:, 0]
-    if not FAMILIES[name].mrope:
+    if not EVERY[name].mrope:
         at = columns if positions == "keep" else torch.arange(len(columns))
         following = len(ids) if positions == "keep" else len(columns)
         at = at[None]
@@ -251,7 +382,7 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
 def logits(model: Any, row: Row) -> Tensor:
     """Logits (L, vocabulary) of the bare language model and head, without a cache."""
     deep = dict(visual_pos_masks=row.visual, deepstack_visual_embeds=list(row.deep)) if row.deep else {}
-    hidden = model.model.language_model(
+    hidden = model.get_decoder()(
         inputs_embeds=row.embeds,
         position_ids=row.positions,
         attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),

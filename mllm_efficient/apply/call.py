@@ -15,8 +15,8 @@ from ..compressors.composed import before_of, inside_of, stages_of
 from ..compressors.none import NoCompression
 from ..compressors.reducer import Reducer
 from .encode import has_pixels, require_encoding, require_installed
-from .labels import entering, of_text, stays_long, visual_in
-from .locate import PlacedImage, locate
+from .labels import entering, of_text, stays_long
+from .locate import PlacedImage, locate, visual_in
 from .plan import check, position_rule
 from .prompt import Layout, require
 
@@ -110,8 +110,20 @@ class Call:
         require(self.rest.get("shift_labels") is None, "shift_labels cannot be compressed: pass labels, which the model shifts itself")
         if self.labels is None:
             return None
-        visual = visual_in(self.adapter, self.ids_cpu)
-        return entering(self.labels, self.mask_cpu, visual, repacked=False) if self.whole_prompt else of_text(self.labels, visual)
+        entire = self.whole_prompt
+        return entering(self.labels, self.mask_cpu, self.visual, repacked=False) if entire else of_text(self.labels, self.visual)
+
+    @cached_property
+    def placed(self) -> list[PlacedImage]:
+        """The images and videos that are new in this call, in prompt order. Raises ``CountMismatchError`` as ``place_images`` does."""
+        return place_images(self)
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """(B, L) bool, the columns of images: every placeholder, and the text between those of one new image."""
+        found = visual_in(self.ids_cpu, self.adapter.placeholders)
+        found[:, self.start :] |= visual_in(self.ids_cpu[:, self.start :], self.adapter.placeholders, self.placed)
+        return found
 
     def tensors(self, labels: Tensor | None) -> dict[str, Any]:
         """The arguments of the model beside the images, with these labels, the prompt as long as it came."""

@@ -13,7 +13,8 @@ from ..compressors.base import Compressor
 from ..compressors.math.finite import Watch, require_finite
 from ..compressors.merging import averaged
 from ..errors import CountMismatchError
-from ..tokens import CompressedTokens, Plane, VisualShape, VisualTokens
+from ..plans import room_for
+from ..tokens import CompressedTokens, Mark, Plane, VisualShape, VisualTokens
 from .plan import Group, Plan
 from .prompt import require
 from .stopwatch import Stopwatch
@@ -40,7 +41,8 @@ class CompressedImage:
     features: (kept tokens + kept separators, D), deep: the same for each deepstack layer. keep: (length,) bool, the
     placeholders that stay. indices: (K,) of the kept tokens on the CPU, None where merged. kept_planes: of merged ones;
     of_merged: (K,) those of them that stay on the CPU, None for all. groups: (N,) on the CPU, the place in ``indices`` of the kept
-    token that each is part of, None where none was merged into another.
+    token that each is part of, None where none was merged into another. all_marks: whether the text between placeholders stays, wherever
+    it belongs.
     """
 
     features: Tensor
@@ -50,6 +52,12 @@ class CompressedImage:
     kept_planes: tuple[Plane, ...] | None = None
     of_merged: Tensor | None = None
     groups: Tensor | None = None
+    all_marks: bool = False
+
+    def has_left(self) -> Callable[[Mark], bool]:
+        """What says of a mark of the image whether it stays in the prompt."""
+        slots = self.keep.nonzero()[:, 0].tolist()
+        return lambda mark: self.all_marks or mark.left(slots)
 
 
 def compress_images(
@@ -74,7 +82,8 @@ def compress_images(
     watch.read()
     parts = _indices_on_cpu(parts)
     seconds = clock.seconds()
-    return [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)], seconds
+    images = [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)]
+    return [replace(image, all_marks=p.all_marks) for p, image in zip(plans, images)], seconds
 
 
 def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
@@ -218,14 +227,15 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
 def _placeholders(method: Compressor, shape: VisualShape, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
     """The placeholders that the tokens of all groups take, group after group, and the indices of those that were kept.
 
-    Merged tokens without places take the first placeholders of their group. Raises ``CountMismatchError`` where a token was selected twice.
+    Merged tokens without places take the first placeholders of their group; where rows are marked, those of the first rows and columns,
+    as a smaller image has them. Raises ``CountMismatchError`` where a token was selected twice.
     """
     slots, indices = list[Tensor](), list[Tensor]()
     for group, done, _ in parts:
         own = torch.arange(shape.n) if group.indices is None else group.indices
         where = _where(done)
         if where is None:
-            slots.append(shape.token_slots[own[: group.kept]])
+            slots.append(shape.token_slots[own[room_for(done.grid, group.kept, group.grid if shape.marks else None)]])
             continue
         if len(where.unique()) != len(where):
             raise CountMismatchError(f"{method.name} selected the same visual token twice")
@@ -300,7 +310,9 @@ def _room(p: Plan) -> Tensor:
         return keep
     start = 0
     for full, plane in zip(shape.planes, after.planes):
-        keep[shape.token_slots[start : start + min(len(plane), len(full))]] = True
+        within = (full.rows, full.columns) if shape.marks else None
+        room = room_for((plane.rows, plane.columns), min(len(plane), len(full)), within)
+        keep[shape.token_slots[start : start + len(full)][room]] = True
         start += len(full)
     # Rounding can give a plane of the smaller image more tokens than the full one has there.
     rest = shape.token_slots[~keep[shape.token_slots]]

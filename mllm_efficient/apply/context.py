@@ -26,7 +26,7 @@ def contexts_of(call: Call, placed: list[PlacedImage]) -> list[Context]:
     ids, mask = call.input_ids[:, call.start :], call.mask_cpu[:, call.start :]
     instruction = clip = None
     if {"text", "clip_text"} & set(method.needs):
-        instruction = _instruction(adapter, call.ids_cpu[:, call.start :], mask, None if labels is None else labels[:, call.start :])
+        instruction = _instruction(call.visual[:, call.start :], mask, None if labels is None else labels[:, call.start :])
         clip = _clip(adapter, method) if placed else None
     out, number, clip_text = list[Context](), call.cached_images, dict[int, Tensor | None]()
     for i, image in enumerate(placed):
@@ -41,9 +41,8 @@ def contexts_of(call: Call, placed: list[PlacedImage]) -> list[Context]:
     return out
 
 
-def _instruction(adapter: Any, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
-    """(B, L) bool, the columns of each row's text up to its answer: no placeholder, no padding. All on the CPU."""
-    visual = torch.isin(ids, torch.tensor(list(adapter.placeholders.values())))
+def _instruction(visual: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """(B, L) bool, the columns of each row's text up to its answer: nothing of an image, no padding. All on the CPU."""
     last = instruction_end(mask, visual & mask, labels)
     return mask & ~visual & (torch.arange(mask.shape[1]) <= last[:, None])
 

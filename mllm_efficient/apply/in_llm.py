@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ class PromptImage:
 
     places: (n, 3) plane, row and column of each. origin: (n,) its number among the N of the image, or among merged ones.
     grids: (rows, columns) of the rectangles that the tokens fill, None where they fill none. held: (n,) how many tokens each holds, None
-    for one each.
+    for one each. marks: (M,) columns of the text between them, which stays, but is none of the question's.
     """
 
     row: int
@@ -39,6 +39,7 @@ class PromptImage:
     origin: Tensor
     grids: tuple[Grid, ...] | None = None
     held: Tensor | None = None
+    marks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
 
 def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
@@ -46,7 +47,8 @@ def whole_image(image: PlacedImage, p: Plan) -> PromptImage:
     columns, slots, planes = image.columns.cpu(), p.shape.token_slots, p.shape.planes
     is_separator = torch.ones(len(columns), dtype=torch.bool)
     is_separator[slots] = False
-    return PromptImage(image.row, columns[slots], columns[is_separator], places_of(planes), torch.arange(p.shape.n), grids_of(planes))
+    places, origin = places_of(planes), torch.arange(p.shape.n)
+    return PromptImage(image.row, columns[slots], columns[is_separator], places, origin, grids_of(planes), marks=image.marked())
 
 
 def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: CompressedImage) -> PromptImage:
@@ -66,7 +68,8 @@ def shortened_image(layout: Layout, image: PlacedImage, p: Plan, done: Compresse
     columns, grids = short[image.columns.cpu()[kept]], grids_of(planes)
     filled = grids if len(origin) == sum(rows * columns for rows, columns in grids) else None
     held = None if done.groups is None else counts_of(done.groups, len(origin))
-    return PromptImage(image.row, columns[is_token], columns[~is_token], places_of(planes)[origin], origin, filled, held)
+    places, marks = places_of(planes)[origin], short[image.marked(done.has_left())]
+    return PromptImage(image.row, columns[is_token], columns[~is_token], places, origin, filled, held, marks)
 
 
 def staging_of(
@@ -101,6 +104,7 @@ def staging_of(
         )  # fmt: skip
         visual[image.row, image.columns] = True
         visual[image.row, image.separators] = True
+        visual[image.row, image.marks] = True
         numbers[image.row] += 1
     last = instruction_end(mask, visual, labels)
     upto = torch.arange(mask.shape[1])[None] <= last[:, None]

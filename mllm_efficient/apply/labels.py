@@ -1,8 +1,8 @@
 """Which labels of a prompt enter a loss where its visual tokens are compressed, and what that loss is divided by.
 
-One rule for all methods: labels on visual placeholders, on padding and on the first token of a row are ignored. A placeholder
-that went has no logits and one that stayed is no word; in front of a row's first token there is nothing, or padding. Where
-nothing is compressed labels pass untouched.
+One rule for all methods: labels on visual placeholders and on the text between those of one image, on padding and on the first token
+of a row are ignored. A placeholder that went has no logits and one that stayed is no word; in front of a row's first token there is
+nothing, or padding. Where nothing is compressed labels pass untouched.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..compressors.none import NoCompression
 from ..errors import CountMismatchError
 from .active import method_of
 from .encode import has_pixels
+from .locate import locate, visual_in
 from .plan import Plan
 from .prompt import IGNORE, require
 
@@ -100,12 +101,9 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     if method is None or ids is None or not has_pixels(dict(batch)):
         return labels
     adapter, mask = adapter_for(model), batch.get("attention_mask")
-    if leaves_alone(method, (method.plans(adapter, item)[-1] for item in adapter.items(dict(batch)))):
+    items = adapter.items(dict(batch))
+    if leaves_alone(method, (method.plans(adapter, item)[-1] for item in items)):
         return labels
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    return entering(labels, mask, visual_in(adapter, ids), not stays_long(adapter, method))
-
-
-def visual_in(adapter: Any, ids: Tensor) -> Tensor:
-    """(B, L) bool, the placeholders among ids (B, L)."""
-    return torch.isin(ids, torch.tensor(list(adapter.placeholders.values()), device=ids.device))
+    visual = visual_in(ids, adapter.placeholders, locate(ids.cpu(), adapter.placeholders, items))
+    return entering(labels, mask, visual, not stays_long(adapter, method))

@@ -76,12 +76,13 @@ def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -
     grids: dict[str, list[Any]] = {modality: [] for modality in adapter.placeholders}
     seconds = list[Any]()
     for image, p, done in sorted(images, key=lambda known: known[0].index):
-        planes = p.shape.planes if rule == "keep" or p.untouched or done is None else done.kept_planes
+        whole = rule == "keep" or p.untouched or done is None  # as the call has it: a model of crops of several sizes is told them
+        planes = p.shape.planes if whole or done is None else done.kept_planes
         if planes is None:  # selected tokens, which count on as text does
             types[image.row, _columns(ids, image, images)] = 0
             continue
         same = len({(plane.rows, plane.columns) for plane in planes}) == 1
-        require(same, "tokens merged to no grid have no place in M-RoPE: use a method that selects, or one that pools")
+        require(same or whole, "tokens merged to no grid have no place in M-RoPE: use a method that selects, or one that pools")
         grids[p.shape.modality].append((len(planes), planes[0].rows, planes[0].columns))
         if "second_per_grid_ts" in image.item.arguments:
             seconds.append(image.item.arguments["second_per_grid_ts"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..compressors.composed import stages_of
 from ..registry import runnable
 from ..report import CompressionReport, ImageReport
-from .call import Call, parse_call, place_images
+from .call import Call, parse_call
 from .compress import CompressedImage, compress_images
 from .context import contexts_of
 from .encode import Encoded, encode, encode_items, encoding_key, has_pixels, keeps_all
@@ -36,7 +36,8 @@ class Prepared:
     """A call ready for the stock model: ``model.generate(**prepared.model_kwargs, max_new_tokens=20)``.
 
     report: what was done. layout: None where no column left the prompt. staging: what is to be done inside the decoder,
-    whose report is complete when a forward has run. visual_keep_mask: (B, L) bool, False where a visual token left the prompt.
+    whose report is complete when a forward has run. visual_keep_mask: (B, L) bool, False where a visual token left the prompt, or the
+    text of a row or tile all of whose tokens left.
     features: (modality, (n, D), the same of each deepstack layer) of each image; pack: makes ``mm_encoder_outputs`` of them.
 
     ``generate`` goes on from it by itself. A decode loop written by hand over the stock ``forward`` must pass
@@ -125,7 +126,7 @@ def prepare(
     call = parse_call(adapter_for(model), runnable(compressor), inputs)
     if not call.has_images:
         return _as_it_came(call, CompressionReport())
-    placed = place_images(call)
+    placed = call.placed
     plans = plan_images(call, placed)
     if call.past is None and leaves_alone(call.method, (p.whole for p in plans)):
         return _uncompressed(call, placed, plans)
@@ -249,6 +250,8 @@ def _layout_of(call: Call, placed: list[PlacedImage], images: list[CompressedIma
     if past is not None:
         keep[:, :start] = past.keep
     for image, done in zip(placed, images):
+        keep[image.row, image.marked() + start] = False
+        keep[image.row, image.marked(done.has_left()) + start] = True
         keep[image.row, image.columns + start] = done.keep
     new_images = torch.bincount(torch.tensor([image.row for image in placed], dtype=torch.long), minlength=len(ids))
     return lay_out(ids, mask, keep, past, torch.tensor(call.cached_images) + new_images, call.positions)
@@ -276,9 +279,15 @@ def _image(image: PlacedImage, p: Plan, done: CompressedImage | None, whole: Pla
     return ImageReport(
         row=image.row, full=p.shape.n, kept=p.kept, indices=indices, grid=grid, tile=p.shape.tile(), clamped=whole.clamped,
         modality=p.shape.modality, planes=p.shape.planes, kept_planes=kept_planes, frame=p.shape.frame(),
-        separators_full=p.shape.separators, separators_kept=whole.separators, per_layer=p.per_layer,
+        separators_full=p.shape.separators + p.shape.marked, separators_kept=whole.separators + _marks_left(p, done), per_layer=p.per_layer,
         of_merged=None if done is None else done.of_merged, groups=None if done is None else done.groups,
     )  # fmt: skip
+
+
+def _marks_left(p: Plan, done: CompressedImage | None) -> int:
+    """Columns of text between an image's tokens that stay; inside the decoder all do."""
+    left = None if done is None else done.has_left()
+    return sum(len(mark.words) for mark in p.shape.marks if left is None or left(mark))
 
 
 def _given(tensors: dict[str, Any]) -> dict[str, Any]:

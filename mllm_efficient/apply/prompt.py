@@ -25,8 +25,8 @@ IGNORE = -100  # the label that enters no loss
 class Layout:
     """Which columns of a full prompt are in the reduced one. Sits on the cache object between calls.
 
-    ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went. columns: (B, R) the full
-    column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
+    ids: (B, L) the full prompt. keep: (B, L) bool, False exactly where a visual token went, or text of its image with it. columns:
+    (B, R) the full column of each reduced column. mask: (B, R) 1 where a reduced column is not padding. images: (B,) images of each
     row. positions: "renumber" or "keep". following: (B,) the position of the next token of each row, where positions
     are not simply counted on (kept positions, M-RoPE). axes: rows of positions on M-RoPE models, else 0; text_row: whether
     the model takes one more in front, the places in the prompt. All on the CPU.

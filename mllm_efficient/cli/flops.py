@@ -15,6 +15,7 @@ from . import options
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
     from ..loading.models import ModelOptions
+    from ..measure.counter import Counted
     from ..measure.flops import Cost
     from ..measure.shapes import ModelShape
     from ..patches.rules import Size
@@ -74,15 +75,19 @@ def flops(
         m: [cost(shape, text_tokens=t, visual_tokens=n, image_size=size, method=m, convention=convention, **call) for t, n, size in pairs]
         for m in methods
     }
+    counted = {}
+    if measured:
+        settings = ModelOptions(shape.name, "cpu", revision=revision, trust_remote_code=trust_remote_code, processor_kwargs=given)
+        counter = _Counter(shape, settings)
+        counted = {m: counter.count(m, pairs, call) for m in methods}
+        costs = {m: _as_left(shape, m, pairs, costs[m], counted[m], call) for m in methods}
     baseline = costs[methods[0]]
     rows = [_row(costs[m], baseline) for m in methods]
     seen = list(dict.fromkeys(c.pictures for c in baseline))
     options.say(f"{model}: {'; '.join(seen)} before compression")
     if measured:
-        settings = ModelOptions(shape.name, "cpu", revision=revision, trust_remote_code=trust_remote_code, processor_kwargs=given)
-        counter = _Counter(shape, settings)
         for m, row in zip(methods, rows):
-            row["measured"] = counter.row(m, pairs, costs[m], call)
+            row["measured"] = _measured(counted[m], costs[m])
             if unknown := row["measured"]["unknown_operations"]:
                 options.say(f"{m.spec()} uses {', '.join(unknown)}, whose FLOPs torch's counter takes for 0: counted is too low")
     meta = {
@@ -167,16 +172,32 @@ class _Counter:
             loaded = load(settings)
             self.model, self.processor = loaded.model, loaded.processor
 
-    def row(self, method: Compressor, pairs: list[Pair], costs: list[Cost], call: dict[str, Any]) -> dict[str, Any]:
-        """Means over the prompts in TFLOPs, and the sum of |counted - closed form| over all phases and prompts in FLOPs."""
+    def count(self, method: Compressor, pairs: list[Pair], call: dict[str, Any]) -> list[Counted]:
+        """What torch's counter says of each prompt."""
         from ..measure.counter import count
 
         call = {**call, "processor": self.processor}
-        counted = [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
-        row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
-        row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
-        row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])
-        return row
+        return [count(self.model, self.shape, method, text_tokens=t, visual_tokens=n, image_size=s, **call) for t, n, s in pairs]
+
+
+def _measured(counted: list[Counted], costs: list[Cost]) -> dict[str, Any]:
+    """Means over the prompts in TFLOPs, and the sum of |counted - closed form| over all phases and prompts in FLOPs."""
+    row: dict[str, Any] = {f"{p}_tflops": sum(getattr(c, p) for c in counted) / len(counted) / TFLOP for p in PHASES}
+    row["unknown_operations"] = sorted({name for c in counted for name in c.unknown})
+    row["difference_flops"] = sum(abs(getattr(c, p) - getattr(k, p)) for c, k in zip(counted, costs) for p in PHASES[:-1])
+    return row
+
+
+def _as_left(
+    shape: ModelShape, method: Compressor, pairs: list[Pair], costs: list[Cost], counted: list[Counted], call: dict[str, Any]
+) -> list[Cost]:
+    """The closed form with the row breaks and names of tiles that were left: which those are depends on what the method chose."""
+    from ..measure.flops import cost
+
+    if not any(c.marks for c in counted):
+        return costs
+    prompts = zip(pairs, counted)
+    return [cost(shape, text_tokens=t, visual_tokens=n, image_size=s, method=method, marks=c.marks, **call) for (t, n, s), c in prompts]
 
 
 def _versions() -> dict[str, Any]:

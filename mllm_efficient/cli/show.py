@@ -82,6 +82,7 @@ def show(
     for row in rows:
         options.say(
             f"{row['image']}: {row['method']} keeps {row['kept']} of {row['full']} tokens ({row['share']:.1%})"
+            + (f" and {row['separators_kept']} of {row['separators_full']} separators" if row["separators_full"] else "")
             + (f": {by_layer(row['tokens_per_layer'])}" if row["tokens_per_layer"] else "")
         )
     print(output)
@@ -150,7 +151,8 @@ def _result(method: Compressor, reports: Sequence[Any], place: Any, video: bool 
     full, kept, merged = sum(r.full for r in reports), sum(r.kept for r in reports), any(r.indices is None for r in reports)
     all_of_it = merged and all(r.of_merged is None for r in reports if r.indices is None)
     layers = [sum(each) for each in zip(*(r.per_layer for r in reports))] if all(r.per_layer for r in reports) else []
-    return Result(title(method), full, kept, planes, None if all_of_it else indices, kept_planes if merged else None, layers)
+    separators = sum(r.separators_full for r in reports), sum(r.separators_kept for r in reports)
+    return Result(title(method), full, kept, planes, None if all_of_it else indices, kept_planes if merged else None, layers, separators)
 
 
 def _film(frames: list[Picture], numbers: list[int], results: list[Result]) -> Subject:
@@ -170,7 +172,8 @@ def _row(method: Compressor, path: Path, modality: str, result: Result, output: 
 
     return {
         "method": method.spec(), "image": str(path), "modality": modality, "full": result.full, "kept": result.kept,
-        "share": result.kept / result.full, "tokens_per_layer": list(result.per_layer) or None,
+        "share": result.kept / result.full, "separators_full": result.separators[0], "separators_kept": result.separators[1],
+        "tokens_per_layer": list(result.per_layer) or None,
         "planes": plain(result.planes), "kept_planes": plain(result.kept_planes),
         "indices": None if result.indices is None else list(result.indices), "output": str(output),
     }  # fmt: skip

@@ -40,8 +40,7 @@ class Compressor:
     fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE, "keep" on M-RoPE), "keep"
     leaves every kept token at its place in the uncompressed prompt. per: what the budget is for: every "image" (or
     video), every "tile" of an anyres image, every "frame" of a video. newline: None drops the newline and separator
-    columns of an image that loses tokens, "keep" keeps them all.
-
+    columns of an image that loses tokens, and text between tokens (a row's break, a tile's name) with its last token; "keep" keeps all.
     kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
     between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
     are new ones. in_place: whether each of these has the place of one of the tokens that it was merged from
@@ -238,7 +237,8 @@ class Compressor:
         if kept == shape.n and self.full_is_identity:
             return replace(self.untouched_plan(shape), clamped=clamped)
         keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
-        return Plan(shape, kept, groups, separators=shape.separators if keeps_newlines else 0, clamped=clamped)
+        separators, every = shape.separators if keeps_newlines else 0, self.newline == "keep"
+        return Plan(shape, kept, groups, separators=separators, all_marks=every, clamped=clamped)
 
     def plans(self, adapter: Any, item: Any) -> list[Plan]:
         """The plan after each of ``parts``, all of the item's own shape."""
@@ -247,7 +247,7 @@ class Compressor:
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""
         clamped = self.tokens is not None and self.tokens > shape.n
-        return Plan(shape, shape.n, separators=shape.separators, untouched=True, clamped=clamped)
+        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=clamped)
 
     def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         """``plan`` of what the stage ``before`` leaves by its plan ``done``."""

@@ -44,7 +44,7 @@ def require_newlines(method: Compressor, adapter: Family) -> None:
     """``newline="keep"`` has an effect, and the newline columns that stay belong to rows that stay."""
     if method.newline != "keep":
         return
-    if not adapter.separators:
+    if not (adapter.separators or adapter.marks):
         raise UnsupportedModelError(f"{method.name}: newline='keep' has no effect on {adapter.name}, which has no newline columns")
     if method.merges_tokens:
         raise UnsupportedModelError(f"{method.name} merges rows, and a newline column belongs to a row: leave newline= out")

@@ -210,10 +210,14 @@ def model_inputs(
 
 
 def nested(processor: Any, prompts: Sequence[str], pictures: Sequence[Any]) -> list[list[Picture]]:
-    """The pictures of each prompt that has some. Raises ``MllmEfficientError`` where they are not as many as the placeholders."""
+    """The pictures of each prompt that has some, or of every prompt where the processor wants a list for each.
+
+    Raises ``MllmEfficientError`` where they are not as many as the placeholders.
+    """
     flat = [p for one in pictures for p in (one if isinstance(one, (list, tuple)) else [one])]
     counts = [prompt.count(processor.image_token) for prompt in prompts]
     if sum(counts) != len(flat):
         raise MllmEfficientError(f"the prompts have {sum(counts)} {processor.image_token} and {len(flat)} image(s) are given")
     left = iter(flat)
-    return [[next(left) for _ in range(n)] for n in counts if n]
+    every = hasattr(processor, "fake_image_token") and bool(flat)  # Idefics3 and SmolVLM
+    return [[next(left) for _ in range(n)] for n in counts if n or every]

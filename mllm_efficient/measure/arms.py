@@ -67,7 +67,8 @@ def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantizatio
             continue
         whole = chosen.method.per == "image" and chosen.method.kind == PRE_LLM
         asked = chosen.method.budget.count(item.shape.n, fixed=adapter.fixed_count) if whole else chosen.kept
-        same: dict[str, Any] = {"newline": chosen.method.newline if adapter.separators and not chosen.method.merges_tokens else None}
+        marked = (adapter.separators or adapter.marks) and not chosen.method.merges_tokens
+        same: dict[str, Any] = {"newline": chosen.method.newline if marked else None}
         for reference in (Random(tokens=chosen.kept, **same), Resize(tokens=asked, **same)):
             if chosen.method.as_resizer is not None or reference.spec() in left_out:
                 continue

@@ -17,23 +17,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..apply.locate import written
 from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, or_random
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
+from ..tokens import VisualShape
 from .shapes import ModelShape
 
 
 @dataclass(frozen=True)
 class Counted:
-    """FLOPs of a call, as ``flops.Cost`` has them. unknown: operations of the method whose FLOPs torch's counter takes for 0."""
+    """FLOPs of a call, as ``flops.Cost`` has them. unknown: operations of the method whose FLOPs torch's counter takes for 0.
+
+    marks: text columns between the images' tokens that the method left in the longest prompt.
+    """
 
     vision: int
     compress: int
     prefill: int
     decode: int
     unknown: tuple[str, ...] = ()
+    marks: int = 0
 
     @property
     def total(self) -> int:
@@ -108,7 +114,18 @@ def count(
         prefill, decode = _decoded(model, prepared, _text_id(adapter), new_tokens)
     inside_prefill = sum(c.get_total_flops() for c in choosing)
     before = compress.get_total_flops()
-    return Counted(vision.get_total_flops(), before + inside_prefill, prefill - inside_prefill, decode, tuple(sorted(unknown.seen)))
+    seen, marks = tuple(sorted(unknown.seen)), _marks(prepared, items)
+    return Counted(vision.get_total_flops(), before + inside_prefill, prefill - inside_prefill, decode, seen, marks)
+
+
+def _marks(prepared: Any, items: Sequence[Any]) -> int:
+    """Text columns between the images' tokens in the longest prompt: what is left beside text and features."""
+    if not any(item.shape.marks for item in items):
+        return 0
+    rows = [0] * len(prepared.tensors["input_ids"])
+    for image in prepared.report.images:
+        rows[image.row] += image.separators_kept
+    return max(rows)
 
 
 def _images(shape: ModelShape, visual_tokens: int | None, image_size: Size | None, images: int) -> list[Views]:
@@ -167,29 +184,29 @@ def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, pro
         return torch.zeros(size, device="meta", dtype=dtype) if device.type == "meta" else torch.rand(size).to(device, dtype)
 
     if processor is None or None in sizes:
-        vision, lengths = adapter.example(images, noise), [p.shape.length for p in images]
+        vision, shapes = adapter.example(images, noise), [p.shape for p in images]
     else:
-        vision, lengths = _processed(adapter, processor, sizes)
+        vision, shapes = _processed(adapter, processor, sizes)
         vision = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
     placeholder, text = adapter.placeholders[images[0].shape.modality], [_text_id(adapter)] * text_tokens
     prompt: list[int] = []
-    for length in lengths:  # some models tell images by the text between them
+    for one in shapes:  # some models tell images by the text between them
         prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]
-        prompt += [placeholder] * length
+        prompt += written(one, placeholder, adapter)
     ids = torch.tensor([prompt + text] * batch)
     types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
-    return {"input_ids": ids, **types, **{k: torch.cat([v] * batch) for k, v in vision.items()}}
+    return {"input_ids": ids, **types, **{k: adapter.joined(k, [v] * batch) for k, v in vision.items()}}
 
 
-def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[int]]:
-    """The vision arguments of one prompt with noise of these sizes, and the placeholders of each image."""
+def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[VisualShape]]:
+    """The vision arguments of one prompt with noise of these sizes, and the shape of each image."""
     from ..loading.prompts import model_inputs, question_prompt
     from .workload import QUESTION, noise
 
     prompt = question_prompt(processor, QUESTION, len(sizes))
     inputs = model_inputs(processor, [prompt], [[noise(size, i) for i, size in enumerate(sizes)]])
     vision = {k: v for k, v in inputs.items() if k in adapter.encode_keys}
-    return vision, [item.shape.length for item in adapter.items(inputs)]
+    return vision, [item.shape for item in adapter.items(inputs)]
 
 
 def _text_id(adapter: Any) -> int:
@@ -219,11 +236,14 @@ def _random(encoding: Any) -> dict[str, Any]:
 class OneDevice(TorchDispatchMode):
     """What an operation is given on the CPU beside tensors on meta goes to meta.
 
-    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values.
+    Prompts, grids and window indices stay on the CPU until they meet features, because models read their values, and features on meta;
+    also where a model moves one beside the other.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs and args[0].is_meta == args[0].is_floating_point():
+            kwargs = {**kwargs, "device": args[0].device}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if len({x.is_meta for x in tensors}) == 2:
             args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs))

@@ -13,7 +13,7 @@ interpolation are not counted. The papers' conventions are in ``conventions``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..apply.plan import check
@@ -39,7 +39,7 @@ __all__ = [
 class Cost:
     """One call of one method, in FLOPs (multiply-adds under a paper's convention) and bytes, the whole batch together.
 
-    text_tokens, visual_tokens_full, visual_tokens_kept, separators (newline columns and the like that stay): per prompt.
+    text_tokens, visual_tokens_full, visual_tokens_kept, separators (newline columns, row breaks and the like that stay): per prompt.
     vision: tower and projector, and what the tower does for the method alone. compress: the method's own products.
     prefill: with the head for one position. decode: every forward after it, so ``new_tokens - 1``, because the prefill
     gives the first token. Under a paper's convention all but ``prefill`` are 0. kv_cache_bytes: after the last forward.
@@ -83,6 +83,7 @@ def cost(
     batch_size: int = 1,
     convention: str = EXACT,
     visual_per_layer: Sequence[int] | None = None,
+    marks: int | None = None,
 ) -> Cost:
     """What a call costs on a model with a method.
 
@@ -96,7 +97,7 @@ def cost(
         new_tokens: tokens generated; the prefill gives the first.
         batch_size: prompts alike.
         convention: "exact", "divprune" or "sparsevlm".
-        visual_per_layer: visual tokens in each decoder layer, instead of those that the method leaves there.
+        visual_per_layer, marks: visual tokens in each decoder layer, and text between them that stays, instead of the method's own.
 
     Raises:
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
@@ -111,11 +112,12 @@ def cost(
     check(rules, compressor)
     pictures = rules.prompt(visual_tokens, image_size, convention == EXACT, images)
     kept = [keep(rules, compressor, p) for p in pictures]
-    tokens, separators = sum(k.tokens for k in kept), sum(k.separators for k in kept)
+    kept = kept if marks is None else [replace(k, marks=0 if i else marks) for i, k in enumerate(kept)]
+    tokens, separators = sum(k.tokens for k in kept), sum(k.separators + k.marks for k in kept)
     lengths = _lengths(model, kept, text_tokens, visual_per_layer)
     vision = compress = decode = 0
     if convention == EXACT:
-        vision = sum(vision_flops(model, k.picture, compressor, k) + _extra_flops(model.tower, compressor, k) for k in kept)
+        vision = _seeing_flops(model, compressor, kept, batch_size)
         compress = 0 if before is None else _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens)
         compress += 0 if inside is None else choosing_flops(decoder, inside, kept, text_tokens)
         prefill = prefill_flops(decoder, lengths)
@@ -125,11 +127,17 @@ def cost(
     by_layer = inside is not None and visual_per_layer is None
     layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if by_layer else ()
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
-    b = batch_size
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        b * vision, b * compress, b * prefill, b * decode, b * cache, _words(pictures), layers,
+        *(batch_size * part for part in (vision, compress, prefill, decode, cache)), _words(pictures), layers,
     )  # fmt: skip
+
+
+def _seeing_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], batch: int) -> int:
+    """Tower and projector of all images of a prompt, of which there are ``batch`` in a call, and what the method adds there."""
+    patches = sum(k.picture.views * k.picture.patches[0] * k.picture.patches[1] for k in kept)
+    among = batch * patches if model.rules.packed else 0
+    return sum(vision_flops(model, k.picture, method, k, among) + _extra_flops(model.tower, method, k) for k in kept)
 
 
 def _check(convention: str, text_tokens: int, visual_tokens: int | None, new_tokens: int, batch_size: int) -> None:
@@ -148,7 +156,7 @@ def _lengths(model: ModelShape, kept: Sequence[Kept], text: int, visual_per_laye
     else:
         given = len(visual_per_layer)
         _require(given == layers, f"visual tokens of {given} layers given, and {model.name} has {layers}")
-        lengths = [text + sum(k.separators for k in kept) + n for n in visual_per_layer]
+        lengths = [text + sum(k.separators + k.marks for k in kept) + n for n in visual_per_layer]
     _require(min(lengths) > 0, "a prompt without tokens")
     return lengths
 
@@ -211,8 +219,8 @@ def _layer(decoder: Decoder, queries: int, keys: int) -> int:
     return 2 * queries * weights + 4 * wide * queries * keys
 
 
-def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:
-    """Tower and projector of one image or video; the method's own projector, if it brings one."""
+def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None, among: int = 0) -> int:
+    """Tower and projector of one image or video; the method's own projector, if it brings one. among: as in ``tower_flops``."""
     other = None if method is None or method.installs is None else method.installs.as_projector
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
@@ -222,15 +230,18 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
         return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
     else:
         project = projector_flops(model.projector, picture.projected)
-    return picture.views * (tower_flops(model.tower, picture.patches) + project)
+    return picture.views * (tower_flops(model.tower, picture.patches, among) + project)
 
 
-def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
-    """One view of (rows, columns) patches. All layers run, whichever layer's output is used."""
+def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0) -> int:
+    """One view of (rows, columns) patches. All layers run, whichever layer's output is used.
+
+    among: patches of all images of the call, where attention is computed over them all and masked; 0 where over its own.
+    """
     d, n = tower.width, patches[0] * patches[1]
     total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
     n += tower.class_token
-    everything, windows = n * n, _window_pairs(tower, patches) if tower.window else 0
+    everything, windows = n * (among or n), _window_pairs(tower, patches) if tower.window else 0
     for layer in range(tower.layers):
         pairs = windows if tower.window and layer not in tower.full_layers else everything
         total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
@@ -261,7 +272,8 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
 def projector_flops(projector: ProjectorSize, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
     taken = projector.hidden // 2 if projector.gated else projector.hidden
-    return projector.copies * 2 * n * (projector.inputs * projector.hidden + taken * projector.outputs)
+    products = projector.merged * projector.inputs + projector.inputs * projector.hidden + taken * projector.outputs
+    return projector.copies * 2 * n * products
 
 
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply.labels import visual_in
+from ..apply.locate import locate, visual_in, written
 from ..errors import MllmEfficientError
 from ..loading.models import Loaded
 from ..patches.rules import Size, Views
+from ..tokens import VisualShape
 
 QUESTION = "Describe what is shown."
 
@@ -69,11 +70,11 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
     if loaded.processor is None:
         images = _images(adapter.with_settings(loaded.picture_settings), size, workload.images)
         one = drawn_inputs(adapter, images, seed)
-        ids = _with_text(adapter, [image.shape.length for image in images], workload.text_tokens, seed)
-        call = {k: _repeated(v, batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
+        ids = _with_text(adapter, [image.shape for image in images], workload.text_tokens, seed)
+        call = {k: adapter.joined(k, [v] * batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
         if adapter.mrope:
-            call["mm_token_type_ids"] = visual_in(adapter, call["input_ids"]).int()
+            call["mm_token_type_ids"] = visual_in(call["input_ids"], adapter.placeholders).int()
         device = adapter.model.device
         call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
     else:
@@ -84,8 +85,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
             return loaded.inputs(prompts, pictures)
 
         call = lengthened(adapter, preprocess(), workload.text_tokens, seed)
-    visual = visual_in(adapter, call["input_ids"])
-    shapes = [item.shape for item in adapter.items(call)]
+    visual, shapes = _visual(adapter, call)
     text_only = {"input_ids": call["input_ids"][~visual].view(batch, -1)}
     text_only["attention_mask"] = torch.ones_like(text_only["input_ids"])
     if "mm_token_type_ids" in call:
@@ -127,18 +127,24 @@ def drawn_inputs(adapter: Any, images: Sequence[Views], seed: int) -> dict[str, 
     return adapter.example(images, lambda *shape: torch.randn(shape, generator=generator).to(adapter.model.dtype))
 
 
-def _with_text(adapter: Any, lengths: Sequence[int], text_tokens: int, seed: int) -> Tensor:
+def _visual(adapter: Any, call: dict[str, Any]) -> tuple[Tensor, list[VisualShape]]:
+    """(B, L) bool, the columns of images in a batch, text between their tokens included, and the shape of each image."""
+    items, ids = adapter.items(call), call["input_ids"]
+    return visual_in(ids, adapter.placeholders, locate(ids.cpu(), adapter.placeholders, items)), [item.shape for item in items]
+
+
+def _with_text(adapter: Any, shapes: Sequence[VisualShape], text_tokens: int, seed: int) -> Tensor:
     """(1, L): ``text_between`` text tokens in front of each image's placeholders, the other ``text_tokens`` after the last."""
     between, token = adapter.text_between, adapter.placeholders["image"]
-    before = between * len(lengths)
+    before = between * len(shapes)
     start = getattr(adapter.config, "vision_start_token_id", None)
     if text_tokens <= before:
-        raise MllmEfficientError(f"--text-tokens {text_tokens} is too few for {len(lengths)} image(s): at least {before + 1}")
+        raise MllmEfficientError(f"--text-tokens {text_tokens} is too few for {len(shapes)} image(s): at least {before + 1}")
     text = text_ids(adapter, text_tokens, seed)
     parts = []
-    for i, length in enumerate(lengths):
+    for i, shape in enumerate(shapes):
         opening = text[i * between : (i + 1) * between]
-        parts += [opening if start is None else torch.tensor([start]), torch.full((length,), token)]
+        parts += [opening if start is None else torch.tensor([start]), torch.tensor(written(shape, token, adapter))]
     return torch.cat([*parts, text[before:]])[None]
 
 
@@ -154,18 +160,13 @@ def text_ids(adapter: Any, count: int, seed: int) -> Tensor:
     return plain[torch.randint(len(plain), (count,), generator=torch.Generator().manual_seed(seed))]
 
 
-def _repeated(value: Tensor, batch: int) -> Tensor:
-    """The arguments of one prompt for a batch of them, image by image."""
-    return torch.cat([value] * batch)
-
-
 # ----------------------------------------------------------------------------------- inputs of a processor
 
 
 def lengthened(adapter: Any, call: dict[str, Any], text_tokens: int, seed: int) -> dict[str, Any]:
     """A processor's inputs with more text in front of their last token, so that each prompt has ``text_tokens``."""
     ids = call["input_ids"]
-    have = int((~visual_in(adapter, ids))[0].sum())
+    have = int((~_visual(adapter, call)[0])[0].sum())
     if have > text_tokens:
         raise MllmEfficientError(f"this model's chat prompt alone has {have} text tokens: --text-tokens must be at least {have}")
     more = text_ids(adapter, text_tokens - have, seed).to(ids.device).expand(len(ids), -1)

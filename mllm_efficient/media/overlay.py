@@ -55,7 +55,8 @@ class Result:
 
     planes: of the full picture, boxes in fractions of it. kept_planes: where tokens were merged the merged planes, one for
     each of ``planes``. indices: what is left of the N tokens, or of the merged ones; None where all are. per_layer: tokens
-    at each decoder layer, of a method inside it; what is drawn are those at the end.
+    at each decoder layer, of a method inside it; what is drawn are those at the end. separators: (before, after), columns of the
+    prompt beside the tokens.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Result:
     indices: Sequence[int] | None = None
     kept_planes: Sequence[Plane] | None = None
     per_layer: Sequence[int] = ()
+    separators: tuple[int, int] = (0, 0)
 
     @property
     def counts(self) -> str:

@@ -95,6 +95,7 @@ def _spread(row: Row, index: int, batch: dict[str, Tensor], chat: Chat, name: st
     full = batch["input_ids"][index][real].numpy()
     head = row.ids[: row.covered]
     text, written = np.isin(full, head[head != chat.image_id]), head != chat.image_id
+    text &= ~_within_images(full, text, chat.image_id)
     if not np.array_equal(full[text], head[written]):
         raise MllmEfficientError(f"{name}: {chat.name} changes the text around its images: it cannot be trained with")
     labels, turns = np.full(len(full), IGNORED), np.zeros(len(full), dtype=np.int64)
@@ -105,6 +106,18 @@ def _spread(row: Row, index: int, batch: dict[str, Tensor], chat: Chat, name: st
         types = batch["mm_token_type_ids"][index][real]
         out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(out["turns"]) - len(full))])
     return out
+
+
+def _within_images(full: np.ndarray, text: np.ndarray, placeholder: int) -> np.ndarray:
+    """(L,) bool, tokens of the text that an image has too: behind a placeholder, and in front of what only images have.
+
+    Such as the line break between rows of tiles. text: (L,) bool, tokens that are in the text.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], text, [False]]).astype(int)))
+    within = np.zeros(len(full), dtype=bool)
+    for start, stop in edges.reshape(-1, 2):
+        within[start:stop] = start > 0 and stop < len(full) and full[start - 1] == placeholder != full[stop]
+    return within
 
 
 def _fitting(record: Record, turns: Tensor, max_length: int | None) -> Record:

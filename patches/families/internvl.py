@@ -147,7 +147,7 @@ class InternVLAdapter(Adapter, InternVLRules):
             raise CountMismatchError("pixel_values must be one tensor (tiles, channels, height, width)")
         down, across = (int(size // self.patch) // self.shrunk for size in pixels.shape[-2:])
         n = down * across
-        runs = [run for row in (inputs["input_ids"] == self.placeholders["image"]).tolist() for run in self.placeholder_runs(row)]
+        runs = self.runs_of(inputs["input_ids"], n)
         if any(run % n for run in runs) or sum(runs) != n * len(pixels):
             raise CountMismatchError(
                 f"the prompt has runs of {runs} image placeholders and {len(pixels)} tile(s) give {n} tokens each: "
@@ -156,6 +156,10 @@ class InternVLAdapter(Adapter, InternVLRules):
         shared = {k: inputs[k] for k in self.encode_keys[1:] if inputs.get(k) is not None}
         parts = pixels.split([run // n for run in runs])
         return [Item({"pixel_values": part, **shared}, self.shape(len(part), (down, across))) for part in parts]
+
+    def runs_of(self, ids: Tensor, n: int) -> list[int]:
+        """Placeholders of each image of a batch. n: of a tile."""
+        return [run for row in (ids == self.placeholders["image"]).tolist() for run in self.placeholder_runs(row)]
 
     def placeholder_runs(self, row: list[bool]) -> list[int]:
         """Placeholders of each image in a row of a prompt. row: where its placeholders are."""

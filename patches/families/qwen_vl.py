@@ -37,7 +37,7 @@ class QwenVLRules(Rules):
     parts = frozenset({"frame"})
     positions = "keep"
     mrope = True
-    counting = OF_PIXELS
+    counting: ClassVar[tuple[str, ...]] = OF_PIXELS
     pixels: ClassVar[tuple[int, int]] = (3136, 12845056)
 
     @property

@@ -23,6 +23,7 @@ from mllm_efficient.compressors.base import query_aware
 from mllm_efficient.compressors.spp import levels
 
 from ..families import FAMILIES, make, tiny
+from ..families_reference import visuals
 
 SEEDS = range(200)
 
@@ -236,8 +237,11 @@ def shown(name: str, inputs: dict[str, Any], labels: torch.Tensor | None = None)
     return found
 
 
-def plain_text(name: str, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    stays = [int(i) for i, m in zip(ids, mask) if m and int(i) not in (FAMILIES[name].image_token, FAMILIES[name].video_token)]
+def plain_text(name: str, model: Any, inputs: dict, upto: int | None = None) -> torch.Tensor:
+    ids, mask = inputs["input_ids"][0, :upto], inputs["attention_mask"][0, :upto]
+    visual = (FAMILIES[name].image_token, FAMILIES[name].video_token)
+    marks = [column for v in visuals(name, model, inputs) for column, _ in v.marks] if FAMILIES[name].marked else []
+    stays = [int(i) for at, (i, m) in enumerate(zip(ids, mask)) if m and int(i) not in visual and at not in marks]
     return model.get_input_embeddings()(torch.tensor(stays))
 
 
@@ -251,7 +255,7 @@ def test_the_text_is_that_of_the_images_own_row_alone(name, side):
     for row in rows:
         inputs = make(name, row)
         here = shown(name, inputs)
-        expected = plain_text(name, model, inputs["input_ids"][0], inputs["attention_mask"][0])
+        expected = plain_text(name, model, inputs)
         assert all(torch.equal(text, expected) for text in here)
         alone += [(row, text) for text in here]
     assert len(together) == len(alone) > 0
@@ -267,7 +271,7 @@ def test_an_answer_in_the_prompt_is_not_shown(name):
     labels = torch.full_like(ids, -100)
     labels[:, -2:] = ids[:, -2:]
     (text,) = shown(name, inputs, labels)
-    assert torch.equal(text, plain_text(name, tiny(name), ids[0, :-2], inputs["attention_mask"][0, :-2]))
+    assert torch.equal(text, plain_text(name, tiny(name), inputs, -2))
     assert len(shown(name, inputs)[0]) == len(text) + 2
 
 

@@ -28,8 +28,12 @@ from ..families import ASPECTS, FAMILIES, aspect_batch, make, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
-    "bench-0.3b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b"
+    "bench-0.3b", "idefics3-8b", "lightonocr-1b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b",
+    "llava-onevision-7b",
+    "mistral-small-3.1-24b", "qwen2.5-vl-7b", "smolvlm2-2.2b",
 )  # fmt: skip
+PACKED = ("lightonocr-1b", "mistral-small-3.1-24b")
+ALIKE = ("lighton_ocr", "smolvlm", "minicpmv4_6", "minicpmv4_7", "llama4")  # tests/patches/test_marks.py has what is different
 TEXT = 64
 # Text tokens per data set, without the system prompt, and visual tokens of LLaVA-1.6: DivPrune's own FLOPs script.
 PAPER_TEXT = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
@@ -75,7 +79,7 @@ def test_the_language_model_costs_what_torch_counts(name, kept):
 
     def forward(tokens: int) -> None:
         inputs = torch.empty(1, tokens, shape.decoder.width, device="meta", dtype=model.dtype)
-        out = model.model.language_model(inputs_embeds=inputs, past_key_values=caches[-1] if caches else None, use_cache=True)
+        out = model.get_decoder()(inputs_embeds=inputs, past_key_values=caches[-1] if caches else None, use_cache=True)
         caches.append(out.past_key_values)
         model.lm_head(out.last_hidden_state[:, -1:])
 
@@ -86,7 +90,7 @@ def test_the_language_model_costs_what_torch_counts(name, kept):
     assert closed.kv_cache_bytes == keys
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if n != "qwen2.5-vl-7b"])
+@pytest.mark.parametrize("name", [n for n in SHAPES if n not in ("qwen2.5-vl-7b", "idefics3-8b", "smolvlm2-2.2b", *PACKED)])
 def test_the_tower_costs_what_torch_counts(name):
     model, shape = on_meta(name), load_shape(name)
     (picture,) = rules_of(name).typical()
@@ -98,6 +102,26 @@ def test_the_tower_costs_what_torch_counts(name):
         size = {"image_sizes": torch.tensor([picture.size[::-1]])} if picture.size else {}
         ran = counted(lambda: model.model.get_image_features(pixels, **size))
     assert ran == vision_flops(shape, picture) == cost(shape).vision
+
+
+@pytest.mark.parametrize("name", ["idefics3-8b", "smolvlm2-2.2b"])
+def test_the_tower_of_tiles_by_name_costs_what_torch_counts(name):
+    shape = load_shape(name)
+    found = counter.count(on_meta(name), shape, me.build("none"), image_size=(800, 600))
+    assert found.vision == cost(shape, image_size=(800, 600)).vision
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_tower_that_sees_all_pictures_at_once_costs_what_torch_counts(name):
+    shape, adapter = load_shape(name), adapter_for(on_meta(name))
+    pictures = rules_of(name).prompt(None, (420, 280), exact=True, images=2)
+    with counter.OneDevice():
+        call = adapter.example(pictures, lambda *size: torch.empty(size, device="meta", dtype=adapter.model.dtype))
+        ran = counted(lambda: adapter.base.get_image_features(**call))
+    among = sum(math.prod(picture.patches) for picture in pictures)
+    assert (
+        ran == sum(vision_flops(shape, picture, among=among) for picture in pictures) == cost(shape, image_size=(420, 280), images=2).vision
+    )
 
 
 @pytest.mark.parametrize("size", [(672, 672), (700, 420)])
@@ -163,7 +187,8 @@ def test_a_real_call_costs_what_torch_counts(family, spec, call):
     shape = shape_of(model.config, family)
     known = {"image_size": (96, 60)} if FAMILIES[family].mrope else {"image_size": (70, 50)} if FAMILIES[family].tiled else {}
     found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **call)
-    closed = cost(shape, text_tokens=9, method=spec, **known, **call)
+    left = {"marks": found.marks} if FAMILIES[family].marked else {}  # which rows have tokens left is the method's choice
+    closed = cost(shape, text_tokens=9, method=spec, **known, **call, **left)
     fewer = spec.startswith("cdpruner")  # on a CPU, which looks at few tokens again
     assert 0 < found.compress <= closed.compress if fewer else found.compress == closed.compress
     for phase in ("vision", "prefill", "decode", *(() if fewer else ("total",))):
@@ -317,7 +342,7 @@ def test_every_family_of_the_table_has_both_halves_and_is_tested():
 
     for model_type in TABLE:
         assert issubclass(adapter_class(model_type), rules_class(model_type))
-    assert set(TABLE) == {"llava", *FAMILIES}
+    assert set(TABLE) == {"llava", *FAMILIES, *ALIKE}
 
 
 def bare(shape: VisualShape) -> list[tuple]:
@@ -481,7 +506,8 @@ def test_the_shapes_ship():
     ("name", "millions"),
     [
         ("bench-0.3b", 288), ("llava-1.5-7b", 7063), ("llava-1.5-13b", 13351), ("llava-1.6-7b", 7063), ("llava-next-video-7b", 7063),
-        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292),
+        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292), ("mistral-small-3.1-24b", 24011), ("lightonocr-1b", 1006),
+        ("idefics3-8b", 8462), ("smolvlm2-2.2b", 2247),
     ],
 )  # fmt: skip
 def test_a_shape_builds_the_model_it_is_named_after(name, millions):

@@ -47,6 +47,7 @@ from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.patches import transformers_version
 
 from ..families import (
+    EVERY,
     FAMILIES,
     MROPE,
     WITH_VIDEO,
@@ -60,6 +61,7 @@ from ..families_reference import Kept, Row, Visual, canvas, chosen, everything, 
 NEW = dict(max_new_tokens=6)
 TILED = tuple(f.name for f in FAMILIES.values() if f.tiled)
 NEWLINES = tuple(f.name for f in FAMILIES.values() if f.newlines)
+MARKED = tuple(f.name for f in FAMILIES.values() if f.marked)
 PARTS = {name: [*(["tile"] if name in TILED else []), *(["frame"] if name in WITH_VIDEO else [])] for name in FAMILIES}
 
 
@@ -121,7 +123,7 @@ def pooled(method: Any, visual: Visual, separately: bool) -> Kept:
     for rows, columns in visual.planes:
         counts.append(sum(h * w for (i, _), (h, w) in zip(areas, grids) if start <= i[0] < start + rows * columns))
         start += rows * columns
-    return merged(visual, smaller(visual.features), counts, (len(grids), *grids[0]), [smaller(d) for d in visual.deep])
+    return merged(visual, smaller(visual.features), counts, (len(grids), *grids[0]), [smaller(d) for d in visual.deep], grids)
 
 
 def refused(spec: str, name: str) -> bool:
@@ -142,12 +144,13 @@ def merged_anew(method: Any, visual: Visual) -> Kept:
     while sum(shares) > k:
         shares[shares.index(max(shares))] -= 1
     sizes = [method.yields(one, grid) for (_, grid), one in zip(areas, shares)]
+    grids = [method.target(grid, one) for (_, grid), one in zip(areas, shares)] if method.fills_rectangles else []
 
     def smaller(features: Tensor) -> Tensor:
         tokens = features[~visual.newline]
         return torch.cat([method.merge(me.VisualTokens(tokens[i], grid=g), one).features for (i, g), one in zip(areas, shares)])
 
-    return merged(visual, smaller(visual.features), sizes, (len(sizes), 1, sizes[0]), [smaller(d) for d in visual.deep])
+    return merged(visual, smaller(visual.features), sizes, (len(sizes), 1, sizes[0]), [smaller(d) for d in visual.deep], grids)
 
 
 def by_hand(spec: str, visual: Visual, key: int, text: Tensor | None = None) -> Kept:
@@ -175,14 +178,16 @@ def position_rule(name: str, spec: str) -> str:
 def sequence(name: str, model: Any, spec: str, inputs: dict[str, Any]):
     """One row as ``spec`` leaves it, ready for the bare language model."""
     found, ids = visuals(name, model, inputs), inputs["input_ids"][0]
-    family = FAMILIES[name]
-    text = model.get_input_embeddings()(ids[(ids != family.image_token) & (ids != family.video_token)])
+    family = EVERY[name]
+    words = (ids != family.image_token) & (ids != family.video_token)
+    words[[column for visual in found for column, _ in visual.marks]] = False  # row breaks and the like are none
+    text = model.get_input_embeddings()(ids[words])
     return splice(name, model, inputs, found, [by_hand(spec, v, i, text) for i, v in enumerate(found)], position_rule(name, spec))
 
 
 def types(name: str, ids: Tensor) -> dict[str, Tensor]:
     """mm_token_type_ids, where the family's processor gives them."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     return {"mm_token_type_ids": (ids == family.image_token).int() + 2 * (ids == family.video_token).int()} if family.mrope else {}
 
 
@@ -319,7 +324,7 @@ def test_greedy_of_pooling_equals_the_slow_reference(spec, name, row):
 
 
 @pytest.mark.parametrize(
-    "spec, name, row", cases(["divprune:keep=0.25,newline=keep", "uniform:keep=0.5,newline=keep,positions=keep"], NEWLINES)
+    "spec, name, row", cases(["divprune:keep=0.25,newline=keep", "uniform:keep=0.5,newline=keep,positions=keep"], NEWLINES + MARKED)
 )
 def test_greedy_with_newline_columns_kept_equals_the_slow_reference(spec, name, row):
     equals_reference(spec, name, row)
@@ -405,6 +410,10 @@ def small_tiles(name: str, model: Any, pixels: Tensor, side: int) -> Tensor:
     """(tiles, side * side, D) of tiles (tiles, C, H, W) made smaller, position embeddings interpolated, by the tower itself."""
     size = side * (8 if FAMILIES[name].in_prompt else model.config.vision_config.patch_size)
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
+    if name == "idefics3":
+        return (
+            model.model.get_image_features(pixel_values=pixels[None], return_dict=True).pooler_output[0].view(len(pixels), side * side, -1)
+        )
     if FAMILIES[name].in_prompt:
         how = {"interpolate_pos_encoding": True} if name == "cohere2_vision" else {}
         return model.model.get_image_features(pixel_values=pixels, return_dict=True, **how).pooler_output
@@ -444,7 +453,8 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
     found, kept, at, largest = visuals(name, model, inputs), [], 0, math.isqrt(visuals(name, model, inputs)[0].planes[0][0] ** 2)
     for i, visual in enumerate(found):
         count = len(visual.planes) if FAMILIES[name].in_prompt else 1 + (len(visual.planes) > 1 and len(visual.parts.unique()) - 1)
-        pixels = inputs["pixel_values"][at : at + count] if FAMILIES[name].in_prompt else inputs["pixel_values"][i][:count]
+        every = inputs["pixel_values"][0] if name == "idefics3" else inputs["pixel_values"]
+        pixels = every[at : at + count] if FAMILIES[name].in_prompt else inputs["pixel_values"][i][:count]
         size, at = None if FAMILIES[name].in_prompt else inputs["image_sizes"][i], at + count
         with torch.no_grad():
             for side in range(largest, 0, -1):
@@ -476,6 +486,9 @@ def test_resize_makes_every_tile_smaller_and_packs_as_the_family_does(spec, name
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_picture_that_cannot_be_made_small_enough_is_refused(name):
     model, inputs = tiny(name), make(name, "video" if name in WITH_VIDEO else "one image")
+    if not FAMILIES[name].tiled and name not in WITH_VIDEO:  # a picture of one token there is
+        assert me.prepare(model, "resize:tokens=1", **inputs).report.visual_tokens_kept == 1
+        return
     with pytest.raises(me.MllmEfficientError):
         me.prepare(model, "resize:tokens=1", **inputs)
 
@@ -511,7 +524,7 @@ def test_batch_equals_one_by_one(spec, name, beams):
     "spec", ["divprune:keep=0.3,positions=keep", "divprune:keep=0.3,positions=renumber", "divprune:keep=0.3,newline=keep"]
 )
 def test_batch_equals_one_by_one_with_other_rules(spec, name):
-    if "newline" in spec and name not in NEWLINES:
+    if "newline" in spec and name not in NEWLINES + MARKED:
         with pytest.raises(me.MllmEfficientError, match="newline"):
             me.wrap(tiny(name), spec)
         return

@@ -213,6 +213,10 @@ def test_offload_to_the_cpu_equals_plain_greedy(name, order):
     inputs, plain = make(name, *FAMILIES[name].mixed), me.wrap(tiny(name), "divprune:keep=0.3")
     model = me.wrap(tiny(name), "divprune:keep=0.3") if order == "wrap first" else offloaded(tiny(name))
     model = offloaded(model) if order == "wrap first" else me.wrap(model, "divprune:keep=0.3")
+    if name == "idefics3":  # stock compares its features with placeholders on a device that has no values
+        with pytest.raises(RuntimeError, match="meta tensors"):
+            offloaded(tiny(name))(**inputs)
+        return
     with torch.no_grad():
         offloaded(tiny(name))(**inputs)
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
