@@ -35,6 +35,8 @@ FAMILIES = {
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", "qwen_vl:Qwen2VL"),
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "qwen_vl:Qwen25VL"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "qwen_vl:Qwen35"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen_vl:Qwen35"),
     "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
 }
@@ -182,6 +184,12 @@ class Rules:
         return self.config.text_config.num_hidden_layers
 
     @property
+    def recurrent(self) -> tuple[str, ...]:
+        """The kinds of decoder layers that carry a state along in place of keys and values, in words."""
+        kinds = set(getattr(self.config.text_config, "layer_types", None) or ())
+        return tuple(words for kind, words in RECURRENT.items() if kind in kinds)
+
+    @property
     def deep_layers(self) -> int:
         """Decoder layers after which visual features are added (deepstack)."""
         return len(self.config.vision_config.deepstack_visual_indexes) if self.deepstack else 0
@@ -315,8 +323,17 @@ DECODERS = {
 }  # fmt: skip
 
 
+# kinds of layers, as ``layer_types`` of a configuration names them, whose state is of a whole prompt and not of single tokens
+RECURRENT = {"linear_attention": "linear attention", "conv": "convolution", "mamba": "Mamba"}
+
+
 def check_reducer(model: Family, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in."""
+    if model.recurrent:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens between layers of attention, and {model.name} has layers of {' and '.join(model.recurrent)}, whose "
+            "state holds every token: use a method that runs before the decoder"
+        )
     if model.decoder not in DECODERS.values():
         kind = model.decoder
         raise UnsupportedModelError(f"{method.name} works inside the decoders of Llama, Qwen and Mistral, and this one is of {kind}")

@@ -8,10 +8,12 @@ from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
+from .layers import UNLIKE, Layer
+
 # Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
 MLP_MATRICES = {
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
-    "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
+    "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
 }  # fmt: skip
 SLIDING = ("mistral", "phi3", "gemma2", "cohere2")  # whose layers have a sliding window if the configuration names one
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -35,6 +37,7 @@ class Plain:
 class Decoder:
     """A language model: ``layers`` alike, grouped heads, an MLP of two or three matrices, a head (tied or not).
 
+    unlike: each layer by itself, where they are not alike; the sizes are then those of a layer with full attention.
     width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
     sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
     """
@@ -49,16 +52,27 @@ class Decoder:
     mlp_matrices: int = 3
     dtype: str = "float16"
     windows: tuple[int, ...] = ()
+    unlike: tuple[Layer, ...] = ()
+
+    @property
+    def each(self) -> tuple[Layer, ...]:
+        """Every layer."""
+        if self.unlike:
+            return self.unlike
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        weights = 2 * self.width * (wide + narrow) + self.mlp_matrices * self.width * self.mlp_width
+        return (Layer(weights, wide, 2 * narrow),) * self.layers
 
     def cached(self, lengths: Sequence[int]) -> list[int]:
         """What is left in the cache of each layer after ``lengths[i]`` tokens: a window holds what its next token will see."""
         windows = self.windows or (0,) * len(lengths)
         return [min(n, window - 1) if window else n for n, window in zip(lengths, windows)]
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache of one token in one layer: a key and a value for every key-value head."""
-        return 2 * self.kv_heads * self.head_dim * BYTES[self.dtype]
+    def cache_bytes(self, lengths: Sequence[int]) -> int:
+        """What is kept after ``lengths[i]`` tokens in layer i: a key and a value for every key-value head, or a state."""
+        width = BYTES[self.dtype]
+        kept = sum(n * layer.cached * width for n, layer in zip(self.cached(lengths), self.each))
+        return kept + sum(layer.scan.state_bytes(width) for layer in self.each if layer.scan is not None)
 
 
 @dataclass(frozen=True)
@@ -108,10 +122,18 @@ def decoder_of(config: Any, name: str) -> Decoder:
     kv_heads = getattr(text, "num_key_value_heads", None) if kind in ("phi", "gpt_neox") else text.num_key_value_heads
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or getattr(text, "dtype", None)
     dtype = str(dtype).removeprefix("torch.")
+    unlike = UNLIKE[kind](text) if kind in UNLIKE else ()
     return Decoder(
         text.num_hidden_layers, text.hidden_size, heads, kv_heads or heads, getattr(text, "head_dim", None) or text.hidden_size // heads,
-        text.intermediate_size, text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
+        mlp_width(text), text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text), unlike,
     )  # fmt: skip
+
+
+def mlp_width(text: Any) -> int:
+    """Of a dense MLP, or of all experts together that a token goes to."""
+    if not hasattr(text, "num_experts_per_tok"):
+        return int(text.intermediate_size)
+    return int(text.num_experts_per_tok * text.moe_intermediate_size + text.shared_expert_intermediate_size)
 
 
 def _windows(text: Any) -> tuple[int, ...]:

@@ -175,9 +175,9 @@ def cohere2_vision():
 def mrope_text(**settings: Any) -> dict[str, Any]:
     # A small theta makes all three rows of positions matter to the last digit.
     return dict(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 2, 2]}, **settings,
+        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 2, 2]}, **{"num_hidden_layers": 3, **settings},
     )  # fmt: skip
 
 
@@ -217,11 +217,38 @@ def qwen3_vl():
     return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **MROPE_IDS))
 
 
+QWEN3_5_VISION = dict(
+    depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
+    temporal_patch_size=2, num_position_embeddings=64,
+)  # fmt: skip
+
+
+def qwen3_5_text(**settings: Any) -> dict[str, Any]:
+    """Two layers of linear attention, one of full attention after each; fewer key heads than value heads."""
+    text = mrope_text(
+        head_dim=16, linear_key_head_dim=8, linear_value_head_dim=12, linear_num_key_heads=1, linear_num_value_heads=2,
+        num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2, **settings,
+    )  # fmt: skip
+    text["rope_parameters"] |= {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    return text
+
+
+def qwen3_5():
+    config = transformers.Qwen3_5Config(text_config=qwen3_5_text(), vision_config=QWEN3_5_VISION, **MROPE_IDS)
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def qwen3_5_moe():
+    experts = dict(moe_intermediate_size=24, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    config = transformers.Qwen3_5MoeConfig(text_config=qwen3_5_text(**experts), vision_config=QWEN3_5_VISION, **MROPE_IDS)
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
 @functools.cache
 def _model(name: str, seed: int):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[name].build().eval()
+        model = EVERY[name].build().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         # The decoder's matrices are larger: with 0.1 everywhere greedy decoding falls into short loops.
@@ -448,8 +475,12 @@ FAMILIES = {
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
+        _mrope("qwen3_5", qwen3_5, "Qwen3VLProcessor", "<|video_pad|>"),
     )
 }
+# Types that share the code of a family above and differ from it in the decoder alone: what that can change is tested on them.
+ALIKE = {f.name: f for f in (_mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>"),)}
+EVERY = {**FAMILIES, **ALIKE}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
 
@@ -466,7 +497,7 @@ def video(name: str, row: str) -> np.ndarray:
     """Frames (F, H, W, 3) of a row's video: three in a tile's size, or of a size of their own where the family takes any."""
     side = {"llava_onevision": 25}.get(name, TILE)
     count, height, width = (
-        {"video": (4, 24, 40), "image and video": (6, 16, 24)}.get(row, (4, 32, 16)) if FAMILIES[name].mrope else (3, side, side)
+        {"video": (4, 24, 40), "image and video": (6, 16, 24)}.get(row, (4, 32, 16)) if EVERY[name].mrope else (3, side, side)
     )
     seed = 1000 + list(PROMPTS).index(row)
     return torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).numpy()
@@ -480,12 +511,12 @@ def pictures(row: str) -> list[Image.Image]:
 
 @functools.cache
 def _processor(name: str, padding_side: str):
-    return FAMILIES[name].processor(padding_side)
+    return EVERY[name].processor(padding_side)
 
 
 def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], videos: Sequence = (), padding_side: str = "left"):
     """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
     given = [row for row in images if row] if name == "llava_onevision" else [picture for row in images for picture in row]
     call = {"images": given or None, "videos": list(videos) or None}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .families import (
-    FAMILIES,
+    EVERY,
     VOCABULARY,
 )
 
@@ -124,7 +124,7 @@ def anyres(name: str, model: Any, inputs: dict[str, Any]) -> list[tuple[Tensor, 
 @torch.no_grad()
 def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
     """The images and videos of a row (or of each row of an unpadded batch of one) in prompt order, in full."""
-    family, ids = FAMILIES[name], inputs["input_ids"][0]
+    family, ids = EVERY[name], inputs["input_ids"][0]
     found: dict[str, list[Visual]] = {"image": [], "video": []}
     where = {"image": (ids == family.image_token).nonzero()[:, 0]}
     where["video"] = (ids == family.video_token).nonzero()[:, 0] if family.video else torch.zeros(0, dtype=torch.long)
@@ -204,7 +204,7 @@ def merged(
 
 def rope_index(name: str, model: Any, ids: Tensor, inputs: dict[str, Any], grids: dict[str, Tensor]) -> Tensor:
     """Positions (3, L) of a row without padding, by the stock model."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     types = (ids == family.image_token).int() + 2 * (ids == family.video_token).int()
     seconds = {"second_per_grid_ts": inputs["second_per_grid_ts"]} if "second_per_grid_ts" in inputs else {}
     return model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], **grids, **seconds)[0][:, 0]
@@ -226,7 +226,7 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         for layer, features in zip(deep, left.deep):
             layer[here] = features
     columns = stays.nonzero()[:, 0]
-    if not FAMILIES[name].mrope:
+    if not EVERY[name].mrope:
         at = columns if positions == "keep" else torch.arange(len(columns))
         following = len(ids) if positions == "keep" else len(columns)
         at = at[None]

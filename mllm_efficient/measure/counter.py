@@ -143,7 +143,7 @@ class Uncounted(TorchDispatchMode):
     """Notes the operations that multiply and that ``FlopCounterMode`` does not know (torch 2.13). seen: their names."""
 
     NAMES = frozenset({
-        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_grouped_mm", "_scaled_grouped_mm",
+        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_scaled_grouped_mm",
         "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "ger", "addr",
     })  # fmt: skip
 
@@ -230,9 +230,15 @@ class OneDevice(TorchDispatchMode):
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that knows the CPU's attention kernel too, for which torch 2.13 has no formula."""
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention} if kernel is not None else {})
+    """A counter that knows the CPU's attention kernel and the experts' products too, for which torch 2.13 has no formula."""
+    formulas = {"_scaled_dot_product_flash_attention_for_cpu": _attention, "_grouped_mm": _experts}
+    found = {getattr(torch.ops.aten, name, None): formula for name, formula in formulas.items()}
+    return FlopCounterMode(display=False, custom_mapping={kernel: formula for kernel, formula in found.items() if kernel is not None})
+
+
+def _experts(tokens: tuple[int, ...], weights: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """(n, d) sorted by expert, each through the (d, m) of its own of (experts, d, m)."""
+    return 2 * tokens[0] * tokens[1] * weights[2]
 
 
 def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *args: Any, **kwargs: Any) -> int:

@@ -181,12 +181,12 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
 
 def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
     """A prefill with ``lengths[i]`` tokens in layer i, and the head for ``positions`` of them."""
-    return sum(_layer(decoder, n, n) for n in lengths) + positions * head_flops(decoder)
+    return sum(layer.flops(n, n) for layer, n in zip(decoder.each, lengths)) + positions * head_flops(decoder)
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
     """One new token after ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
-    return sum(_layer(decoder, 1, n + 1) for n in decoder.cached(cached)) + head_flops(decoder)
+    return sum(layer.flops(1, n + 1) for layer, n in zip(decoder.each, decoder.cached(cached))) + head_flops(decoder)
 
 
 def head_flops(decoder: Decoder) -> int:
@@ -196,14 +196,7 @@ def head_flops(decoder: Decoder) -> int:
 
 def kv_cache_bytes(decoder: Decoder, cached: Sequence[int]) -> int:
     """Bytes of a cache after ``cached[i]`` tokens in layer i, in the model's dtype. A sliding window keeps the last."""
-    return decoder.kv_bytes * sum(decoder.cached(cached))
-
-
-def _layer(decoder: Decoder, queries: int, keys: int) -> int:
-    """Projections of queries, keys, values and output, attention over ``keys`` in full, the MLP."""
-    d, wide = decoder.width, decoder.heads * decoder.head_dim
-    weights = 2 * d * wide + 2 * d * decoder.kv_heads * decoder.head_dim + decoder.mlp_matrices * d * decoder.mlp_width
-    return 2 * queries * weights + 4 * wide * queries * keys
+    return decoder.cache_bytes(cached)
 
 
 def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size as one grid each, M-RoPE positions, deepstack features (Qwen3-VL)."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size as one grid each, M-RoPE positions, deepstack features (Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -124,6 +124,12 @@ class Qwen3VLRules(QwenVLRules):
 
     deepstack = True
     pixels = (65536, 16777216)
+
+
+class Qwen35Rules(QwenVLRules):
+    """Qwen3.5 and its mixture of experts: Qwen3-VL without deepstack, three of four decoder layers of linear attention."""
+
+    pixels = Qwen3VLRules.pixels
 
 
 def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
@@ -260,3 +266,7 @@ class Qwen25VLAdapter(QwenVLAdapter, Qwen25VLRules):
 
 class Qwen3VLAdapter(QwenVLAdapter, Qwen3VLRules):
     """One Qwen3-VL model."""
+
+
+class Qwen35Adapter(QwenVLAdapter, Qwen35Rules):
+    """One Qwen3.5 model."""
