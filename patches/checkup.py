@@ -171,6 +171,8 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
+        if kind == "in_llm" and self.adapter.recurrent:
+            return None, f"its decoder has layers of {' and '.join(self.adapter.recurrent)}"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         method = build({"pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside}[kind])
         return method, ""

@@ -64,7 +64,8 @@ class Family:
 
     newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
     says which tiles are of one image, between <img> and </img>.
-    settings: of its image processor, where they are not what a model without one is counted with.
+    settings: of its image processor, where they are not what a model without one is counted with. inside: whether methods can run inside
+    its decoder, stateful: whether layers of it carry a state along.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Family:
     tiled: bool = False
     in_prompt: bool = False
     settings: dict[str, Any] | None = None
+    inside: bool = True
+    stateful: bool = False
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -450,9 +453,9 @@ def qwen_processor(cls: str) -> Callable[[str], Any]:
     return make
 
 
-def _mrope(name: str, build: Callable, processor: str, video: str) -> Family:
+def _mrope(name: str, build: Callable, processor: str, video: str, **more: Any) -> Family:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
-    return Family(name, build, qwen_processor(processor), image, video, mrope=True)
+    return Family(name, build, qwen_processor(processor), image, video, mrope=True, **more)
 
 
 FRAMED = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -475,14 +478,15 @@ FAMILIES = {
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
-        _mrope("qwen3_5", qwen3_5, "Qwen3VLProcessor", "<|video_pad|>"),
+        _mrope("qwen3_5", qwen3_5, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),
     )
 }
 # Types that share the code of a family above and differ from it in the decoder alone: what that can change is tested on them.
-ALIKE = {f.name: f for f in (_mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>"),)}
+ALIKE = {f.name: f for f in (_mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),)}
 EVERY = {**FAMILIES, **ALIKE}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
+STATEFUL = tuple(f.name for f in EVERY.values() if f.stateful)
 
 
 # ------------------------------------------------------------------------------------------------ batches

@@ -47,6 +47,7 @@ from mllm_efficient.compressors.base import generator_for
 from mllm_efficient.patches import transformers_version
 
 from ..families import (
+    EVERY,
     FAMILIES,
     MROPE,
     WITH_VIDEO,
@@ -169,20 +170,20 @@ def by_hand(spec: str, visual: Visual, key: int, text: Tensor | None = None) -> 
 
 
 def position_rule(name: str, spec: str) -> str:
-    return me.build(spec).positions or ("keep" if name in MROPE else "renumber")
+    return me.build(spec).positions or ("keep" if EVERY[name].mrope else "renumber")
 
 
 def sequence(name: str, model: Any, spec: str, inputs: dict[str, Any]):
     """One row as ``spec`` leaves it, ready for the bare language model."""
     found, ids = visuals(name, model, inputs), inputs["input_ids"][0]
-    family = FAMILIES[name]
+    family = EVERY[name]
     text = model.get_input_embeddings()(ids[(ids != family.image_token) & (ids != family.video_token)])
     return splice(name, model, inputs, found, [by_hand(spec, v, i, text) for i, v in enumerate(found)], position_rule(name, spec))
 
 
 def types(name: str, ids: Tensor) -> dict[str, Tensor]:
     """mm_token_type_ids, where the family's processor gives them."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     return {"mm_token_type_ids": (ids == family.image_token).int() + 2 * (ids == family.video_token).int()} if family.mrope else {}
 
 
