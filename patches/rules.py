@@ -37,6 +37,12 @@ FAMILIES = {
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "qwen_vl:Qwen3VL"),
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", "qwen_vl:Qwen35"),
     "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen_vl:Qwen35"),
+    "glm46v": ("Glm46VForConditionalGeneration", "glm4v:Glm4V"),
+    "glm4v": ("Glm4vForConditionalGeneration", "glm4v:Glm4V"),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", "glm4v:Glm4V"),
+    "glm_ocr": ("GlmOcrForConditionalGeneration", "glm4v:GlmOcr"),
+    "gemma3": ("Gemma3ForConditionalGeneration", "gemma3:Gemma3"),
+    "gemma4": ("Gemma4ForConditionalGeneration", "gemma4:Gemma4"),
     "internvl": ("InternVLForConditionalGeneration", "internvl:InternVL"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
 }
@@ -113,7 +119,7 @@ class Rules:
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images.
+    at least between two images. sees_both_ways: whether tokens of an image see those after them, which the model is told by ``typed``.
 
     Args:
         name: of the model, for messages.
@@ -131,6 +137,7 @@ class Rules:
     projects: ClassVar[bool] = False
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1
+    sees_both_ways: ClassVar[bool] = False
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})
@@ -161,6 +168,11 @@ class Rules:
     def class_token(self) -> bool:
         """Whether the tower has one."""
         return self.tower_size.class_token
+
+    @property
+    def typed(self) -> str:
+        """The argument of a call that says which columns are of images; "" where the language model reads none."""
+        return "mm_token_type_ids" if self.mrope else ""
 
     @property
     def patch(self) -> int:

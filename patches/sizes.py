@@ -12,10 +12,10 @@ from .layers import UNLIKE, Layer
 
 # Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
 MLP_MATRICES = {
-    "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
+    "glm4v_text": 3, "glm4v_moe_text": 3, "glm_ocr_text": 3, "gemma3_text": 3, "gemma4_text": 3, "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
 }  # fmt: skip
-SLIDING = ("mistral", "phi3", "gemma2", "cohere2")  # whose layers have a sliding window if the configuration names one
+SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")  # whose layers have a sliding window if the configuration names one
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -38,6 +38,7 @@ class Decoder:
     """A language model: ``layers`` alike, grouped heads, an MLP of two or three matrices, a head (tied or not).
 
     unlike: each layer by itself, where they are not alike; the sizes are then those of a layer with full attention.
+    before: multiply-adds of a token in front of all layers.
     width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
     sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
     """
@@ -53,6 +54,7 @@ class Decoder:
     dtype: str = "float16"
     windows: tuple[int, ...] = ()
     unlike: tuple[Layer, ...] = ()
+    before: int = 0
 
     @property
     def each(self) -> tuple[Layer, ...]:
@@ -81,7 +83,8 @@ class Tower:
 
     frames: images that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
     mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
-    window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it.
+    window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it. pooled: patches that a token is the mean
+    of, where a product with weights makes it.
     """
 
     layers: int
@@ -96,13 +99,15 @@ class Tower:
     pooling_head: bool = False
     window: int = 0
     full_layers: tuple[int, ...] = ()
+    pooled: int = 0
 
 
 @dataclass(frozen=True)
 class ProjectorSize:
     """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token; ``copies`` of it (deepstack).
 
-    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU).
+    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU). before: multiply-adds of
+    a token in what comes before both matrices.
     """
 
     inputs: int
@@ -110,6 +115,7 @@ class ProjectorSize:
     outputs: int
     copies: int = 1
     gated: bool = False
+    before: int = 0
 
 
 def decoder_of(config: Any, name: str) -> Decoder:
@@ -126,6 +132,7 @@ def decoder_of(config: Any, name: str) -> Decoder:
     return Decoder(
         text.num_hidden_layers, text.hidden_size, heads, kv_heads or heads, getattr(text, "head_dim", None) or text.hidden_size // heads,
         mlp_width(text), text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text), unlike,
+        text.hidden_size * text.hidden_size_per_layer_input * len(unlike) if kind == "gemma4_text" else 0,
     )  # fmt: skip
 
 
@@ -133,7 +140,8 @@ def mlp_width(text: Any) -> int:
     """Of a dense MLP, or of all experts together that a token goes to."""
     if not hasattr(text, "num_experts_per_tok"):
         return int(text.intermediate_size)
-    return int(text.num_experts_per_tok * text.moe_intermediate_size + text.shared_expert_intermediate_size)
+    shared = getattr(text, "n_shared_experts", 0) * text.moe_intermediate_size or text.shared_expert_intermediate_size
+    return int(text.num_experts_per_tok * text.moe_intermediate_size + shared)
 
 
 def _windows(text: Any) -> tuple[int, ...]:
@@ -148,7 +156,7 @@ def _windows(text: Any) -> tuple[int, ...]:
     types = getattr(text, "layer_types", None)
     if types is None and kind.startswith("qwen"):
         types = ["sliding_attention" if i >= text.max_window_layers else "full_attention" for i in range(layers)]
-    elif types is None and kind in ("gemma2", "cohere2"):
+    elif types is None and kind in ("gemma2", "gemma3_text", "gemma4_text", "cohere2"):
         raise MissingSetting("'layer_types'")
     windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
     return windows if any(windows) else ()

@@ -65,7 +65,8 @@ class Family:
     newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
     says which tiles are of one image, between <img> and </img>.
     settings: of its image processor, where they are not what a model without one is counted with. inside: whether methods can run inside
-    its decoder, stateful: whether layers of it carry a state along.
+    its decoder; placeholder: where it is not the usual token; typed: what says which columns are of images, and lets those of one see
+    each other, fixed: whether every image has as many tokens, stateful: whether layers of it carry a state along.
     """
 
     name: str
@@ -78,6 +79,9 @@ class Family:
     tiled: bool = False
     in_prompt: bool = False
     settings: dict[str, Any] | None = None
+    placeholder: str = ""
+    typed: str = ""
+    fixed: bool = False
     inside: bool = True
     stateful: bool = False
 
@@ -93,11 +97,12 @@ class Family:
 
     @property
     def image_token(self) -> int:
-        return VOCABULARY["<IMG_CONTEXT>" if self.in_prompt else "<|image_pad|>" if self.mrope else "<image>"]
+        return VOCABULARY[self.placeholder or ("<IMG_CONTEXT>" if self.in_prompt else "<|image_pad|>" if self.mrope else "<image>")]
 
     @property
-    def video_token(self) -> int | None:
-        return VOCABULARY["<|video_pad|>" if self.mrope else "<video>"] if self.video else None
+    def video_token(self) -> int:
+        """-1, which is no token, where the family takes no videos here."""
+        return VOCABULARY["<|video_pad|>" if self.mrope else "<video>"] if self.video else -1
 
 
 def llama(**settings: Any):
@@ -245,6 +250,41 @@ def qwen3_5_moe():
     experts = dict(moe_intermediate_size=24, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
     config = transformers.Qwen3_5MoeConfig(text_config=qwen3_5_text(**experts), vision_config=QWEN3_5_VISION, **MROPE_IDS)
     return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def glm(family: str, **settings: Any):
+    """A model of GLM-4.1V's kind. family: what transformers' classes begin with."""
+    vision = dict(
+        depth=2, hidden_size=24, out_hidden_size=32, intermediate_size=48, num_heads=2, image_size=32, patch_size=4, spatial_merge_size=2,
+        temporal_patch_size=2, rope_parameters={"rope_type": "axial", "rope_theta": 100.0},
+    )  # fmt: skip
+    text = mrope_text(head_dim=16, **settings)
+    text["rope_parameters"]["partial_rotary_factor"] = 1.0
+    ids = {name: MROPE_IDS[name] for name in ("image_token_id", "video_token_id", "tie_word_embeddings")}
+    marks = {"image_start": "<|vision_start|>", "image_end": "<|vision_end|>", "video_start": "<img>", "video_end": "</img>"}
+    ids |= {f"{name}_token_id": VOCABULARY[token] for name, token in marks.items()}  # by which generate counts images
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision, **ids)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config)
+
+
+def gemma_text(**settings: Any) -> dict[str, Any]:
+    """Layers with a sliding window and one without."""
+    return dict(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, sliding_window=4096,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], **settings,
+    )  # fmt: skip
+
+
+def gemma3(window: int = 4096):
+    """A model of which an image has nine tokens. window: of the sliding layers."""
+    rope = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in (("full_attention", 100.0), ("sliding_attention", 20.0))}
+    config = transformers.Gemma3Config(
+        vision_config=siglip(24, 4).to_dict(), text_config={**gemma_text(query_pre_attn_scalar=16, rope_parameters=rope), "sliding_window": window},
+        mm_tokens_per_image=9, boi_token_index=VOCABULARY["<img>"], eoi_token_index=VOCABULARY["</img>"],
+        image_token_index=VOCABULARY["<IMG_CONTEXT>"], tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 @functools.cache
@@ -453,6 +493,28 @@ def qwen_processor(cls: str) -> Callable[[str], Any]:
     return make
 
 
+def glm_processor(side: str):
+    """Its own processor; <img> and </img> stand around a video."""
+    pictures = transformers.Glm46VImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 2 * 8 * 8 * 4, "longest_edge": 2 * 8 * 8 * 48}
+    )
+    words = named(tokenizer(side), {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
+    out = standing_in(transformers.Glm46VProcessor)(image_processor=pictures, tokenizer=words, video_processor=Videos(4))
+    out.video_start_id, out.video_end_id = VOCABULARY["<img>"], VOCABULARY["</img>"]
+    return out
+
+
+def gemma3_processor(side: str, **settings: Any):
+    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 24, "width": 24})
+    words = named(tokenizer(side), {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>"})
+    return transformers.Gemma3Processor(image_processor=pictures, tokenizer=words, image_seq_length=9, **settings)
+
+
+def _glm(name: str, family: str, **settings: Any) -> Family:
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Family(name, functools.partial(glm, family, **settings), glm_processor, image, mrope=True, inside=False)
+
+
 def _mrope(name: str, build: Callable, processor: str, video: str, **more: Any) -> Family:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     return Family(name, build, qwen_processor(processor), image, video, mrope=True, **more)
@@ -479,10 +541,21 @@ FAMILIES = {
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
         _mrope("qwen3_5", qwen3_5, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),
+        _glm("glm46v", "Glm46V"),  # its videos are tested apart: a call has images or videos
+        Family("gemma3", gemma3, gemma3_processor, "<img>", placeholder="<IMG_CONTEXT>", typed="token_type_ids", fixed=True, inside=False),
     )
 }
 # Types that share the code of a family above and differ from it in the decoder alone: what that can change is tested on them.
-ALIKE = {f.name: f for f in (_mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),)}
+GLM_EXPERTS = dict(moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1)
+ALIKE = {
+    f.name: f
+    for f in (
+        _mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),
+        _glm("glm4v", "Glm4v"),
+        _glm("glm4v_moe", "Glm4vMoe", **GLM_EXPERTS),
+        _glm("glm_ocr", "GlmOcr"),
+    )
+}
 EVERY = {**FAMILIES, **ALIKE}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
@@ -522,10 +595,12 @@ def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Ima
     """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
     family = EVERY[name]
     words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
-    given = [row for row in images if row] if name == "llava_onevision" else [picture for row in images for picture in row]
+    nested = {"llava_onevision": [row for row in images if row], "gemma3": list(images) if any(images) else []}
+    given = nested[name] if name in nested else [picture for row in images for picture in row]
     call = {"images": given or None, "videos": list(videos) or None}
     out = _processor(name, padding_side)(text=words, return_tensors="pt", padding=True, **{k: v for k, v in call.items() if v is not None})
-    out.pop("token_type_ids", None)
+    if not family.typed:
+        out.pop("token_type_ids", None)
     return dict(out)
 
 

@@ -144,6 +144,11 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 plane = (h // 2, w // 2)
                 parts = torch.arange(t).repeat_interleave(plane[0] * plane[1])
                 add(modality, features, torch.zeros(len(features), dtype=torch.bool), [plane] * t, parts, [d[i] for d in deep], (t, h, w))
+    elif family.typed:
+        if "pixel_values" in inputs:
+            for features in model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output:
+                side = math.isqrt(len(features))
+                add("image", features, torch.zeros(len(features), dtype=torch.bool), [(side, side)], torch.zeros(len(features), dtype=torch.long))
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -248,13 +253,36 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
     return Row(embeds[columns][None], at, following, visual[columns][None], tuple(d[columns][visual[columns]] for d in deep), columns)
 
 
+def seen(model: Any, row: Row) -> Any:
+    """The mask of a row: all of it; with Gemma, what each column of it sees, for layers with and without a sliding window."""
+    if not model.config.model_type.startswith("gemma"):
+        return torch.ones(row.embeds.shape[:2], dtype=torch.long)
+    visual = row.visual[0]
+    length = len(visual)
+    before = torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
+    image = (visual & ~before).cumsum(0)  # the number of the run of visual columns that it is in
+    full = torch.zeros(length, length, dtype=torch.bool)
+    window = model.config.text_config.sliding_window
+    near = torch.zeros_like(full)
+    for query in range(length):
+        for key in range(length):
+            full[query, key] = key <= query or bool(visual[query] and visual[key] and image[query] == image[key])
+            near[query, key] = full[query, key] and query - key < window
+    return {"full_attention": additive(full), "sliding_attention": additive(near)}
+
+
+def additive(seen: Tensor) -> Tensor:
+    """(1, 1, L, L): 0 where a column is seen."""
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+
+
 def logits(model: Any, row: Row) -> Tensor:
     """Logits (L, vocabulary) of the bare language model and head, without a cache."""
     deep = dict(visual_pos_masks=row.visual, deepstack_visual_embeds=list(row.deep)) if row.deep else {}
     hidden = model.model.language_model(
         inputs_embeds=row.embeds,
         position_ids=row.positions,
-        attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),
+        attention_mask=seen(model, row),
         use_cache=False,
         **deep,
     ).last_hidden_state

@@ -189,6 +189,9 @@ def _require_counts(counts: Mapping[str, int], images: int, videos: int, tokens:
 # ------------------------------------------------------------------------------------------------ text and pictures to tensors
 
 
+COUNT_BY_PROMPT = ("Gemma3Processor", "Gemma4Processor")  # which want an empty list for a prompt without pictures
+
+
 def model_inputs(
     processor: Any, prompts: Sequence[str], pictures: Sequence[Any] = (), videos: Sequence[Sequence[Picture]] | None = None,
     *, padding_side: str = "left",
@@ -210,10 +213,14 @@ def model_inputs(
 
 
 def nested(processor: Any, prompts: Sequence[str], pictures: Sequence[Any]) -> list[list[Picture]]:
-    """The pictures of each prompt that has some. Raises ``MllmEfficientError`` where they are not as many as the placeholders."""
+    """The pictures of each prompt that has some, or of every one where the processor counts them prompt by prompt.
+
+    Raises ``MllmEfficientError`` where they are not as many as the placeholders.
+    """
     flat = [p for one in pictures for p in (one if isinstance(one, (list, tuple)) else [one])]
     counts = [prompt.count(processor.image_token) for prompt in prompts]
     if sum(counts) != len(flat):
         raise MllmEfficientError(f"the prompts have {sum(counts)} {processor.image_token} and {len(flat)} image(s) are given")
     left = iter(flat)
-    return [[next(left) for _ in range(n)] for n in counts if n]
+    every = bool(flat) and type(processor).__name__ in COUNT_BY_PROMPT
+    return [[next(left) for _ in range(n)] for n in counts if n or every]

@@ -81,7 +81,7 @@ def count(
     adapter, meta = adapter_for(model), model.device.type == "meta"
     inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
-    prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
+    prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
     if meta and inside is not None and inside.has_router:
         raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
     hooks = installed(model, method) if inside is not None else contextlib.nullcontext()
@@ -177,7 +177,7 @@ def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, pro
         prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]
         prompt += [placeholder] * length
     ids = torch.tensor([prompt + text] * batch)
-    types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
+    types = {adapter.typed: (ids == placeholder).long()} if adapter.typed else {}
     return {"input_ids": ids, **types, **{k: torch.cat([v] * batch) for k, v in vision.items()}}
 
 

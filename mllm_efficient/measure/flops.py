@@ -181,12 +181,14 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
 
 def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
     """A prefill with ``lengths[i]`` tokens in layer i, and the head for ``positions`` of them."""
-    return sum(layer.flops(n, n) for layer, n in zip(decoder.each, lengths)) + positions * head_flops(decoder)
+    layers = sum(layer.flops(n, n, positions) for layer, n in zip(decoder.each, lengths))
+    return 2 * lengths[0] * decoder.before + layers + positions * head_flops(decoder)
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
     """One new token after ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
-    return sum(layer.flops(1, n + 1) for layer, n in zip(decoder.each, decoder.cached(cached))) + head_flops(decoder)
+    layers = sum(layer.flops(1, n + 1) for layer, n in zip(decoder.each, decoder.cached(cached)))
+    return 2 * decoder.before + layers + head_flops(decoder)
 
 
 def head_flops(decoder: Decoder) -> int:
@@ -222,6 +224,7 @@ def tower_flops(tower: Tower, patches: tuple[int, int]) -> int:
     for layer in range(tower.layers):
         pairs = windows if tower.window and layer not in tower.full_layers else everything
         total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
+    total += 2 * (n // tower.pooled) * n * d if tower.pooled else 0
     if tower.pooling_head:  # one query over all tokens, then an MLP on it
         total += 4 * d * d * (1 + n) + 4 * n * d + 4 * d * tower.mlp_width
     return total
@@ -250,7 +253,7 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
 def projector_flops(projector: ProjectorSize, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
     taken = projector.hidden // 2 if projector.gated else projector.hidden
-    return projector.copies * 2 * n * (projector.inputs * projector.hidden + taken * projector.outputs)
+    return projector.copies * 2 * n * (projector.before + projector.inputs * projector.hidden + taken * projector.outputs)
 
 
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:

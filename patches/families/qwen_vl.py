@@ -132,13 +132,13 @@ class Qwen35Rules(QwenVLRules):
     pixels = Qwen3VLRules.pixels
 
 
-def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
+def pixel_limits(known: tuple[int, int], settings: Settings, unsaid: tuple[int, int] = USUAL_PIXELS) -> tuple[int, int]:
     """(fewest, most) pixels of an image after resizing. ``min_pixels`` and ``max_pixels`` go before ``size``, as in the processor.
 
-    known: of the family's released checkpoints, where there are no settings at all.
+    known: of the family's released checkpoints, where there are no settings at all. unsaid: where there are, and leave them out.
     """
     size = settings.get("size") or {}
-    usual = USUAL_PIXELS if any(k not in OF_PIXELS for k in settings) else known
+    usual = unsaid if any(k not in OF_PIXELS for k in settings) else known
     fewest = settings.get("min_pixels") or size.get("shortest_edge") or usual[0]
     most = settings.get("max_pixels") or size.get("longest_edge") or usual[1]
     if fewest > most:
@@ -146,7 +146,7 @@ def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
     return fewest, most
 
 
-def grid_of(size: Size, step: int, limits: tuple[int, int], name: str) -> Grid:
+def grid_of(size: Size, step: int, limits: tuple[float, float], name: str) -> Grid:
     """Tokens of an image, each of step x step pixels: the nearest multiple on both sides, scaled into the limits."""
     width, height = size
     if max(size) > MOST_ASPECT * min(size):

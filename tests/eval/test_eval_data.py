@@ -134,8 +134,8 @@ def test_any_family_with_its_own_processor_and_template(name, method, tmp_path):
         assert records[method, "two"]["token_ids"] == out[0, inputs["input_ids"].shape[1] :].tolist()
     ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
     whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "mm_token_type_ids" in inputs:
-        whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, len(tokens) - 1))
+    for kind in {"mm_token_type_ids", "token_type_ids"} & inputs.keys():
+        whole[kind] = torch.nn.functional.pad(inputs[kind], (0, len(tokens) - 1))
     with torch.no_grad():
         p = other.model(**whole).logits[0, -len(tokens) :].double().log_softmax(-1)
         labels = torch.full_like(ids, -100)

@@ -28,9 +28,9 @@ from ..families import ALIKE, ASPECTS, EVERY, FAMILIES, aspect_batch, make, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
-    "bench-0.3b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b", "qwen3.5-9b"
+    "bench-0.3b", "glm-4.6v-flash", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "qwen2.5-vl-7b", "qwen3.5-9b"
 )  # fmt: skip
-PATCHES = ("qwen2.5-vl-7b", "qwen3.5-9b")  # whose tower takes flat patches
+PATCHES = ("glm-4.6v-flash", "qwen2.5-vl-7b", "qwen3.5-9b")  # whose tower takes flat patches
 TEXT = 64
 # Text tokens per data set, without the system prompt, and visual tokens of LLaVA-1.6: DivPrune's own FLOPs script.
 PAPER_TEXT = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
@@ -319,8 +319,9 @@ def bare(shape: VisualShape) -> list[tuple]:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adapter_finds_in_example_inputs_what_the_rules_made_them_of(name, count):
-    model, size = tiny(name), ASPECTS["7:5"]
+    model = tiny(name)
     adapter, rules = adapter_for(model), shape_of(model.config, name).rules
+    size = adapter.example_size if adapter.fixed_count else ASPECTS["7:5"]
     inputs = make_inputs(Loaded(model, None, ModelOptions(name)), adapter, Workload(size, count, 16, 2), 2)
     found = [bare(item.shape) for item in adapter.items(inputs.call)]
     assert found == 2 * [bare(image.shape) for image in rules.together(rules.of_size(size), count)]
@@ -474,7 +475,7 @@ def test_the_shapes_ship():
     ("name", "millions"),
     [
         ("bench-0.3b", 288), ("llava-1.5-7b", 7063), ("llava-1.5-13b", 13351), ("llava-1.6-7b", 7063), ("llava-next-video-7b", 7063),
-        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292), ("qwen3.5-9b", 9410),
+        ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292), ("qwen3.5-9b", 9410), ("glm-4.6v-flash", 10293),
     ],
 )  # fmt: skip
 def test_a_shape_builds_the_model_it_is_named_after(name, millions):
