@@ -17,7 +17,8 @@ class Family(Protocol):
     tokens. positions: the default rule, "renumber" or "keep". parts: what ``per=`` can name. separators: whether there are newline
     columns. deepstack: whether later layers add visual features; deep_layers: how many do. mrope: whether positions have three
     rows. projects: whether another projector can take the place of the model's. decoder: the class of the decoder's layers;
-    recurrent: kinds of them that carry a state along.    decoder_layers, tower_blocks: how many there are, and blocks of the tower that can merge tokens (0: none can).
+    recurrent: kinds of them that carry a state along. decoder_layers, tower_blocks: how many there are, and blocks of the tower that
+    can merge tokens (0: none can).
 
     An item is one that the same object made: those of an adapter hold pixels, those of rules a size.
     """

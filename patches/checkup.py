@@ -20,7 +20,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, UnsupportedModelError
+from .rules import check_reducer
 
 KINDS = ("pre_llm", "projector", "in_llm")
 CHECKS = ("identity", "cache", "batch")
@@ -171,10 +172,13 @@ class Patient:
 
         if kind == "projector" and not self.adapter.projects:
             return None, "another projector cannot take the place of this family's"
-        if kind == "in_llm" and self.adapter.recurrent:
-            return None, f"its decoder has layers of {' and '.join(self.adapter.recurrent)}"
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         method = build({"pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside}[kind])
+        if kind == "in_llm":
+            try:
+                check_reducer(self.adapter, method)
+            except UnsupportedModelError as error:
+                return None, str(error)
         return method, ""
 
     # -------------------------------------------------------------------------------------------------------------- checks

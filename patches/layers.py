@@ -91,7 +91,7 @@ def glm_moe_layers(text: Any) -> tuple[Layer, ...]:
 
 
 def gemma4_layers(text: Any) -> tuple[Layer, ...]:
-    """Gemma 4's: heads of another width in layers that see all, keys shared by the last layers, per-layer inputs, experts beside the MLP."""
+    """Gemma 4's: heads of another width in layers that see all, keys shared by the last layers, per-layer inputs, experts by the MLP."""
     d, extra = text.hidden_size, 2 * text.hidden_size * (text.hidden_size_per_layer_input or 0)
     first_shared = text.num_hidden_layers - (text.num_kv_shared_layers or 0)
     if text.enable_moe_block:

@@ -119,7 +119,8 @@ class Rules:
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images. sees_both_ways: whether tokens of an image see those after them, which the model is told by ``typed``.
+    at least between two images. reads_values: whether the tower cannot run without values. sees_both_ways: whether tokens of an image
+    see those after them, which the model is told by ``typed``.
 
     Args:
         name: of the model, for messages.
@@ -138,6 +139,7 @@ class Rules:
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1
     sees_both_ways: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})
@@ -343,8 +345,8 @@ def check_reducer(model: Family, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in."""
     if model.recurrent:
         raise UnsupportedModelError(
-            f"{method.name} drops tokens between layers of attention, and {model.name} has layers of {' and '.join(model.recurrent)}, whose "
-            "state holds every token: use a method that runs before the decoder"
+            f"{method.name} drops tokens between layers of attention, and {model.name} has layers of {' and '.join(model.recurrent)}, "
+            "whose state holds every token: use a method that runs before the decoder"
         )
     if model.decoder not in DECODERS.values():
         kind = model.decoder

@@ -12,7 +12,8 @@ from .layers import UNLIKE, Layer
 
 # Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
 MLP_MATRICES = {
-    "glm4v_text": 3, "glm4v_moe_text": 3, "glm_ocr_text": 3, "gemma3_text": 3, "gemma4_text": 3, "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
+    "glm4v_text": 3, "glm4v_moe_text": 3, "glm_ocr_text": 3, "gemma3_text": 3, "gemma4_text": 3,
+    "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
 }  # fmt: skip
 SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")  # whose layers have a sliding window if the configuration names one

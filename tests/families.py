@@ -280,11 +280,31 @@ def gemma3(window: int = 4096):
     """A model of which an image has nine tokens. window: of the sliding layers."""
     rope = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in (("full_attention", 100.0), ("sliding_attention", 20.0))}
     config = transformers.Gemma3Config(
-        vision_config=siglip(24, 4).to_dict(), text_config={**gemma_text(query_pre_attn_scalar=16, rope_parameters=rope), "sliding_window": window},
+        vision_config=siglip(24, 4).to_dict(),
+        text_config={**gemma_text(query_pre_attn_scalar=16, rope_parameters=rope), "sliding_window": window},
         mm_tokens_per_image=9, boi_token_index=VOCABULARY["<img>"], eoi_token_index=VOCABULARY["</img>"],
         image_token_index=VOCABULARY["<IMG_CONTEXT>"], tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def gemma4(**settings: Any):
+    """A model whose last two layers read the keys of the two before, each layer with inputs of its own; a token is 2 x 2 patches."""
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, patch_size=4,
+        pooling_kernel_size=2, position_embedding_size=300,
+    )  # fmt: skip
+    text = gemma_text(
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(VOCABULARY), num_kv_shared_layers=2, global_head_dim=24,
+        use_bidirectional_attention="vision",
+    )  # fmt: skip
+    text |= {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, **settings}
+    config = transformers.Gemma4Config(
+        vision_config=vision, text_config=text, boi_token_id=VOCABULARY["<img>"], eoi_token_id=VOCABULARY["</img>"],
+        image_token_id=VOCABULARY["<IMG_CONTEXT>"], video_token_id=VOCABULARY["<video>"], audio_token_id=VOCABULARY["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Gemma4ForConditionalGeneration(config)
 
 
 @functools.cache
@@ -510,6 +530,16 @@ def gemma3_processor(side: str, **settings: Any):
     return transformers.Gemma3Processor(image_processor=pictures, tokenizer=words, image_seq_length=9, **settings)
 
 
+def gemma4_processor(side: str):
+    """At most 70 tokens an image, the fewest that its processor takes."""
+    pictures = transformers.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+    tokens = {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>"}
+    words = named(tokenizer(side), {**tokens, "boa_token": "<pad>", "eoa_token": "<pad>", "audio_token": "<|vision_end|>"})
+    return standing_in(transformers.Gemma4Processor)(
+        feature_extractor=Videos(), image_processor=pictures, tokenizer=words, video_processor=Videos(), image_seq_length=70
+    )
+
+
 def _glm(name: str, family: str, **settings: Any) -> Family:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     return Family(name, functools.partial(glm, family, **settings), glm_processor, image, mrope=True, inside=False)
@@ -545,7 +575,7 @@ FAMILIES = {
         Family("gemma3", gemma3, gemma3_processor, "<img>", placeholder="<IMG_CONTEXT>", typed="token_type_ids", fixed=True, inside=False),
     )
 }
-# Types that share the code of a family above and differ from it in the decoder alone: what that can change is tested on them.
+# Types that share the code of a family above, and one with at least 70 tokens an image: the methods' rules are not tried anew on them.
 GLM_EXPERTS = dict(moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1)
 ALIKE = {
     f.name: f
@@ -554,6 +584,16 @@ ALIKE = {
         _glm("glm4v", "Glm4v"),
         _glm("glm4v_moe", "Glm4vMoe", **GLM_EXPERTS),
         _glm("glm_ocr", "GlmOcr"),
+        Family(
+            "gemma4",
+            gemma4,
+            gemma4_processor,
+            "<IMG_CONTEXT>",
+            placeholder="<IMG_CONTEXT>",
+            typed="mm_token_type_ids",
+            inside=False,
+            settings={"max_soft_tokens": 70},
+        ),
     )
 }
 EVERY = {**FAMILIES, **ALIKE}
@@ -595,7 +635,11 @@ def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Ima
     """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
     family = EVERY[name]
     words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
-    nested = {"llava_onevision": [row for row in images if row], "gemma3": list(images) if any(images) else []}
+    nested = {
+        "llava_onevision": [row for row in images if row],
+        "gemma3": list(images) if any(images) else [],
+        "gemma4": list(images) if any(images) else [],
+    }
     given = nested[name] if name in nested else [picture for row in images for picture in row]
     call = {"images": given or None, "videos": list(videos) or None}
     out = _processor(name, padding_side)(text=words, return_tensors="pt", padding=True, **{k: v for k, v in call.items() if v is not None})

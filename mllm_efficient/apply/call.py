@@ -141,8 +141,8 @@ def _warn_without_types(call: Call) -> None:
     """Warns of images without the argument that tells the model to let their tokens see each other: it does without a word."""
     if (has_pixels(call.vision) or call.encoded is not None) and call.rest.get(call.adapter.typed) is None:
         warnings.warn(
-            f"images without {call.adapter.typed}: tokens of an image see only those before them, which {call.adapter.name} was not trained "
-            "for; pass everything that the processor returned",
+            f"images without {call.adapter.typed}: tokens of an image see only those before them, which {call.adapter.name} was not "
+            "trained for; pass everything that the processor returned",
             stacklevel=2,
         )
 

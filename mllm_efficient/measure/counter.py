@@ -79,6 +79,8 @@ def count(
         method = or_random(method)
         inside = inside_of(method)
     adapter, meta = adapter_for(model), model.device.type == "meta"
+    if meta and adapter.reads_values:
+        raise MllmEfficientError(f"the tower of {shape.name} reads values, and a model without weights has none: count a model of a folder")
     inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}

@@ -34,6 +34,7 @@ class Gemma4Rules(Rules):
     """The shapes of Gemma 4."""
 
     parts = frozenset({"frame"})
+    reads_values = True
     counting = (SOFT_TOKENS,)
 
     @functools.cached_property

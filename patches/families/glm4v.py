@@ -72,7 +72,9 @@ class Glm4VAdapter(QwenVLAdapter, Glm4VRules):
 
     def items(self, inputs: dict[str, Any]) -> list[Item]:
         if all(inputs.get(pixels) is not None for pixels in PIXELS_OF.values()):
-            raise CountMismatchError(f"images and videos in one call have one placeholder on {self.name}, which tells them not apart: a call each")
+            raise CountMismatchError(
+                f"images and videos in one call have one placeholder on {self.name}, which tells them not apart: a call each"
+            )
         return super().items(inputs)
 
 

@@ -59,7 +59,8 @@ def test_everything_holds_here(capsys):
     assert {row["model_type"] for row in rows} == {"llava", *families.EVERY}
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
-    offered = [row for row in rows if row["kind"] != "projector" and not (row["kind"] == "in_llm" and row["model_type"] in families.STATEFUL)]
+    inside = {"llava", *(f.name for f in families.EVERY.values() if f.inside)}
+    offered = [row for row in rows if row["kind"] == "pre_llm" or (row["kind"] == "in_llm" and row["model_type"] in inside)]
     assert all(row["holds"] is True for row in offered)
     absent = {row["model_type"] for row in rows if row["holds"] is None}
     assert absent == set(families.EVERY) - {"llava_next", "llava_next_video", "llava_onevision"}

