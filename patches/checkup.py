@@ -21,7 +21,6 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError
-from .rules import check_reducer
 
 KINDS = ("pre_llm", "projector", "in_llm")
 CHECKS = ("identity", "cache", "batch")
@@ -175,6 +174,8 @@ class Patient:
         inside = f"fastv:layer={max(1, self.adapter.deep_layers)},ratio=0.5"
         method = build({"pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside}[kind])
         if kind == "in_llm":
+            from .rules import check_reducer
+
             try:
                 check_reducer(self.adapter, method)
             except UnsupportedModelError as error:

@@ -16,7 +16,8 @@ MLP_MATRICES = {
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
 }  # fmt: skip
-SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")  # whose layers have a sliding window if the configuration names one
+# whose layers have a sliding window if the configuration names one
+SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 

@@ -99,6 +99,7 @@ class Gemma3Rules(Rules):
 def crops(size: Size, settings: Mapping[str, Any]) -> int:
     """Crops that pan-and-scan cuts from an image of (width, height) pixels, along its longer side; 0 for one that is not long."""
     least, most, ratio = (settings.get(name) or usual for name, usual in PAN_AND_SCAN.items())
+    least, most = int(least), int(most)
     long, short = max(size), min(size)
     if long / short < ratio:
         return 0

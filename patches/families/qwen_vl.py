@@ -13,7 +13,8 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
-from ..rules import OF_PIXELS, Rules, Settings, Size, Views
+from ..pictures import OF_PIXELS
+from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 
 if TYPE_CHECKING:
