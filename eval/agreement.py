@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mllm_efficient.apply.encode import Encoded
 from mllm_efficient.apply.prepare import Prepared, prepare
+from mllm_efficient.apply.prompt import types_with_text
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import environment
@@ -146,9 +147,7 @@ class Agreement(Harness):
         if answers is not None:
             rest["input_ids"] = torch.cat([rest["input_ids"], answers.clamp(min=0).to(rest["input_ids"])], 1)
             rest["attention_mask"] = torch.cat([rest["attention_mask"], (answers >= 0).to(rest["attention_mask"])], 1)
-            if "mm_token_type_ids" in rest:
-                types = rest["mm_token_type_ids"]
-                rest["mm_token_type_ids"] = torch.cat([types, types.new_zeros(answers.shape)], 1)
+            rest |= types_with_text(rest, rest["input_ids"].shape[1])
         names = [(r.digest, i) for r in batch for i in range(len(r.images))]
         encoded: Encoded | None = self.vision.encoded(method, items, names) if items else None
         keys = [f"data/{r.id}/{i}" for r in batch for i in range(len(r.images))] if items else None
@@ -183,9 +182,7 @@ class Agreement(Harness):
             new, mask = read.to(call["input_ids"].device), call["attention_mask"]
             call["input_ids"] = torch.cat([call["input_ids"], new.clamp(min=0)], 1)
             call["attention_mask"] = torch.cat([mask, (new >= 0).to(mask)], 1)
-            if "mm_token_type_ids" in call:
-                types = call["mm_token_type_ids"]
-                call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(new.shape)], 1)
+            call |= types_with_text(call, call["input_ids"].shape[1])
             places = layout.positions_of(call["attention_mask"], new.shape[1]) if layout is not None and longest > 1 else None
             if places is not None:
                 call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mllm_efficient.apply import wrap as wrapper
 from mllm_efficient.apply.original_prompt import with_prompt
 from mllm_efficient.apply.prepare import Prepared
-from mllm_efficient.apply.prompt import leave_on
+from mllm_efficient.apply.prompt import leave_on, types_with_text
 from mllm_efficient.apply.signatures import cache_of, with_cache
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
@@ -108,9 +108,7 @@ def converse(
         added, new = padded(turns, prompt)
         ids = torch.cat([said, added], 1)
         call = {"input_ids": ids, "attention_mask": torch.cat([asked["attention_mask"], spoken(answers, endings(model)), new], 1)}
-        if "mm_token_type_ids" in asked:
-            types = asked["mm_token_type_ids"]
-            call["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(ids), ids.shape[1] - types.shape[1])], 1)
+        call |= types_with_text(asked, ids.shape[1])
         more = {} if watched is None else {"logits_processor": [watched]}
         second = run.generate(call, **with_cache(model, cache_of(first)), **more)
     return run.decoded(answers), second[:, ids.shape[1] :], prepared

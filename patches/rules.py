@@ -11,13 +11,11 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
-from mllm_efficient.parsing import read_json
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from .sizes import PLAIN, Decoder, ProjectorSize, Tower, decoder_of
@@ -39,51 +37,17 @@ FAMILIES = {
     "minicpmv4_7": ("MiniCPMV4_7ForConditionalGeneration", "minicpm:MiniCPMV47"),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral3:Mistral3"),
     "lighton_ocr": ("LightOnOcrForConditionalGeneration", "mistral3:LightOnOcr"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "qwen_vl:Qwen35"),
+    "qwen3_5_moe": ("Qwen3_5MoeForConditionalGeneration", "qwen_vl:Qwen35"),
+    "glm46v": ("Glm46VForConditionalGeneration", "glm4v:Glm4V"), "glm4v": ("Glm4vForConditionalGeneration", "glm4v:Glm4V"),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", "glm4v:Glm4V"), "glm_ocr": ("GlmOcrForConditionalGeneration", "glm4v:GlmOcr"),
+    "gemma3": ("Gemma3ForConditionalGeneration", "gemma3:Gemma3"), "gemma4": ("Gemma4ForConditionalGeneration", "gemma4:Gemma4"),
     "cohere2_vision": ("Cohere2VisionForConditionalGeneration", "cohere2_vision:Cohere2Vision"),
 }  # fmt: skip
 
-Size, Settings = tuple[int, int], Mapping[str, Any]  # (width, height) in pixels; of an image processor
+Size = tuple[int, int]  # (width, height) in pixels
+Settings = Mapping[str, Any]  # of an image processor
 ANY_SIZE = (672, 672)  # an example for models that take images of any size
-
-FILES = ("processor_config.json", "preprocessor_config.json")  # the first counts where both say it, as in transformers
-ASPECT_RATIO, PINPOINTS = "vision_aspect_ratio", "image_grid_pinpoints"
-SHARED = (ASPECT_RATIO, PINPOINTS)  # what the model's own config has as well: both must say the same
-OF_PIXELS = ("min_pixels", "max_pixels", "size")
-
-
-def settings_of(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings that the contents of ``FILES`` say, in their order; ``{}`` for one that is not there."""
-    whole, images = files
-    found = dict(whole.get("image_processor") or images)
-    if ASPECT_RATIO in whole:
-        found[ASPECT_RATIO] = whole[ASPECT_RATIO]
-    return found
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a model's folder; ``{}`` where it has no processor. Raises ``MllmEfficientError`` for a file that is no JSON."""
-    return settings_of([read_object(folder / name) for name in FILES])
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; ``{}`` where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise MllmEfficientError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise MllmEfficientError(f"{path} is not a JSON object")
-    return content
-
-
-def merged(settings: Settings, given: Settings) -> dict[str, Any]:
-    """Settings with those that a user gives on top."""
-    out = dict(settings)
-    if "size" in given:  # which the file may have said in the older way, and that would go before
-        out = {k: v for k, v in out.items() if k not in OF_PIXELS}
-    return {**out, **given}
 
 
 # ------------------------------------------------------------------------------------------------ one half of a family
@@ -115,6 +79,8 @@ class Rules:
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
     at least between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it.
     clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
+    reads_values: whether the tower cannot run without values. sees_both_ways: whether tokens of an image see those after them, which the
+    model is told by ``typed``.
 
     Args:
         name: of the model, for messages.
@@ -135,6 +101,8 @@ class Rules:
     counting: ClassVar[tuple[str, ...]] = ()
     text_between: ClassVar[int] = 1
     clip_tower: ClassVar[bool] = True
+    sees_both_ways: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})
@@ -169,6 +137,11 @@ class Rules:
         return self.tower_size.class_token
 
     @property
+    def typed(self) -> str:
+        """The argument of a call that says which columns are of images; "" where the language model reads none."""
+        return "mm_token_type_ids" if self.mrope else ""
+
+    @property
     def patch(self) -> int:
         """Pixels along a side of a patch."""
         return self.tower_size.patch
@@ -188,6 +161,12 @@ class Rules:
     @property
     def decoder_layers(self) -> int:
         return self.config.text_config.num_hidden_layers
+
+    @property
+    def recurrent(self) -> tuple[str, ...]:
+        """The kinds of decoder layers that carry a state along in place of keys and values, in words."""
+        kinds = set(getattr(self.config.text_config, "layer_types", None) or ())
+        return tuple(words for kind, words in RECURRENT.items() if kind in kinds)
 
     @property
     def deep_layers(self) -> int:
@@ -330,8 +309,17 @@ DECODERS = {
 PLAIN_LAYERS = frozenset(DECODERS[kind] for kind in PLAIN)
 
 
+# kinds of layers, as ``layer_types`` of a configuration names them, whose state is of a whole prompt and not of single tokens
+RECURRENT = {"linear_attention": "linear attention", "conv": "convolution", "mamba": "Mamba"}
+
+
 def check_reducer(model: Family, method: Reducer) -> None:
     """Raises ``UnsupportedModelError`` for a decoder that an in-decoder method cannot work in."""
+    if model.recurrent:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens between layers of attention, and {model.name} has layers of {' and '.join(model.recurrent)}, "
+            "whose state holds every token: use a method that runs before the decoder"
+        )
     if model.decoder not in DECODERS.values():
         kind = model.decoder
         raise UnsupportedModelError(f"{method.name} works inside decoders of {', '.join(DECODERS)}, and this one is of {kind}")

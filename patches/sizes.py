@@ -8,13 +8,17 @@ from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
+from .layers import UNLIKE, Layer
+
 # Matrices in the MLP of a decoder layer: gate, up and down, or up and down.
 MLP_MATRICES = {
+    "glm4v_text": 3, "glm4v_moe_text": 3, "glm_ocr_text": 3, "gemma3_text": 3, "gemma4_text": 3,
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
-    "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2,
+    "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
     "cohere": 3, "ernie4_5": 3, "glm": 3, "glm4": 3, "granite": 3, "helium": 3, "olmo2": 3, "smollm3": 3,
 }  # fmt: skip
-SLIDING = ("mistral", "phi3", "gemma2", "cohere2")  # whose layers have a sliding window if the configuration names one
+# whose layers have a sliding window if the configuration names one
+SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")
 # Kinds of text models whose attention is Llama's: separate projections, rotary positions in two halves, nothing more. Of others, in-decoder
 # methods are shown what the layer's own attention makes.
 PLAIN = (
@@ -42,6 +46,8 @@ class Plain:
 class Decoder:
     """A language model: ``layers`` alike, grouped heads, an MLP of two or three matrices, a head (tied or not).
 
+    unlike: each layer by itself, where they are not alike; the sizes are then those of a layer with full attention.
+    before: multiply-adds of a token in front of all layers.
     width: d, mlp_width: m, vocabulary: rows of the head. dtype: of the weights and the KV cache. windows: of each layer with
     sliding-window attention, the tokens that a token sees, itself among them; 0 for a layer that sees all. Empty: all do.
     plain: whether keys of a layer can be made without its queries and values, by a method that is shown them.
@@ -58,16 +64,28 @@ class Decoder:
     dtype: str = "float16"
     windows: tuple[int, ...] = ()
     plain: bool = True
+    unlike: tuple[Layer, ...] = ()
+    before: int = 0
+
+    @property
+    def each(self) -> tuple[Layer, ...]:
+        """Every layer."""
+        if self.unlike:
+            return self.unlike
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        weights = 2 * self.width * (wide + narrow) + self.mlp_matrices * self.width * self.mlp_width
+        return (Layer(weights, wide, 2 * narrow),) * self.layers
 
     def cached(self, lengths: Sequence[int]) -> list[int]:
         """What is left in the cache of each layer after ``lengths[i]`` tokens: a window holds what its next token will see."""
         windows = self.windows or (0,) * len(lengths)
         return [min(n, window - 1) if window else n for n, window in zip(lengths, windows)]
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache of one token in one layer: a key and a value for every key-value head."""
-        return 2 * self.kv_heads * self.head_dim * BYTES[self.dtype]
+    def cache_bytes(self, lengths: Sequence[int]) -> int:
+        """What is kept after ``lengths[i]`` tokens in layer i: a key and a value for every key-value head, or a state."""
+        width = BYTES[self.dtype]
+        kept = sum(n * layer.cached * width for n, layer in zip(self.cached(lengths), self.each))
+        return kept + sum(layer.scan.state_bytes(width) for layer in self.each if layer.scan is not None)
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,8 @@ class Tower:
     frames: images that one patch spans (Qwen-VL takes a still twice). class_token: one more token than patches.
     mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
     window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it. fused: queries, keys and values
-    come of one matrix, and a method that asks for attention or keys gets those that the tower has computed.
+    come of one matrix, and a method that asks for attention or keys gets those that the tower has computed. pooled: patches that a token
+    is the mean of, where a product with weights makes it.
     """
 
     layers: int
@@ -93,6 +112,7 @@ class Tower:
     window: int = 0
     full_layers: tuple[int, ...] = ()
     fused: bool = False
+    pooled: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,8 +120,8 @@ class ProjectorSize:
     """Two matrices from ``inputs`` over ``hidden`` to ``outputs`` per visual token, or one to ``hidden`` where ``outputs`` is 0;
     ``copies`` of it (deepstack).
 
-    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU). merged: where one more
-    matrix in front makes ``inputs`` of several patches side by side, the width of those.
+    gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU). before: multiply-adds of
+    a token in what comes before both matrices.
     """
 
     inputs: int
@@ -109,7 +129,7 @@ class ProjectorSize:
     outputs: int
     copies: int = 1
     gated: bool = False
-    merged: int = 0
+    before: int = 0
 
 
 def decoder_of(config: Any, name: str) -> Decoder:
@@ -122,11 +142,21 @@ def decoder_of(config: Any, name: str) -> Decoder:
     kv_heads = getattr(text, "num_key_value_heads", None) if kind in ("phi", "gpt_neox") else text.num_key_value_heads
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or getattr(text, "dtype", None)
     dtype = str(dtype).removeprefix("torch.")
+    unlike = UNLIKE[kind](text) if kind in UNLIKE else ()
     return Decoder(
         text.num_hidden_layers, text.hidden_size, heads, kv_heads or heads, getattr(text, "head_dim", None) or text.hidden_size // heads,
-        text.intermediate_size, text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
-        kind.removesuffix("_text") in PLAIN,
+        mlp_width(text), text.vocab_size, MLP_MATRICES[kind], dtype if dtype in BYTES else "float16", _windows(text),
+        kind.removesuffix("_text") in PLAIN, unlike,
+        text.hidden_size * text.hidden_size_per_layer_input * len(unlike) if kind == "gemma4_text" else 0,
     )  # fmt: skip
+
+
+def mlp_width(text: Any) -> int:
+    """Of a dense MLP, or of all experts together that a token goes to."""
+    if not hasattr(text, "num_experts_per_tok"):
+        return int(text.intermediate_size)
+    shared = getattr(text, "n_shared_experts", 0) * text.moe_intermediate_size or text.shared_expert_intermediate_size
+    return int(text.num_experts_per_tok * text.moe_intermediate_size + shared)
 
 
 def _windows(text: Any) -> tuple[int, ...]:
@@ -141,7 +171,7 @@ def _windows(text: Any) -> tuple[int, ...]:
     types = getattr(text, "layer_types", None)
     if types is None and kind.startswith("qwen"):
         types = ["sliding_attention" if i >= text.max_window_layers else "full_attention" for i in range(layers)]
-    elif types is None and kind in ("gemma2", "cohere2"):
+    elif types is None and kind in ("gemma2", "gemma3_text", "gemma4_text", "cohere2"):
         raise MissingSetting("'layer_types'")
     windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
     return windows if any(windows) else ()

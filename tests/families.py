@@ -17,24 +17,44 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-torch.set_num_threads(1)
+from .families_models import (  # noqa: F401 (tests take them from here)
+    MROPE_IDS,
+    PAD,
+    PINPOINTS,
+    QWEN3_5_VISION,
+    SPECIAL,
+    TILE,
+    VOCABULARY,
+    WORDS,
+    clip,
+    cohere2_vision,
+    gemma3,
+    gemma4,
+    gemma_text,
+    glm,
+    internvl,
+    llama,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    mrope_text,
+    qwen2,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_5_text,
+    qwen3_vl,
+    siglip,
+)
 
-SPECIAL = (
-    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>",
-    "<IMG_CONTEXT>", "<img>", "</img>",
-)  # fmt: skip
-WORDS = (
-    "user assistant : ? . , < > what is the a an how many are in on of left right red blue green ring cross big small yes no frame seconds "
-    "0 1 2 3 4 5 6 7 8 9"
-).split()
-VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
-PAD = VOCABULARY["<pad>"]
 # Text that some families put between the tokens of an image, in the vocabulary of theirs alone.
 MARKS = (
     "[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>", "\n", "\n\n",
     *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
 )  # fmt: skip
 MARKED = {**VOCABULARY, **{token: len(VOCABULARY) + i for i, token in enumerate(MARKS)}}
+torch.set_num_threads(1)
 
 # I and V stand for the family's own image and video placeholders.
 PROMPTS = {
@@ -57,8 +77,6 @@ PICTURES = {
     "image and video": ["10:1"],
     "video and image": ["2:1"],
 }
-TILE = 24
-PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3))]
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -70,8 +88,10 @@ class Family:
 
     newlines: whether its images have newline columns; mrope: whether positions have three rows; in_prompt: whether the prompt alone
     says which tiles are of one image, between <img> and </img>.
-    settings: of its image processor, where they are not what a model without one is counted with. marked: whether text stands between
-    the tokens of an image.
+    settings: of its image processor, where they are not what a model without one is counted with. inside: whether methods can run inside
+    its decoder; placeholder: where it is not the usual token; typed: what says which columns are of images, and lets those of one see
+    each other, fixed: whether every image has as many tokens, stateful: whether layers of it carry a state along.
+    marked: whether text stands between the tokens of an image.
     """
 
     name: str
@@ -85,6 +105,11 @@ class Family:
     in_prompt: bool = False
     settings: dict[str, Any] | None = None
     marked: bool = False
+    placeholder: str = ""
+    typed: str = ""
+    fixed: bool = False
+    inside: bool = True
+    stateful: bool = False
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -98,131 +123,13 @@ class Family:
 
     @property
     def image_token(self) -> int:
-        return VOCABULARY["<IMG_CONTEXT>" if self.in_prompt and not self.marked else "<|image_pad|>" if self.mrope else "<image>"]
+        usual = "<IMG_CONTEXT>" if self.in_prompt and not self.marked else "<|image_pad|>" if self.mrope else "<image>"
+        return VOCABULARY[self.placeholder or usual]
 
     @property
-    def video_token(self) -> int | None:
-        return VOCABULARY["<|video_pad|>" if self.mrope else "<video>"] if self.video else None
-
-
-def llama(**settings: Any):
-    return transformers.LlamaConfig(
-        **{"vocab_size": len(VOCABULARY), **settings}, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-    )  # fmt: skip
-
-
-def qwen2(**settings: Any):
-    return transformers.Qwen2Config(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0}, **settings,
-    )  # fmt: skip
-
-
-def clip(image_size: int, patch_size: int):
-    return transformers.CLIPVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=patch_size
-    )
-
-
-def siglip(image_size: int, patch_size: int):
-    return transformers.SiglipVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=image_size, patch_size=patch_size,
-        vision_use_head=False,
-    )  # fmt: skip
-
-
-def llava_next():
-    config = transformers.LlavaNextConfig(
-        vision_config=clip(TILE, 6), text_config=llama(), image_token_index=VOCABULARY["<image>"], image_grid_pinpoints=PINPOINTS,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=16,
-    )  # fmt: skip
-    return transformers.LlavaNextForConditionalGeneration(config)
-
-
-def llava_next_video():
-    config = transformers.LlavaNextVideoConfig(
-        vision_config=clip(TILE, 6), text_config=llama(), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
-        image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2, vision_feature_select_strategy="default", spatial_pool_mode="average",
-        spatial_pool_stride=2,
-    )  # fmt: skip
-    return transformers.LlavaNextVideoForConditionalGeneration(config)
-
-
-def llava_onevision():
-    # 25 tokens a tile, 9 a frame: odd sides. The map of six tiles is more than anyres_max_4 allows and is shrunk.
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=siglip(25, 5), text_config=qwen2(), image_token_index=VOCABULARY["<image>"], video_token_index=VOCABULARY["<video>"],
-        image_grid_pinpoints=[[h // TILE * 25, w // TILE * 25] for h, w in PINPOINTS], vision_aspect_ratio="anyres_max_4",
-        vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
-    return transformers.LlavaOnevisionForConditionalGeneration(config)
-
-
-def internvl():
-    vision = transformers.InternVLVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=[24, 24], patch_size=[4, 4],
-    )  # fmt: skip
-    config = transformers.InternVLConfig(
-        vision_config=vision, text_config=qwen2(), image_token_id=VOCABULARY["<IMG_CONTEXT>"], image_seq_length=9, downsample_ratio=0.5,
-        vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.InternVLForConditionalGeneration(config)
-
-
-def cohere2_vision():
-    config = transformers.Cohere2VisionConfig(
-        vision_config=siglip(24, 4), text_config=llama(), image_token_id=VOCABULARY["<IMG_CONTEXT>"], downsample_factor=2,
-        alignment_intermediate_size=40, tie_word_embeddings=False,
-    )  # fmt: skip
-    return transformers.Cohere2VisionForConditionalGeneration(config)
-
-
-def mrope_text(**settings: Any) -> dict[str, Any]:
-    # A small theta makes all three rows of positions matter to the last digit.
-    return dict(
-        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=4096, bos_token_id=1, eos_token_id=None, pad_token_id=PAD, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 2, 2]}, **settings,
-    )  # fmt: skip
-
-
-MROPE_IDS = dict(
-    image_token_id=VOCABULARY["<|image_pad|>"], video_token_id=VOCABULARY["<|video_pad|>"],
-    vision_start_token_id=VOCABULARY["<|vision_start|>"], vision_end_token_id=VOCABULARY["<|vision_end|>"], tie_word_embeddings=False,
-)  # fmt: skip
-
-
-def qwen2_vl():
-    vision = dict(
-        depth=2, embed_dim=32, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2
-    )
-    return transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(text_config=mrope_text(), vision_config=vision, **MROPE_IDS)
-    )
-
-
-def qwen2_5_vl():
-    # Windows of 2 x 2 tokens in the first block, full attention in the second.
-    vision = dict(
-        depth=2, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
-        temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
-    )  # fmt: skip
-    return transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.Qwen2_5_VLConfig(text_config=mrope_text(), vision_config=vision, **MROPE_IDS)
-    )
-
-
-def qwen3_vl():
-    vision = dict(
-        depth=3, hidden_size=32, out_hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
-        temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
-    )  # fmt: skip
-    text = mrope_text(head_dim=16)
-    text["rope_parameters"]["mrope_interleaved"] = True
-    return transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **MROPE_IDS))
+    def video_token(self) -> int:
+        """-1, which is no token, where the family takes no videos here."""
+        return VOCABULARY["<|video_pad|>" if self.mrope else "<video>"] if self.video else -1
 
 
 @functools.cache
@@ -432,9 +339,41 @@ def qwen_processor(cls: str) -> Callable[[str], Any]:
     return make
 
 
-def _mrope(name: str, build: Callable, processor: str, video: str) -> Family:
+def glm_processor(side: str):
+    """Its own processor; <img> and </img> stand around a video."""
+    pictures = transformers.Glm46VImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 2 * 8 * 8 * 4, "longest_edge": 2 * 8 * 8 * 48}
+    )
+    words = named(tokenizer(side), {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"})
+    out = standing_in(transformers.Glm46VProcessor)(image_processor=pictures, tokenizer=words, video_processor=Videos(4))
+    out.video_start_id, out.video_end_id = VOCABULARY["<img>"], VOCABULARY["</img>"]
+    return out
+
+
+def gemma3_processor(side: str, **settings: Any):
+    pictures = transformers.Gemma3ImageProcessorPil(size={"height": 24, "width": 24})
+    words = named(tokenizer(side), {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>"})
+    return transformers.Gemma3Processor(image_processor=pictures, tokenizer=words, image_seq_length=9, **settings)
+
+
+def gemma4_processor(side: str):
+    """At most 70 tokens an image, the fewest that its processor takes."""
+    pictures = transformers.Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70)
+    tokens = {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>"}
+    words = named(tokenizer(side), {**tokens, "boa_token": "<pad>", "eoa_token": "<pad>", "audio_token": "<|vision_end|>"})
+    return standing_in(transformers.Gemma4Processor)(
+        feature_extractor=Videos(), image_processor=pictures, tokenizer=words, video_processor=Videos(), image_seq_length=70
+    )
+
+
+def _glm(name: str, family: str, **settings: Any) -> Family:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
-    return Family(name, build, qwen_processor(processor), image, video, mrope=True)
+    return Family(name, functools.partial(glm, family, **settings), glm_processor, image, mrope=True, inside=False)
+
+
+def _mrope(name: str, build: Callable, processor: str, video: str, **more: Any) -> Family:
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Family(name, build, qwen_processor(processor), image, video, mrope=True, **more)
 
 
 from .families_marked import idefics3, idefics3_processor, minicpm, minicpm_processor, mistral3, mistral3_processor  # noqa: E402
@@ -469,6 +408,9 @@ FAMILIES = {
         _mrope("qwen2_vl", qwen2_vl, "Qwen2VLProcessor", FRAMED),
         _mrope("qwen2_5_vl", qwen2_5_vl, "Qwen2_5_VLProcessor", FRAMED),
         _mrope("qwen3_vl", qwen3_vl, "Qwen3VLProcessor", "<|video_pad|>"),  # its processor frames every time step by itself
+        _mrope("qwen3_5", qwen3_5, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),
+        _glm("glm46v", "Glm46V"),  # its videos are tested apart: a call has images or videos
+        Family("gemma3", gemma3, gemma3_processor, "<img>", placeholder="<IMG_CONTEXT>", typed="token_type_ids", fixed=True, inside=False),
     )
 }
 # Families that do less than all tests of ``FAMILIES`` ask: layers that carry a state, FLOPs that are not known.
@@ -482,13 +424,37 @@ APART = {
             tiled=True,
             in_prompt=True,
             marked=True,
+            inside=False,
+            stateful=True,
             settings={"scale_resolution": 32, "max_slice_nums": 6},
         ),
     )
 }
-EVERY = {**FAMILIES, **APART}
+# Types that share the code of a family above, and one with at least 70 tokens an image: the methods' rules are not tried anew on them.
+GLM_EXPERTS = dict(moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1)
+ALIKE = {
+    f.name: f
+    for f in (
+        _mrope("qwen3_5_moe", qwen3_5_moe, "Qwen3VLProcessor", "<|video_pad|>", inside=False, stateful=True),
+        _glm("glm4v", "Glm4v"),
+        _glm("glm4v_moe", "Glm4vMoe", **GLM_EXPERTS),
+        _glm("glm_ocr", "GlmOcr"),
+        Family(
+            "gemma4",
+            gemma4,
+            gemma4_processor,
+            "<IMG_CONTEXT>",
+            placeholder="<IMG_CONTEXT>",
+            typed="mm_token_type_ids",
+            inside=False,
+            settings={"max_soft_tokens": 70},
+        ),
+    )
+}
+EVERY = {**FAMILIES, **APART, **ALIKE}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)
+STATEFUL = tuple(f.name for f in EVERY.values() if f.stateful)
 
 
 # ------------------------------------------------------------------------------------------------ batches
@@ -524,10 +490,16 @@ def process(name: str, texts: Sequence[str], images: Sequence[Sequence[Image.Ima
     """The family's own processor on prompts in which I and V stand for placeholders, the pictures given row by row."""
     family = EVERY[name]
     words = [" ".join({"I": family.image, "V": family.video}.get(word, word) for word in text.split(" ")) for text in texts]
-    given = [row for row in images if row] if name == "llava_onevision" else [picture for row in images for picture in row]
+    nested = {
+        "llava_onevision": [row for row in images if row],
+        "gemma3": list(images) if any(images) else [],
+        "gemma4": list(images) if any(images) else [],
+    }
+    given = nested[name] if name in nested else [picture for row in images for picture in row]
     call = {"images": given or None, "videos": list(videos) or None}
     out = _processor(name, padding_side)(text=words, return_tensors="pt", padding=True, **{k: v for k, v in call.items() if v is not None})
-    out.pop("token_type_ids", None)
+    if not family.typed:
+        out.pop("token_type_ids", None)
     return dict(out)
 
 

@@ -83,6 +83,7 @@ class Row:
     visual: Tensor
     deep: tuple[Tensor, ...]
     columns: Tensor
+    ids: Tensor | None = None
 
 
 def canvas(model: Any, image_size: Tensor, tiled: bool) -> tuple[int, int]:
@@ -187,6 +188,15 @@ def visuals(name: str, model: Any, inputs: dict[str, Any]) -> list[Visual]:
                 planes = [(h // 4, w // 4) for _, (h, w) in own]
                 add("image", features, torch.zeros(len(features), dtype=torch.bool), planes, parts)
                 found["image"][-1] = replace(found["image"][-1], marks=marks)
+    elif family.typed:
+        if "pixel_values" in inputs:
+            call = {k: inputs[k] for k in ("pixel_values", "image_position_ids") if k in inputs}
+            for i, features in enumerate(model.model.get_image_features(**call, return_dict=True).pooler_output):
+                n = len(features)
+                grid = (math.isqrt(n), math.isqrt(n))
+                if "image_position_ids" in inputs:  # (column, row) of each patch, -1 for padding; a token has two on a side
+                    grid = tuple(int(side + 1) // 2 for side in inputs["image_position_ids"][i].amax(0).flip(0))
+                add("image", features, torch.zeros(n, dtype=torch.bool), [grid], torch.zeros(n, dtype=torch.long))
     elif family.in_prompt:
         if "pixel_values" in inputs:
             tiles = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output
@@ -376,7 +386,38 @@ def splice(name: str, model: Any, inputs: dict[str, Any], found: Sequence[Visual
         else:
             full = rope_index(name, model, ids, inputs, grids)
             at, following = full[:, None, columns], int(full.max()) + 1
-    return Row(embeds[columns][None], at, following, visual[columns][None], tuple(d[columns][visual[columns]] for d in deep), columns)
+    return Row(
+        embeds[columns][None], at, following, visual[columns][None], tuple(d[columns][visual[columns]] for d in deep), columns, ids[columns]
+    )
+
+
+def seen(model: Any, row: Row) -> Any:
+    """The mask of a row: all of it; with Gemma, what each column of it sees, for layers with and without a sliding window."""
+    if not model.config.model_type.startswith("gemma"):
+        return torch.ones(row.embeds.shape[:2], dtype=torch.long)
+    visual = row.visual[0]
+    before = torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
+    image = (visual & ~before).cumsum(0)  # the number of the run of visual columns that it is in
+    query, key = torch.meshgrid(torch.arange(len(visual)), torch.arange(len(visual)), indexing="ij")
+    causal = key <= query
+    both_ways = causal | (visual[query] & visual[key] & (image[query] == image[key]))
+    near = both_ways & (query - key < model.config.text_config.sliding_window)
+    full = causal if model.config.model_type == "gemma4" else both_ways  # Gemma 4 lets images see both ways in sliding layers alone
+    return {"full_attention": additive(full), "sliding_attention": additive(near)}
+
+
+def of_ids(model: Any, row: Row) -> dict[str, Tensor]:
+    """What layers of Gemma 4 read of the ids themselves, where placeholders count as padding."""
+    if model.config.model_type != "gemma4":
+        return {}
+    assert row.ids is not None
+    ids = torch.where(row.visual, model.config.text_config.pad_token_id, row.ids[None])
+    return {"per_layer_inputs": model.model.language_model.get_per_layer_inputs(ids, None)}
+
+
+def additive(seen: Tensor) -> Tensor:
+    """(1, 1, L, L): 0 where a column is seen."""
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
 
 
 def logits(model: Any, row: Row) -> Tensor:
@@ -385,7 +426,8 @@ def logits(model: Any, row: Row) -> Tensor:
     hidden = model.get_decoder()(
         inputs_embeds=row.embeds,
         position_ids=row.positions,
-        attention_mask=torch.ones(row.embeds.shape[:2], dtype=torch.long),
+        attention_mask=seen(model, row),
+        **of_ids(model, row),
         use_cache=False,
         **deep,
     ).last_hidden_state
@@ -412,4 +454,5 @@ def extended(model: Any, row: Row, ids: Tensor) -> Row:
         positions=torch.cat([row.positions, more], -1),
         next=row.next + len(ids),
         visual=torch.cat([row.visual, torch.zeros(1, len(ids), dtype=torch.bool)], 1),
+        ids=None if row.ids is None else torch.cat([row.ids, ids]),
     )

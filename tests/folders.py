@@ -13,7 +13,7 @@ NAMES = ("llava", *(name for name, family in FAMILIES.items() if name != "cohere
 VIDEO = {
     "llava_next_video": "LlavaNextVideoVideoProcessor", "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor", "qwen2_vl": "Qwen2VLVideoProcessor", "qwen2_5_vl": "Qwen2VLVideoProcessor",
-    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor", "qwen3_5": "Qwen3VLVideoProcessor", "glm46v": "Glm46VVideoProcessor",
 }  # fmt: skip
 OF_PROCESSORS = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "num_image_tokens", "vision_aspect_ratio",
                  "image_seq_length")  # fmt: skip
@@ -22,6 +22,12 @@ TEMPLATE = (
     "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 )
 INTERNVL = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+
+BY_NAME = {  # what a family's processor asks its tokenizer for by name
+    "internvl": INTERNVL,
+    "glm46v": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    "gemma3": {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONTEXT>"},
+}
 
 
 def placeholder(name: str) -> str:
@@ -40,9 +46,9 @@ def save(name: str, folder: Path, model: Any, processor: Any, template: str | No
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
-    if name == "internvl":  # whose processor asks its tokenizer for these by name
+    if name in BY_NAME:
         path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": INTERNVL}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": BY_NAME[name]}))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template.replace("IMAGE", placeholder(name)))
     config = {"processor_class": type(processor).__name__, "image_processor": {**processor.image_processor.to_dict(), **settings}}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD
-from mllm_efficient.patches.rules import read_object
+from mllm_efficient.patches.pictures import read_object
 
 from ..sweep import Cell
 from .asking import RAISE, Answer, Asker, Content, before, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from .encode import has_pixels, require_encoding, require_installed
 from .labels import entering, of_text, stays_long
 from .locate import PlacedImage, locate, visual_in
 from .plan import check, position_rule
-from .prompt import Layout, require
+from .prompt import TYPES, Layout, require
 
 if TYPE_CHECKING:
     from .encode import Encoded
@@ -142,14 +143,30 @@ def parse_call(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> Call
         check(adapter, method)
         require_installed(adapter, method)
         _require_prompt(call)
+        if adapter.sees_both_ways:
+            _warn_without_types(call)
         _require_same_conversation(call)
     return call
+
+
+def _warn_without_types(call: Call) -> None:
+    """Warns of images without the argument that tells the model to let their tokens see each other: it does without a word."""
+    if (has_pixels(call.vision) or call.encoded is not None) and call.rest.get(call.adapter.typed) is None:
+        warnings.warn(
+            f"images without {call.adapter.typed}: tokens of an image see only those before them, which {call.adapter.name} was not "
+            "trained for; pass everything that the processor returned",
+            stacklevel=2,
+        )
 
 
 def _require_prompt(call: Call) -> None:
     ids, mask = call.input_ids, call.mask
     require(mask.ndim == 2, f"attention_mask must be (batch, length), not {tuple(mask.shape)}")
     require(mask.shape == ids.shape, f"attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ")
+    for name in TYPES:
+        given = call.rest.get(name)
+        fits = given is None or given.shape == ids.shape
+        require(fits, f"{name} {() if given is None else tuple(given.shape)} and input_ids {tuple(ids.shape)} differ")
     require(call.rest.get("position_ids") is None, "position_ids cannot be given with compression: use positions='keep'")
 
 

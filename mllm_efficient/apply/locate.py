@@ -46,7 +46,7 @@ def locate(ids: Tensor, placeholders: dict[str, int], items: list[Any]) -> list[
         CountMismatchError: a prompt has more or fewer placeholders than its images have tokens, or other text between them.
     """
     out = []
-    for modality, token in placeholders.items():
+    for modality, token in read_as(placeholders, {item.shape.modality for item in items}).items():
         where = (ids == token).nonzero()
         of_kind = [(i, item) for i, item in enumerate(items) if item.shape.modality == modality]
         lengths = [item.shape.length for _, item in of_kind]
@@ -114,12 +114,18 @@ def _marks(shape: VisualShape, columns: Tensor, length: int) -> tuple[Tensor, ..
     return tuple(out)
 
 
+def read_as(placeholders: dict[str, int], present: set[str]) -> dict[str, int]:
+    """The placeholders of a call with these modalities. Where two share a token, it is that of the one that is there."""
+    taken = {placeholders[modality] for modality in present}
+    return {m: token for m, token in placeholders.items() if m in present or token not in taken}
+
+
 def warn_without_pixels(placeholders: dict[str, int], inputs: dict[str, Any]) -> None:
     """Warns of a prompt with placeholders that no image came with: the model reads them as words. The CPU waits once."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or inputs.get("mm_encoder_outputs") is not None or inputs.get("inputs_embeds") is not None:
         return
-    for modality, token in placeholders.items():
+    for modality, token in read_as(placeholders, {"image"}).items():
         found = int((ids == token).sum())
         if found:
             name = "pixel_values" if modality == "image" else "pixel_values_videos"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .compress import CompressedImage
-from .locate import PlacedImage
+from .locate import PlacedImage, read_as
 from .plan import Plan
 from .prompt import Layout, require, with_text_row
 
@@ -71,8 +71,10 @@ def native(adapter: Any, ids: Tensor, mask: Tensor, images: Sequence[KnownImage]
 def _kinds(adapter: Any, ids: Tensor, images: Sequence[KnownImage], rule: str) -> tuple[Tensor, dict[str, list[Any]], list[Any]]:
     """(B, L) the kind of each column, the (t, h, w) of each item that is a grid, and the seconds of each video's frames."""
     types = torch.zeros_like(ids)
-    for kind, token in enumerate(adapter.placeholders.values(), start=1):
-        types[ids == token] = kind
+    here = read_as(adapter.placeholders, {image.item.shape.modality for image, _, _ in images})
+    for kind, modality in enumerate(adapter.placeholders, start=1):
+        if modality in here:
+            types[ids == here[modality]] = kind
     grids: dict[str, list[Any]] = {modality: [] for modality in adapter.placeholders}
     seconds = list[Any]()
     for image, p, done in sorted(images, key=lambda known: known[0].index):

@@ -116,6 +116,12 @@ TYPES = ("mm_token_type_ids", "token_type_ids")  # (B, L), which columns are of 
 PER_COLUMN = ("attention_mask", "labels", *TYPES)  # (B, L), with the prompt
 
 
+def types_with_text(call: dict[str, Any], length: int) -> dict[str, Tensor]:
+    """What of ``call`` says which columns are of images, as long as a prompt of ``length`` columns that goes on with text."""
+    found = {name: call[name] for name in TYPES if call.get(name) is not None}
+    return {name: torch.cat([t, t.new_zeros(len(t), length - t.shape[1])], 1) for name, t in found.items()}
+
+
 def require_short(kwargs: dict[str, Any]) -> None:
     """Raises ``CountMismatchError`` for a shortened prompt beside which a tensor of the full prompt's length is given.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MllmEfficientError
-from ..patches.rules import read_object
+from ..patches.pictures import read_object
 
 CONFIG = "adapter_config.json"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..embedded import embedded
 from ..errors import MllmEfficientError, UnsupportedModelError
-from ..patches.rules import merged, read_settings
+from ..patches.pictures import merged, read_settings
 from . import lora as adapters
 from .processor import apply, digest, image_settings, open_processor
 from .prompts import PLAIN, TEMPLATE, has_template, model_inputs, note, question_prompt, rendered, require_pictures

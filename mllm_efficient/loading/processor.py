@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MllmEfficientError, did_you_mean
-from ..patches.rules import ASPECT_RATIO, SHARED, settings_of
+from ..patches.pictures import ASPECT_RATIO, SHARED, settings_of
 
 OF_THE_MODEL = ("patch_size", "temporal_patch_size", "merge_size")  # of the tower: another value does not fit it
 OF_A_CALL = ("device", "return_tensors", "data_format", "input_data_format", "disable_grouping")

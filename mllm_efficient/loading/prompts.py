@@ -189,6 +189,9 @@ def _require_counts(counts: Mapping[str, int], images: int, videos: int, tokens:
 # ------------------------------------------------------------------------------------------------ text and pictures to tensors
 
 
+COUNT_BY_PROMPT = ("Gemma3Processor", "Gemma4Processor")  # which want an empty list for a prompt without pictures
+
+
 def model_inputs(
     processor: Any, prompts: Sequence[str], pictures: Sequence[Any] = (), videos: Sequence[Sequence[Picture]] | None = None,
     *, padding_side: str = "left",
@@ -210,7 +213,7 @@ def model_inputs(
 
 
 def nested(processor: Any, prompts: Sequence[str], pictures: Sequence[Any]) -> list[list[Picture]]:
-    """The pictures of each prompt that has some, or of every prompt where the processor wants a list for each.
+    """The pictures of each prompt that has some, or of every one where the processor counts them prompt by prompt.
 
     Raises ``MllmEfficientError`` where they are not as many as the placeholders.
     """
@@ -219,5 +222,5 @@ def nested(processor: Any, prompts: Sequence[str], pictures: Sequence[Any]) -> l
     if sum(counts) != len(flat):
         raise MllmEfficientError(f"the prompts have {sum(counts)} {processor.image_token} and {len(flat)} image(s) are given")
     left = iter(flat)
-    every = hasattr(processor, "fake_image_token") and bool(flat)  # Idefics3 and SmolVLM
+    every = bool(flat) and (type(processor).__name__ in COUNT_BY_PROMPT or hasattr(processor, "fake_image_token"))  # Idefics3, SmolVLM
     return [[next(left) for _ in range(n)] for n in counts if n or every]

@@ -85,9 +85,11 @@ def count(
         method = or_random(method)
         inside = inside_of(method)
     adapter, meta = adapter_for(model), model.device.type == "meta"
+    if meta and adapter.reads_values:
+        raise MllmEfficientError(f"the tower of {shape.name} reads values, and a model without weights has none: count a model of a folder")
     inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
-    prompt = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids") if name in inputs}
+    prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
     if meta and inside is not None and inside.has_router:
         raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
     hooks = installed(model, method) if inside is not None else contextlib.nullcontext()
@@ -160,7 +162,7 @@ class Uncounted(TorchDispatchMode):
     """Notes the operations that multiply and that ``FlopCounterMode`` does not know (torch 2.13). seen: their names."""
 
     NAMES = frozenset({
-        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_grouped_mm", "_scaled_grouped_mm",
+        "_cdist_forward", "_euclidean_dist", "mv", "addmv", "dot", "vdot", "_scaled_grouped_mm",
         "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "ger", "addr",
     })  # fmt: skip
 
@@ -194,7 +196,7 @@ def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, pro
         prompt += [text.pop() for _ in range(min(adapter.text_between, len(text)))]
         prompt += written(one, placeholder, adapter)
     ids = torch.tensor([prompt + text] * batch)
-    types = {"mm_token_type_ids": (ids == placeholder).long()} if adapter.mrope else {}
+    types = {adapter.typed: (ids == placeholder).long()} if adapter.typed else {}
     return {"input_ids": ids, **types, **{k: adapter.joined(k, [v] * batch) for k, v in vision.items()}}
 
 
@@ -251,9 +253,15 @@ class OneDevice(TorchDispatchMode):
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that knows the CPU's attention kernel too, for which torch 2.13 has no formula."""
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention} if kernel is not None else {})
+    """A counter that knows the CPU's attention kernel and the experts' products too, for which torch 2.13 has no formula."""
+    formulas = {"_scaled_dot_product_flash_attention_for_cpu": _attention, "_grouped_mm": _experts}
+    found = {getattr(torch.ops.aten, name, None): formula for name, formula in formulas.items()}
+    return FlopCounterMode(display=False, custom_mapping={kernel: formula for kernel, formula in found.items() if kernel is not None})
+
+
+def _experts(tokens: tuple[int, ...], weights: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """(n, d) sorted by expert, each through the (d, m) of its own of (experts, d, m)."""
+    return 2 * tokens[0] * tokens[1] * weights[2]
 
 
 def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *args: Any, **kwargs: Any) -> int:

@@ -194,12 +194,14 @@ def choosing_flops(decoder: Decoder, method: Reducer, kept: Sequence[Kept], text
 
 def prefill_flops(decoder: Decoder, lengths: Sequence[int], positions: int = 1) -> int:
     """A prefill with ``lengths[i]`` tokens in layer i, and the head for ``positions`` of them."""
-    return sum(_layer(decoder, n, n) for n in lengths) + positions * head_flops(decoder)
+    layers = sum(layer.flops(n, n, positions) for layer, n in zip(decoder.each, lengths))
+    return 2 * lengths[0] * decoder.before + layers + positions * head_flops(decoder)
 
 
 def decode_flops(decoder: Decoder, cached: Sequence[int]) -> int:
     """One new token after ``cached[i]`` tokens in layer i, of which a sliding window sees the last, with the head."""
-    return sum(_layer(decoder, 1, n + 1) for n in decoder.cached(cached)) + head_flops(decoder)
+    layers = sum(layer.flops(1, n + 1) for layer, n in zip(decoder.each, decoder.cached(cached)))
+    return 2 * decoder.before + layers + head_flops(decoder)
 
 
 def head_flops(decoder: Decoder) -> int:
@@ -209,14 +211,7 @@ def head_flops(decoder: Decoder) -> int:
 
 def kv_cache_bytes(decoder: Decoder, cached: Sequence[int]) -> int:
     """Bytes of a cache after ``cached[i]`` tokens in layer i, in the model's dtype. A sliding window keeps the last."""
-    return decoder.kv_bytes * sum(decoder.cached(cached))
-
-
-def _layer(decoder: Decoder, queries: int, keys: int) -> int:
-    """Projections of queries, keys, values and output, attention over ``keys`` in full, the MLP."""
-    d, wide = decoder.width, decoder.heads * decoder.head_dim
-    weights = 2 * d * wide + 2 * d * decoder.kv_heads * decoder.head_dim + decoder.mlp_matrices * d * decoder.mlp_width
-    return 2 * queries * weights + 4 * wide * queries * keys
+    return decoder.cache_bytes(cached)
 
 
 def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = None, kept: Kept | None = None, among: int = 0) -> int:
@@ -245,6 +240,7 @@ def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0) -> int:
     for layer in range(tower.layers):
         pairs = windows if tower.window and layer not in tower.full_layers else everything
         total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
+    total += 2 * (n // tower.pooled) * n * d if tower.pooled else 0
     if tower.pooling_head:  # one query over all tokens, then an MLP on it
         total += 4 * d * d * (1 + n) + 4 * n * d + 4 * d * tower.mlp_width
     return total
@@ -272,8 +268,7 @@ def _window_pairs(tower: Tower, patches: tuple[int, int]) -> int:
 def projector_flops(projector: ProjectorSize, n: int) -> int:
     """n visual tokens through the projector (Qwen-VL: the merger)."""
     taken = projector.hidden // 2 if projector.gated else projector.hidden
-    products = projector.merged * projector.inputs + projector.inputs * projector.hidden + taken * projector.outputs
-    return projector.copies * 2 * n * products
+    return projector.copies * 2 * n * (projector.before + projector.inputs * projector.hidden + taken * projector.outputs)
 
 
 def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:

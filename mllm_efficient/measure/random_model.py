@@ -21,7 +21,8 @@ from ..loading.models import (
     pick_device,
     quantization_config,
 )
-from ..patches.rules import SHARED, read_object, rules_class
+from ..patches.pictures import SHARED, read_object
+from ..patches.rules import rules_class
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02

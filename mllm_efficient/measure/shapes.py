@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..parsing import read_json
-from ..patches.rules import FAMILIES, FILES, Rules, merged, read_object, read_settings, rules_class, settings_of
+from ..patches.pictures import FILES, merged, read_object, read_settings, settings_of
+from ..patches.rules import FAMILIES, Rules, rules_class
 from ..patches.sizes import Decoder, MissingSetting, Plain, ProjectorSize, Tower
 
 

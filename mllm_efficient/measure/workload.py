@@ -73,8 +73,8 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
         ids = _with_text(adapter, [image.shape for image in images], workload.text_tokens, seed)
         call = {k: adapter.joined(k, [v] * batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
         call["attention_mask"] = torch.ones_like(call["input_ids"])
-        if adapter.mrope:
-            call["mm_token_type_ids"] = visual_in(call["input_ids"], adapter.placeholders).int()
+        if adapter.typed:
+            call[adapter.typed] = visual_in(call["input_ids"], adapter.placeholders).int()
         device = adapter.model.device
         call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
     else:
@@ -88,8 +88,8 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
     visual, shapes = _visual(adapter, call)
     text_only = {"input_ids": call["input_ids"][~visual].view(batch, -1)}
     text_only["attention_mask"] = torch.ones_like(text_only["input_ids"])
-    if "mm_token_type_ids" in call:
-        text_only["mm_token_type_ids"] = torch.zeros_like(text_only["input_ids"])
+    if adapter.typed in call:
+        text_only[adapter.typed] = torch.zeros_like(text_only["input_ids"])
     n = sum(shape.n for shape in shapes) // batch
     return Inputs(call, text_only, size, n, (visual.shape[1], text_only["input_ids"].shape[1]), preprocess)
 
@@ -171,7 +171,7 @@ def lengthened(adapter: Any, call: dict[str, Any], text_tokens: int, seed: int) 
         raise MllmEfficientError(f"this model's chat prompt alone has {have} text tokens: --text-tokens must be at least {have}")
     more = text_ids(adapter, text_tokens - have, seed).to(ids.device).expand(len(ids), -1)
     out = dict(call)
-    for name, fill in (("input_ids", more), ("attention_mask", torch.ones_like(more)), ("mm_token_type_ids", torch.zeros_like(more))):
+    for name, fill in (("input_ids", more), ("attention_mask", torch.ones_like(more)), (adapter.typed, torch.zeros_like(more))):
         if name in call:
             out[name] = torch.cat([call[name][:, :-1], fill.to(call[name]), call[name][:, -1:]], 1)
     return out

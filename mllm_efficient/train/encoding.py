@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..apply.prompt import TYPES
 from ..errors import MllmEfficientError
 from ..loading.prompts import model_inputs
 from ..media.images import load_image
 from ..records import Record
 from .chat import IGNORED, Chat, Row, joined, single_turns
 
-PADDING = {"labels": IGNORED, "turns": -1, "attention_mask": 0, "mm_token_type_ids": 0}
+PADDING = {"labels": IGNORED, "turns": -1, "attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0}
 SAID_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
@@ -26,8 +27,8 @@ def encode(record: Record, processor: Any, max_length: int | None = None) -> dic
 
     Returns ``input_ids`` (L,), ``labels`` (L,) with -100 everywhere but on the answers and the token that ends each,
     ``turns`` (L,), 0 up to the end of the first question's images and the number of the turn after that (a conversation
-    that begins without images has no 0), ``mm_token_type_ids`` (L,) if the processor gives them, and the processor's
-    vision tensors as they come. Turns that go beyond ``max_length`` are left out, and the end of the first one; raises
+    that begins without images has no 0), ``mm_token_type_ids`` or ``token_type_ids`` (L,) if the processor marks images by them, and the
+    processor's vision tensors as they come. Turns that go beyond ``max_length`` are left out, and the end of the first one; raises
     ``MllmEfficientError`` if its images or all of its answer do, or if the template or the processor makes something of the
     conversation that cannot be labelled.
     """
@@ -38,8 +39,8 @@ def encode(record: Record, processor: Any, max_length: int | None = None) -> dic
 class Collator:
     """Records to a right-padded batch. A turn beyond ``max_length`` tokens (visual ones included) is left out, a first one cut.
 
-    ``input_ids``, ``attention_mask``, ``labels`` (-100 on padding) are (batch, L), and ``mm_token_type_ids`` where the
-    processor gives them; the vision tensors are what the processor makes of all images of the batch.
+    ``input_ids``, ``attention_mask``, ``labels`` (-100 on padding) are (batch, L), and what the processor marks
+    images by, where it does; the vision tensors are what the processor makes of all images of the batch.
 
     independent_turns: every turn is encoded as the single-turn conversation about the record's images that it would be
     alone, without the beginning that it shares with the others. ``turns`` (batch, L) tells which is which: 0 for the
@@ -102,9 +103,10 @@ def _spread(row: Row, index: int, batch: dict[str, Tensor], chat: Chat, name: st
     labels[text], turns[text] = row.labels[: row.covered][written], row.turns[: row.covered][written]
     columns = {"input_ids": (full, row.ids), "labels": (labels, row.labels), "turns": (np.maximum.accumulate(turns), row.turns)}
     out = {k: torch.from_numpy(np.concatenate([covered, every[row.covered :]])) for k, (covered, every) in columns.items()}
-    if "mm_token_type_ids" in batch:
-        types = batch["mm_token_type_ids"][index][real]
-        out["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(out["turns"]) - len(full))])
+    for kind in TYPES:
+        if kind in batch and (kind == TYPES[0] or batch[kind].any()):  # a tokenizer's own, of one text, are all 0
+            types = batch[kind][index][real]
+            out[kind] = torch.cat([types, types.new_zeros(len(out["turns"]) - len(full))])
     return out
 
 

@@ -10,7 +10,8 @@ from typing import ClassVar
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..rules import PINPOINTS, Rules, Size, Views
+from ..pictures import PINPOINTS
+from ..rules import Rules, Size, Views
 from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
 
 

@@ -15,7 +15,8 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Encoding, Item, smaller_pixels, uncropped
-from ..rules import ASPECT_RATIO, SHARED, Size, Views
+from ..pictures import ASPECT_RATIO, SHARED
+from ..rules import Size, Views
 from ..running import at_hand
 from ..tower.attention import positions_at_hand, tower_of
 from .anyres import AnyresRules

@@ -49,7 +49,7 @@ class Mistral3Rules(QwenVLRules):
         """The patch merger and two matrices."""
         layers, tower, width = getattr(self.config, "vision_feature_layer", -1), self.tower_size.width, self.decoder_size.width
         inputs = tower * (1 if isinstance(layers, int) else len(layers))
-        return ProjectorSize(inputs, width, width, merged=self.merge**2 * tower)
+        return ProjectorSize(inputs, width, width, before=self.merge**2 * tower * inputs)
 
     def shape(self, modality: str, frames: int, grid: Grid) -> VisualShape:
         return VisualShape((Plane(*grid),), marks=row_breaks(*grid) if self.marks else ())

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size as one grid each, M-RoPE positions, deepstack features (Qwen3-VL)."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size as one grid each, M-RoPE positions, deepstack features (Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
-from ..rules import OF_PIXELS, Rules, Settings, Size, Views
+from ..pictures import OF_PIXELS
+from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 from ..tower.packed import watched_last, window_order
 
@@ -131,13 +132,19 @@ class Qwen3VLRules(QwenVLRules):
     pixels = (65536, 16777216)
 
 
-def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
+class Qwen35Rules(QwenVLRules):
+    """Qwen3.5 and its mixture of experts: Qwen3-VL without deepstack, three of four decoder layers of linear attention."""
+
+    pixels = Qwen3VLRules.pixels
+
+
+def pixel_limits(known: tuple[int, int], settings: Settings, unsaid: tuple[int, int] = USUAL_PIXELS) -> tuple[int, int]:
     """(fewest, most) pixels of an image after resizing. ``min_pixels`` and ``max_pixels`` go before ``size``, as in the processor.
 
-    known: of the family's released checkpoints, where there are no settings at all.
+    known: of the family's released checkpoints, where there are no settings at all. unsaid: where there are, and leave them out.
     """
     size = settings.get("size") or {}
-    usual = USUAL_PIXELS if any(k not in OF_PIXELS for k in settings) else known
+    usual = unsaid if any(k not in OF_PIXELS for k in settings) else known
     fewest = settings.get("min_pixels") or size.get("shortest_edge") or usual[0]
     most = settings.get("max_pixels") or size.get("longest_edge") or usual[1]
     if fewest > most:
@@ -145,7 +152,7 @@ def pixel_limits(known: tuple[int, int], settings: Settings) -> tuple[int, int]:
     return fewest, most
 
 
-def grid_of(size: Size, step: int, limits: tuple[int, int], name: str) -> Grid:
+def grid_of(size: Size, step: int, limits: tuple[float, float], name: str) -> Grid:
     """Tokens of an image, each of step x step pixels: the nearest multiple on both sides, scaled into the limits."""
     width, height = size
     if max(size) > MOST_ASPECT * min(size):
@@ -292,3 +299,7 @@ class Qwen25VLAdapter(QwenVLAdapter, Qwen25VLRules):
 
 class Qwen3VLAdapter(QwenVLAdapter, Qwen3VLRules):
     """One Qwen3-VL model."""
+
+
+class Qwen35Adapter(QwenVLAdapter, Qwen35Rules):
+    """One Qwen3.5 model."""

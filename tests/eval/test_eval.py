@@ -349,7 +349,7 @@ def test_any_family_answers_the_natural_form_as_its_wrapped_model_does(name):
     assert [r["error"] for r in records] == [None] * 12
     for record in records:
         sample = next(s for s in evaluation.samples if s.id == record["id"])
-        pictures = [] if record["method"] == runner.NO_IMAGE else [sample.picture(672)]
+        pictures = [] if record["method"] == runner.NO_IMAGE else [sample.picture(evaluation.size)]
         inputs = other.inputs([other.prompt(sample.question.text + " Answer with one word.", len(pictures))], pictures)
         with me.compressed(other.model, record["method"] if pictures else "none"):
             out = other.model.generate(**inputs, max_new_tokens=runner.SENTENCE, do_sample=False)

@@ -121,7 +121,7 @@ def test_every_command_sees_as_many_visual_tokens(capsys, tmp_path, made, monkey
         noise(i, *SIZE).save(path)
     found = {way: count(capsys, folder, loaded, paths) for way, count in WAYS.items()}
     assert len(set(found.values())) == 1, found
-    each = {"llava": 36, "llava_next": 112, "llava_next_video": 112, "llava_onevision": 121, "internvl": 45}.get(name, 40)
+    each = {"llava": 36, "llava_next": 112, "llava_next_video": 112, "llava_onevision": 121, "internvl": 45, "gemma3": 9}.get(name, 40)
     alone = {"llava_onevision": 25}.get(name, each)  # several pictures of a prompt are not tiled
     assert found["generate"] == (each if pictures == 1 else 2 * alone)
 

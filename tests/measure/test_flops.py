@@ -24,16 +24,17 @@ from mllm_efficient.patches import adapter_for
 from mllm_efficient.patches.rules import FAMILIES as TABLE
 from mllm_efficient.tokens import VisualShape
 
-from ..families import ASPECTS, FAMILIES, aspect_batch, make, tiny
+from ..families import ALIKE, ASPECTS, EVERY, FAMILIES, aspect_batch, make, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
-    "bench-0.3b", "idefics3-8b", "lightonocr-1b", "llava-1.5-13b", "llava-1.5-7b", "llava-1.6-7b", "llava-next-video-7b",
-    "llava-onevision-7b",
-    "mistral-small-3.1-24b", "qwen2.5-vl-7b", "smolvlm2-2.2b",
+    "bench-0.3b", "gemma-3-4b", "gemma-4-e4b", "glm-4.6v-flash", "idefics3-8b", "lightonocr-1b", "llava-1.5-13b", "llava-1.5-7b",
+    "llava-1.6-7b", "llava-next-video-7b", "llava-onevision-7b", "mistral-small-3.1-24b", "qwen2.5-vl-7b", "qwen3.5-9b", "smolvlm2-2.2b",
 )  # fmt: skip
 PACKED = ("lightonocr-1b", "mistral-small-3.1-24b")
-ALIKE = ("lighton_ocr", "smolvlm", "minicpmv4_6", "minicpmv4_7", "llama4")  # tests/patches/test_marks.py has what is different
+MARKED_ALIKE = ("lighton_ocr", "smolvlm", "minicpmv4_6", "minicpmv4_7", "llama4")  # tests/patches/test_marks.py has what is different
+COUNTED = tuple(name for name in SHAPES if name != "gemma-4-e4b")  # which reads values; tests/patches/test_gemma4.py counts it
+PATCHES = ("glm-4.6v-flash", "qwen2.5-vl-7b", "qwen3.5-9b")  # whose tower takes flat patches
 TEXT = 64
 # Text tokens per data set, without the system prompt, and visual tokens of LLaVA-1.6: DivPrune's own FLOPs script.
 PAPER_TEXT = (15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57)
@@ -67,7 +68,7 @@ def means(costs: list, what: str = "prefill") -> float:
 
 
 @pytest.mark.parametrize("kept", [None, 64])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_the_language_model_costs_what_torch_counts(name, kept):
     """Prefill with the head for one position and two steps of decoding, on the meta device: no mask, with a cache."""
     model, shape = on_meta(name), load_shape(name)
@@ -86,11 +87,17 @@ def test_the_language_model_costs_what_torch_counts(name, kept):
     assert counted(lambda: forward(length)) == closed.prefill
     assert counted(lambda: forward(1)) + counted(lambda: forward(1)) == closed.decode
     assert caches[-1].get_seq_length() == length + 2
-    keys = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in caches[-1].layers)
-    assert closed.kv_cache_bytes == keys
+    assert closed.kv_cache_bytes == sum(t.numel() * t.element_size() for layer in caches[-1].layers for t in held(layer))
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if n not in ("qwen2.5-vl-7b", "idefics3-8b", "smolvlm2-2.2b", *PACKED)])
+def held(layer: Any) -> list[torch.Tensor]:
+    """The tensors of one layer of a cache."""
+    if not hasattr(layer, "conv_states"):
+        return [layer.keys, layer.values]
+    return [state for states in (layer.conv_states, layer.recurrent_states) for state in states.values()]
+
+
+@pytest.mark.parametrize("name", [n for n in COUNTED if n not in ("idefics3-8b", "smolvlm2-2.2b", *PATCHES, *PACKED)])
 def test_the_tower_costs_what_torch_counts(name):
     model, shape = on_meta(name), load_shape(name)
     (picture,) = rules_of(name).typical()
@@ -125,11 +132,12 @@ def test_a_tower_that_sees_all_pictures_at_once_costs_what_torch_counts(name):
 
 
 @pytest.mark.parametrize("size", [(672, 672), (700, 420)])
-def test_the_qwen_tower_with_windows_costs_what_torch_counts(size):
-    """Its window indices are read by value, so they stay on the CPU beside features on meta."""
-    model, shape = on_meta("qwen2.5-vl-7b"), load_shape("qwen2.5-vl-7b")
-    picture = rules_of("qwen2.5-vl-7b").of_size(size)
-    patches = torch.empty(math.prod(picture.patches), 3 * 2 * 14 * 14, device="meta", dtype=model.dtype)
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_tower_of_flat_patches_costs_what_torch_counts(name, size):
+    """Grids and window indices are read by value, so they stay on the CPU beside features on meta."""
+    model, shape = on_meta(name), load_shape(name)
+    picture, tower = rules_of(name).of_size(size), shape.tower
+    patches = torch.empty(math.prod(picture.patches), 3 * tower.frames * tower.patch**2, device="meta", dtype=model.dtype)
     with counter.OneDevice():
         ran = counted(lambda: model.model.get_image_features(patches, torch.tensor([[1, *picture.patches]])))
     assert ran == vision_flops(shape, picture)
@@ -180,14 +188,16 @@ def test_a_method_costs_what_torch_counts(spec):
         "hawk:tokens=7",
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ALIKE])
 def test_a_real_call_costs_what_torch_counts(family, spec, call):
     """Every phase, with the CPU's attention kernel, for which torch has no formula of its own."""
+    if family in ALIKE and spec not in ("none", "divprune:tokens=7"):
+        return  # the tower's are those of the family that it is like
     model = tiny(family)
     shape = shape_of(model.config, family)
-    known = {"image_size": (96, 60)} if FAMILIES[family].mrope else {"image_size": (70, 50)} if FAMILIES[family].tiled else {}
+    known = {"image_size": (96, 60)} if EVERY[family].mrope else {"image_size": (70, 50)} if EVERY[family].tiled else {}
     found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **call)
-    left = {"marks": found.marks} if FAMILIES[family].marked else {}  # which rows have tokens left is the method's choice
+    left = {"marks": found.marks} if EVERY[family].marked else {}  # which rows have tokens left is the method's choice
     closed = cost(shape, text_tokens=9, method=spec, **known, **call, **left)
     fewer = spec.startswith("cdpruner")  # on a CPU, which looks at few tokens again
     assert 0 < found.compress <= closed.compress if fewer else found.compress == closed.compress
@@ -342,7 +352,7 @@ def test_every_family_of_the_table_has_both_halves_and_is_tested():
 
     for model_type in TABLE:
         assert issubclass(adapter_class(model_type), rules_class(model_type))
-    assert set(TABLE) == {"llava", *FAMILIES, *ALIKE}
+    assert set(TABLE) == {"llava", *EVERY, *MARKED_ALIKE}
 
 
 def bare(shape: VisualShape) -> list[tuple]:
@@ -352,8 +362,9 @@ def bare(shape: VisualShape) -> list[tuple]:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_adapter_finds_in_example_inputs_what_the_rules_made_them_of(name, count):
-    model, size = tiny(name), ASPECTS["7:5"]
+    model = tiny(name)
     adapter, rules = adapter_for(model), shape_of(model.config, name).rules
+    size = adapter.example_size if adapter.fixed_count else ASPECTS["7:5"]
     inputs = make_inputs(Loaded(model, None, ModelOptions(name)), adapter, Workload(size, count, 16, 2), 2)
     found = [bare(item.shape) for item in adapter.items(inputs.call)]
     assert found == 2 * [bare(image.shape) for image in rules.together(rules.of_size(size), count)]
@@ -374,12 +385,13 @@ def test_a_shipped_shape_has_the_tokens_that_its_adapter_finds(name, size):
 
 
 @pytest.mark.parametrize("size", [(672, 672), (1000, 701), (20, 30), (9000, 8000), (60, 6000)], ids=str)
-@pytest.mark.parametrize("name", ["qwen2.5-vl-7b"])
-def test_a_qwen_picture_has_the_size_that_its_processor_gives(name, size):
+@pytest.mark.parametrize(("name", "limits"), [("qwen2.5-vl-7b", (3136, 12845056)), ("qwen3.5-9b", (65536, 16777216))])
+def test_a_qwen_picture_has_the_size_that_its_processor_gives(name, limits, size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    high, wide = smart_resize(size[1], size[0], factor=28, min_pixels=3136, max_pixels=12845056)
-    assert rules_of(name).of_size(size).shape.grid == (high // 28, wide // 28)
+    step = rules_of(name).step
+    high, wide = smart_resize(size[1], size[0], factor=step, min_pixels=limits[0], max_pixels=limits[1])
+    assert rules_of(name).of_size(size).shape.grid == (high // step, wide // step)
 
 
 @pytest.mark.parametrize(("family", "row"), [*((name, "one image") for name in FAMILIES), ("llava_next_video", "video")])
@@ -507,7 +519,8 @@ def test_the_shapes_ship():
     [
         ("bench-0.3b", 288), ("llava-1.5-7b", 7063), ("llava-1.5-13b", 13351), ("llava-1.6-7b", 7063), ("llava-next-video-7b", 7063),
         ("llava-onevision-7b", 8030), ("qwen2.5-vl-7b", 8292), ("mistral-small-3.1-24b", 24011), ("lightonocr-1b", 1006),
-        ("idefics3-8b", 8462), ("smolvlm2-2.2b", 2247),
+        ("idefics3-8b", 8462), ("smolvlm2-2.2b", 2247), ("qwen3.5-9b", 9410), ("glm-4.6v-flash", 10293), ("gemma-3-4b", 4300),
+        ("gemma-4-e4b", 7632),
     ],
 )  # fmt: skip
 def test_a_shape_builds_the_model_it_is_named_after(name, millions):
