@@ -40,6 +40,7 @@ from .test_families import (
 )
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_report_lists_images_and_videos_in_prompt_order_with_their_shapes(name):
     model, rows = tiny(name), FAMILIES[name].rows

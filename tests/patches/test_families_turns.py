@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from ..families import (
     tiny,
 )
 from ..families_reference import extended, greedy, logits
+from ..pairs import pairwise
 from .test_families import (
     NEW,
     NEWLINES,
@@ -59,9 +61,8 @@ def rule(name: str, spec: str) -> str:
     return spec.replace("other", "renumber" if name in MROPE else "keep")
 
 
-@pytest.mark.parametrize("turn", ["text only", "new image"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", RULES)
+@pytest.mark.every_family
+@pytest.mark.parametrize("spec, name, turn", pairwise(product(RULES, FAMILIES, ("text only", "new image"))))
 def test_a_second_turn_on_the_cache_equals_a_fresh_call_without_cache(spec, name, turn):
     model = me.wrap(tiny(name), rule(name, spec))
     row = "video and image" if name in WITH_VIDEO else "two images"
@@ -129,9 +130,7 @@ def test_three_turns_equal_the_slow_reference(spec, name):
         ids, cache = torch.cat([out.sequences, given["input_ids"]], 1), out.past_key_values
 
 
-@pytest.mark.parametrize("mask", ["full-length mask", "no mask"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name, mask", pairwise(product(RULES[:3], FAMILIES, ("full-length mask", "no mask"))))
 def test_a_decode_loop_over_forward_equals_generate(spec, name, mask):
     model, inputs = me.wrap(tiny(name), rule(name, spec)), make(name, *FAMILIES[name].mixed)
     wanted, aside = answer(model, inputs), make(name, "one image")
@@ -178,9 +177,7 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, name, spec", pairwise(product(MODES, FAMILIES, RULES[:2])))
 def test_every_mode_equals_plain_greedy(mode, name, spec):
 
     model, inputs = me.wrap(tiny(name), spec), make(name, *FAMILIES[name].mixed)
@@ -193,6 +190,7 @@ def test_every_mode_equals_plain_greedy(mode, name, spec):
     assert torch.equal(found, plain.repeat_interleave(2, 0) if mode == "several answers" else plain)
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_returned_beams_of_a_batch_are_those_of_each_row(name):
     how = dict(num_beams=3, num_return_sequences=2)
@@ -343,6 +341,7 @@ def test_trap_07_the_first_token_after_left_padding_is_not_learned(name):
     assert torch.equal(kwargs["labels"][learned], kwargs["input_ids"][learned])
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trap_08_a_prepared_call_has_no_pixels_and_no_sizes_of_the_full_picture(name):
     model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
