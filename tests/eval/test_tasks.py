@@ -151,7 +151,7 @@ def test_python_m_lmms_eval_gives_the_light_runners_scores(light, tmp_path, meth
 def test_two_processes_give_the_numbers_of_one(capsys, tmp_path):
     """An odd number of samples, so that one process is padded; answers of both are in the folder."""
     asked = ["--tasks", "me_builtin", "--method", "divprune:keep=0.25", "--limit", "43", "--batch-size", "4", "--device", "cpu"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m", "mllm_efficient"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm_efficient"]
     run = subprocess.run(
         [*launch, "eval", *asked, "--output-dir", str(tmp_path / "two"), "--json"],
         env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,

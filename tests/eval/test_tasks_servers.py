@@ -326,7 +326,7 @@ def test_a_server_that_fails_once_in_a_batch_keeps_the_other_answers(capsys):
 
 @pytest.mark.slow
 def test_two_processes_with_a_cache_ask_nothing_again(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29518", "-m", "mllm_efficient"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm_efficient"]
     asked = ["eval", "--tasks", "me_builtin", "--limit", "9", "--device", "cpu", "--cache", str(tmp_path), "--json"]
     calls = []
     for _ in range(2):
