@@ -142,8 +142,8 @@ class Mine(me.Selector):
 '''
 
 
-def test_the_cache_knows_a_methods_code_and_weights(tmp_path):
-    """Read again by another process each time; retrained weights in the same folder are other weights."""
+def test_the_cache_knows_a_methods_code_and_weights(capsys, tmp_path):
+    """Written by another process; retrained weights in the same folder are other weights."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -153,15 +153,16 @@ def test_the_cache_knows_a_methods_code_and_weights(tmp_path):
     weights = tmp_path / "flex"
     shutil.copytree(shipped("tokenflex").path, weights)
 
+    def asked(method, *more):
+        return ["--tasks", "me_builtin", "--limit", 7, "--batch-size", 8, "--cache", tmp_path / "cache", "--method", method, *more]
+
     def calls(method, *more):
-        command = [sys.executable, "-m", "mllm_efficient", "eval", "--tasks", "me_builtin", "--limit", "7", "--batch-size", "8", "--json"]
-        command += ["--cache", str(tmp_path / "cache"), "--method", method, *map(str, more)]
-        return json.loads(subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout)["meta"][
-            "model_calls"
-        ]
+        return evaluate(capsys, *asked(method, *more))[1]["meta"]["model_calls"]
 
     trained = f"tokenflex:tokens=36,weights={weights}"
-    assert calls(trained) == 28 and calls(trained) == 0
+    command = [sys.executable, "-m", "mllm_efficient", "eval", *map(str, asked(trained)), "--json"]
+    first = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert json.loads(first.stdout)["meta"]["model_calls"] == 28 and calls(trained) == 0
     state = load_file(weights / "compressor.safetensors")
     save_file({k: 0.5 * v for k, v in state.items()}, weights / "compressor.safetensors")
     assert calls(trained) == 14  # it and the baseline on its weights; none and resize are known
