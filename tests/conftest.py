@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test never asks the network
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start too: there is a core for each of pytest's own
 
 import copy
 import functools

@@ -1,8 +1,10 @@
-"""Every two values together at least once, instead of every combination of all."""
+"""Fewer tests that say as much: every two values together instead of all combinations, many small cases in one."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -20,3 +22,26 @@ def pairwise(cases: Iterable[Sequence[Hashable]]) -> list[Any]:
         chosen.add(best)
         missing -= pairs[best]
     return [case for i, case in enumerate(given) if i in chosen]
+
+
+def for_all(name: str, values: Iterable[Any]) -> Callable[[Callable], Callable]:
+    """One test that runs for every value of a parameter: what hundreds of small cases cost as tests of their own is mostly pytest.
+
+    The first value that fails is named.
+    """
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(*args: Any, **kwargs: Any) -> None:
+            for value in values:
+                try:
+                    test(*args, **kwargs, **{name: value})
+                except Exception as error:
+                    error.add_note(f"{name}={value!r}")
+                    raise
+
+        signature = inspect.signature(test)
+        run.__signature__ = signature.replace(parameters=[p for n, p in signature.parameters.items() if n != name])
+        return run
+
+    return decorate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import combinations, product
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import transformers
 
 from . import families, once
-from .pairs import pairwise
+from .pairs import for_all, pairwise
 
 
 def test_calls_of_models_tokenizers_and_processors_are_seen(make_llava, make_batch, processor):
@@ -92,3 +93,17 @@ def test_every_two_values_that_meet_anywhere_meet_in_the_pairs():
         return {pair for case in some for pair in combinations(enumerate(case), 2)}
 
     assert pairs(found) == pairs(cases) and len(found) == 15 and set(found) <= set(cases)
+
+
+def test_a_case_of_many_that_fails_is_named(request):
+    seen = []
+
+    @for_all("seed", range(5))
+    def both(seed, request):
+        seen.append((seed, request))
+        assert seed < 3
+
+    with pytest.raises(AssertionError) as caught:
+        both(request=request)
+    assert caught.value.__notes__ == ["seed=3"] and seen == [(seed, request) for seed in range(4)]
+    assert list(inspect.signature(both).parameters) == ["request"]

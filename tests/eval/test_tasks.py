@@ -149,17 +149,19 @@ def test_python_m_lmms_eval_gives_the_light_runners_scores(light, tmp_path, meth
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(capsys, tmp_path):
-    """An odd number of samples, so that one process is padded; answers of both are in the folder."""
+    """An odd number of samples, so that one process is padded; answers of both are in the folder, and in the cache."""
     asked = ["--tasks", "me_builtin", "--method", "divprune:keep=0.25", "--limit", "43", "--batch-size", "4", "--device", "cpu"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm_efficient"]
     run = subprocess.run(
-        [*launch, "eval", *asked, "--output-dir", str(tmp_path / "two"), "--json"],
+        [*launch, "eval", *asked, "--cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "two"), "--json"],
         env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     two = json.loads(run.stdout)
     code, one, _ = evaluate(capsys, *asked)
     assert code == 0 and two["meta"]["processes"] == 2 and two["meta"]["model_calls"] == one["meta"]["model_calls"] == 129
+    code, again, _ = evaluate(capsys, *asked, "--cache", tmp_path / "cache")
+    assert code == 0 and again["meta"]["model_calls"] == 0
     timeless = [{k: v for k, v in r.items() if "interval" not in k} for r in two["rows"]]
     assert timeless == [{k: v for k, v in r.items() if "interval" not in k} for r in one["rows"]]
     assert [r["difference_interval"] for r in two["rows"]] == [r["difference_interval"] for r in one["rows"]]

@@ -325,19 +325,6 @@ def test_a_server_that_fails_once_in_a_batch_keeps_the_other_answers(capsys):
     assert overall(found["rows"], "server", "me_builtin")["failures"] == 1
 
 
-@pytest.mark.slow
-def test_two_processes_with_a_cache_ask_nothing_again(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm_efficient"]
-    asked = ["eval", "--tasks", "me_builtin", "--limit", "9", "--device", "cpu", "--cache", str(tmp_path), "--json"]
-    calls = []
-    for _ in range(2):
-        run = subprocess.run(
-            [*launch, *asked], env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=True
-        )
-        calls.append(json.loads(run.stdout)["meta"]["model_calls"])
-    assert calls == [9, 0]
-
-
 def test_data_that_changed_under_data_root_are_read_anew(capsys, tmp_path):
     """With the configurations in the data set's README that datasets would name its own copy by."""
     from ..public_data import make

@@ -233,7 +233,8 @@ def of_transformers(questions, spec, n=None):
 
 def answer_of_transformers(questions, spec, i):
     """The answer to the i-th question, one that is already known not again."""
-    (loaded, chosen, known), (sample, prompt, _) = questions, questions[1][i]
+    loaded, every, known = questions
+    sample, prompt, _ = every[i]
     if (spec, i) not in known:
         with me.compressed(loaded.model, spec), torch.no_grad():
             inputs = loaded.inputs([prompt], [sample.picture(144)])
