@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import combinations
+from itertools import chain, combinations, product
 from typing import Any
+
+import pytest
 
 
 def pairwise(cases: Iterable[Sequence[Hashable]]) -> list[Any]:
@@ -45,3 +47,32 @@ def for_all(name: str, values: Iterable[Any]) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+def two_by_two(test: Callable) -> Callable:
+    """The parametrizations stacked on a test, as the cases in which every two of their values meet."""
+    stacked = [mark for mark in test.pytestmark if mark.name == "parametrize"]
+    names = ", ".join(mark.args[0] if isinstance(mark.args[0], str) else ", ".join(mark.args[0]) for mark in stacked)
+    axes = [[_case(mark, i, value) for i, value in enumerate(mark.args[1])] for mark in stacked]
+    cases = []
+    for chosen in pairwise(product(*(range(len(axis)) for axis in axes))):
+        parts = [axis[i] for axis, i in zip(axes, chosen)]
+        values, marks = ([*chain(*of_each)] for of_each in zip(*((part.values, part.marks) for part in parts)))
+        cases.append(pytest.param(*values, marks=marks, id="-".join(part.id for part in parts)))
+    test.pytestmark = [mark for mark in test.pytestmark if mark not in stacked]
+    return pytest.mark.parametrize(names, cases)(test)
+
+
+def _case(mark: pytest.Mark, i: int, value: Any):
+    """A value of a parametrization with the id that pytest would give it, or its place."""
+    if isinstance(value, type(pytest.param())):
+        values, marks, name = value.values, value.marks, value.id
+    else:
+        several = not isinstance(mark.args[0], str) or "," in mark.args[0]
+        values, marks, name = tuple(value) if several else (value,), (), None
+    ids = mark.kwargs.get("ids")
+    if name is None and ids is not None:
+        name = "-".join(str(ids(v)) for v in values) if callable(ids) else ids[i]
+    if name is None:
+        name = "-".join(v if isinstance(v, str) else str(v) if isinstance(v, (int, float, type(None))) else f"case{i}" for v in values)
+    return pytest.param(*values, marks=marks, id=name)

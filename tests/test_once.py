@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from . import families, once
-from .pairs import for_all, pairwise
+from .pairs import for_all, pairwise, two_by_two
 
 
 def test_calls_of_models_tokenizers_and_processors_are_seen(make_llava, make_batch, processor):
@@ -107,3 +107,20 @@ def test_a_case_of_many_that_fails_is_named(request):
         both(request=request)
     assert caught.value.__notes__ == ["seed=3"] and seen == [(seed, request) for seed in range(4)]
     assert list(inspect.signature(both).parameters) == ["request"]
+
+
+def test_stacked_parametrizations_meet_two_by_two():
+    @two_by_two
+    @pytest.mark.slow
+    @pytest.mark.parametrize("a", ["x", pytest.param("y", marks=pytest.mark.once, id="why")])
+    @pytest.mark.parametrize("b, c", [(1, {}), (2, [])], ids=["one", "two"])
+    @pytest.mark.parametrize("d", [None, 0.5, list])
+    def test(a, b, c, d): ...
+
+    (slow, mark) = sorted(test.pytestmark, key=lambda mark: mark.name, reverse=True)
+    assert slow.name == "slow" and mark.args[0] == "d, b, c, a" and len(mark.args[1]) == 6
+    assert {case.id.split("-")[0] for case in mark.args[1]} == {"None", "0.5", "case2"}
+    assert all(case.id.split("-")[1] == {1: "one", 2: "two"}[case.values[1]] for case in mark.args[1])
+    assert all(bool(case.marks) == (case.values[3] == "y") == case.id.endswith("why") for case in mark.args[1])
+    pairs = {pair for case in mark.args[1] for pair in combinations(case.id.split("-"), 2)}
+    assert len(pairs) == 3 * 2 + 3 * 2 + 2 * 2

@@ -27,6 +27,7 @@ from ..families import (
     tiny,
 )
 from ..families_reference import greedy, logits, visuals
+from ..pairs import two_by_two
 from .test_families import (
     NEW,
     NEWLINES,
@@ -320,6 +321,7 @@ def entries(model: Any, spec: str) -> list:
     ]
 
 
+@two_by_two
 @pytest.mark.parametrize("entry", [0, 1, 2], ids=["prepare", "generate", "forward"])
 @pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=1"], ids=["some kept", "all kept"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -401,6 +403,7 @@ def labelled(name: str, inputs: dict[str, Any]) -> Tensor:
     return inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | torch.isin(inputs["input_ids"], special), -100)
 
 
+@two_by_two
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3"])

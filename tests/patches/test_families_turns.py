@@ -27,7 +27,7 @@ from ..families import (
     tiny,
 )
 from ..families_reference import extended, greedy, logits
-from ..pairs import pairwise
+from ..pairs import pairwise, two_by_two
 from .test_families import (
     NEW,
     NEWLINES,
@@ -406,6 +406,7 @@ def test_trap_13_logits_processors_see_the_original_prompt(name):
     assert torch.equal(penalised, again)
 
 
+@two_by_two
 @pytest.mark.parametrize("size", [(994, 263), (3846, 49), (7, 3295), (49, 3846)], ids=str)
 @pytest.mark.parametrize(
     "spec", ["divprune:keep=0.5", "resize:tokens=64", "resize:keep=0.3", "resize:keep=0.5,newline=keep", "pool:keep=0.5"]
