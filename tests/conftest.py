@@ -45,6 +45,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup() -> None:
+    """What measures times lets go of all that is frozen when it is done, and every collection for the rest of the run would take longer."""
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
+
+
 @functools.cache
 def _llava(tower: str, image_size: int, patch_size: int, hidden: int, layers: int, vision_layers: int, seed: int, settings: tuple):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
