@@ -230,12 +230,12 @@ def test_hawk_is_the_slow_sum_over_heads(seed, tmp_path):
         heads[:, draw.integers(0, n, n // 3)] = heads[:, :1]
     v = me.VisualTokens(torch.randn(n, 4), text=torch.randn(2, 4), heads=torch.tensor(heads))
     if seed % 2:
-        path = tmp_path / "weights.json"
+        path = tmp_path / f"{seed}.json"
         path.write_text(str(weights.tolist()))
     else:
         from safetensors.torch import save_file
 
-        path = tmp_path / "weights.safetensors"
+        path = tmp_path / f"{seed}.safetensors"
         save_file({"head_weights": torch.tensor(weights)}, path)
         weights = torch.tensor(weights).float().tolist()
     for given, of_heads in ((None, [1 / h] * h), (str(path), weights)):
