@@ -58,6 +58,7 @@ from ..families import (
     unpatchify,
 )
 from ..families_reference import Kept, Row, Visual, canvas, chosen, everything, greedy, logits, merged, splice, visuals
+from ..once import representatives
 from ..pairs import pairwise
 
 NEW = dict(max_new_tokens=6)
@@ -195,6 +196,12 @@ def cases(specs: list[str], families: Any, kinds: tuple[str, ...] | None = None)
     every = product(specs, families, kinds or PROMPTS)
     found = pairwise(case for case in every if case[2] != "text only" and case[2] in FAMILIES[case[1]].rows)
     return [pytest.param(*case, id="-".join(case)) for case in found]
+
+
+def in_turn(specs: list) -> list[tuple]:
+    """(spec, family): all of them with one family of each kind, and one with each other family, in turn."""
+    every = representatives(FAMILIES)
+    return [(spec, name) for i, name in enumerate(FAMILIES) for j, spec in enumerate(specs) if name in every or i % len(specs) == j]
 
 
 # ------------------------------------------------------------------------------------------------ the reference itself
@@ -355,8 +362,7 @@ def test_every_row_of_a_padded_batch_equals_the_slow_reference(spec, name):
 # ------------------------------------------------------------------------------------------------ resize
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("keep", [0.6, 0.3])
+@pytest.mark.parametrize("keep, name", in_turn([0.6, 0.3]))
 def test_resize_keeps_at_most_its_budget_and_repeats_itself(name, keep):
     model = tiny(name)
     for row in FAMILIES[name].rows:

@@ -35,6 +35,7 @@ from .test_families import (
     TILED,
     answer,
     by_hand,
+    in_turn,
     sequence,
     share,
     types,
@@ -423,8 +424,7 @@ def test_the_loss_is_the_sum_over_rows_by_hand(spec, name, padding_side):
     assert model(**inputs, labels=labels).loss.item() == pytest.approx(total / count, rel=1e-5)  # order of summation
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3", "resize:keep=0.3", "uniform:keep=0.3,per=frame"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.3", "resize:keep=0.3", "uniform:keep=0.3,per=frame"]))
 def test_gradients_reach_projector_tower_and_decoder(spec, name):
     if "frame" in spec and name not in WITH_VIDEO:
         spec = spec.replace("frame", "tile")
@@ -448,8 +448,7 @@ def test_the_newline_is_learned_only_where_it_stays(name):
         assert (gradient is not None and bool(gradient.abs().sum() > 0)) == learns
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.3"]))
 def test_generate_under_lora_equals_the_explicit_path(spec, name):
     from peft import LoraConfig, get_peft_model
 

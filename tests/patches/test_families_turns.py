@@ -32,6 +32,7 @@ from .test_families import (
     NEW,
     NEWLINES,
     answer,
+    in_turn,
     sequence,
     types,
 )
@@ -76,8 +77,7 @@ def test_a_second_turn_on_the_cache_equals_a_fresh_call_without_cache(spec, name
     assert [i.modality for i in me.last_report(model).images] == ([] if turn == "text only" else ["image"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.4"]))
 def test_a_second_turn_of_a_padded_batch_equals_a_fresh_call_without_cache(spec, name):
     model, rows = me.wrap(tiny(name), spec), FAMILIES[name].mixed
     inputs, new = make(name, *rows), say(name, TURN_2)["input_ids"].expand(len(rows), -1)
@@ -91,8 +91,7 @@ def test_a_second_turn_of_a_padded_batch_equals_a_fresh_call_without_cache(spec,
     assert torch.equal(answer(model, whole, past_key_values=first.past_key_values), fresh)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"]))
 def test_a_second_turn_after_rows_that_ended_early_equals_a_fresh_call(spec, name):
     """The shorter answers are padded inside the conversation, and that padding takes no position."""
     model, rows = me.wrap(tiny(name), rule(name, spec)), FAMILIES[name].mixed
@@ -113,8 +112,7 @@ def test_a_second_turn_after_rows_that_ended_early_equals_a_fresh_call(spec, nam
     assert torch.equal(cached, answer(model, {**whole, **vision(inputs)}))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4", "divprune:keep=0.3,positions=other"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.4", "divprune:keep=0.3,positions=other"]))
 def test_three_turns_equal_the_slow_reference(spec, name):
     """Text, then a picture, then text: every answer is that of the whole conversation by hand."""
     spec = rule(name, spec)
@@ -370,8 +368,7 @@ def test_trap_10_a_deep_copy_compresses_with_its_own_weights(name):
     assert torch.equal(answer(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.000001", "uniform:tokens=1"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.000001", "uniform:tokens=1"]))
 def test_trap_11_one_token_of_every_image_is_left_and_beams_match_rows(name, spec):
     model, rows = me.wrap(tiny(name), spec), FAMILIES[name].mixed
     together = answer(model, make(name, *rows), num_beams=3)
