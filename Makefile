@@ -52,7 +52,7 @@ test: .venv/.installed-dev
 	.venv/bin/pytest -n 2 --dist worksteal
 
 test-integration: .venv-integration/.installed
-	.venv-integration/bin/pytest -n 2 --dist worksteal -m "not once"
+	.venv-integration/bin/pytest -n 2 --dist worksteal -m "not once and not spared"
 
 # The package is installed as a user installs it, not as a checkout.
 test-fresh:

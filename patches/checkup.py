@@ -209,11 +209,12 @@ class Patient:
             "pre_llm": "divprune:keep=0.5", "projector": "tokenflex:tokens=4,weights=random", "in_llm": inside,
             "attention": "visionzip:keep=0.5", "in_tower": "flowcut:keep=0.5",
         }  # fmt: skip
-        method = build(specs[kind])
-        try:
-            return method, check_reducer(self.adapter, method) or "" if kind == "in_llm" else ""
-        except UnsupportedModelError as error:
-            return None, str(error)
+        method: Any = build(specs[kind])
+        with contextlib.suppress(UnsupportedModelError):
+            if kind == "in_llm":
+                check_reducer(self.adapter, method)
+            return method, ""
+        return None, "nothing can be dropped between this decoder's layers"
 
     # -------------------------------------------------------------------------------------------------------------- checks
 

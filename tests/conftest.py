@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test never asks the network
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start too: there is a core for each of pytest's own
 
 import copy
 import functools
@@ -42,6 +43,12 @@ def pytest_collection_finish() -> None:
     """What is alive by now stays so, and every full collection of garbage, torch's and the tests' own, would look at all of it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """What measures times lets go of all that is frozen when it is done, and every collection for the rest of the run would take longer."""
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
 
 
 @functools.cache

@@ -1,4 +1,8 @@
-"""Tests marked ``once`` run in one environment; this fails those among them that what differs in the other could change.
+"""What the second environment leaves out: tests marked ``once``, and most families of the tests that run for all of them.
+
+A test marked ``once`` that what differs between the environments could change fails. Of the families (tests/families.py) the second
+environment runs one of each kind, and all of them in tests marked ``every_family``: those of what transformers itself can change in a
+family, the call, the shapes, the positions, the cache. What the package does on top is the same code for all families of a kind.
 
 Hooks of pytest, which ``conftest.py`` imports. Processes that a test starts are not looked into.
 """
@@ -9,8 +13,9 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 
 import pytest
 
@@ -53,8 +58,38 @@ def once(item: pytest.Item) -> bool:
     return item.get_closest_marker("once") is not None
 
 
+def kinds(family) -> set[str]:
+    """In what a family differs from a plain one, by its flags."""
+    flags = {f.name for f in fields(family) if isinstance(f.default, bool) and getattr(family, f.name) != f.default}
+    return flags | ({"video"} if family.video else set())
+
+
+def representatives(families: Mapping) -> list[str]:
+    """Names of families that together are of every kind there is. The later ones first: they have all that their predecessors have."""
+    out, seen = [], set()
+    for name, family in reversed(families.items()):
+        if kinds(family) - seen:
+            out.append(name)
+            seen |= kinds(family)
+    return out
+
+
+def spare(items: list[pytest.Item]) -> None:
+    """Marks ``spared`` what only repeats a test with another family of the same kind; ``make test-integration`` leaves it out."""
+    module = sys.modules.get(f"{__package__}.families")
+    left = set(module.FAMILIES) - set(representatives(module.FAMILIES)) if module else set()
+    only_there = {m for m in {getattr(item, "module", None) for item in items} - {None} if ABSENT.search(inspect.getsource(m))}
+    for item in items:
+        if not left or item.get_closest_marker("every_family") or getattr(item, "module", None) in only_there:
+            continue
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in left for value in values):
+            item.add_marker("spared")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuses the mark on tests that name what only the second environment has: there they would be left out, here skipped."""
+    """Refuses ``once`` on tests that name what only the second environment has: there they would be left out, here skipped."""
+    spare(items)
     for module in {item.module for item in items if isinstance(item, pytest.Function) and once(item)}:
         marks = getattr(module, "pytestmark", [])
         whole = any(mark.name == "once" for mark in (marks if isinstance(marks, list) else [marks]))

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mllm_efficient"
 FOLDERS = {PACKAGE: ROOT / PACKAGE, f"{PACKAGE}.eval": ROOT / "eval", f"{PACKAGE}.patches": ROOT / "patches"}

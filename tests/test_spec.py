@@ -17,6 +17,8 @@ import mllm_efficient as me
 from mllm_efficient import registry, spec
 from mllm_efficient.compressors.composed import stages_of
 
+pytestmark = pytest.mark.once
+
 ODD = list("aZ09 ,|=:@\"'\\/[]{}#~-.\t\n\0é语😀\x7f\x85\udcff")
 WORDS = ["none", "null", "true", "2024", "1e3", "nan", "inf", "~", "01", "2024-01-01", "- a", "a: b", "x.yaml", "x.yml", "none@a", "a="]
 odd_text = st.one_of(

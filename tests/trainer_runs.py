@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ import mllm_efficient as me
 
 from . import families
 from .families import VOCABULARY
+from .pairs import pairwise
 
 NAMES = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl")
 SPECS = ("divprune:keep=0.3", "pool:keep=0.3", "fastv:layer=1,ratio=0.3", "none")
 SIDES = ("left", "right")
+RUNS = pairwise(product(NAMES, SPECS[:-1], SIDES, (1, 2)))  # model, method, padding side, micro-batches in a step
 # Micro-batches of unequal length, in which rows differ too; the last has no picture.
 BATCHES = (("one image", "long text"), ("two images", "text only"), ("long text", "touching images"), ("text only", "text only"))
 
@@ -126,11 +129,9 @@ def step_loss(name: str, parts: Sequence[tuple[float, int]]) -> float:
 
 def main(path: str) -> None:
     out = {}
-    for name in NAMES:
-        for spec in SPECS[:-1]:
-            for side, accumulation in zip(SIDES, (1, 2)):
-                run = trainer(me.wrap(tiny(name), spec), name, side, gradient_accumulation_steps=accumulation)
-                out["|".join((name, spec, side, str(accumulation)))] = reported(run)
+    for name, spec, side, accumulation in RUNS:
+        run = trainer(me.wrap(tiny(name), spec), name, side, gradient_accumulation_steps=accumulation)
+        out["|".join((name, spec, side, str(accumulation)))] = reported(run)
     if run.is_world_process_zero():
         Path(path).write_text(json.dumps(out))
 

@@ -127,9 +127,10 @@ def cost(
     by_layer = inside is not None and visual_per_layer is None
     layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if by_layer else ()
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
+    parts = {"vision": vision, "compress": compress, "prefill": prefill, "decode": decode, "kv_cache_bytes": cache}
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        *(batch_size * part for part in (vision, compress, prefill, decode, cache)), _words(pictures), layers,
+        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures), visual_per_layer=layers,
     )  # fmt: skip
 
 

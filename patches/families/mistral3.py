@@ -97,7 +97,7 @@ def row_breaks(rows: int, columns: int) -> tuple[Mark, ...]:
 class Mistral3Adapter(Adapter, Mistral3Rules):
     """What the wrapper needs to know of one Mistral 3 model."""
 
-    encode_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer")
+    encode_keys: tuple[str, ...] = ("pixel_values", "image_sizes", "vision_feature_layer")
 
     def as_tensors(self, inputs: dict[str, Any]) -> dict[str, Any]:
         sizes = inputs.get("image_sizes")

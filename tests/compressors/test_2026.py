@@ -15,6 +15,7 @@ import torch
 
 import mllm_efficient as me
 
+from ..pairs import for_all
 from .test_attentive import by_attention, cosine, drawn, tokens
 from .test_merging import slow_merge
 
@@ -57,7 +58,7 @@ def slow_mmtok(x, text, k, alpha, of_text, of_image):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_mmtok_is_the_slow_coverage(seed):
     v, x, _, text, k = case(seed)
     k = min(k, 12)  # after which what is left to cover is rounding
@@ -84,7 +85,7 @@ def slow_apet(x, k, count):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_apet_is_the_slow_residuals(seed):
     v, x, _, _, k = case(seed)
     for count in (10, 1, 3):
@@ -111,7 +112,7 @@ def slow_otprune(x, k, gamma):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_otprune_is_the_slow_determinant(seed):
     v, x, _, _, k = case(seed)
     for gamma in (0.01, 10.0):
@@ -149,7 +150,7 @@ def slow_prunesid(x, attention, k):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_prunesid_is_the_slow_suppression(seed):
     v, x, attention, _, k = case(seed)
     assert me.PruneSID(tokens=k).select(v).tolist() == sorted(slow_prunesid(x, attention, k))
@@ -220,7 +221,7 @@ def slow_hawk(heads, weights):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_hawk_is_the_slow_sum_over_heads(seed, tmp_path):
     draw = np.random.default_rng(seed)
     n, h = int(draw.integers(2, 40)), int(draw.integers(1, 9))
@@ -229,12 +230,12 @@ def test_hawk_is_the_slow_sum_over_heads(seed, tmp_path):
         heads[:, draw.integers(0, n, n // 3)] = heads[:, :1]
     v = me.VisualTokens(torch.randn(n, 4), text=torch.randn(2, 4), heads=torch.tensor(heads))
     if seed % 2:
-        path = tmp_path / "weights.json"
+        path = tmp_path / f"{seed}.json"
         path.write_text(str(weights.tolist()))
     else:
         from safetensors.torch import save_file
 
-        path = tmp_path / "weights.safetensors"
+        path = tmp_path / f"{seed}.safetensors"
         save_file({"head_weights": torch.tensor(weights)}, path)
         weights = torch.tensor(weights).float().tolist()
     for given, of_heads in ((None, [1 / h] * h), (str(path), weights)):

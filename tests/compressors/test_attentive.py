@@ -20,6 +20,7 @@ import mllm_efficient as me
 
 from ..conftest import eager_attention
 from ..families import ASPECTS, FAMILIES, make, noise, tiny
+from ..pairs import for_all
 
 SEEDS = range(200)
 
@@ -51,7 +52,7 @@ def by_attention(attention):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_fastervlm_is_the_top_of_attention(seed):
     x, attention, keys, k = drawn(seed)
     assert me.FasterVLM(tokens=k).select(tokens(x, attention, keys)).tolist() == sorted(by_attention(attention)[:k])
@@ -69,7 +70,7 @@ def slow_vispruner(x, attention, k, r):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_vispruner_is_the_slow_removal_of_duplicates(seed):
     x, attention, keys, k = drawn(seed)
     for r in (0.5, 0.2, 1.0, 0.0):
@@ -91,7 +92,7 @@ def slow_scope(x, attention, k, alpha):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_scope_is_the_slow_greedy_coverage(seed):
     x, attention, keys, k = drawn(seed)
     for alpha in (1.0, 0.0, 1.5):
@@ -116,7 +117,7 @@ def slow_visionzip(x, attention, keys, k, share):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_visionzip_is_the_slow_merge(seed):
     x, attention, keys, k = drawn(seed)
     for share in (10 / 64, 0.5, 0.0):
@@ -141,7 +142,7 @@ def slow_prumerge(x, attention, keys, k, share, neighbours):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_prumerge_plus_is_the_slow_merge(seed):
     x, attention, keys, k = drawn(seed)
     for share, neighbours in ((0.75, 32), (0.25, 3), (0.0, 1), (1.0, 2)):

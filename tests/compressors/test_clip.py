@@ -21,6 +21,7 @@ from mllm_efficient.patches import adapter_for
 
 from .. import families, families_reference
 from ..conftest import VOCABULARY
+from ..pairs import for_all
 from .test_conditional import cosine, drawn, slow_dpp
 
 ROWS = ("one image", "two images", "long text", "text only")
@@ -104,7 +105,7 @@ def similarities(x):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", range(200))
+@for_all("seed", range(200))
 def test_it_is_the_slow_greedy_choice_by_determinants(seed):
     x, _, k = drawn(seed)
     draw = np.random.default_rng(seed + 1000)

@@ -24,6 +24,7 @@ from mllm_efficient.compressors.spp import levels
 
 from ..families import FAMILIES, make, tiny
 from ..families_reference import visuals
+from ..pairs import for_all
 
 SEEDS = range(200)
 
@@ -75,7 +76,7 @@ def slow_dpp(r: np.ndarray, s: np.ndarray, k: int) -> list[int]:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
     x, text, k = drawn(seed)
     found = me.CDPruner(tokens=k).select(tokens(x, text)).tolist()
@@ -84,7 +85,7 @@ def test_cdpruner_is_the_slow_greedy_choice_by_determinants(seed):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", range(50))
+@for_all("seed", range(50))
 def test_cdpruner_in_float32_reaches_the_determinant_of_float64(seed):
     """Of rows in general position and K below D. Float32 may take another token where two are alike to seven digits."""
     draw = np.random.default_rng(seed)
@@ -154,7 +155,7 @@ def test_no_scale_of_the_features_changes_the_choice(scale):
     assert torch.equal(me.CDPruner(tokens=k).select(scaled), expected)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@for_all("seed", range(20))
 def test_rounding_of_the_features_does_not_decide_beyond_their_rank(seed):
     """30 of 60 rows of rank 8: from the ninth token on what is left of S_ii is nothing but rounding, and must not be ranked."""
     draw = np.random.default_rng(seed)
@@ -308,7 +309,7 @@ def slow_tome(x: np.ndarray, k: int, r: int | None = None) -> tuple[list[np.ndar
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_tome_is_the_slow_matching(seed):
     x, _, k = drawn(seed)
     r = None if seed % 2 else 1 + seed % 5
@@ -426,7 +427,7 @@ def drawn_grid(seed: int) -> tuple[np.ndarray, tuple[int, int], int, list[float]
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("seed", SEEDS)
+@for_all("seed", SEEDS)
 def test_pooling_is_the_slow_loop_in_every_operation(seed):
     x, grid, k, powers = drawn_grid(seed)
     v = tokens(x, grid=grid)

@@ -15,6 +15,7 @@ import mllm_efficient as me
 from mllm_efficient.apply.prepare import encode
 
 from ..families import FAMILIES, make, tiny
+from ..pairs import for_all
 from .test_attentive import cosine, drawn, tokens
 
 RULES = ("mean", "similarity")
@@ -34,7 +35,7 @@ def slow_merge(x, kept, rule):
 
 @pytest.mark.once
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("seed", range(200))
+@for_all("seed", range(200))
 def test_each_dropped_token_joins_its_nearest_kept_one(seed, rule):
     x, attention, keys, k = drawn(seed)
     v = tokens(x, attention, keys)

@@ -307,6 +307,7 @@ def test_no_bench_leaves_times_out_and_match_says_what_was_asked(tmp_path, capsy
     assert "Time to first token" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     argv = ["--method", "uniform", "--keep", "0.5,0.25", "--output-dir", str(tmp_path / "run"), *QUICK[:-4], "--output-tokens", "2"]

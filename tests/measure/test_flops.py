@@ -25,6 +25,7 @@ from mllm_efficient.patches.rules import FAMILIES as TABLE
 from mllm_efficient.tokens import VisualShape
 
 from ..families import ALIKE, ASPECTS, EVERY, FAMILIES, aspect_batch, make, tiny
+from ..pairs import two_by_two
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
@@ -172,6 +173,7 @@ def test_a_method_costs_what_torch_counts(spec):
     assert (computed > 0) == multiplies
 
 
+@two_by_two
 @pytest.mark.parametrize(
     "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
 )

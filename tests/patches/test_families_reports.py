@@ -27,6 +27,7 @@ from ..families import (
     tiny,
 )
 from ..families_reference import Kept, greedy, logits, visuals
+from ..pairs import two_by_two
 from .test_families import (
     MARKED,
     NEW,
@@ -36,12 +37,14 @@ from .test_families import (
     TILED,
     answer,
     by_hand,
+    in_turn,
     sequence,
     share,
     types,
 )
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_report_lists_images_and_videos_in_prompt_order_with_their_shapes(name):
     model, rows = tiny(name), FAMILIES[name].rows
@@ -326,6 +329,7 @@ def entries(model: Any, spec: str) -> list:
     ]
 
 
+@two_by_two
 @pytest.mark.parametrize("entry", [0, 1, 2], ids=["prepare", "generate", "forward"])
 @pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=1"], ids=["some kept", "all kept"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -410,6 +414,7 @@ def labelled(name: str, inputs: dict[str, Any]) -> Tensor:
     return ids.masked_fill((inputs["attention_mask"] == 0) | torch.isin(ids, special) | (ids >= len(VOCABULARY)), -100)
 
 
+@two_by_two
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3"])
@@ -430,8 +435,7 @@ def test_the_loss_is_the_sum_over_rows_by_hand(spec, name, padding_side):
     assert model(**inputs, labels=labels).loss.item() == pytest.approx(total / count, rel=1e-5)  # order of summation
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3", "resize:keep=0.3", "uniform:keep=0.3,per=frame"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.3", "resize:keep=0.3", "uniform:keep=0.3,per=frame"]))
 def test_gradients_reach_projector_tower_and_decoder(spec, name):
     if "frame" in spec and "frame" not in PARTS[name]:
         spec = spec.replace("frame", "tile") if PARTS[name] else "uniform:keep=0.3"
@@ -456,8 +460,7 @@ def test_the_newline_is_learned_only_where_it_stays(name):
         assert (gradient is not None and bool(gradient.abs().sum() > 0)) == learns
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.3"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.3"]))
 def test_generate_under_lora_equals_the_explicit_path(spec, name):
     from peft import LoraConfig, get_peft_model
 

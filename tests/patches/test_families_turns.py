@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
@@ -27,10 +28,12 @@ from ..families import (
     tiny,
 )
 from ..families_reference import extended, greedy, logits
+from ..pairs import pairwise, two_by_two
 from .test_families import (
     NEW,
     NEWLINES,
     answer,
+    in_turn,
     sequence,
     types,
 )
@@ -60,9 +63,8 @@ def rule(name: str, spec: str) -> str:
     return spec.replace("other", "renumber" if name in MROPE else "keep")
 
 
-@pytest.mark.parametrize("turn", ["text only", "new image"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", RULES)
+@pytest.mark.every_family
+@pytest.mark.parametrize("spec, name, turn", pairwise(product(RULES, FAMILIES, ("text only", "new image"))))
 def test_a_second_turn_on_the_cache_equals_a_fresh_call_without_cache(spec, name, turn):
     model = me.wrap(tiny(name), rule(name, spec))
     row = "video and image" if name in WITH_VIDEO else "two images"
@@ -76,8 +78,7 @@ def test_a_second_turn_on_the_cache_equals_a_fresh_call_without_cache(spec, name
     assert [i.modality for i in me.last_report(model).images] == ([] if turn == "text only" else ["image"])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.4"]))
 def test_a_second_turn_of_a_padded_batch_equals_a_fresh_call_without_cache(spec, name):
     model, rows = me.wrap(tiny(name), spec), FAMILIES[name].mixed
     inputs, new = make(name, *rows), say(name, TURN_2)["input_ids"].expand(len(rows), -1)
@@ -91,8 +92,7 @@ def test_a_second_turn_of_a_padded_batch_equals_a_fresh_call_without_cache(spec,
     assert torch.equal(answer(model, whole, past_key_values=first.past_key_values), fresh)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"]))
 def test_a_second_turn_after_rows_that_ended_early_equals_a_fresh_call(spec, name):
     """The shorter answers are padded inside the conversation, and that padding takes no position."""
     model, rows = me.wrap(tiny(name), rule(name, spec)), FAMILIES[name].mixed
@@ -113,8 +113,7 @@ def test_a_second_turn_after_rows_that_ended_early_equals_a_fresh_call(spec, nam
     assert torch.equal(cached, answer(model, {**whole, **vision(inputs)}))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4", "divprune:keep=0.3,positions=other"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.3", "pool:keep=0.4", "divprune:keep=0.3,positions=other"]))
 def test_three_turns_equal_the_slow_reference(spec, name):
     """Text, then a picture, then text: every answer is that of the whole conversation by hand."""
     spec = rule(name, spec)
@@ -130,9 +129,7 @@ def test_three_turns_equal_the_slow_reference(spec, name):
         ids, cache = torch.cat([out.sequences, given["input_ids"]], 1), out.past_key_values
 
 
-@pytest.mark.parametrize("mask", ["full-length mask", "no mask"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "divprune:keep=0.3,positions=other", "pool:keep=0.4"])
+@pytest.mark.parametrize("spec, name, mask", pairwise(product(RULES[:3], FAMILIES, ("full-length mask", "no mask"))))
 def test_a_decode_loop_over_forward_equals_generate(spec, name, mask):
     model, inputs = me.wrap(tiny(name), rule(name, spec)), make(name, *FAMILIES[name].mixed)
     wanted, aside = answer(model, inputs), make(name, "one image")
@@ -179,9 +176,7 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["divprune:keep=0.3", "pool:keep=0.4"])
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, name, spec", pairwise(product(MODES, FAMILIES, RULES[:2])))
 def test_every_mode_equals_plain_greedy(mode, name, spec):
 
     rows = FAMILIES[name].mixed
@@ -199,6 +194,7 @@ def test_every_mode_equals_plain_greedy(mode, name, spec):
     assert torch.equal(found, plain.repeat_interleave(2, 0) if mode == "several answers" else plain)
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_returned_beams_of_a_batch_are_those_of_each_row(name):
     how = dict(num_beams=3, num_return_sequences=2)
@@ -353,6 +349,7 @@ def test_trap_07_the_first_token_after_left_padding_is_not_learned(name):
     assert torch.equal(kwargs["labels"][learned], kwargs["input_ids"][learned])
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("name", FAMILIES)
 def test_trap_08_a_prepared_call_has_no_pixels_and_no_sizes_of_the_full_picture(name):
     model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
@@ -381,8 +378,7 @@ def test_trap_10_a_deep_copy_compresses_with_its_own_weights(name):
     assert torch.equal(answer(model, inputs), before)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("spec", ["divprune:keep=0.000001", "uniform:tokens=1"])
+@pytest.mark.parametrize("spec, name", in_turn(["divprune:keep=0.000001", "uniform:tokens=1"]))
 def test_trap_11_one_token_of_every_image_is_left_and_beams_match_rows(name, spec):
     model, rows = me.wrap(tiny(name), spec), FAMILIES[name].mixed
     together = answer(model, make(name, *rows), num_beams=3)
@@ -417,6 +413,7 @@ def test_trap_13_logits_processors_see_the_original_prompt(name):
     assert torch.equal(penalised, again)
 
 
+@two_by_two
 @pytest.mark.parametrize("size", [(994, 263), (3846, 49), (7, 3295), (49, 3846)], ids=str)
 @pytest.mark.parametrize(
     "spec", ["divprune:keep=0.5", "resize:tokens=64", "resize:keep=0.3", "resize:keep=0.5,newline=keep", "pool:keep=0.5"]

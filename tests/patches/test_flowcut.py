@@ -21,6 +21,7 @@ from mllm_efficient.patches.vllm.settings import require_served
 from ..conftest import slow_greedy
 from ..families import FAMILIES, make, tiny
 from ..families_reference import Kept, greedy, merged, splice, visuals
+from ..pairs import for_all
 from .test_tome_tower import similarity, softmax
 
 ROWS = ("one image", "two images", "long text", "text only")
@@ -122,7 +123,7 @@ def tower_with(kind, layers, seed, make_llava):
     return tower_of(model), pixels, 2
 
 
-@pytest.mark.parametrize("seed", range(200))
+@for_all("seed", range(200))
 def test_it_is_the_slow_rule_in_every_block(make_llava, seed):
     draw = np.random.default_rng(seed)
     kind, layers = ("clip", "siglip", *TILES)[seed % 4], int(draw.integers(1, 7))
@@ -170,7 +171,7 @@ def slow_tome(tower, pixels, rounds, m):
     return torch.cat([rows for rows, _, _ in sorted(tokens, key=lambda token: token[2])])
 
 
-@pytest.mark.parametrize("seed", range(60))
+@for_all("seed", range(60))
 def test_tome_merges_two_by_two_patches_as_one(make_llava, seed):
     draw = np.random.default_rng(seed)
     kind, layers = TILES[seed % 2], int(draw.integers(1, 4))

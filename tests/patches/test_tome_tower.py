@@ -18,6 +18,7 @@ from mllm_efficient.patches.vllm.settings import require_served
 
 from .. import families
 from ..conftest import slow_greedy
+from ..pairs import for_all
 
 ROWS = ("one image", "two images", "long text", "text only")
 
@@ -63,7 +64,7 @@ def slow_tower(tower, pixels, rounds):
     return torch.stack([row for row, _, _ in sorted(tokens, key=lambda token: token[2])])
 
 
-@pytest.mark.parametrize("seed", range(200))
+@for_all("seed", range(200))
 def test_it_is_the_slow_matching_in_every_block(make_llava, seed):
     draw = np.random.default_rng(seed)
     kind, layers = ("clip", "siglip")[seed % 2], int(draw.integers(1, 4))

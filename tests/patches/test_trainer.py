@@ -16,7 +16,7 @@ import mllm_efficient as me
 from mllm_efficient.apply import labels
 from mllm_efficient.patches import trainer as shims
 
-from ..trainer_runs import BATCHES, NAMES, SIDES, SPECS, by_hand, make, predicted, reported, step_loss, tiny, trainer
+from ..trainer_runs import BATCHES, NAMES, RUNS, SPECS, by_hand, make, predicted, reported, step_loss, tiny, trainer
 
 ONE = BATCHES[0]
 BESIDE_LOGITS = ["cache", "past_key_values", "image_outputs", "image_hidden_states", "video_outputs", "video_hidden_states", "rope_deltas"]
@@ -33,10 +33,8 @@ def wanted(name: str, spec: str, together: int) -> list[float]:
     return [step_loss(name, every[i : i + together]) for i in range(0, len(every), together)]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("spec", SPECS[:-1])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.every_family
+@pytest.mark.parametrize("name, spec, side, accumulation", RUNS)
 def test_the_reported_loss_is_the_loss_by_hand(name, spec, side, accumulation):
     run = trainer(me.wrap(tiny(name), spec), name, side, gradient_accumulation_steps=accumulation)
     assert reported(run) == pytest.approx(wanted(name, spec, accumulation), rel=1e-5)  # order of summation
@@ -50,7 +48,7 @@ def test_two_processes_report_the_loss_by_hand(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     losses = json.loads((tmp_path / "losses.json").read_text())
-    assert len(losses) == len(NAMES) * len(SPECS[:-1]) * 2
+    assert len(losses) == len(RUNS)
     for key, got in losses.items():
         name, spec, _, accumulation = key.split("|")
         assert got == pytest.approx(wanted(name, spec, 2 * int(accumulation)), rel=1e-5), key  # order of summation

@@ -28,7 +28,7 @@ def can_be_served(name):
         return False
     try:
         require_served(cls(tokens=9))
-    except me.UnsupportedModelError:
+    except (me.UnsupportedModelError, me.BadBudgetError):  # some methods take no budget
         return False
     return True
 

@@ -380,7 +380,7 @@ def test_two_processes_train_all_parts(tmp_path):
     """As the 7B recipe does: what never gets a gradient, and a process whose batch has no pictures, stop nobody."""
     stage = "stages=[{name: all, train: [router, projector, vision_tower, language_model], steps: 3, batch_size: 2, learning_rate: 1e-4}]"
     settings = [f"output_dir={tmp_path / 'run'}", *SMALL[:3], "settings={}", "routing={}", stage]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29643", "-m", "mllm_efficient"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mllm_efficient"]
     command = [*torchrun, "train", "--config", str(RECIPES / "dpn_builtin_reinforce.yaml"), *settings]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

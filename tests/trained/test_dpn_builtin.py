@@ -101,6 +101,7 @@ def test_evaluations_keep_the_kernels_and_the_tokens_of_every_layer(tmp_path):
 # ------------------------------------------------------------------------------------------------ what is published
 
 
+@pytest.mark.once
 def test_every_run_is_there_with_its_log(answers):
     found, asked = answers
     assert {(arm, seed) for arm in ("reinforce", "published") for seed in study.SEEDS} <= set(found) and len(asked) == study.QUESTIONS
@@ -110,12 +111,14 @@ def test_every_run_is_there_with_its_log(answers):
         assert run["override"] == []
 
 
+@pytest.mark.once
 def test_the_published_tables_are_those_of_the_answers(answers):
     text = (ROOT / "benchmarks" / "README.md").read_text()
     for line in study.table(RESULTS).splitlines():
         assert line in text, line
 
 
+@pytest.mark.once
 def test_scores_and_costs_are_what_a_plain_count_gives(answers, runs):
     (found, asked), run = answers, runs["reinforce"][0]
     decoder = load_shape("builtin").decoder
@@ -137,6 +140,7 @@ def test_scores_and_costs_are_what_a_plain_count_gives(answers, runs):
     assert run.left(study.ROUTED)[0] == pytest.approx(100 * np.mean([np.mean(c) for c in costs.values()]))
 
 
+@pytest.mark.once
 def test_the_line_and_the_effect_by_hand(runs):
     run = runs["reinforce"][0]
     below, above = run.around()
@@ -151,6 +155,7 @@ def test_the_line_and_the_effect_by_hand(runs):
     assert difference[0] == pytest.approx(gap) and effect[0] == pytest.approx(gap / spread)
 
 
+@pytest.mark.once
 def test_the_plot_is_drawn(tmp_path):
     study.plot(RESULTS, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000

@@ -45,6 +45,7 @@ def test_they_give_the_committed_answers():
         assert same >= some - 1, count  # another processor rounds otherwise, which may turn one answer
 
 
+@pytest.mark.once
 def test_every_run_is_there_with_its_log(runs):
     answers, asked = runs
     assert set(answers) == {("untrained", 0), *((arm, seed) for arm in study.ARMS for seed in study.SEEDS)}
@@ -57,6 +58,7 @@ def test_every_run_is_there_with_its_log(runs):
         assert drawn == wanted
 
 
+@pytest.mark.once
 def test_the_published_table_is_that_of_the_answers(runs):
     text = (ROOT / "benchmarks" / "README.md").read_text()
     longer = study.longer_table(*study.read_answers(RESULTS / study.LONGER))
@@ -64,6 +66,7 @@ def test_the_published_table_is_that_of_the_answers(runs):
         assert line in text, line
 
 
+@pytest.mark.once
 def test_the_scores_are_counts_of_right_answers(runs):
     answers, asked = runs
     found = study.scores({("dynamic", 0): answers["dynamic", 0]}, asked)
