@@ -79,8 +79,7 @@ def doctor(device: str = "auto", attn_implementation: str | None = None, every: 
     """Checks every first-class family with every kind of method; some seconds on a CPU. Models are float32.
 
     Args:
-        every: also the contract of every row of ``facts``, on the CPU; one or two minutes.
-        device: as torch names it; "auto" takes a GPU if there is one.
+        device: as torch names it; "auto" takes a GPU if there is one. every: also the contract of every row of ``facts``, on the CPU.
         attn_implementation: the attention kernel, such as "eager"; None is the model's default.
 
     Raises:
@@ -93,7 +92,7 @@ def doctor(device: str = "auto", attn_implementation: str | None = None, every: 
     if every:
         rows += [row for model_type in FACTS for row in check_row(model_type)]
         rows += [Row(model_type, ROW, name, None, why) for model_type, why in REFUSED.items() for name in ROW_CHECKS]
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return Checkup(tuple(rows), {"versions": versions, "device": device, "dtype": "float32"})
 
 
