@@ -17,8 +17,9 @@ class Family(Protocol):
     tokens. positions: the default rule, "renumber" or "keep". parts: what ``per=`` can name. separators: whether there are newline
     columns; marks: whether text stands between the tokens of an image. deepstack: whether later layers add visual features; deep_layers:
     how many do. mrope: whether positions have three rows. projects: whether another projector can take the place of the model's.
-    decoder: the class of the decoder's layers; recurrent: kinds of them that carry a state along. decoder_layers, tower_blocks: how many
-    there are, and blocks of the tower that can merge tokens (0: none can).
+    sees_both_ways: whether the tokens of an image see those after them. decoder: the class of the decoder's layers; recurrent: kinds of
+    them that carry a state along. decoder_layers, tower_blocks: how many there are, and blocks of the tower that can merge tokens (0:
+    none can).
 
     An item is one that the same object made: those of an adapter hold pixels, those of rules a size.
     """
@@ -45,6 +46,8 @@ class Family(Protocol):
     def mrope(self) -> bool: ...
     @property
     def projects(self) -> bool: ...
+    @property
+    def sees_both_ways(self) -> bool: ...
     @property
     def decoder(self) -> str: ...
     @property

@@ -320,6 +320,11 @@ def check_reducer(model: Family, method: Reducer) -> None:
             f"{method.name} drops tokens between layers of attention, and {model.name} has layers of {' and '.join(model.recurrent)}, "
             "whose state holds every token: use a method that runs before the decoder"
         )
+    if model.sees_both_ways:
+        raise UnsupportedModelError(
+            f"{method.name} drops tokens between layers under causal masks, and the tokens of an image of {model.name} see each other: use "
+            "a method that runs before the decoder"
+        )
     if model.decoder not in DECODERS.values():
         kind = model.decoder
         raise UnsupportedModelError(f"{method.name} works inside decoders of {', '.join(DECODERS)}, and this one is of {kind}")
