@@ -8,6 +8,7 @@
 #              UPDATE=1 asks the index anew and, if the tests pass, writes that file
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
+# make gpu-check   what only a GPU can show, in at most eight minutes on one card: prints one JSON; OUTPUT=FILE writes it there too
 # make bench-vllm      servers of vLLM under load on this CPU, uncompressed, divprune and resize, into benchmarks/results/
 # make bench-vllm-gpu  the same with LLaVA-1.5-7B and LLaVA-NeXT-7B on a CUDA device of 80 GB: never run on a GPU
 # make lint    ruff, and mypy on the tree that a wheel would install
@@ -19,6 +20,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 UPDATE ?=
+OUTPUT ?=
 FRESH := .venv-fresh/bin/python
 
 METHODS := none $(foreach m,random uniform resize pool divprune,$(foreach k,0.5 0.25 0.125 0.0625,$(m):keep=$(k)))
@@ -38,7 +40,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-integration test-fresh bench bench-gpu bench-vllm bench-vllm-gpu lint clean
+.PHONY: run table test test-integration test-fresh bench bench-gpu gpu-check bench-vllm bench-vllm-gpu lint clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -93,6 +95,9 @@ bench-gpu: .venv/.installed
 	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 --output benchmarks/results/gpu-selection.json
 	$(BENCH) --selection --device cuda --dtype bfloat16 --repeats 50 $(foreach m,$(CHOOSING),--method $(m)) \
 	  --output benchmarks/results/gpu-methods.json
+
+gpu-check: .venv/.installed
+	@.venv/bin/python -m mllm_efficient.measure.gpu_check $(if $(OUTPUT),--output $(OUTPUT))
 
 bench-vllm: .venv-integration/.installed
 	$(SERVED) --model bench-0.3b --random-weights --method divprune:tokens=64 --method resize:tokens=64 --concurrency 8 --requests 16 \

@@ -156,6 +156,13 @@ def at_budget(spec: str, k: int) -> Compressor:
     return method
 
 
+def drawn_tokens(n: int, d: int, grid: tuple[int, int], device: str, dtype: torch.dtype, seed: int = 0) -> VisualTokens:
+    """N tokens of width D with text, attention and keys, all drawn from ``seed``."""
+    draw = torch.Generator().manual_seed(seed)
+    x, text, keys = (torch.randn(size, generator=draw).to(device, dtype) for size in ((n, d), (32, d), (n, 64)))
+    return VisualTokens(x, grid=grid, attention=torch.rand(n, generator=draw).softmax(0).to(device), keys=keys, text=text)
+
+
 def cost_of_methods(
     options: ModelOptions,
     specs: Sequence[str],
@@ -177,9 +184,7 @@ def cost_of_methods(
             if method.kind != PRE_LLM or method.as_resizer is not None or method.in_tower:
                 raise MllmEfficientError(f"{spec} does not work on tokens before the language model: --selection measures those that do")
     for n, d, k, grid in shapes:
-        draw = torch.Generator().manual_seed(options.seed)
-        x, text, keys = (torch.randn(size, generator=draw).to(device, dtype) for size in ((n, d), (32, d), (n, 64)))
-        v = VisualTokens(x, grid=grid, attention=torch.rand(n, generator=draw).softmax(0).to(device), keys=keys, text=text)
+        v = drawn_tokens(n, d, grid, device, dtype, options.seed)
         arms = [Series("product"), *(Series(spec) for spec in dict.fromkeys(specs))]
 
         def turn(arm: Series, v: VisualTokens = v, k: int = k) -> dict[str, float]:
