@@ -114,8 +114,7 @@ def count(
         if prepared.staging is not None:
             prepared = replace(prepared, staging=replace(prepared.staging, meter=meter))
         prefill, decode = _decoded(model, prepared, _text_id(adapter), new_tokens)
-    inside_prefill = sum(c.get_total_flops() for c in choosing)
-    before = compress.get_total_flops()
+    inside_prefill, before = sum(c.get_total_flops() for c in choosing), compress.get_total_flops()
     seen, marks = tuple(sorted(unknown.seen)), _marks(prepared, items)
     return Counted(vision.get_total_flops(), before + inside_prefill, prefill - inside_prefill, decode, seen, marks)
 

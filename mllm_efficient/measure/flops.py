@@ -124,13 +124,13 @@ def cost(
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
-    by_layer = inside is not None and visual_per_layer is None
-    layers = tuple(sum(k.per_layer[i] for k in kept) for i in range(decoder.layers)) if by_layer else ()
+    layers = range(decoder.layers if inside is not None and visual_per_layer is None else 0)
     cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
     parts = {"vision": vision, "compress": compress, "prefill": prefill, "decode": decode, "kv_cache_bytes": cache}
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures), visual_per_layer=layers,
+        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures),
+        visual_per_layer=tuple(sum(k.per_layer[i] for k in kept) for i in layers),
     )  # fmt: skip
 
 
