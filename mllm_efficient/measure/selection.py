@@ -25,6 +25,7 @@ from .machine import machine, versions
 from .timing import ORDER, Clock, Series, clock_for, interleave, paired, quick_gc, spread
 
 BATCH = 8
+HEADS = 32  # of a 7B decoder
 SHAPES = ((576, 4096, 57), (2880, 4096, 282), (576, 1024, 57), (576, 4096, 288))
 
 
@@ -157,10 +158,12 @@ def at_budget(spec: str, k: int) -> Compressor:
 
 
 def drawn_tokens(n: int, d: int, grid: tuple[int, int], device: str, dtype: torch.dtype, seed: int = 0) -> VisualTokens:
-    """N tokens of width D with text, attention and keys, all drawn from ``seed``."""
+    """N tokens of width D with text, attention, keys and products of text and tokens, all drawn from ``seed``."""
     draw = torch.Generator().manual_seed(seed)
     x, text, keys = (torch.randn(size, generator=draw).to(device, dtype) for size in ((n, d), (32, d), (n, 64)))
-    return VisualTokens(x, grid=grid, attention=torch.rand(n, generator=draw).softmax(0).to(device), keys=keys, text=text)
+    attention = torch.rand(n, generator=draw).softmax(0).to(device)
+    heads = torch.randn(HEADS, n, generator=draw).to(device)
+    return VisualTokens(x, grid=grid, attention=attention, keys=keys, text=text, heads=heads)
 
 
 def cost_of_methods(
