@@ -120,7 +120,7 @@ def test_bad_data_is_named_before_anything_is_loaded(tmp_path, capsys):
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"image": "gone.png", "conversations": said}) + "\n")
     config = str(RECIPES / "tokenflex_builtin.yaml")
-    code = main(["train", "--config", config, f"output_dir={tmp_path / 'run'}", f"data={{path: {data}}}", "stages.0.data.scenes=24"])
+    code = main(["train", "--config", config, f"output_dir={tmp_path / 'run'}", f"data={{path: {data}}}", "stages.0.data.scenes=32"])
     assert code == 2 and "d.jsonl:1: no image file" in capsys.readouterr().err
 
 
