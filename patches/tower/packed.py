@@ -40,6 +40,7 @@ def watched_last(tower: Any, call: Callable[[], Result], needs: frozenset[str]) 
         )
     with torch.no_grad():
         q, k, _ = seen["qkv"].unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        q, k = (getattr(attention, name, torch.nn.Identity())(part) for name, part in (("q_norm", q), ("k_norm", k)))  # GLM-OCR's
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision  # each family has it beside its tower
         q, k = (part.transpose(0, 1).float() for part in rotate(q, k, *seen["position_embeddings"]))
         ends = seen["cu_seqlens"].tolist()
