@@ -118,7 +118,8 @@ def learn(model: Any) -> None:
 
 def is_supported(classes: Iterable[str], model_type: str) -> bool:
     """Whether a model of one of these classes, or of this type, can be compressed."""
-    return bool(set(classes) & set(FAMILIES)) or model_type in facts.FACTS
+    names = set(classes)
+    return bool(names & set(FAMILIES)) or (model_type in facts.FACTS and not names & set(ORIGINALS))
 
 
 def advice_on(name: str, model_type: str = "") -> str:

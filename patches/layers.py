@@ -111,9 +111,8 @@ def _gemma4_heads(text: Any, layer: int) -> tuple[int, int]:
     """(width of a head, key-value heads) of a layer that sees all: of a file, or as transformers has put it into ``per_layer_config``."""
     own = getattr(text, "per_layer_config", None)
     if own is not None:
-        own = own if isinstance(own, dict) else vars(own)
-        own = own.get(layer) or own.get(str(layer))
-        own = own if isinstance(own, dict) else vars(own)
+        by_layer = {int(number): entry for number, entry in (own if isinstance(own, dict) else vars(own)).items()}  # a file says "05"
+        own = by_layer[layer] if isinstance(by_layer[layer], dict) else vars(by_layer[layer])
         return own["head_dim"], own.get("num_key_value_heads") or text.num_key_value_heads
     fewer = text.attention_k_eq_v and getattr(text, "num_global_key_value_heads", None)
     return text.global_head_dim, fewer or text.num_key_value_heads

@@ -197,6 +197,10 @@ def test_a_real_call_costs_what_torch_counts(family, spec, call):
         return  # the tower's are those of the family that it is like
     model = tiny(family)
     shape = shape_of(model.config, family)
+    if not set(me.build(spec).needs) <= shape.rules.gives:
+        with pytest.raises(me.UnsupportedModelError, match="does not give"):
+            cost(shape, method=spec)
+        return
     known = {"image_size": (96, 60)} if EVERY[family].mrope else {"image_size": (70, 50)} if EVERY[family].tiled else {}
     found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **call)
     left = {"marks": found.marks} if EVERY[family].marked else {}  # which rows have tokens left is the method's choice
