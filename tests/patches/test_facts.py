@@ -123,12 +123,12 @@ def unknown(monkeypatch, model_type: str) -> contract.Subject:
 
 
 def test_an_unknown_type_is_tried(monkeypatch):
-    patient = unknown(monkeypatch, "glm4v")
-    with pytest.raises(me.UnsupportedModelError, match="Glm4vForConditionalGeneration is not supported"):
+    patient = unknown(monkeypatch, "qwen3_vl_moe")
+    with pytest.raises(me.UnsupportedModelError, match="Qwen3VLMoeForConditionalGeneration is not supported"):
         me.wrap(patient.model, "uniform:keep=0.5")
     plain = patient.model.generate(**patient.prompts[0], max_new_tokens=2)
     row = contract.guess(patient.model)
-    assert (row.grids, row.mrope, row.example) == ("image_grid_thw", 3, "patches")
+    assert (row.grids, row.mrope, row.deepstack, row.example) == ("image_grid_thw", 3, True, "patches")
     monkeypatch.setattr(contract, "guess", lambda model: replace(row, tiny=patient.facts.tiny))
     me.wrap(patient.model, "uniform:keep=0.5", unknown="try")
     assert patient.model.generate(**patient.prompts[0], max_new_tokens=2).shape == plain.shape
@@ -137,21 +137,21 @@ def test_an_unknown_type_is_tried(monkeypatch):
 
 
 def test_a_type_that_does_not_hold_is_refused_with_the_row_that_is_missing(monkeypatch):
-    patient = unknown(monkeypatch, "idefics3")
+    patient = unknown(monkeypatch, "idefics2")
     monkeypatch.setattr(contract, "guess", lambda model: facts.Facts(grids="image_grid_thw", example="padded"))
     with pytest.raises(me.UnsupportedModelError) as caught:
         me.wrap(patient.model, "uniform:keep=0.5", unknown="try")
     assert "does not hold" in str(caught.value) and "Facts(grids='image_grid_thw', example='padded')" in str(caught.value)
-    assert "idefics3" not in facts.FACTS
+    assert "idefics2" not in facts.FACTS
     with pytest.raises(me.MllmEfficientError, match="neither 'refuse' nor 'try'"):
         me.wrap(patient.model, "uniform:keep=0.5", unknown="yes")
 
 
 def test_a_refused_type_says_why(monkeypatch):
-    patient = unknown(monkeypatch, "idefics3")
-    monkeypatch.setitem(facts.REFUSED, "idefics3", "a reason")
+    patient = unknown(monkeypatch, "idefics2")
+    monkeypatch.setitem(facts.REFUSED, "idefics2", "a reason")
     for how in ("refuse", "try"):
-        with pytest.raises(me.UnsupportedModelError, match="Idefics3ForConditionalGeneration is not supported: a reason"):
+        with pytest.raises(me.UnsupportedModelError, match="Idefics2ForConditionalGeneration is not supported: a reason"):
             me.wrap(patient.model, "uniform:keep=0.5", unknown=how)
 
 
@@ -159,9 +159,9 @@ def test_a_refused_type_says_why(monkeypatch):
 
 
 def test_what_a_row_does_not_know_is_refused_by_name():
-    patient = subject("idefics3")
+    patient = subject("idefics2")
     for spec, said in {
-        "pool:keep=0.3": "pool needs grid, which Idefics3ForConditionalGeneration does not give",
+        "pool:keep=0.3": "pool needs grid, which Idefics2ForConditionalGeneration does not give",
         "visionzip:keep=0.3": "needs attention",
         "divprune:keep=0.3,per=tile": "per='tile' has no effect",
     }.items():
@@ -169,7 +169,7 @@ def test_what_a_row_does_not_know_is_refused_by_name():
             me.wrap(patient.model, spec)
 
 
-@pytest.mark.parametrize("model_type", ["glm4v", "exaone4_5"])
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "exaone4_5"])
 def test_a_type_whose_calls_say_the_grid_runs_methods_that_need_one(model_type):
     patient = subject(model_type)
     prepared = me.prepare(patient.model, "pool:keep=0.5", **patient.prompts[0])
