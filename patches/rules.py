@@ -108,7 +108,7 @@ class Rules:
         self.name, self.config, self.settings = name, config, dict(settings or {})
         if "attention" in self.gives and self.class_token and self.clip_tower:
             self.gives = self.gives | {"clip_text"}
-        if self.decoder in DECODERS.values():
+        if self.decoder in PLAIN_LAYERS:  # whose queries and keys can be made without positions
             self.gives = self.gives | {"heads"}
 
     def with_settings(self, settings: Settings) -> Any:

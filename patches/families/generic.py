@@ -16,6 +16,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item
 from ..facts import FACTS, Facts
+from ..rules import check_reducer
 from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class GenericAdapter(Adapter):
             raise UnsupportedModelError(f"positions='renumber' is not known for {self.name}, whose calls do not say the grid of a picture")
 
     def check_inside(self, method: Any) -> None:
+        if self.recurrent:  # which says of which kind
+            check_reducer(self, method)
         for fact, why in {
             "recurrent": "layers that carry a state along, which a token cannot leave halfway",
             "bidirectional": "images whose tokens attend to all of it, which the masks of in-decoder methods do not",

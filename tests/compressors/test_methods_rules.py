@@ -188,7 +188,7 @@ def test_needs_may_be_a_plain_set(registered):
         clip: str = "somewhere"
 
     assert query_aware(Mine)
-    family = Adapter(SimpleNamespace(config=None))
+    family = Adapter(SimpleNamespace(config=None, get_decoder=lambda: SimpleNamespace(layers=[None])))
     family.gives = frozenset({"grid", "keys"})
     with pytest.raises(me.UnsupportedModelError, match="mine needs clip_text, which SimpleNamespace does not give"):
         check(family, me.build("mine:tokens=3"))

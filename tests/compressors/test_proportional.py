@@ -36,7 +36,7 @@ def by_hand(model, inputs, tokens):
         return model(**call, use_cache=False).logits[valid]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES.values() if f.inside])
 def test_every_family_equals_the_mask_made_by_hand(name):
     """Left-padded rows with no, one and two pictures, and a video where the family takes one; M-RoPE and deepstack too."""
     model, inputs = tiny(name), make(name, *FAMILIES[name].mixed)
