@@ -129,8 +129,7 @@ def cost(
     parts = {"vision": vision, "compress": compress, "prefill": prefill, "decode": decode, "kv_cache_bytes": cache}
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures),
-        visual_per_layer=tuple(sum(k.per_layer[i] for k in kept) for i in layers),
+        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures), visual_per_layer=tuple(sum(k.per_layer[i] for k in kept) for i in layers),
     )  # fmt: skip
 
 
