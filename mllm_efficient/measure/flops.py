@@ -102,10 +102,9 @@ def cost(
     Raises:
         MllmEfficientError: numbers that the model or the convention cannot have. BadBudgetError, UnsupportedModelError.
     """
-    model = load_shape(shape) if isinstance(shape, str) else shape
     _check(convention, text_tokens, visual_tokens, new_tokens, batch_size)
-    compressor, rules, decoder = runnable(method), model.rules, model.decoder
-    before, inside = before_of(compressor), inside_of(compressor)
+    model, compressor = load_shape(shape) if isinstance(shape, str) else shape, runnable(method)
+    rules, decoder, before, inside = model.rules, model.decoder, before_of(compressor), inside_of(compressor)
     if inside is not None and model.name != "builtin":  # what ships is of the embedded model
         drawn = or_random(inside)
         inside, compressor = drawn.as_reducer, compose([drawn] if before is None else [before, drawn])
@@ -118,18 +117,19 @@ def cost(
     vision = compress = decode = 0
     if convention == EXACT:
         vision = _seeing_flops(model, compressor, kept, batch_size)
-        compress = 0 if before is None else _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens)
-        compress += 0 if inside is None else choosing_flops(decoder, inside, kept, text_tokens)
+        compress = _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens) if before is not None else 0
+        compress += choosing_flops(decoder, inside, kept, text_tokens) if inside is not None else 0
         prefill = prefill_flops(decoder, lengths)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
-    layers = range(decoder.layers if inside is not None and visual_per_layer is None else 0)
-    cache = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
-    parts = {"vision": vision, "compress": compress, "prefill": prefill, "decode": decode, "kv_cache_bytes": cache}
+    shown = range(decoder.layers if inside is not None and visual_per_layer is None else 0)
+    parts = {"vision": vision, "compress": compress, "prefill": prefill, "decode": decode}
+    parts["kv_cache_bytes"] = kv_cache_bytes(decoder, [n + max(new_tokens - 1, 0) for n in lengths])
     return Cost(
         compressor.spec(), convention, text_tokens, sum(p.shape.n for p in pictures), tokens, separators,
-        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures), visual_per_layer=tuple(sum(k.per_layer[i] for k in kept) for i in layers),
+        **{name: batch_size * part for name, part in parts.items()}, pictures=_words(pictures),
+        visual_per_layer=tuple(sum(k.per_layer[i] for k in kept) for i in shown),
     )  # fmt: skip
 
 
