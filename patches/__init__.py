@@ -66,10 +66,10 @@ def require_present(model_type: str) -> None:
 
 
 def require_whole(model_type: str) -> None:
-    """Raises ``UnsupportedModelError`` for a family whose every call raises in the installed transformers."""
+    """Raises ``UnsupportedModelError`` for a family that the installed transformers has otherwise, or whose every call raises there."""
     row = facts.FACTS.get(model_type)
-    if row is not None and row.broken == transformers_version():
-        raise UnsupportedModelError(f"{model_type} is not supported: {row.refusal(transformers_version())}")
+    if row is not None and (why := row.refusal(transformers_version())):
+        raise UnsupportedModelError(f"{model_type} is not supported: {why}")
 
 
 def adapter_for(model: Any) -> Adapter:

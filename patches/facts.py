@@ -169,11 +169,11 @@ FACTS: dict[str, Facts] = {
     "qwen3_vl_moe": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
     "qwen4_exp": _flat(mrope=3, recurrent=True, tiny=QWEN4),
     "shieldgemma2": Facts(tiny={"mm_tokens_per_image": 16}, bidirectional=True),
-    "smolvlm": Facts(example="padded"),
+    "smolvlm": Facts(example="padded", since=(5, 24)),
     "step3p7": Facts(tiny={"text_config": {"sliding_window": 512}}),
     "unlimited_ocr": Facts(example="large", tiny=SAM),
     "video_llama_3": Facts(example="merged_patches"),
-    "video_llava": Facts(),
+    "video_llava": Facts(since=(5, 24)),
     "vipllava": Facts(tiny={"vision_feature_layers": [-2, -1]}),
 }  # fmt: skip
 

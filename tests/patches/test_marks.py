@@ -554,7 +554,7 @@ def llama4_rules() -> Any:
     from mllm_efficient.patches.rules import rules_class
 
     vision = {"image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5}
-    return rules_class("llama4")("llama4", Plain({"vision_config": vision}))
+    return rules_class("llama4")("llama4", Plain({"vision_config": vision, "text_config": {"model_type": "llama4_text"}}))
 
 
 def llama4_canvases(most: int) -> list:
