@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,10 @@ class Llama4Adapter(InternVLAdapter, Llama4Rules):
                 f"resize makes tiles smaller, and the tower of {self.name} takes one size: give fewer tiles instead"
             )
         return self.base.get_image_features(pixel_values=pixels, return_dict=True).last_hidden_state
+
+    def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
+        width, height = self.view_size
+        return {"pixel_values": pixels(sum(image.views for image in images), self.config.vision_config.num_channels, height, width)}
 
     def container(self, modality: str, features: list[Tensor], deep: list[tuple[Tensor, ...]]) -> Any:
         from .ragged import ragged_output
