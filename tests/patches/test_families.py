@@ -426,9 +426,8 @@ def small_tiles(name: str, model: Any, pixels: Tensor, side: int) -> Tensor:
     size = side * (8 if FAMILIES[name].in_prompt else model.config.vision_config.patch_size)
     pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
     if name == "idefics3":
-        return (
-            model.model.get_image_features(pixel_values=pixels[None], return_dict=True).pooler_output[0].view(len(pixels), side * side, -1)
-        )
+        made = model.model.get_image_features(pixel_values=pixels[None], return_dict=True).pooler_output
+        return torch.cat(list(made)).view(len(pixels), side * side, -1)  # of each prompt, or in transformers 5.19 of each tile
     if FAMILIES[name].in_prompt:
         how = {"interpolate_pos_encoding": True} if name == "cohere2_vision" else {}
         return model.model.get_image_features(pixel_values=pixels, return_dict=True, **how).pooler_output
