@@ -120,7 +120,7 @@ FACTS: dict[str, Facts] = {
     "exaone4_5": _flat(),
     "fuyu": Facts(read="last_hidden_state", example="linear", since=(5, 24)),
     "gemma3": Facts(tiny={"mm_tokens_per_image": 16}, bidirectional=True),
-    "gemma4": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_vision"}}, bidirectional=True),
+    "gemma4": Facts(example="positions", tiny={"vision_config": {"model_type": "gemma4_vision"}}, bidirectional=True, since=(5, 24)),
     "gemma4_unified": Facts(example="tokens_with_positions", tiny=UNIFIED, bidirectional=True),
     "glm46v": _flat(mrope=3, tiny=GLM_ROPE),
     "glm4v": _flat(mrope=3, tiny=GLM_ROPE),

@@ -451,6 +451,8 @@ ALIKE = {
         ),
     )
 }
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24):  # which has it otherwise, so it is refused
+    del ALIKE["gemma4"]
 EVERY = {**FAMILIES, **APART, **ALIKE}
 WITH_VIDEO = tuple(f.name for f in FAMILIES.values() if f.video)
 MROPE = tuple(f.name for f in FAMILIES.values() if f.mrope)

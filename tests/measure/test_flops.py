@@ -361,7 +361,7 @@ def test_every_family_of_the_table_has_both_halves_and_is_tested():
 
     for model_type in TABLE:
         assert issubclass(adapter_class(model_type), rules_class(model_type))
-    assert set(TABLE) == {"llava", *EVERY, *MARKED_ALIKE}
+    assert set(TABLE) == {"llava", "gemma4", *EVERY, *MARKED_ALIKE}
 
 
 def bare(shape: VisualShape) -> list[tuple]:

@@ -62,12 +62,12 @@ def test_everything_holds_here(capsys):
     assert {row["model_type"] for row in rows} == set(TABLE)
     assert {(row["kind"], row["check"]) for row in rows} == {(k, c) for k in checkup.KINDS for c in checkup.CHECKS}
     assert len(rows) == len(checkup._models()) * len(checkup.KINDS) * len(checkup.CHECKS)
-    absent = {"llama4"} if FACTS["llama4"].broken == patches.transformers_version() else set()
-    outside = {"minicpmv4_6", "minicpmv4_7", "llama4", *(f.name for f in families.EVERY.values() if not f.inside)}
+    absent = {name for name in TABLE if FACTS[name].refusal(patches.transformers_version())}
+    outside = {"minicpmv4_6", "minicpmv4_7", "llama4", "gemma4", *(f.name for f in families.EVERY.values() if not f.inside)}
     offered = {"pre_llm": set(TABLE) - absent, "in_llm": set(TABLE) - absent - outside}
     assert all(row["holds"] is True for row in rows if row["model_type"] in offered.get(row["kind"], ()))
     lacking = {kind: {row["model_type"] for row in rows if row["holds"] is None and row["kind"] == kind} for kind in checkup.KINDS}
-    assert lacking["projector"] == {name for name in TABLE if not rules_class(name).projects}
+    assert lacking["projector"] == absent | {name for name in TABLE if not rules_class(name).projects}
     assert lacking["in_tower"] == set(TABLE) - {"llava", "internvl", "cohere2_vision"} and not any(row["holds"] is False for row in rows)
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
 

@@ -13,13 +13,16 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ra
 import mllm_efficient as me
 from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, kv_cache_bytes, load_shape, prefill_flops, shape_of
-from mllm_efficient.patches import adapter_for
+from mllm_efficient.patches import adapter_for, transformers_version
+from mllm_efficient.patches.facts import FACTS
 from mllm_efficient.patches.families.gemma4 import COUNTS
 
 from ..families import VOCABULARY, gemma4, make, tiny
 from ..families_reference import logits, visuals
 from .test_families import sequence
 
+REFUSAL = FACTS["gemma4"].refusal(transformers_version())
+pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL or "none")
 IMAGE, VIDEO = VOCABULARY["<IMG_CONTEXT>"], VOCABULARY["<video>"]
 SPEC = "divprune:keep=0.3"
 
