@@ -81,7 +81,7 @@ def adapter_for(model: Any) -> Adapter:
             require_whole(FAMILIES[cls.__name__])
             return rules.adapter_class(FAMILIES[cls.__name__])(inner)
     kind = getattr(getattr(inner, "config", None), "model_type", "")
-    if kind in facts.FACTS:
+    if _by_its_row(kind):
         refusal = facts.FACTS[kind].refusal(transformers_version())
         if refusal:
             raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {refusal}")
@@ -118,8 +118,12 @@ def learn(model: Any) -> None:
 
 def is_supported(classes: Iterable[str], model_type: str) -> bool:
     """Whether a model of one of these classes, or of this type, can be compressed."""
-    names = set(classes)
-    return bool(names & set(FAMILIES)) or (model_type in facts.FACTS and not names & set(ORIGINALS))
+    return bool(set(classes) & set(FAMILIES)) or _by_its_row(model_type)
+
+
+def _by_its_row(model_type: str) -> bool:
+    """Whether a type has a row and no family of its own, whose classes are then the only ones."""
+    return model_type in facts.FACTS and model_type not in rules.FAMILIES
 
 
 def advice_on(name: str, model_type: str = "") -> str:

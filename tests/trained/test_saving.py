@@ -413,7 +413,7 @@ def test_a_folder_that_is_none_is_one_line(builtin, tmp_path, content, said):
 def test_another_family_is_refused_before_its_weights_are_read(builtin, tmp_path):
     builtin[0].config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Idefics3ForConditionalGeneration"]}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Florence2ForConditionalGeneration"]}))
     (tmp_path / "compression.json").write_text('{"method": {"method": "divprune", "keep": 0.5}}')
-    with pytest.raises(me.UnsupportedModelError, match="Idefics3ForConditionalGeneration, which is not supported"):
+    with pytest.raises(me.UnsupportedModelError, match="Florence2ForConditionalGeneration, which is not supported"):
         me.from_pretrained(tmp_path)
