@@ -346,6 +346,8 @@ def test_minicpm_that_keeps_everything_is_bit_equal(spec):
 def test_a_picture_is_cut_into_the_slices_that_its_processor_cuts(size, mode):
     from transformers import MiniCPMV4_6ImageProcessorPil
 
+    if mode == "4x" and transformers_version() < (5, 24):
+        pytest.skip("older processors cut slices for a token of 4 x 4 patches whatever a token is; what is placed follows the newer ones")
     for settings in ({"max_slice_nums": 9}, {"max_slice_nums": 4, "slice_mode": True}, {"slice_mode": False}, {"max_slice_nums": 1}):
         settings = {"scale_resolution": 32, "downsample_mode": mode, **settings}
         out = MiniCPMV4_6ImageProcessorPil(patch_size=4, **settings)(noise(0, *size), return_tensors="pt")
