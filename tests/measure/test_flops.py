@@ -21,7 +21,6 @@ from mllm_efficient.measure.flops import cost, decode_flops, kv_cache_bytes, loa
 from mllm_efficient.measure.shapes import shape_config
 from mllm_efficient.measure.workload import Workload, make_inputs
 from mllm_efficient.patches import adapter_for, transformers_version
-from mllm_efficient.patches.facts import FACTS
 from mllm_efficient.patches.rules import FAMILIES as TABLE
 from mllm_efficient.tokens import VisualShape
 
@@ -116,8 +115,8 @@ def test_the_tower_costs_what_torch_counts(name):
 @pytest.mark.parametrize("name", ["idefics3-8b", "smolvlm2-2.2b"])
 def test_the_tower_of_tiles_by_name_costs_what_torch_counts(name):
     shape = load_shape(name)
-    if why := FACTS[shape.family].refusal(transformers_version()):
-        pytest.skip(why)
+    if transformers_version() < (5, 24):
+        pytest.skip("older versions look for empty tiles by value, which a model without weights has not")
     found = counter.count(on_meta(name), shape, me.build("none"), image_size=(800, 600))
     assert found.vision == cost(shape, image_size=(800, 600)).vision
 
