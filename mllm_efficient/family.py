@@ -72,5 +72,8 @@ class Family(Protocol):
     def projected(self, item: Any, side: int) -> VisualShape:
         """The shape of an image, each of whose tiles has side x side tokens."""
 
+    def check_positions(self, rule: str) -> None:
+        """Raises ``UnsupportedModelError`` for a rule of positions, "renumber" or "keep", that the model cannot follow."""
+
     def check_inside(self, method: Reducer) -> None:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""

@@ -102,13 +102,15 @@ def learn(model: Any) -> None:
         raise UnsupportedModelError(f"{type(inner).__name__} is not supported: {facts.REFUSED[kind]}")
     contract = importlib.import_module(f"{__name__}.contract")  # which wraps models itself
     row = contract.guess(inner)
-    facts.FACTS[kind] = row
+    facts.FACTS[kind], wrong = row, {"a tiny model": "was not built"}
     try:
         wrong = {name: why for name, why in contract.keeps(inner.config, row).items() if why}
     except Exception as error:  # whatever a tiny model of an unknown type raises
         wrong = {"a tiny model": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    finally:
+        if wrong:
+            del facts.FACTS[kind]
     if wrong:
-        del facts.FACTS[kind]
         said = "; ".join(f"{name}: {why}" for name, why in wrong.items())
         raise UnsupportedModelError(
             f"{type(inner).__name__} is not supported, and the row that was tried does not hold ({said}). "

@@ -178,6 +178,9 @@ class Rules:
         """Blocks of the tower that methods can merge in; 0 where none can."""
         return 0
 
+    def check_positions(self, rule: str) -> None:
+        """Raises ``UnsupportedModelError`` for a rule of positions, "renumber" or "keep", that the model cannot follow."""
+
     def check_inside(self, method: Reducer) -> None:
         """Raises ``UnsupportedModelError`` where an in-decoder method cannot run in this model."""
         check_reducer(self, method)

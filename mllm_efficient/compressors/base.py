@@ -266,7 +266,7 @@ class Compressor:
         self.check_needs(adapter)
         self.check_parts(adapter)
         fit.require_newlines(self, adapter)
-        fit.require_order(self, adapter, self.position_rule(adapter))
+        fit.require_positions(self, adapter, self.position_rule(adapter))
         fit.require_later_layers(self, adapter)
         usual = adapter.usual()
         if usual is not None:

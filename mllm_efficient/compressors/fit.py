@@ -50,8 +50,12 @@ def require_newlines(method: Compressor, adapter: Family) -> None:
         raise UnsupportedModelError(f"{method.name} merges rows, and a newline column belongs to a row: leave newline= out")
 
 
-def require_order(method: Compressor, adapter: Family, positions: str) -> None:
-    """Tokens in the order of their choice have no places to keep. positions: the rule, "renumber" or "keep"."""
+def require_positions(method: Compressor, adapter: Family, positions: str) -> None:
+    """The model can follow the rule, and tokens in the order of their choice, which have no places to keep, need not.
+
+    positions: the rule, "renumber" or "keep".
+    """
+    adapter.check_positions(positions)
     if method.order != "picked":
         return
     if positions == "keep" or method.newline == "keep":

@@ -16,7 +16,6 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item
 from ..facts import FACTS, Facts
-from ..rules import check_reducer
 from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
@@ -29,11 +28,11 @@ NO_ARGUMENTS = ("self", "kwargs", "return_dict", "output_hidden_states", "output
 class GenericAdapter(Adapter):
     """What the wrapper needs to know of one model of a type that has a row.
 
-    facts: the row, by the model's type where none is given.
+    facts: the row.
     """
 
-    def __init__(self, model: Any, facts: Facts | None = None):
-        self.facts = FACTS[model.config.model_type] if facts is None else facts
+    def __init__(self, model: Any):
+        self.facts: Facts = FACTS[model.config.model_type]
         super().__init__(model)
         gridded = bool(self.facts.grids)
         self.gives = frozenset({"text", "grid"} if gridded else {"text"})
@@ -121,26 +120,22 @@ class GenericAdapter(Adapter):
                 "belongs to the model"
             )
 
+    @property
+    def recurrent(self) -> tuple[str, ...]:
+        return super().recurrent or (("recurrence",) if self.facts.recurrent else ())
+
     def check_positions(self, rule: str) -> None:
-        """Raises ``UnsupportedModelError`` for a rule of positions that this type cannot follow."""
         if rule == "keep" and not self.facts.gaps:
             raise UnsupportedModelError(f"positions='keep' has no effect on {self.name}, whose layers read no positions")
         if rule == "renumber" and self.facts.mrope and not self.facts.grids:
             raise UnsupportedModelError(f"positions='renumber' is not known for {self.name}, whose calls do not say the grid of a picture")
 
     def check_inside(self, method: Any) -> None:
-        if self.recurrent:  # which says of which kind
-            check_reducer(self, method)
-        for fact, why in {
-            "recurrent": "layers that carry a state along, which a token cannot leave halfway",
-            "bidirectional": "images whose tokens attend to all of it, which the masks of in-decoder methods do not",
-        }.items():
-            if getattr(self.facts, fact):
-                raise UnsupportedModelError(f"{method.name} works inside the decoder, and {self.name} has {why}")
+        if self.facts.bidirectional:
+            raise UnsupportedModelError(
+                f"{method.name} drops tokens between layers under causal masks, and the tokens of an image of {self.name} see each other"
+            )
         super().check_inside(method)
-
-    def unit(self, item: Item) -> Grid:
-        return item.shape.planes[0].rows, item.shape.planes[0].columns
 
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
         raise UnsupportedModelError(f"resize is not known for {self.name}")

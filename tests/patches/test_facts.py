@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,15 +76,15 @@ def test_llama4_still_raises_by_itself():
 
 def test_wrong_facts_are_found():
     deep = subject("qwen3_vl_moe", deepstack=False)
-    deep.adapter = GenericAdapter(deep.model, deep.facts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(facts.FACTS, "qwen3_vl_moe", deep.facts)
+        deep.adapter = GenericAdapter(deep.model)
         with pytest.raises(AttributeError, match="deepstack"):
             deep.identity()
     flat = subject("glm4v", mrope=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(facts.FACTS, "glm4v", flat.facts)
-        flat.adapter = GenericAdapter(flat.model, flat.facts)
+        flat.adapter = GenericAdapter(flat.model)
         assert flat.chosen() == "positions are not counted on one by one"
 
 
@@ -167,6 +168,39 @@ def test_what_a_row_does_not_know_is_refused_by_name():
     }.items():
         with pytest.raises(me.UnsupportedModelError, match=said):
             me.wrap(patient.model, spec)
+
+
+@newest
+@pytest.mark.parametrize(
+    ("model_type", "rule", "says"),
+    [
+        ("inkling2", "keep", "read no positions"),
+        ("nemotron_h_omni", "keep", "read no positions"),
+        ("hy_v4_vl", "renumber", "do not say the grid"),
+    ],
+)
+def test_a_rule_of_positions_that_cannot_take_effect_is_refused(model_type, rule, says):
+    patient = subject(model_type)
+    for run in (me.wrap, lambda model, spec: me.prepare(model, spec, **patient.prompts[0])):
+        with pytest.raises(me.UnsupportedModelError, match=says):
+            run(patient.model, f"divprune:keep=0.5,positions={rule}")
+
+
+@newest
+def test_decoders_that_take_methods_inside_are_these():
+    """A type that no longer takes them fails here: the contract lets refusals pass."""
+    inside = set()
+    for model_type, row in facts.FACTS.items():
+        if not row.refusal(HERE) and row.example != "large":
+            patient = subject(model_type)
+            with contextlib.suppress(me.UnsupportedModelError):
+                patient.adapter.check_inside(me.build(f"fastv:layer={max(1, patient.adapter.deep_layers)},ratio=0.5"))
+                inside.add(model_type)
+    assert inside == set(
+        "aya_vision cohere2_vision cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 got_ocr2 idefics2 idefics3 internvl janus lighton_ocr "
+        "llava llava_next llava_next_video llava_onevision mistral3 ovis2 pp_chart2table qianfan_ocr qwen2_5_vl qwen2_vl qwen3_vl smolvlm "
+        "video_llama_3 video_llava vipllava".split()
+    )
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "exaone4_5"])
