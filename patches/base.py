@@ -272,6 +272,16 @@ def _of_views(views: Sequence[tuple[Tensor, Tensor | None]], item: Item, planned
     return Encoding(torch.cat([tokens for tokens, _ in views]), planned.seen, kept=torch.cat(kept) if kept else None)
 
 
+def runs_in(ids: Sequence[int], token: int) -> list[tuple[int, int]]:
+    """(first, end) of every run of a token among ids."""
+    runs, at = list[tuple[int, int]](), 0
+    for found, group in itertools.groupby(ids):
+        start, at = at, at + len(list(group))
+        if found == token:
+            runs.append((start, at))
+    return runs
+
+
 def smaller_pixels(pixels: Tensor, height: int, width: int) -> Tensor:
     """Images (images, channels, H, W) made smaller: bicubic with antialiasing, in float32."""
     return torch.nn.functional.interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)

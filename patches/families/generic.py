@@ -6,7 +6,6 @@ What no row knows is refused by name: how tokens lie on a grid (unless the call 
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
-from ..base import Adapter, Encoding, Item
+from ..base import Adapter, Encoding, Item, runs_in
 from ..facts import FACTS, Facts
 from ..running import by_its_own_rule
 
@@ -70,9 +69,8 @@ class GenericAdapter(Adapter):
             return [self.gridded(modality, *(int(side) for side in grid)) for grid in grids]
         if self.facts.grids:
             raise CountMismatchError(f"{PIXELS[modality]} without {self.facts.grids}: pass both as the processor gives them")
-        rows = (inputs["input_ids"] == self.placeholders[modality]).tolist()
-        runs = [len(list(run)) for row in rows for visual, run in itertools.groupby(row) if visual]
-        return [VisualShape((Plane(1, n, placed=False),), modality) for n in runs]
+        runs = [run for row in inputs["input_ids"].tolist() for run in runs_in(row, self.placeholders[modality])]
+        return [VisualShape((Plane(1, end - first, placed=False),), modality) for first, end in runs]
 
     def gridded(self, modality: str, frames: int, rows: int, columns: int) -> VisualShape:
         """An image or video of so many patches, ``merge`` x ``merge`` of which are a token."""

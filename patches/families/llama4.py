@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
+from ..base import runs_in
 from ..rules import Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 from .internvl import InternVLAdapter, InternVLRules
@@ -173,12 +174,7 @@ def images_of(ids: Sequence[int], placeholder: int, n: int) -> list[tuple[int, i
 
     An image of several tiles has one token between each two and two in front of the whole, the first of which ends every row.
     """
-    runs, at = list[tuple[int, int]](), 0
-    for token, group in itertools.groupby(ids):
-        length = len(list(group))
-        if token == placeholder:
-            runs.append((at, at + length))
-        at += length
+    runs = runs_in(ids, placeholder)
     out = list[tuple[int, int]]()
     while runs:
         gaps = [ids[stop:start] for (_, stop), (start, _) in itertools.pairwise(runs)]

@@ -13,7 +13,7 @@ from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
-from ..base import Encoding, Item, smaller_pixels
+from ..base import Encoding, Item, runs_in, smaller_pixels
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import Tower
 from .generic import GenericAdapter
@@ -230,12 +230,7 @@ def images_of(ids: list[int], placeholder: int) -> list[tuple[int, int]]:
     The slices of an image, two or more, are all opened by the same token, which is another than in front of the whole image, and closed
     by the same. Other runs are images of one crop.
     """
-    runs, at = list[tuple[int, int]](), 0
-    for token, group in itertools.groupby(ids):
-        length = len(list(group))
-        if token == placeholder:
-            runs.append((at, at + length))
-        at += length
+    runs = runs_in(ids, placeholder)
     out = list[tuple[int, int]]()
     while runs:
         slices = _slices_after(ids, runs)
