@@ -68,6 +68,9 @@ def test_everything_holds_here(capsys):
     assert all(row["holds"] is True for row in rows if row["model_type"] in offered.get(row["kind"], ()))
     lacking = {kind: {row["model_type"] for row in rows if row["holds"] is None and row["kind"] == kind} for kind in checkup.KINDS}
     assert lacking["projector"] == absent | {name for name in TABLE if not rules_class(name).projects}
+    blind = {"gemma3", "gemma4", "idefics3", "lighton_ocr", "llama4", "minicpmv4_6", "minicpmv4_7", "mistral3", "smolvlm"}
+    assert lacking["attention"] == absent | blind
+    assert lacking["in_llm"] == absent | outside
     assert lacking["in_tower"] == set(TABLE) - {"llava", "internvl", "cohere2_vision"} and not any(row["holds"] is False for row in rows)
     assert found["meta"]["versions"]["transformers"] == transformers.__version__
 
