@@ -59,7 +59,7 @@ def methods(names: Sequence[str]) -> st.SearchStrategy[Any]:
         cls: Any = me.get_method(name)
         known = [f.name for f in dataclasses.fields(cls) if f.name in DRAWN]
         given = draw(st.sets(st.sampled_from(known), max_size=3)) | ({"weights"} if "weights" in known else set())
-        budget = {} if getattr(cls, "routes", False) or given & {"ratio", "ratios"} else draw(BUDGETS)
+        budget = {} if getattr(cls, "routes", False) or getattr(cls, "weighs", False) or given & {"ratio", "ratios"} else draw(BUDGETS)
         try:
             return cls(**budget, **{field: draw(DRAWN[field]) for field in sorted(given)})
         except me.MllmEfficientError:
