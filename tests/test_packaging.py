@@ -88,7 +88,8 @@ def test_the_constraints_pin_every_dependency():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line[:1] != "#"
     }
-    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dev"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["docs"]]
     assert {re.split(r"[<>=;]", d)[0].lower() for d in wanted} <= names
 
 
@@ -171,8 +172,8 @@ def test_the_embedded_model_of_the_wheel_answers(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_method_of_contributing_md_runs(installed, tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+def test_the_method_of_the_documentation_runs(installed, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-method.md").read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 40
     (tmp_path / "norm.py").write_text(example)
     options = ("--import", "norm.py", "--method", "norm:keep=0.25,longest=false", "--limit", "7", "--json")
@@ -189,11 +190,3 @@ for arguments in {[["methods"], ["--help"], *([name, "--help"] for name in COMMA
     assert "torch" not in sys.modules and "transformers" not in sys.modules, arguments
 """
     call(sys.executable, "-c", code, path=ROOT)
-
-
-def test_tests_that_the_readme_names_exist():
-    defined = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in (ROOT / "tests").rglob("test_*.py")), re.MULTILINE))
-    named = {
-        name for name in re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()) if not list((ROOT / "tests").rglob(f"{name}.py"))
-    }
-    assert named and named <= defined
