@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_efficient.tables import flat
+
 from ..agreement_rows import length_table
 from .merge import Finished
 from .rows import failures, main_table, task_table, tasks_of
@@ -90,27 +92,15 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     A text that a spreadsheet would take for a formula has an apostrophe before it.
     """
     tasks = tasks_of(rows)
-    flat = [_flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
-    columns = list(dict.fromkeys(k for f in flat for k in f))
+    flattened = [flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
+    columns = list(dict.fromkeys(k for f in flattened for k in f))
     columns = [c for c in columns if not any(f"{c}_{part}" in columns for part in ("median", "low", "score"))]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows({k: _no_formula(v) for k, v in row.items()} for row in flat)
+    writer.writerows({k: _no_formula(v) for k, v in row.items()} for row in flattened)
     return out.getvalue()
 
 
 def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out |= {f"{key}_{k}": v for k, v in _flat(value).items()}
-        elif isinstance(value, list | tuple):
-            out |= dict(zip((f"{key}_low", f"{key}_high"), value))
-        else:
-            out[key] = value
-    return out
