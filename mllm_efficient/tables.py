@@ -21,6 +21,7 @@ LEAST = 24  # characters that a column of methods keeps when it is folded
 class Table:
     """Cells as text. left: how many columns are text, the others are numbers. first: names of the columns that are kept longest where
     there is little room, the others go from the end. hidden: names of those that found no room. title, note: what stands above and below.
+    folded: the column whose cells are broken into lines where they are too long.
     """
 
     header: Sequence[str]
@@ -29,6 +30,7 @@ class Table:
     first: tuple[str, ...] = ()
     title: str = ""
     note: str = ""
+    folded: str = "method"
     hidden: tuple[str, ...] = ()
 
     def select(self, names: Iterable[str]) -> Table:
@@ -40,8 +42,8 @@ class Table:
 
     @property
     def named(self) -> int:
-        """The last of the columns that say what a line is of: ``method``, where there is one."""
-        return list(self.header).index("method") if "method" in self.header else 0
+        """The last of the columns that say what a line is of: the folded one, where there is one."""
+        return list(self.header).index(self.folded) if self.folded in self.header else 0
 
     def fitted(self, width: int) -> Table:
         """As many columns as ``width`` characters hold. Those that say what a line is of stay."""

@@ -228,6 +228,15 @@ def print_tables(table: Table, columns: str | None = None) -> None:
         print(wrapped(table.note, console))
 
 
+def print_prose(text: str) -> None:
+    """Paragraphs, each in lines that fit the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for paragraph in text.split("\n\n"):
+        print("\n" + wrapped(" ".join(paragraph.split()), console))
+
+
 def wrapped(text: str, console: Any) -> str:
     """Lines that fit the terminal, or of ``NOTE`` characters where there is none."""
     width = console.width if console.is_terminal else NOTE
