@@ -19,7 +19,7 @@ TITLES = {
 SHARED = {
     "keep": "fraction of the tokens that stays, in (0, 1]", "tokens": "how many tokens stay", "prune": "fraction that goes, 1 - keep",
     "min_tokens": "fewest that stay, whatever the fraction", "max_tokens": "most that stay, whatever the fraction",
-    "positions": "keep: tokens stay at their places in the uncompressed prompt; renumber: no gaps; left out: as the model's family needs it",
+    "positions": "keep: tokens stay at their places in the uncompressed prompt; renumber: no gaps; left out: as the model needs it",
     "per": "what the budget is for: image (or video), tile of a tiled image, frame of a video",
     "newline": "keep: newline and separator columns stay; left out: those of an image that loses tokens go",
     "merge": "what becomes of the other tokens: left out, they are dropped; mean, similarity: averaged into the kept one most like them",
@@ -57,7 +57,8 @@ OWN = {
     "mmtok.alpha": "how much covering the image counts beside covering the text",
     "mmtok.text_temperature": "of the softmax that says which visual tokens cover a text token",
     "mmtok.vision_temperature": "of the softmax that says which visual tokens cover a visual token",
-    "apet.basis": "tokens in the basis that all others are approximated by", "otprune.gamma": "what the products of tokens count beside the identity in the determinant",
+    "apet.basis": "tokens in the basis that all others are approximated by",
+    "otprune.gamma": "what the products of tokens count beside the identity in the determinant",
     "hawk.head_weights": "file with one weight for each query head; left out: all alike",
 }  # fmt: skip
 
