@@ -18,7 +18,9 @@ from typing import Any
 import typer
 
 from mllm_efficient.cli import app
+from mllm_efficient.cli.help import EVERYWHERE, EXAMPLES
 from mllm_efficient.compressors.base import parameters, query_aware
+from mllm_efficient.compressors.words import parameters_of, title_of
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.parsing import read_yaml
 from mllm_efficient.patches.facts import FACTS, REFUSED
@@ -64,14 +66,15 @@ def methods_table() -> str:
 
 
 def methods_in_full() -> str:
-    """Every method with its docstring and the settings of its own."""
+    """Every method: its docstring, and the settings that it has of its own."""
     parts = []
     for name in BUILTIN:
         cls = get_method(name)
-        defaults = {k: v for k, v in parameters(cls).items() if k not in SHARED or (k == "merge" and v is not None)}
-        own = ", ".join(code(f"{k}={v}") for k, v in defaults.items())
-        parts += [f"### {name}", f"`me.{cls.__name__}`" + (f"; settings of its own and their defaults: {own}" if own else "")]
-        parts += [inspect.getdoc(cls) or ""]
+        own = [p for p in parameters_of(cls) if p.name not in SHARED or (p.name == "merge" and p.default is not None)]
+        parts += [f"### {name}", f"{title_of(name)}, `me.{cls.__name__}`.", inspect.getdoc(cls) or ""]
+        if own:
+            rows = [[code(p.name), code(p.shown) if p.shown != "-" else "", p.meaning] for p in own]
+            parts += [table(["setting", "default", "meaning"], rows)]
     return "\n\n".join(parts)
 
 
@@ -159,11 +162,10 @@ def commands() -> str:
     }
     every = [row for own in rows.values() for _, row in own]
     common = [row for i, row in enumerate(every) if every.count(row) >= 4 and row not in every[:i]]
-    parts = []
+    parts = [EVERYWHERE.replace("--quiet", "`--quiet`").replace("--traceback", "`--traceback`")]
     for name, command in group.commands.items():
         parts += [f"## {name}", " ".join((command.help or "").split())]
-        if command.epilog:
-            parts += [f"```text\n{inspect.cleandoc(command.epilog)}\n```"]
+        parts += ["\n".join(["```bash", *EXAMPLES[name], "```"])]
         panels: dict[str, list[list[str]]] = {}
         for panel, row in rows[name]:
             if row not in common:
