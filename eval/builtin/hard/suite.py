@@ -11,7 +11,7 @@ import numpy as np
 
 from ..regions import cells_over
 from .canvas import Picture
-from .forms import CATEGORIES, Question
+from .forms import CATEGORIES, FORMS, Question
 from .items import Item, make_item
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mllm_efficient.tokens import Plane
 
 QUESTIONS = 1000  # of each category of a split
+SLACK = 1  # an answer is passed over while its form has had it more often than the mean of its answers and this
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,16 @@ def round_robin(split: str = "test", limit: int | None = None, categories: Seque
 
 
 def _first(split: str, category: str, count: int) -> list[HardSample]:
-    """The first questions of a category."""
+    """The first questions of a category, without those whose answer its form has had more often than others, so that none pays."""
     out: list[HardSample] = []
+    had = {name: dict.fromkeys(form.answers, 0) for name, form in FORMS.items()}
     index = 0
     while len(out) < count:
         item = make_item(split, index, category)
-        out += [HardSample(item, question) for question in item.benchmark]
+        for question in item.benchmark:
+            counts = had[question.form]
+            if counts[question.answer] <= sum(counts.values()) / len(counts) + SLACK:
+                counts[question.answer] += 1
+                out.append(HardSample(item, question))
         index += 1
     return out[:count]
