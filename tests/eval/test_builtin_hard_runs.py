@@ -13,6 +13,7 @@ import mllm_efficient as me
 from mllm_efficient.cli import main
 from mllm_efficient.eval import runner
 from mllm_efficient.eval.answers import judge
+from mllm_efficient.eval.builtin import honesty
 from mllm_efficient.eval.builtin.hard import CATEGORIES, make_item, vocabulary
 from mllm_efficient.eval.builtin.hard.suite import HardSample
 from mllm_efficient.eval.builtin.suites import BUILTIN, HARD, embedded_suite
@@ -163,3 +164,30 @@ def test_a_model_is_asked_the_short_form_only_by_what_it_was_trained_for():
     assert BUILTIN.note(own) is None and embedded_suite(None) is BUILTIN and embedded_suite("builtin-hard") is HARD
     missing = [w for w in vocabulary() if w not in own.get_vocab()]
     assert f"{len(missing) - 3} more" in str(HARD.note(own)) and sorted(missing)[0] in str(HARD.note(own))
+
+
+def test_honesty_asks_about_other_images_and_fails_a_model_that_does_not_need_its_own(capsys, monkeypatch):
+    assert honesty.main(["builtin", "60"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:]] == list(CATEGORIES[:-1]) and lines[0] == [
+        "category",
+        "own",
+        "images",
+        "others",
+        "floor",
+        "upper",
+    ]
+    asked = []
+
+    def told(evaluation):
+        """The answers of a model that knows what is right without looking."""
+        asked.append([s.shown for s in evaluation.samples])
+        return [{**evaluation.head("none", s), "correct": True, "error": None} for s in evaluation.samples]
+
+    monkeypatch.setattr(Run, "answer_all", told)
+    assert honesty.main(["builtin", "100"]) == 1
+    own, others = asked
+    assert len(own) == 100 and all(a != b and a.category == b.category for a, b in zip(own, others))
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]] == ["ABOVE"] * 5
+    with pytest.raises(me.MllmEfficientError, match="usage"):
+        honesty.main(["builtin", "few"])
