@@ -17,8 +17,8 @@ SIGNS = {
     "±": r"$\pm$", "×": r"$\times$", "−": r"$-$",
 }  # fmt: skip
 USUAL = (
-    "tokens", "kept", "score", "macro", "vs none", "vs baseline", "same words", "right", "retention", "FLOPs", "ratio", "TTFT ms", "TTFT/none",
-    "e2e ms",
+    "tokens", "kept", "score", "macro", "vs none", "vs baseline", "same words", "right", "retention", "FLOPs", "ratio", "TTFT ms",
+    "TTFT/none", "e2e ms",
 )  # fmt: skip
 HIGH = ("score", "macro", "vs none", "vs baseline", "same answer", "same words", "right", "right vs none", "retention", "hard", "tok/s")
 LOW = ("kl nats", "broken", "ece", "aurc", "flops", "prefill flops", "ratio", "ttft ms", "ttft/none", "prefill ms", "e2e ms", "peak mb")
@@ -47,7 +47,8 @@ def latex_table(
             body.append(r"\midrule")
     header = " & ".join("Method" if h == "method" else _text(h if intervals else INTERVAL.sub("", h)) for h in shown.header) + r" \\"
     return "\n".join([
-        r"\begin{table}[t]", r"\centering", rf"\caption{{{_text(caption or 'Visual-token compression.')}}}", rf"\label{{{label or 'tab:tokens'}}}",
+        r"\begin{table}[t]", r"\centering",
+        rf"\caption{{{_text(caption or 'Visual-token compression.')}}}", rf"\label{{{label or 'tab:tokens'}}}",
         r"\begin{tabular}{" + "l" * shown.left + "r" * (len(shown.header) - shown.left) + "}", r"\toprule", header, r"\midrule", *body,
         r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
