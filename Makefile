@@ -121,7 +121,7 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-integration .venv-fresh .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
