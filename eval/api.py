@@ -108,8 +108,8 @@ def sweep(
     suite: str | None = None, tasks: Sequence[str] | None = None, data: str | Path | None = None,
     categories: Sequence[str] | None = None, split: str | None = None, limit: int | None = None, batch_size: int | None = None,
     max_new_tokens: int | None = None, image_range: str = "full", max_drop: float = 1.0, match: str | None = None, timed: bool = True,
-    image_size: tuple[int, int] | None = None, text_tokens: int = 64, output_tokens: int = 32, repeats: int = 7, warmup: int = 1, output_dir: str | Path | None = None,
-    seed: int = 0, progress: bool = False, **of_tasks: Any,
+    image_size: tuple[int, int] | None = None, text_tokens: int = 64, output_tokens: int = 32, repeats: int = 7, warmup: int = 1,
+    output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
 ) -> Results:  # fmt: skip
     """Accuracy or agreement, FLOPs, latency and memory of methods x budgets, and the budget to take.
 

@@ -159,8 +159,6 @@ def check_source(
             if given:
                 raise MllmEfficientError(f"{name} has no effect with --data: {instead}")
         return
-    if suite not in (None, "builtin"):
-        raise MllmEfficientError(f"unknown suite {suite!r}: this version has builtin")
     if split not in (None, "test", "val"):
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:
