@@ -84,7 +84,7 @@ class Results:
 
         if self.kind not in (EVALUATE, SWEEP):
             raise MllmEfficientError(f"reports are made of evaluations and sweeps, not of {self.kind}")
-        return Finished(of_eval(self.rows) if self.kind == EVALUATE else self.rows, [self.meta], [self.kind])
+        return Finished(of_eval(self.rows, self.meta) if self.kind == EVALUATE else self.rows, [self.meta], [self.kind])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in self.tables:
