@@ -23,7 +23,7 @@ WIDTH = 120  # characters of a table where no terminal says
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """Rows of numbers, the uncompressed baseline first, and ``meta``: on what they were made. ``eval.record.schema`` has every field.
+    """Rows of numbers, the uncompressed baseline first, and ``meta``: on what they were made (fields: ``eval/record/schema.py``).
 
     kind: "evaluate", "sweep", "bench" or "flops". tables: for readers, the first of all rows. failed: a line for everything that failed.
     """

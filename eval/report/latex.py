@@ -109,10 +109,13 @@ def _cell(cell: str, bold: bool) -> str:
 
 
 def _signed(text: str) -> str:
-    return re.sub(r"(?<![\w.])-(?=[\d.])", "$-$", _text(text)).replace("+", "$+$")
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "$-$", _escaped(text)).replace("+", "$+$")
 
 
 def _text(text: str) -> str:
     """Escaped; braces keep a cell that begins with a bracket from being read as an argument of the line break before it."""
-    escaped = "".join(SIGNS.get(c, c) for c in text)
-    return f"{{{escaped}}}" if text.startswith("[") else escaped
+    return f"{{{_escaped(text)}}}" if text.startswith("[") else _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    return "".join(SIGNS.get(c, c) for c in text)

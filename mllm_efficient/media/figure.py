@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -249,8 +249,8 @@ def _write_vector(figure: Figure, path: Path, kind: str) -> None:
     from matplotlib import rc_context
 
     width, height = figure.get_size_inches() * DPI
-    panels, figure.images = figure.images, []
-    axes = []
+    panels: list[Any] = [*figure.images]
+    figure.images, axes = [], []
     for panel in panels:
         pixels = panel.get_array()
         down, across = pixels.shape[:2]
