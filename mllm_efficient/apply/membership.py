@@ -47,9 +47,8 @@ def areas(model: Any, compressor: Any, **inputs: Any) -> list[Tensor | None]:
     """
     from ..patches import adapter_for
 
-    call = parse_call(
-        adapter_for(model), runnable(compressor), {"image_keys": None, "encoded": None, "past": None, "labels": None, **inputs}
-    )
+    usual = dict.fromkeys(("attention_mask", "labels", "image_keys", "encoded", "past"))
+    call = parse_call(adapter_for(model), runnable(compressor), usual | inputs)
     placed = call.placed
     plans = [p.pre_llm for p in plan_images(call, placed)]
     method = call.token_method
