@@ -14,6 +14,7 @@ from mllm_efficient.loading.models import BUILTIN, Loaded, ModelOptions, builtin
 from mllm_efficient.progress import Progress
 from mllm_efficient.registry import runnable
 
+from .builtin import is_public
 from .results import Results
 
 if TYPE_CHECKING:
@@ -27,18 +28,19 @@ OF_TASKS = ("data_root", "include", "on_error", "cache", "image_padding", "promp
 
 def evaluate(
     model: Any, processor: Any, methods: Sequence[Method] = (), *, suite: str | None = None, tasks: Sequence[str] | None = None,
-    data: str | Path | None = None, split: str | None = None, turns: int | None = None, limit: int | None = None,
-    batch_size: int | None = None, max_new_tokens: int | None = None, against: Method | None = None, image_range: str = "full",
-    output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
+    data: str | Path | None = None, categories: Sequence[str] | None = None, split: str | None = None, turns: int | None = None,
+    limit: int | None = None, batch_size: int | None = None, max_new_tokens: int | None = None, against: Method | None = None,
+    image_range: str = "full", output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
 ) -> Results:  # fmt: skip
     """How good the answers of a model are under methods, the uncompressed model first.
 
     Args:
         model, processor: as transformers has them, not wrapped; they are left as they were.
         methods: specifications such as "divprune:keep=0.25", dicts, or objects such as ``me.DivPrune(keep=0.25)``.
-        suite: "builtin" (the default), the embedded benchmark; or public ones by name ("quick", "ocr" ...).
+        suite: "builtin" (the default), "builtin-hard": embedded benchmarks; or public ones by name ("quick", "ocr" ...).
         tasks: instead, tasks of lmms-eval. data: instead, a file of requests of one's own, answered as by the uncompressed model.
-        split: of the embedded benchmark, "test" or "val". turns: 2 asks every question of it a second time.
+        categories: of an embedded benchmark; None asks all that the model takes.
+        split: of it, "test" or "val". turns: 2 asks every question of it a second time.
         limit: questions, requests, or samples of each task. batch_size: 32, of ``data`` 8, of tasks 1.
         max_new_tokens: of ``data`` and of tasks that name none. against: a method that every row is compared with.
         image_range: of pictures with more than 8 bits, "full" or "auto".
@@ -49,9 +51,9 @@ def evaluate(
     Raises:
         MllmEfficientError: an argument that is unknown, has no effect, or that the model cannot run; before anything is answered.
     """
-    public = tasks is not None or suite not in (None, BUILTIN)
+    public = is_public(tasks, suite)
     _require_sources(suite=suite, tasks=tasks, data=data)
-    _require_effect(public, data, of_tasks, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens)
+    _require_effect(public, data, of_tasks, categories=categories, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens)
     specs, how = (
         [built(m) for m in methods],
         {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)},
@@ -68,7 +70,8 @@ def evaluate(
         if data is None:
             from .evaluate import BATCH, on_benchmark
 
-            where = {"split": one_of("split", split or "test", SPLITS), "turns": one_of("turns", turns or 1, (1, 2))}
+            among = {"suite": suite, "categories": _listed(categories)}
+            where = among | {"split": one_of("split", split or "test", SPLITS), "turns": one_of("turns", turns or 1, (1, 2))}
             return on_benchmark(loaded, chosen, **where, batch_size=batch_size or BATCH, **how)
         from .evaluate import DATA_BATCH, on_requests
         from .requests import read_requests
@@ -90,7 +93,11 @@ def _on_tasks(loaded: Loaded, asked: TaskOptions, methods: Sequence[Compressor],
 def _require_effect(public: bool, data: Any, of_tasks: dict[str, Any], **given: Any) -> None:
     """Raises for an argument that has no effect on what is asked."""
     source = "public tasks" if public else "data" if data is not None else "the embedded benchmark"
-    without = {"public tasks": ("split", "turns", "against"), "data": ("split", "turns"), "the embedded benchmark": ("max_new_tokens",)}
+    without = {
+        "public tasks": ("categories", "split", "turns", "against"),
+        "data": ("categories", "split", "turns"),
+        "the embedded benchmark": ("max_new_tokens",),
+    }
     for name in (*without[source], *(() if public else of_tasks)):
         if given.get(name, of_tasks.get(name)) is not None:
             raise BadSettingError(f"{name}= has no effect on {source}: leave it out")
@@ -98,17 +105,17 @@ def _require_effect(public: bool, data: Any, of_tasks: dict[str, Any], **given: 
 
 def sweep(
     model: Any, processor: Any, methods: Sequence[Method], *, keep: Sequence[float] | None = None, tokens: Sequence[int] | None = None,
-    suite: str | None = None, tasks: Sequence[str] | None = None, data: str | Path | None = None, split: str | None = None,
-    limit: int | None = None, batch_size: int | None = None, max_new_tokens: int | None = None, image_range: str = "full",
-    max_drop: float = 1.0, match: str | None = None, timed: bool = True, image_size: tuple[int, int] | None = None,
-    text_tokens: int = 64, output_tokens: int = 32, repeats: int = 7, warmup: int = 1, output_dir: str | Path | None = None,
-    seed: int = 0, progress: bool = False, **of_tasks: Any,
+    suite: str | None = None, tasks: Sequence[str] | None = None, data: str | Path | None = None,
+    categories: Sequence[str] | None = None, split: str | None = None, limit: int | None = None, batch_size: int | None = None,
+    max_new_tokens: int | None = None, image_range: str = "full", max_drop: float = 1.0, match: str | None = None, timed: bool = True,
+    image_size: tuple[int, int] | None = None, text_tokens: int = 64, output_tokens: int = 32, repeats: int = 7, warmup: int = 1,
+    output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
 ) -> Results:  # fmt: skip
     """Accuracy or agreement, FLOPs, latency and memory of methods x budgets, and the budget to take.
 
     Args:
         methods: with a budget, or without one ("divprune") to be tried at each of ``keep`` (fractions) or ``tokens`` (counts).
-        suite, tasks, data, split, limit, batch_size, max_new_tokens, image_range, of_tasks: as ``evaluate`` takes them.
+        suite, tasks, data, categories, split, limit, batch_size, max_new_tokens, image_range, of_tasks: as ``evaluate`` takes them.
         max_drop: points that may be lost at most. match: "flops" solves budgets to the prefill FLOPs of a pure token drop.
         timed: whether latency and memory are measured, of one prompt of ``image_size`` (width, height), ``text_tokens`` and
             ``output_tokens``, ``repeats`` times after ``warmup`` rounds.
@@ -124,14 +131,14 @@ def sweep(
     from .sweeping import sweep as run
 
     _require_sources(suite=suite, tasks=tasks, data=data)
-    public = tasks is not None or suite not in (None, BUILTIN)
-    _require_effect(public, data, of_tasks, split=split, max_new_tokens=max_new_tokens)
+    public = is_public(tasks, suite)
+    _require_effect(public, data, of_tasks, categories=categories, split=split, max_new_tokens=max_new_tokens)
     specs = [m if isinstance(m, str) else built(m).spec() for m in methods]
     one_of("match", match, (None, "flops"))
     wanted = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks) if public else None
     ask = asker(
-        wanted, None if data is None else Path(data), split=split or "test", limit=limit, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, image_range=image_range, progress=_progress(progress),
+        wanted, None if data is None else Path(data), suite=suite, categories=_listed(categories), split=split or "test",
+        limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, image_range=image_range, progress=_progress(progress),
     )  # fmt: skip
     settings = Settings(Workload(image_size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
     head = {"command": None, "limit": limit, "max_drop": max_drop}
@@ -308,6 +315,10 @@ def _budgets(keep: Sequence[float] | None, tokens: Sequence[int] | None) -> list
     for value in tokens or ():
         Budget(tokens=value)
     return list(dict.fromkeys([*(f"keep={k}" for k in keep or ()), *(f"tokens={t}" for t in tokens or ())]))
+
+
+def _listed(categories: Sequence[str] | None) -> str | None:
+    return None if categories is None else categories if isinstance(categories, str) else ",".join(categories)
 
 
 def _progress(shown: bool) -> Progress:

@@ -14,8 +14,7 @@ from mllm_efficient.tables import Table
 from .agreement_rows import agreement_rows, agreement_table, length_table, worst_table
 from .answering import answered, failures
 from .asked import OwnRequests
-from .builtin.questions import CATEGORIES
-from .builtin.suite import samples
+from .builtin.suites import embedded_suite
 from .record.bench_file import write_json
 from .record.samples import fingerprint_of
 from .requests import Request
@@ -45,32 +44,38 @@ FIRST_OF_DATA = ("tokens", "same words", "same answer", "right", "KL nats")
 
 
 def on_benchmark(
-    loaded: Loaded, methods: Sequence[Compressor], *, split: str = "test", turns: int = 1, limit: int | None = None, batch_size: int = 32,
+    loaded: Loaded, methods: Sequence[Compressor], *, suite: str | None = None, categories: str | None = None,
+    split: str = "test", turns: int = 1, limit: int | None = None, batch_size: int = 32,
     against: str | None = None, output_dir: Path | None = None, progress: Progress = SILENT,
 ) -> Results:  # fmt: skip
-    """Accuracy of methods, of which the first is the baseline, on the embedded benchmark."""
-    questions = samples(split, limit)
-    run = Run(loaded, questions, methods, batch_size=batch_size, output_dir=output_dir, turns=turns)
+    """Accuracy of methods, of which the first is the baseline, on an embedded benchmark. categories: ``a,b`` of it, None for all."""
+    embedded = embedded_suite(suite)
+    asked = embedded.asks(categories, loaded.processor, progress.say)
+    questions = embedded.samples(split, limit, asked)
+    run = Run(loaded, questions, methods, batch_size=batch_size, output_dir=output_dir, turns=turns, suite=embedded)
     paired = len(run.asked) - len(questions)
     more = f", {paired} of them also as a second turn" if turns > 1 else ""
     progress.say(f"{len(questions)} questions x {len(run.arms)} arms (with the no-image floor){more}")
     records = answered(run, progress)
-    rows = rows_of(records, methods, CATEGORIES, against=against, seed=loaded.options.seed)
+    rows = rows_of(records, methods, asked, against=against, seed=loaded.options.seed)
     meta = {
         **run.config, "split": split, "turns": turns, "questions": len(questions), "second_turns": paired,
         "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
         "images": len({s.image for s in questions}), "batch_size": batch_size, "limit": limit,
         "methods": [m.to_dict() for m in methods], "interval": "95%, 2000 paired resamples of images",
         "flops": flops_ratios(loaded, methods),
+        **embedded.blind(questions),
     }  # fmt: skip
-    return _kept(Results(EVALUATE, rows, meta, (benchmark_table(rows, meta),), failures(records)), output_dir)
+    return _kept(Results(EVALUATE, rows, meta, (benchmark_table(rows, meta, asked),), failures(records)), output_dir)
 
 
-def benchmark_table(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> Table:
+def benchmark_table(rows: Sequence[dict[str, Any]], meta: dict[str, Any], categories: Sequence[str]) -> Table:
     """The categories of every method, with what the columns mean."""
-    header, lines = text_table(rows, CATEGORIES)
+    header, lines = text_table(rows, categories)
     hard = [HARD] if any(r.get("hard_n") is not None for r in rows) else []
-    notes = [*hard, SCORES, *([TURNS] if meta["turns"] > 1 else []), *([TINY] if meta["model"] == BUILTIN else [])]
+    floors = ", ".join(f"{name} {f['floor']:.1f} (at most {f['upper']:.1f})" for name, f in meta.get("blind_floor", {}).items())
+    blind = [f"Answers learnt without images score: {floors}."] if floors else []
+    notes = [*blind, *hard, SCORES, *([TURNS] if meta["turns"] > 1 else []), *([TINY] if meta["model"] == BUILTIN else [])]
     return Table(header, lines, first=FIRST, note=" ".join(notes))
 
 

@@ -21,6 +21,7 @@ from mllm_efficient.writing import write_text
 from .agreement import TEXT_ONLY
 from .answering import answered
 from .asked import Asked, Benchmark, OwnRequests, Records
+from .builtin.suites import embedded_suite
 from .evaluate import AGREEMENT, BATCH, DATA_BATCH, TINY, lengths
 from .record.bench_file import BEGUN_FILE, BenchFile, begin, owned, write_json
 from .report.formats import csv_text
@@ -69,10 +70,10 @@ class Plan:
 
 
 def asker(
-    tasks: TaskOptions | None, data: Path | None, *, split: str, limit: int | None, batch_size: int | None, max_new_tokens: int | None,
-    image_range: str, progress: Progress,
+    tasks: TaskOptions | None, data: Path | None, *, suite: str | None, categories: str | None, split: str,
+    limit: int | None, batch_size: int | None, max_new_tokens: int | None, image_range: str, progress: Progress,
 ) -> Ask:  # fmt: skip
-    """What makes the questions of a sweep: public tasks, a user's own requests, or the embedded benchmark. Reads and checks them now.
+    """What makes the questions of a sweep: public tasks, a user's own requests, or an embedded benchmark. Reads and checks them now.
 
     Raises ``MllmEfficientError`` for tasks or data that cannot be read, and for data without any image.
     """
@@ -83,7 +84,11 @@ def asker(
         host, named = checked(tasks)
         return lambda loaded, cells, folder: Tasks(loaded, cells, tasks, host, named, folder, progress.say)
     if data is None:
-        return lambda loaded, cells, folder: Benchmark(loaded, [c.method for c in cells], split, limit, batch_size or BATCH, folder)
+        embedded = embedded_suite(suite)
+        return lambda loaded, cells, folder: Benchmark(
+            loaded, [c.method for c in cells], split, limit, batch_size or BATCH, folder, embedded,
+            embedded.asks(categories, loaded.processor, progress.say),
+        )  # fmt: skip
     requests = read_requests(data, limit, image_range)
     if not any(r.images for r in requests):
         raise MllmEfficientError(f"--data: no request of {data} has an image, so there is nothing to compress")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..eval.builtin import is_public
 from . import options
 
 
@@ -19,9 +20,11 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."
+            "--suite",
+            help="builtin (the default), builtin-hard: embedded benchmarks; or public ones: divprune-paper, cdpruner-paper, ocr, quick.",
         ),
     ] = None,
+    categories: options.Categories = None,
     tasks: options.Tasks = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Your own requests, a JSON object a line: images, prompt or messages, answer.")
@@ -67,7 +70,7 @@ def evaluate(
 ) -> int:
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
     with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
-    public = tasks is not None or suite not in (None, "builtin")
+    public = is_public(tasks, suite)
     check_tasks_options(
         public,
         {
@@ -75,7 +78,7 @@ def evaluate(
             "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
             "--server": server, "--server-model": server_model,
         },
-        {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
+        {"--data": data, "--split": split, "--categories": categories, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
     if public:
         from .launching import check_launch
@@ -96,7 +99,7 @@ def evaluate(
         found = evaluate_tasks(settings, method or (), asked, output_dir)
         return found if isinstance(found, int) else 0 if found is None else options.finish(found, json, columns)
     chosen = [options.one_method("none"), *(options.one_method(m) for m in method or ())]
-    check_source(data, suite, split, max_new_tokens, turns)
+    check_source(data, suite, split, max_new_tokens, turns, categories)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
     options.check_columns(columns, "eval")
@@ -122,7 +125,8 @@ def evaluate(
     if data is not None and requests is not None:
         found = on_requests(loaded, chosen, requests, data, batch_size=batch_size or DATA_BATCH, max_new_tokens=max_new_tokens, **how)
     else:
-        found = on_benchmark(loaded, chosen, split=split or "test", turns=turns, batch_size=batch_size or BATCH, **how)
+        where: dict[str, Any] = {"suite": suite, "categories": categories, "split": split or "test", "turns": turns}
+        found = on_benchmark(loaded, chosen, **where, batch_size=batch_size or BATCH, **how)
     return options.finish(found, json, columns)
 
 
@@ -142,18 +146,19 @@ def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[
         raise MllmEfficientError("--server-model has no effect without --server: leave it out")
 
 
-def check_source(data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1) -> None:
+def check_source(
+    data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1, categories: str | None = None
+) -> None:  # fmt: skip
     """Raises for a benchmark's options beside ``--data``, for ``--data``'s without it, and for unknown values."""
     if data is not None:
         for name, given, instead in (
             ("--suite", suite is not None, "leave it out"), ("--split", split is not None, "leave it out"),
+            ("--categories", categories is not None, "leave it out"),
             ("--turns", turns > 1, "put earlier turns into messages"),
         ):  # fmt: skip
             if given:
                 raise MllmEfficientError(f"{name} has no effect with --data: {instead}")
         return
-    if suite not in (None, "builtin"):
-        raise MllmEfficientError(f"unknown suite {suite!r}: this version has builtin")
     if split not in (None, "test", "val"):
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:

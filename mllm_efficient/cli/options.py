@@ -47,6 +47,7 @@ OF_A_MODEL: dict[str, tuple[Any, Any]] = {  # the options of ``of_model``: types
     "trust_remote_code": (TrustRemoteCode, False), "adapter": (Adapter, None), "min_pixels": (MinPixels, None),
     "max_pixels": (MaxPixels, None), "processor_kwargs": (ProcessorKwargs, None),
 }  # fmt: skip
+Categories = Annotated[str | None, typer.Option("--categories", help="Of an embedded benchmark, such as document,chart; default all.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")

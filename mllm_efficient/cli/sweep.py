@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError
+from ..eval.builtin import is_public
 from . import options
 from .evaluate import check_source, check_tasks_options
 
@@ -23,8 +24,10 @@ def sweep(
     keep: Annotated[str | None, typer.Option("--keep", help="Fractions kept, such as 0.5,0.25.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Or counts kept, such as 192,128,64.")] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones, as eval takes them.")
+        str | None,
+        typer.Option("--suite", help="builtin (the default), builtin-hard: embedded benchmarks; or public ones, as eval takes them."),
     ] = None,
+    categories: options.Categories = None,
     tasks: options.Tasks = None,
     data_root: options.DataRoot = None,
     coco_instances: options.CocoInstances = None,
@@ -62,16 +65,16 @@ def sweep(
     from .bench import command_line, picture_size
 
     budgets = budgets_of(keep, tokens)
-    public = tasks is not None or suite not in (None, "builtin")
+    public = is_public(tasks, suite)
     of_tasks = {
         "--data-root": data_root,
         "--coco-instances": coco_instances,
         "--image-padding": image_padding,
         "--prompt-format": prompt_format,
     }
-    check_tasks_options(public, of_tasks, {"--data": data, "--split": split})
+    check_tasks_options(public, of_tasks, {"--data": data, "--split": split, "--categories": categories})
     if not public:
-        check_source(data, suite, split, max_new_tokens)
+        check_source(data, suite, split, max_new_tokens, categories=categories)
     if match not in (None, "flops"):
         raise MllmEfficientError(f"--match {match} is not known: flops is")
     if max_drop != max_drop:
@@ -105,8 +108,8 @@ def sweep(
     options.check_columns(columns, "sweep", wanted.names if wanted else ())
     progress = options.progress()
     ask = asker(
-        wanted, data, split=split or "test", limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, image_range=image_range,
-        progress=progress,
+        wanted, data, suite=suite, categories=categories, split=split or "test", limit=limit, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, image_range=image_range, progress=progress,
     )  # fmt: skip
     timing = Settings(Workload(size, 1, text_tokens, output_tokens), (1,), repeats, warmup, settings.seed)
     head = {"command": command_line(context), "limit": limit, "max_drop": max_drop}
