@@ -22,6 +22,7 @@ from mllm_efficient.cli.help import EVERYWHERE, EXAMPLES
 from mllm_efficient.compressors.base import parameters, query_aware
 from mllm_efficient.compressors.words import parameters_of, title_of
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.eval.record import schema
 from mllm_efficient.parsing import read_yaml
 from mllm_efficient.patches.facts import FACTS, REFUSED
 from mllm_efficient.patches.rules import DECODERS, FAMILIES, rules_class
@@ -284,6 +285,7 @@ def speed_table() -> str:
 # ------------------------------------------------------------------------------------------------ pages
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "evaluate.md": {"schema": schema.markdown},
     "../README.md": {"speed": speed_table, "support": support_table},
     "methods.md": {"table": methods_table, "methods": methods_in_full},
     "families.md": {"families": families_table, "facts": facts_table, "refused": refused_table, "decoders": decoders},

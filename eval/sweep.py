@@ -159,6 +159,19 @@ class Flops(PromptFlops):
         return cell if best is None else replace(cell, method=best[2])
 
 
+def flops_ratios(loaded: Loaded, methods: Sequence[Compressor], seed: int = 0) -> dict[str, Any]:
+    """FLOPs of one usual prompt under every method over the baseline's: ``ratios`` by method, ``of``: the prompt, ``error``: why none."""
+    flops, ratios = Flops(loaded, Workload(), seed), dict[str, dict[str, float]]()
+    for method in methods if flops.error is None else ():
+        with contextlib.suppress(MllmEfficientError):  # methods whose FLOPs this version does not count
+            cost = flops.of(method)
+            ratios[method.spec()] = {
+                "flops_ratio": round(cost.total / flops.baseline.total, 6),
+                "prefill_flops_ratio": round(cost.prefill / flops.baseline.prefill, 6),
+            }
+    return {"of": flops.call, "error": flops.error, "ratios": ratios}
+
+
 # ------------------------------------------------------------------------------------------------------------ timings
 
 

@@ -19,6 +19,7 @@ from transformers import BatchFeature
 
 import mllm_efficient as me
 from mllm_efficient.cli import main, show
+from mllm_efficient.compressors.words import title
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.media import figure as figures
@@ -264,7 +265,7 @@ def test_saving_replaces_a_file_makes_folders_and_leaves_nothing_else(tmp_path):
     assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == ["x.png"]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for path, says in [("x.pdf", "does not end in .png"), ("folder.png", "is a folder"), ("file/x.png", "not a folder")]:
+    for path, says in [("x.gif", "does not end in .png, .pdf, .svg"), ("folder.png", "is a folder"), ("file/x.png", "not a folder")]:
         with pytest.raises(MllmEfficientError, match=says):
             figures.save(figure, tmp_path / path)
 
@@ -366,7 +367,7 @@ def test_bad_input_is_one_line(capsys, scene, tmp_path):
     for i, size in enumerate([(20, 20), (20, 24)]):
         Image.new("RGB", size).save(mixed / f"{i}.png")
     for argv, says in [
-        ((*good, "--output", tmp_path / "o.pdf"), ".png"),
+        ((*good, "--output", tmp_path / "o.gif"), ".png"),
         ((*good, "--output", tmp_path), ".png"),
         (good, "--output"),
         (("--image", scene, *to), "--method"),
@@ -485,7 +486,8 @@ def test_frames_reported_one_by_one_are_put_together(report_of, stills):
     assert (result.full, result.kept) == (8, 5)
 
 
-def test_merged_tokens_without_a_place_are_refused(report_of, stills):
+def test_merged_tokens_without_a_place_and_without_parts_are_refused(report_of, stills, monkeypatch):
+    monkeypatch.setattr("mllm_efficient.apply.membership.areas", lambda *a, **k: [None])
     report = ImageReport(0, 8, 3, None, planes=(Plane(2, 2), Plane(2, 2)), kept_planes=(Plane(1, 3, placed=False),))
     with pytest.raises(MllmEfficientError, match="without a place"):
         report_of(stills[:1], report)
@@ -513,6 +515,6 @@ def test_a_prompt_with_placeholders_of_its_own_must_have_as_many_as_are_given():
 
 
 def test_titles_name_the_settings_beside_the_budget():
-    assert show.title(me.build("divprune:keep=0.1,metric=l2")) == "DivPrune (metric=l2)"
-    assert show.title(me.build("random:tokens=9")) == "Random" and show.title(me.build("none")) == "No compression"
+    assert title(me.build("divprune:keep=0.1,metric=l2")) == "DivPrune (metric=l2)"
+    assert title(me.build("random:tokens=9")) == "Random" and title(me.build("none")) == "Uncompressed"
     assert viz.Result("A", 2880, 56, ()).counts == "56 of 2,880 tokens (1.9%)"
