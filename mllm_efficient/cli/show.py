@@ -66,7 +66,7 @@ def show(
     methods, failed = _able(loaded, methods)
     subjects, rows = [], []
     if pictures:
-        shown, more = _each(methods, lambda m: _run(loaded, m, prompt, [picture for _, picture in pictures]))
+        shown, more = _each(methods, lambda m: run_method(loaded, m, prompt, [picture for _, picture in pictures]))
         failed |= more
         for i, (path, picture) in enumerate(pictures):
             name = path.name if len(path.name) <= 32 else f"{path.name[:16]}…{path.name[-15:]}"
@@ -74,7 +74,7 @@ def show(
             subjects.append(viz.Subject([picture], [found[i] for found in shown.values()], note, question=_asked(shown, prompt)))
             rows += [_row(m, path, "image", found[i], output) for m, found in shown.items()]
     if video is not None:
-        films, more = _each(methods, lambda m: _run(loaded, m, prompt, clip[0], video=True)[0])
+        films, more = _each(methods, lambda m: run_method(loaded, m, prompt, clip[0], video=True)[0])
         failed |= more
         if films:
             subjects.append(replace(_film(clip[0], clip[1], list(films.values())), question=_asked(films, prompt)))
@@ -143,7 +143,7 @@ def legend(subjects: Sequence[Subject]) -> str:
     return "; ".join([*parts, "hatched: outside what the model sees"] if cropped else parts)
 
 
-def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture], video: bool = False) -> list[Result]:
+def run_method(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture], video: bool = False) -> list[Result]:
     """What a method keeps of each picture of one prompt, or of one video, planes placed on the picture itself.
 
     A model that takes no videos is given the frames as images of one prompt.

@@ -460,7 +460,7 @@ def report_of(monkeypatch):
         monkeypatch.setattr("mllm_efficient.apply.prepare.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
         monkeypatch.setattr("mllm_efficient.patches.adapter_for", lambda model: adapter)
         loaded = Loaded(SimpleNamespace(device="cpu", dtype=torch.bfloat16), processor, ModelOptions())
-        (result,) = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
+        (result,) = show.run_method(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
         return result, processor.calls, placed
 
     return run
