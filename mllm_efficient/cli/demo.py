@@ -154,8 +154,8 @@ def draw(demo: Demo, picture: Image, question: str, method: Compressor) -> Any:
     """What a method keeps of a picture, as pixels; None where it cannot be drawn."""
     import numpy as np
 
+    from ..eval.drawn import run_method
     from ..media.overlay import fit, render, views
-    from .show import run_method
 
     try:
         (result,) = run_method(demo.loaded, method, question, [picture])
