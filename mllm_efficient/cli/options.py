@@ -122,10 +122,11 @@ def check_columns(text: str | None, command: str, more: Sequence[str] = ()) -> l
     names = listed(text)
     if names is None:
         return None
-    from ..eval.builtin.suites import SUITES
+    from ..eval.builtin.hard.forms import CATEGORIES as OF_HARD
+    from ..eval.builtin.questions import CATEGORIES
     from ..eval.columns import BY_COMMAND
 
-    categories = [c for suite in SUITES.values() for c in suite.categories] if command in ("eval", "sweep", "report") else []
+    categories = (*CATEGORIES, *OF_HARD) if command in ("eval", "sweep", "report") else ()
     columns_named(names, [*BY_COMMAND[command], *categories, *more])
     return names
 
