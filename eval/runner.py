@@ -85,7 +85,7 @@ class Run(Harness):
         if isinstance(batch[0], FollowUp):
             firsts, ids, prepared = converse(self, method, batch, watched)
         else:
-            inputs = self.inputs(batch, images=method is not None)
+            inputs = self.inputs(batch, images=method is not None, method=method)
             prepared = None if method is None else self.prepared(method, batch, inputs)
             call = inputs if prepared is None else prepared.model_kwargs
             ids = self.generate(call, logits_processor=[watched])[:, call["input_ids"].shape[1] :]
@@ -102,7 +102,7 @@ class Run(Harness):
             if prepared is not None:
                 image, where = prepared.report.images[i], prepared.report.positions
                 row |= {"visual_tokens_full": image.full, "visual_tokens_kept": image.kept, "positions": where} | self._region(
-                    sample, image
+                    sample, image, self.seen_under(method, batch).loaded.processor.image_processor
                 )
                 if image.per_layer:
                     row["tokens_per_layer"] = list(image.per_layer)
@@ -122,19 +122,26 @@ class Run(Harness):
         """The question as this model is asked it."""
         return sample.question.text if self.builtin else sample.question.natural
 
-    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]:
-        """The processor's output for a batch, made once for all methods."""
-        key = (images, *(s.id for s in batch))
+    def inputs(self, batch: Sequence[Sample], images: bool, method: Compressor | None = None) -> dict[str, Any]:
+        """The processor's output for a batch, made once for all methods but those that set the processor."""
+        own = method is not None and method.sets_processor
+        key = (method.spec() if method is not None and own else None, images, *(s.id for s in batch))
         if key not in self._processed:
-            prompts = [self.loaded.prompt(self.worded(s), int(images)) for s in batch]
-            self._processed[key] = self.loaded.inputs(prompts, [s.picture(self.size) for s in batch] if images else ())
+            loaded = self.loaded if method is None else self.seen_under(method, batch).loaded
+            prompts = [loaded.prompt(self.worded(s), int(images)) for s in batch]
+            self._processed[key] = loaded.inputs(prompts, [s.picture(self.size) for s in batch] if images else ())
         return dict(self._processed[key])
+
+    def sizes(self, sample: Sample | FollowUp) -> list[tuple[int, int]]:
+        return [(self.size, self.size)]
 
     def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared:
         """The batch's shorter prompts; a picture goes through the tower once for all methods that see it alike."""
-        encoded = self.vision.encoded(method, self.adapter.items(inputs), [s.image for s in batch])
+        asked = self.seen_under(method, batch)
+        names = [(method.spec() if method.sets_processor else None, s.image) for s in batch]
+        encoded = self.vision.encoded(asked.method, self.adapter.items(inputs), names)
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
-        return prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **rest)
+        return asked.shown(prepare(self.loaded.model, asked.method, encoded=encoded, image_keys=[s.key for s in batch], **rest))
 
     def generate(self, call: dict[str, Any], **how: Any) -> Any:
         return self.loaded.model.generate(**call, max_new_tokens=self.max_new_tokens, do_sample=False, **how)
@@ -142,13 +149,13 @@ class Run(Harness):
     def decoded(self, ids: torch.Tensor) -> list[str]:
         return self.loaded.processor.batch_decode(ids, skip_special_tokens=True)
 
-    def _region(self, sample: Sample | FollowUp, image: Any) -> dict[str, float]:
+    def _region(self, sample: Sample | FollowUp, image: Any, processor: Any) -> dict[str, float]:
         """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
         if image.indices is None:
             return {}
         if image.planes not in self._regions:
             size = (self.size, self.size)
-            self._regions[image.planes] = self.adapter.place(image.planes, size, self.loaded.processor.image_processor)
+            self._regions[image.planes] = self.adapter.place(image.planes, size, processor)
         region = sample.region(self._regions[image.planes])
         if not region.any():
             return {}

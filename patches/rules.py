@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
+from .controls import Controlled
 from .sizes import PLAIN, Decoder, ProjectorSize, Tower, decoder_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Views:
     whole: bool = True
 
 
-class Rules:
+class Rules(Controlled):
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
     counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has

@@ -124,7 +124,7 @@ def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     from ..apply.plan import check, describe
     from ..loading.models import require_supported
 
-    adapter = require_supported(loaded)
+    adapter = require_supported(loaded).with_settings(loaded.picture_settings)
     for line in loaded.notes:
         say(line)
     for method in methods:

@@ -115,18 +115,22 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     A model that takes no videos is given the frames as images of one prompt.
     """
     from ..apply.prepare import look
+    from ..measure.native import Control, sizes_of
     from ..loading.processor import NEEDS_VIDEO
     from ..patches import adapter_for
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
     if video and processor is None and getattr(loaded.processor, "video_token", None):
         raise MllmEfficientError(NEEDS_VIDEO)
+    if processor is not None and method.sets_processor:
+        raise MllmEfficientError(f"{method.spec()} sets the processor of pictures, and a video has another: leave --video out")
+    asked = Control(loaded).asked(method, [sizes_of(pictures)])
     if processor is not None:
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
-        inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
-    reports = look(loaded.model, method, **inputs).images
-    adapter, by = adapter_for(loaded.model), processor or loaded.processor.image_processor
+        inputs = asked.loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+    reports = asked.told(look(loaded.model, asked.method, **inputs)).images
+    adapter, by = adapter_for(loaded.model), processor or asked.loaded.processor.image_processor
     if video:
         return [_result(method, reports, lambda planes: adapter.place(planes, pictures[0].size, by), video)]
     return [_result(method, [report], lambda planes, p=p: adapter.place(planes, p.size, by)) for report, p in zip(reports, pictures)]

@@ -21,6 +21,7 @@ from ..apply.locate import written
 from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, or_random
+from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
 from ..tokens import VisualShape
@@ -87,7 +88,12 @@ def count(
     adapter, meta = adapter_for(model), model.device.type == "meta"
     if meta and adapter.reads_values:
         raise MllmEfficientError(f"the tower of {shape.name} reads values, and a model without weights has none: count a model of a folder")
-    inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
+    pictures, call = _images(shape, visual_tokens, image_size, images), {}
+    if method.sets_processor:
+        setting = method.setting(shape.rules, image_size)  # type: ignore[attr-defined]
+        adapter, pictures = adapter.under(setting), [method.seen(shape.rules, p) for p in pictures]  # type: ignore[attr-defined]
+        method, processor, call = NoCompression(), None, adapter.call_under(setting)
+    inputs = _inputs(adapter, pictures, text_tokens, batch_size, processor) | call
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
     if meta and inside is not None and inside.has_router:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
 from ..base import Encoding, Item, runs_in, smaller_pixels
+from ..pictures import MODE
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import Tower
 from .generic import GenericAdapter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_SLICES = 9
+MODES = {"4x": 2, "16x": 4}  # patches along a side of a token
 NEWLINE = "\n"
 
 
@@ -31,7 +33,8 @@ class MiniCPMRules(Rules):
     gives = frozenset({"text", "grid"})
     parts = frozenset({"tile"})
     marks = True
-    counting: ClassVar[tuple[str, ...]] = ("max_slice_nums", "scale_resolution", "slice_mode", "downsample_mode")
+    counting: ClassVar[tuple[str, ...]] = ("max_slice_nums", "scale_resolution", "slice_mode", MODE)
+    control = "downsample_mode and max_slice_nums"
 
     @functools.cached_property
     def tower_size(self) -> Tower:
@@ -44,7 +47,7 @@ class MiniCPMRules(Rules):
     @property
     def mode(self) -> str:
         """ "16x" or "4x", of the processor's settings or the model's own."""
-        return self.settings.get("downsample_mode") or self.config.downsample_mode
+        return self.settings.get(MODE) or self.config.downsample_mode
 
     def crops(self, size: Size) -> tuple[Grid, Grid, Grid]:
         """(rows, columns) in tokens of the whole image, of the slices (0, 0 where there are none), and of each slice."""
@@ -84,10 +87,19 @@ class MiniCPMRules(Rules):
     def smaller(self, image: Views, unit: Grid) -> Views:
         return replace(image, shape=scaled(image.shape, unit), unit=unit)
 
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        """Tokens of more or fewer patches, and fewer slices; of equal counts the model's own mode with most slices comes first."""
+        most = self.settings.get("max_slice_nums") or MOST_SLICES
+        modes = sorted(MODES, key=lambda mode: mode != self.mode)
+        return [{MODE: mode, "max_slice_nums": slices} for mode in modes for slices in range(most, 0, -1)]
+
+    def call_under(self, setting: Settings) -> dict[str, Any]:
+        return {MODE: setting[MODE]} if MODE in setting else {}
+
 
 def merge_of(mode: str) -> int:
     """Patches along a side of a token."""
-    return 2 if mode == "4x" else 4
+    return MODES.get(mode, 4)
 
 
 def nearest(length: float, divisor: int) -> int:
@@ -160,7 +172,7 @@ class MiniCPMAdapter(GenericAdapter, MiniCPMRules):
     def _shapes(self, modality: str, inputs: dict[str, Any]) -> list[VisualShape]:
         if modality == "video":
             return super()._shapes(modality, inputs)
-        merge = merge_of(inputs.get("downsample_mode") or self.config.downsample_mode)
+        merge = merge_of(inputs.get(MODE) or self.config.downsample_mode)
         sizes = iter([(int(h) // merge, int(w) // merge) for h, w in inputs["target_sizes"].tolist()])
         token, out = self.placeholders[modality], list[VisualShape]()
         for ids in inputs["input_ids"].tolist():
@@ -185,7 +197,7 @@ class MiniCPMAdapter(GenericAdapter, MiniCPMRules):
     def _whole_or_smaller(self, index: int, items: Sequence[Item], grid: Grid | None) -> Encoding:
         """One item alone, its crops made smaller where there is a grid for its first."""
         item, call = items[index], dict(items[index].arguments["call"])
-        merge = merge_of(call.get("downsample_mode") or self.config.downsample_mode)
+        merge = merge_of(call.get(MODE) or self.config.downsample_mode)
         before = sum(len(other.shape.planes) for other in items[:index])
         sizes = call["target_sizes"][before : before + len(item.shape.planes)]
         start = int(call["target_sizes"][:before].prod(1).sum()) * self.patch
