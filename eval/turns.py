@@ -21,8 +21,8 @@ from mllm_efficient.apply.signatures import cache_of, with_cache
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
-from mllm_efficient.measure.native import Asked
 from mllm_efficient.loading.prompts import rendered
+from mllm_efficient.measure.native import Asked
 
 from .builtin.questions import Question
 from .builtin.suite import Sample

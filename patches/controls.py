@@ -15,21 +15,16 @@ PIXELS, IMAGE_TOKENS = "size (pixels of a picture)", "max_image_tokens and max_t
 class Controlled:
     """What ``Rules`` say of the model's own control. A family that has one overrides ``control`` and ``controls``.
 
-    control: the settings, in words; "" where there is none.
+    control: the settings, in words; "" where there is none. counts_by_rule: whether ``of_size`` is known, so that no processor need be
+    asked.
     """
 
     control: str = ""
+    counts_by_rule: bool = True
 
     def controls(self, size: Size, k: int) -> Iterable[Settings]:
         """Settings that give an image of (width, height) pixels about k tokens or fewer, to choose from."""
         return ()
-
-    @property
-    def counts_by_rule(self) -> bool:
-        """Whether ``of_size`` is known, so that no processor need be asked."""
-        from .rules import Rules
-
-        return type(self).of_size is not Rules.of_size  # type: ignore[attr-defined]
 
     def under(self, setting: Settings) -> Any:
         """The same rules with a setting of ``controls`` on top of the processor's own."""

@@ -115,8 +115,8 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     A model that takes no videos is given the frames as images of one prompt.
     """
     from ..apply.prepare import look
-    from ..measure.native import Control, sizes_of
     from ..loading.processor import NEEDS_VIDEO
+    from ..measure.native import Control, sizes_of
     from ..patches import adapter_for
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None

@@ -247,8 +247,7 @@ class Compressor:
 
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""
-        clamped = self.tokens is not None and self.tokens > shape.n
-        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=clamped)
+        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=(self.tokens or 0) > shape.n)
 
     def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         """``plan`` of what the stage ``before`` leaves by its plan ``done``."""

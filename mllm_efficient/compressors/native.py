@@ -42,7 +42,9 @@ class Native(Compressor):
     def fills_rectangles(self) -> bool:
         return True
 
-    def chosen(self, sizes: Sequence[Size], controls: Callable[[Size, int], Iterable[Settings]], count: Callable[[Size, Settings], int]):
+    def chosen(
+        self, sizes: Sequence[Size], controls: Callable[[Size, int], Iterable[Settings]], count: Callable[[Size, Settings], int]
+    ) -> Settings:
         """The processor's setting for the pictures of one prompt: ``{}`` where its own gives few enough.
 
         controls: settings to choose from for a picture and its K. count: tokens of a picture under a setting.

@@ -48,8 +48,9 @@ def arms_for(
 ) -> tuple[list[Arm], dict[str, str]]:
     """The arms in the order they are run, and why any of the references had to be left out.
 
-    item: one of the images, which are all alike. native: its tokens under each method that sets the processor, by specification. For every count that a method keeps there is ``random`` at the same
-    count, which costs what a free selection costs, and for every budget there is ``resize``.
+    item: one of the images, which are all alike. native: its tokens under each method that sets the processor, by specification. For every
+    count that a method keeps there is ``random`` at the same count, which costs what a free selection costs, and for every budget there is
+    ``resize``.
     """
     model = adapter.model
 

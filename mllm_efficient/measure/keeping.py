@@ -18,7 +18,8 @@ class Kept:
 
     marks: text columns between the tokens that are left; where that depends on which tokens are chosen, with a choice that is spread
     evenly over the image, which leaves the most.
-    picture: what the tower sees, a smaller one under ``resize`` and ``native``. side, rounds, stages, per_layer, entering: as in a ``Plan``.
+    picture: what the tower sees, a smaller one under ``resize`` and ``native``. side, rounds, stages, per_layer, entering: as in a
+    ``Plan``.
     """
 
     picture: Views

@@ -42,6 +42,7 @@ class GenericAdapter(Adapter):
         self.mrope = bool(self.facts.mrope)
         self.deepstack = self.facts.deepstack
         self.text_row = self.facts.text_row
+        self.counts_by_rule = False
         if self.facts.control:
             self.control = self.facts.control
         self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))

@@ -167,7 +167,7 @@ class MiniCPMAdapter(GenericAdapter, MiniCPMRules):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.gives, self.parts = MiniCPMRules.gives, MiniCPMRules.parts
+        self.gives, self.parts, self.counts_by_rule = MiniCPMRules.gives, MiniCPMRules.parts, True
 
     def _shapes(self, modality: str, inputs: dict[str, Any]) -> list[VisualShape]:
         if modality == "video":
