@@ -197,7 +197,8 @@ class Agreement(Harness):
             if places is not None:
                 call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)
         logits = self.loaded.model(**call, use_cache=True, logits_to_keep=longest).logits
-        return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, answers)]
+        own = logits[:, -longest:]  # some models give all whatever is asked
+        return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(own, answers)]
 
 
 def short(text: str, length: int = 40) -> str:

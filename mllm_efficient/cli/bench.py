@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json as json_module
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,9 @@ def bench(
     settings: Any,
     context: typer.Context,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Shape name or config.json; nothing is downloaded.")] = False,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="With --random-weights: only so many layers of the language model and tower.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="One or several, such as 1,8.")] = "1",
     image_size: Annotated[str | None, typer.Option("--image-size", help="WxH in pixels; default what the model takes.")] = None,
@@ -85,6 +89,8 @@ def bench(
         raise MllmEfficientError(f"{given} has no effect with {'--overhead' if overhead else '--selection'}: leave it out")
     if selection and (random_weights or settings.model != "builtin"):
         raise MllmEfficientError("--selection runs no model: leave --model and --random-weights out")
+    if layers is not None and (not random_weights or selection):
+        raise MllmEfficientError("--layers has no effect without --random-weights: a model with weights has the layers that it has")
     if max_batch_limit is not None and not max_batch:
         raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
     chosen = [] if selection else [options.one_method(m) for m in method or ()]
@@ -114,8 +120,9 @@ def bench(
                 Workload(size, images, text_tokens, output_tokens), batches, times, rounds, settings.seed,
                 (max_batch_limit or MAX_BATCH) if max_batch else None,
             )  # fmt: skip
-            loaded = _load(settings, random_weights)
-            rows, meta = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, random_weights, json)
+            build = functools.partial(_load, random_weights=random_weights, layers=layers)
+            loaded = build(settings)
+            rows, meta = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, build, json)
         meta = {"command": command_line(context), **meta}
         write(rows, meta)
     warning = busy(meta["machine"])
@@ -153,21 +160,21 @@ def picture_size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _load(settings: ModelOptions, random_weights: bool) -> Loaded:
+def _load(settings: ModelOptions, random_weights: bool, layers: int | None = None) -> Loaded:
     from ..loading.models import load
     from ..measure.random_model import random_model
     from ..measure.shapes import shape_names
 
     if random_weights:
-        options.say(f"building {settings.model} with random weights")
-        return random_model(settings)
+        options.say(f"building {settings.model} with random weights{'' if layers is None else f', {layers} layers of it'}")
+        return random_model(settings, layers)
     if settings.model in shape_names():
         raise MllmEfficientError(f"{settings.model} is a shape without weights: add --random-weights")
     return load(settings)
 
 
 def _latency(
-    loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, random_weights: bool, json: bool
+    loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, build: Callable[[ModelOptions], Loaded], json: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from dataclasses import replace
 
@@ -181,7 +188,7 @@ def _latency(
     if quantized is not None:
         if loaded.options.quantization is not None:
             raise MllmEfficientError("--quantized adds arms to a model that is not quantized: leave --quantization out")
-        second = _load(replace(loaded.options, quantization=quantized), random_weights)
+        second = build(replace(loaded.options, quantization=quantized))
     run = Bench(loaded, chosen, plan, quantized=second)
     references = [a.name for a in run.arms() if a.role == REFERENCE]
     if references:

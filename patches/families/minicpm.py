@@ -16,7 +16,7 @@ from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 from ..base import Encoding, Item, runs_in, smaller_pixels
 from ..pictures import MODE
 from ..rules import Rules, Settings, Size, Views
-from ..sizes import Tower
+from ..sizes import Merger, ProjectorSize, Tower
 from .generic import GenericAdapter
 
 if TYPE_CHECKING:
@@ -33,16 +33,25 @@ class MiniCPMRules(Rules):
     gives = frozenset({"text", "grid"})
     parts = frozenset({"tile"})
     marks = True
+    reads_values = True
     counting: ClassVar[tuple[str, ...]] = ("max_slice_nums", "scale_resolution", "slice_mode", MODE)
     control = "downsample_mode and max_slice_nums"
 
     @functools.cached_property
     def tower_size(self) -> Tower:
-        raise UnsupportedModelError(f"FLOPs are not known for the tower of {self.name}, which merges patches between its layers")
+        vision = self.config.vision_config
+        side = getattr(vision, "window_kernel_size", (2, 2))[0]
+        return Tower(
+            vision.num_hidden_layers, vision.hidden_size, vision.num_attention_heads, vision.intermediate_size, vision.patch_size,
+            getattr(vision, "num_channels", 3), merger=Merger(vision.insert_layer_id, side, vision.intermediate_size * side**2),
+        )  # fmt: skip
 
-    @property
-    def patch(self) -> int:
-        return self.config.vision_config.patch_size
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        if getattr(self.config, "merger_times", 1) != 1:
+            raise UnsupportedModelError(f"FLOPs are not known for the projector of {self.name}, which merges more than once")
+        inputs = self.tower_size.width * 4
+        return ProjectorSize(inputs, inputs, self.decoder_size.width)
 
     @property
     def mode(self) -> str:
@@ -70,8 +79,14 @@ class MiniCPMRules(Rules):
         shape = self.shape(whole, slices, each)
         seen = f"{slices[1]} x {slices[0]} slices of {each[1]} x {each[0]}, " if slices[0] else ""
         said = f"{f'{size[0]}x{size[1]}: ' if size else ''}{seen}the whole as {whole[1]} x {whole[0]}, {shape.n} tokens"
-        patches = whole[0] * merge_of(self.mode), whole[1] * merge_of(self.mode)
-        return Views(shape, whole, len(shape.planes), patches, len(shape.planes[0]), said, size)
+        return self._seen(shape, said, size)
+
+    def _seen(self, shape: VisualShape, says: str, size: Size | None) -> Views:
+        """The views of an image, the whole first."""
+        merge = merge_of(self.mode)
+        patches, *also = [(plane.rows * merge, plane.columns * merge) for plane in shape.planes]
+        whole = shape.planes[0]
+        return Views(shape, (whole.rows, whole.columns), len(shape.planes), patches, len(whole), says, size, also=tuple(also))
 
     def typical(self) -> list[Views]:
         return [self.of_size(self.example_size)]
@@ -85,7 +100,7 @@ class MiniCPMRules(Rules):
         return [self.unknown(n, self.typical()[0], f"{n} tokens")]
 
     def smaller(self, image: Views, unit: Grid) -> Views:
-        return replace(image, shape=scaled(image.shape, unit), unit=unit)
+        return self._seen(scaled(image.shape, unit), image.says, None)
 
     def controls(self, size: Size, k: int) -> Iterable[Settings]:
         """Tokens of more or fewer patches, and fewer slices; of equal counts the model's own mode with most slices comes first."""
@@ -271,7 +286,9 @@ def _slices_after(ids: list[int], runs: list[tuple[int, int]]) -> list[bool]:
 
 
 class MiniCPMV46Rules(MiniCPMRules):
-    """MiniCPM-V 4.6."""
+    """MiniCPM-V 4.6, whose forward knows no ``logits_to_keep``."""
+
+    heads_all = True
 
 
 class MiniCPMV46Adapter(MiniCPMAdapter, MiniCPMV46Rules):
