@@ -149,13 +149,13 @@ class Run(Harness):
     def decoded(self, ids: torch.Tensor) -> list[str]:
         return self.loaded.processor.batch_decode(ids, skip_special_tokens=True)
 
-    def _region(self, sample: Sample | FollowUp, image: Any, processor: Any) -> dict[str, float]:
+    def _region(self, sample: Sample | FollowUp, image: Any, processor: Any = None) -> dict[str, float]:
         """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
         if image.indices is None:
             return {}
         if image.planes not in self._regions:
             size = (self.size, self.size)
-            self._regions[image.planes] = self.adapter.place(image.planes, size, processor)
+            self._regions[image.planes] = self.adapter.place(image.planes, size, processor or self.loaded.processor.image_processor)
         region = sample.region(self._regions[image.planes])
         if not region.any():
             return {}

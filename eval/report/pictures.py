@@ -100,15 +100,15 @@ def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key:
     from PIL import Image
 
     from mllm_efficient.apply.prepare import look
-    from mllm_efficient.measure.native import Control
+    from mllm_efficient.measure.native import asked
     from mllm_efficient.media.overlay import Result, fit, render, views
     from mllm_efficient.patches import adapter_for
 
-    asked = Control(loaded).asked(method, [[picture.size]])
-    inputs = asked.loaded.inputs([loaded.prompt(question, 1)], [picture])
-    report = asked.told(look(loaded.model, asked.method, image_keys=[key], **inputs)).images[0]
+    way = asked(loaded, method, [[picture]])
+    inputs = way.loaded.inputs([loaded.prompt(question, 1)], [picture])
+    report = way.told(look(loaded.model, way.method, image_keys=[key], **inputs)).images[0]
     adapter = adapter_for(loaded.model)
-    processor = asked.loaded.processor.image_processor
+    processor = way.loaded.processor.image_processor
     planes = adapter.place(report.planes, picture.size, processor)
     kept = None if report.kept_planes is None else adapter.place(report.kept_planes, picture.size, processor)
     if kept is not None and not all(p.placed for p in kept):

@@ -88,13 +88,16 @@ def show(
     print(output)
 
 
+IN_WORDS = {"none": "No compression", "native": "The model's own control"}
+
+
 def title(method: Compressor) -> str:
     """``DivPrune (metric=l2)``: the method's name and its settings beside the budget."""
     from ..compressors.base import BUDGET_FIELDS
 
     if len(method.parts) > 1:
         return ", then ".join(title(stage) for stage in method.parts)
-    name = "No compression" if method.name == "none" else type(method).__name__
+    name = IN_WORDS.get(method.name, type(method).__name__)
     settings = ", ".join(f"{k}={v}" for k, v in method.to_dict().items() if k != "method" and k not in BUDGET_FIELDS)
     return f"{name} ({settings})" if settings else name
 
@@ -116,7 +119,7 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
     """
     from ..apply.prepare import look
     from ..loading.processor import NEEDS_VIDEO
-    from ..measure.native import Control, sizes_of
+    from ..measure.native import asked
     from ..patches import adapter_for
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
@@ -124,13 +127,13 @@ def _run(loaded: Loaded, method: Compressor, prompt: str, pictures: list[Picture
         raise MllmEfficientError(NEEDS_VIDEO)
     if processor is not None and method.sets_processor:
         raise MllmEfficientError(f"{method.spec()} sets the processor of pictures, and a video has another: leave --video out")
-    asked = Control(loaded).asked(method, [sizes_of(pictures)])
+    way = asked(loaded, method, [pictures])
     if processor is not None:
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
-        inputs = asked.loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
-    reports = asked.told(look(loaded.model, asked.method, **inputs)).images
-    adapter, by = adapter_for(loaded.model), processor or asked.loaded.processor.image_processor
+        inputs = way.loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+    reports = way.told(look(loaded.model, way.method, **inputs)).images
+    adapter, by = adapter_for(loaded.model), processor or way.loaded.processor.image_processor
     if video:
         return [_result(method, reports, lambda planes: adapter.place(planes, pictures[0].size, by), video)]
     return [_result(method, [report], lambda planes, p=p: adapter.place(planes, p.size, by)) for report, p in zip(reports, pictures)]

@@ -8,6 +8,7 @@ from ..errors import MllmEfficientError
 
 DEPTHS = ("num_hidden_layers", "depth")
 INDEXES = ("deepstack_visual_indexes", "fullatt_block_indexes")  # layers of a tower, by number
+KINDS, MADE_ANEW = "layer_types", ("per_layer_config",)  # what transformers makes from the rest
 SHARED, INSERT, SLIDING_FROM = "num_kv_shared_layers", "insert_layer_id", "max_window_layers"
 
 
@@ -30,9 +31,12 @@ def shallower(config: Any, layers: int) -> Any:
 def _cut(part: dict[str, Any], layers: int) -> dict[str, Any]:
     """One part with at most so many layers, and what it says of each by its place or by number."""
     name = next(name for name in DEPTHS if name in part)
+    part = {k: v for k, v in part.items() if k not in MADE_ANEW}
     have, last = part[name], min(layers, part[name]) - 1
     out = {k: v[: last + 1] if isinstance(v, (list, tuple)) and len(v) == have and k not in INDEXES else v for k, v in part.items()}
     out[name] = last + 1
+    if out.get(KINDS):  # some models want their last layer to be of one kind
+        out[KINDS] = [*out[KINDS][:-1], part[KINDS][-1]]
     for key in INDEXES:
         if out.get(key):
             out[key] = [i for i in out[key] if i <= last] or [last]
@@ -40,7 +44,7 @@ def _cut(part: dict[str, Any], layers: int) -> dict[str, Any]:
         if isinstance(out.get(key), int):
             out[key] = min(out[key], last)
     if out.get(SHARED):
-        out[SHARED] = _sharing(out["layer_types"], min(out[SHARED], last))
+        out[SHARED] = _sharing(out[KINDS], min(out[SHARED], last))
     return out
 
 

@@ -116,6 +116,11 @@ class Control:
         return self._set[key]
 
 
+def asked(loaded: Loaded, method: Compressor, prompts: Sequence[Sequence[Any]]) -> Asked:
+    """How a method is asked prompts with these pictures, once."""
+    return Control(loaded).asked(method, [sizes_of(own) for own in prompts]) if method.sets_processor else Asked(loaded, method)
+
+
 def _name(setting: Settings) -> str:
     return json.dumps(setting, sort_keys=True)
 

@@ -76,8 +76,9 @@ def _require_present(path: Path) -> None:
 def random_model(options: ModelOptions, layers: int | None = None) -> Loaded:
     """A model of the shape ``options.model``, without a processor, its weights drawn from ``options.seed``.
 
-    layers: of the language model, and at most as many of the tower; None for all. dtype "auto" is bfloat16 on an accelerator and float32 on a CPU. Nothing is downloaded, and nothing is made on the
-    CPU for another device. Raises ``MllmEfficientError`` for options that say where weights come from.
+    layers: of the language model, and at most as many of the tower; None for all. dtype "auto" is bfloat16 on an accelerator and float32 on
+    a CPU. Nothing is downloaded, and nothing is made on the CPU for another device. Raises ``MllmEfficientError`` for options that say
+    where weights come from.
     """
     for name in ("device_map", "revision", "trust_remote_code", "adapter"):
         if getattr(options, name):
