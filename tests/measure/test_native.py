@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +192,17 @@ def test_a_type_of_the_table_is_counted_by_its_processor():
     picture = Image.effect_noise(size, 90).convert("RGB")
     inputs = asked(one, 9, size).loaded.inputs([one.prompt("what", 1)], [[picture]])
     assert one.model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_along_an_answer_are_the_distributions_of_a_model_that_heads_every_token():
+    """MiniCPM-V 4.6 knows no ``logits_to_keep``; the model's own greedy answer is the most likely one along itself."""
+    from mllm_efficient.eval.agreement import Agreement
+
+    one, picture = loaded("minicpmv4_6"), Image.effect_noise((48, 48), 90).convert("RGB")
+    request = SimpleNamespace(id="a", images=(picture,), digest="a", answers=(), pictures=lambda: [picture])
+    run = Agreement(one, [request], [me.build("none")], prompts=[one.prompt("what", 1)])
+    prepared, _ = run._prepared(me.build("none"), [request])
+    call = prepared.model_kwargs
+    ids = one.model.generate(**call, max_new_tokens=4, do_sample=False)[0, call["input_ids"].shape[1] :]
+    (along,) = run._along(me.build("none"), [request], [ids])
+    assert along.argmax(-1).tolist() == ids.tolist()
