@@ -18,6 +18,7 @@ from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.measure.native import Control
 from mllm_efficient.patches import facts
 from mllm_efficient.patches import tiny as smaller
+from mllm_efficient.patches.vllm.settings import require_served
 
 from ..families import EVERY, VOCABULARY, gemma4_processor, tiny, tokenizer
 from ..folders import save
@@ -107,6 +108,8 @@ def test_a_wrapped_model_and_a_composition_refuse_it():
     with pytest.raises(me.UnsupportedModelError, match="sets the model's own image processor"):
         me.wrap(model, "native:tokens=9")
     assert not me.is_wrapped(model)
+    with pytest.raises(me.UnsupportedModelError, match="--mm-processor-kwargs"):
+        require_served(me.build("native:tokens=9"))
     with pytest.raises(me.UnsupportedModelError, match="give it alone"):
         me.build("native:tokens=9 | fastv:keep=0.5")
 
