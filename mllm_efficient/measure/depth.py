@@ -44,7 +44,7 @@ def _cut(part: dict[str, Any], layers: int) -> dict[str, Any]:
         if isinstance(out.get(key), int):
             out[key] = min(out[key], last)
     if out.get(SHARED):
-        out[SHARED] = _sharing(out[KINDS], min(out[SHARED], last))
+        out[SHARED] = _sharing(list(out[KINDS]), min(out[SHARED], last))
     return out
 
 
