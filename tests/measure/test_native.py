@@ -18,6 +18,7 @@ from mllm_efficient.measure.flops import cost, shape_of
 from mllm_efficient.measure.native import Control
 from mllm_efficient.patches import facts
 from mllm_efficient.patches import tiny as smaller
+from mllm_efficient.patches.controls import CONTROLS, PIXELS
 from mllm_efficient.patches.vllm.settings import require_served
 
 from ..families import EVERY, VOCABULARY, gemma4_processor, tiny, tokenizer
@@ -209,3 +210,14 @@ def test_along_an_answer_are_the_distributions_of_a_model_that_heads_every_token
     ids = one.model.generate(**call, max_new_tokens=4, do_sample=False)[0, call["input_ids"].shape[1] :]
     (along,) = run._along(me.build("none"), [request], [ids])
     assert along.argmax(-1).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("tokens", [4, 30, 100])
+def test_the_limits_of_a_row_are_those_of_its_processor(tokens):
+    """PaddleOCR-VL's, which divides by tokens of 28 x 28 pixels."""
+    assert {row.control for row in facts.FACTS.values()} - {""} == set(CONTROLS)
+    own = transformers.PaddleOCRVLImageProcessorPil()
+    (setting, *_) = CONTROLS[PIXELS](tokens, 28, own.to_dict())
+    set_up = type(own).from_dict({**own.to_dict(), **setting})
+    _, rows, columns = set_up(Image.new("RGB", (640, 400)), return_tensors="pt")["image_grid_thw"][0].tolist()
+    assert tokens // 2 <= rows * columns // 4 <= tokens
