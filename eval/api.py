@@ -245,7 +245,7 @@ def require_runnable(loaded: Loaded, methods: Sequence[Compressor]) -> list[str]
     from mllm_efficient.loading.models import require_supported
     from mllm_efficient.trained.folder import located
 
-    adapter, said = require_supported(loaded), []
+    adapter, said = require_supported(loaded).with_settings(loaded.picture_settings), []
     for method in methods:
         check(adapter, method)
         if method.installs is not None:

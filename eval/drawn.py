@@ -12,6 +12,7 @@ from mllm_efficient.compressors.words import title
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
 from mllm_efficient.loading.processor import NEEDS_VIDEO
+from mllm_efficient.measure.native import asked
 from mllm_efficient.media.overlay import Result
 
 if TYPE_CHECKING:
@@ -31,15 +32,18 @@ def run_method(
     processor = getattr(loaded.processor, "video_processor", None) if video else None
     if video and processor is None and getattr(loaded.processor, "video_token", None):
         raise MllmEfficientError(NEEDS_VIDEO)
+    if processor is not None and method.sets_processor:
+        raise MllmEfficientError(f"{method.spec()} sets the processor of pictures, and a video has another: leave --video out")
+    way = asked(loaded, method, [pictures])
     if processor is not None:
         inputs = loaded.inputs([loaded.prompt(prompt, 0, 1)], videos=[pictures])
     else:
-        inputs = loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
+        inputs = way.loaded.inputs([loaded.prompt(prompt, len(pictures))], pictures)
     if keys is not None:
         inputs["image_keys"] = list(keys)
-    reports = prepare.look(loaded.model, method, **inputs).images
-    made_of = _areas(loaded.model, method, reports, inputs)
-    adapter, by = adapter_for(loaded.model), processor or loaded.processor.image_processor
+    reports = way.told(prepare.look(loaded.model, way.method, **inputs)).images
+    made_of = _areas(loaded.model, way.method, reports, inputs)
+    adapter, by = adapter_for(loaded.model), processor or way.loaded.processor.image_processor
     if video:
         return [_result(method, reports, made_of, lambda planes: adapter.place(planes, pictures[0].size, by), video)]
     return [

@@ -96,7 +96,7 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
 
     Raises for a method that the model cannot run at any budget.
     """
-    adapter = require_supported(loaded)
+    adapter = require_supported(loaded).with_settings(loaded.picture_settings)
     out, left_out = [], dict[str, str]()
     for cell in cells:
         try:

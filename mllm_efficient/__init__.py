@@ -20,7 +20,7 @@ _HOME = {
     "Compressor": "compressors.base", "Selector": "compressors.selector", "Merger": "compressors.merger",
     "DivPrune": "compressors.divprune", "DivMerge": "compressors.divmerge",
     "Random": "compressors.random", "Uniform": "compressors.uniform",
-    "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
+    "Pool": "compressors.pool", "Resize": "compressors.resize", "Native": "compressors.native", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
     "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.encode", "Encoded": "apply.encode",
     "Layout": "apply.prompt",
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from .compressors.hawk import Hawk as Hawk
     from .compressors.merger import Merger as Merger
     from .compressors.mmtok import MMTok as MMTok
+    from .compressors.native import Native as Native
     from .compressors.none import NoCompression as NoCompression
     from .compressors.otprune import OTPrune as OTPrune
     from .compressors.pool import Pool as Pool

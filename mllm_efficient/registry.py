@@ -39,7 +39,7 @@ OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
     for name in (
-        *("none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"),
+        *("none", "random", "uniform", "pool", "resize", "native", "divprune", "divmerge", "tokenflex"),
         *(*INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER, *OF_2026),
     )
 }

@@ -52,12 +52,17 @@ class ModelOptions:
 
 @dataclass
 class Loaded:
-    """A model in eval mode with its processor. in_memory: a user's object, whose weights need not be those of the folder it names."""
+    """A model in eval mode with its processor.
+
+    in_memory: a user's object, whose weights need not be those of the folder it names. call: what each of its calls has to say beside
+    what the processor makes.
+    """
 
     model: Any
     processor: Any
     options: ModelOptions
     in_memory: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self):
@@ -101,7 +106,7 @@ class Loaded:
         for name in ("pixel_values", "pixel_values_videos"):
             if name in batch:
                 batch[name] = batch[name].to(self.model.dtype)
-        return batch
+        return {**batch, **self.call} if "pixel_values" in batch else batch
 
     def _cuts_off(self) -> str:
         """The usual cause of placeholders that are missing, where the tokenizer's settings have it."""

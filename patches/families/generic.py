@@ -6,7 +6,7 @@ What no row knows is refused by name: how tokens lie on a grid (unless the call 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
@@ -14,7 +14,9 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, runs_in
+from ..controls import CONTROLS
 from ..facts import FACTS, Facts
+from ..rules import Settings, Size
 from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ class GenericAdapter(Adapter):
         self.mrope = bool(self.facts.mrope)
         self.deepstack = self.facts.deepstack
         self.text_row = self.facts.text_row
+        self.counts_by_rule = False
+        if self.facts.control:
+            self.control = self.facts.control
         self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
 
     def _encoder(self, modality: str) -> Any:
@@ -87,6 +92,11 @@ class GenericAdapter(Adapter):
         names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
         side = next((getattr(vision, name) for name in names if getattr(vision, name, None)), 1)
         return int(side if isinstance(side, int) else side[-1])
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        if not self.facts.control:
+            return super().controls(size, k)
+        return CONTROLS[self.facts.control](k, self.config.vision_config.patch_size * self.merge, self.settings)
 
     def encode(
         self, items: Sequence[Item], needs: frozenset[str] = frozenset(), grids: Sequence[Grid | None] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
+from ..controls import PIXELS, pixel_controls
 from ..pictures import OF_PIXELS
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
@@ -39,6 +40,7 @@ class QwenVLRules(Rules):
     positions = "keep"
     mrope = True
     counting: ClassVar[tuple[str, ...]] = OF_PIXELS
+    control = PIXELS
     pixels: ClassVar[tuple[int, int]] = (3136, 12845056)
 
     @property
@@ -97,6 +99,10 @@ class QwenVLRules(Rules):
 
     def smaller(self, image: Views, unit: Grid) -> Views:
         return self._at(unit, None)
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        fewest, _ = pixel_limits(self.pixels, self.settings)
+        return pixel_controls(k, self.step**2, fewest)
 
 
 class Qwen2VLRules(QwenVLRules):

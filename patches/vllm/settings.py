@@ -101,6 +101,8 @@ def _why_not(method: Compressor) -> str | None:
         )
     elif method.as_resizer is not None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
+    elif method.sets_processor:
+        why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
     elif set(method.needs) - OF_IMAGES:
