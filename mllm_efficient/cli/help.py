@@ -25,7 +25,7 @@ GROUPS = {
     ),
     "What is timed or counted": (
         "image_size", "images", "text_tokens", "visual_tokens", "new_tokens", "output_tokens", "repeats", "warmup", "no_bench", "max_batch",
-        "max_batch_limit", "overhead", "selection", "concurrency", "requests", "convention", "measured",
+        "max_batch_limit", "layers", "overhead", "selection", "concurrency", "requests", "convention", "measured",
     ),
     "Training": ("config", "dry_run", "overrides"),
     "Output": ("output", "output_dir", "columns", "json", "format", "caption", "label", "dim", "size", "seed", "every", "port"),
