@@ -35,3 +35,6 @@ def register() -> None:
     for name, own in SERVED.items():
         for registered in (name, PREFIX + name):
             ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{own}")
+    from .configuring import settle
+
+    settle([registered for name in SERVED for registered in (name, PREFIX + name)])

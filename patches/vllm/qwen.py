@@ -17,7 +17,9 @@ from mllm_efficient.compressors.base import Compressor, generator_for
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
 
 from ..base import Encoding
-from .models import FIELD, MULTIMODAL_REGISTRY, CompressedInfo, CompressedModel, CompressedProcessor
+from .alone import Image, each_alone
+from .front import FIELD, CompressedInfo, CompressedProcessor
+from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
 from .settings import KEY, settings_of
 
 try:
@@ -68,6 +70,12 @@ class QwenInfo(CompressedInfo):
 class QwenProcessor(CompressedProcessor):
     one_each = "image_grid_thw"
 
+    def uncompressed(self, images: Any, index: int) -> int:
+        size = images.get_image_size(index)
+        return self.info.plain(self.info.ctx).get_num_image_tokens(
+            image_width=size.width, image_height=size.height, image_processor=self.info.get_image_processor(), mm_kwargs={}
+        )
+
     def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
         _, height, width = out_mm_kwargs["image"][index]["image_grid_thw"].data.tolist()
         merge = self.info.shapes.adapter.merge
@@ -101,18 +109,17 @@ class CompressedQwen(CompressedModel):
             )
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
+        marks, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
         if self.settings is None or grids is None:
             return super(CompressedModel, self).embed_multimodal(**kwargs)
         name = "pixel_values" if kwargs.get("pixel_values") is not None else "image_embeds"
         sizes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-        counts = [0] * len(sizes) if asked is None else [int(n) for n in asked]
+        own = marked(marks, len(sizes))
         out: list[torch.Tensor] = []
         for part, rows in self._parts(sizes, 1 if name == "pixel_values" else self.shapes.adapter.merge**2):
             given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
             features = self._process_image_input(given)
-            for f, size, count in zip(features, sizes[part], counts[part]):
-                out.append(self._compressed_image(f, size, count, made=name == "image_embeds"))
+            out += self._compressed_images(features, sizes[part], own[part], made=name == "image_embeds")
         return tuple(out)
 
     def _parts(self, sizes: Sequence[tuple[int, int, int]], patches_each: int) -> Iterator[tuple[slice, slice]]:
@@ -127,25 +134,34 @@ class CompressedQwen(CompressedModel):
             yield slice(low, high), slice(sum(rows[:low]), sum(rows[:high]))
             low = high
 
-    def _compressed_image(self, features: torch.Tensor, size: tuple[int, int, int], count: int, made: bool) -> torch.Tensor:
-        """(K, D + deep layers + COLUMNS) of an image. made: it came as embeddings, which stay as they are."""
+    def _compressed_images(
+        self, features: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int, int]], marks: Sequence[tuple[int, int]], made: bool
+    ) -> list[torch.Tensor]:
+        """(K, D + deep layers + COLUMNS) of each image. made: they came as embeddings, which stay as they are."""
         assert self.settings is not None
-        merge, width = self.shapes.adapter.merge, self.hf.get_text_config().hidden_size
-        rows, columns = size[1] // merge, size[2] // merge
+        merge = self.shapes.adapter.merge
+        grids = [(height // merge, width // merge) for _, height, width in sizes]
+        methods = [self.settings.of_request(asked or None) for asked, _ in marks]
+        plans = [self.shapes.plan_of_grid(method, *grid) for method, grid in zip(methods, grids)]
+        images = [
+            Image(mark, f, rows * columns if made else plan.kept, f.shape[1] + COLUMNS)
+            for (_, mark), f, plan, (rows, columns) in zip(marks, features, plans, grids)
+        ]
+        return each_alone(images, lambda i: self._compressed_image(features[i], grids[i], None if made else methods[i], plans[i]))
+
+    def _compressed_image(self, features: torch.Tensor, grid: tuple[int, int], method: Compressor | None, plan: Any) -> torch.Tensor:
+        """One of these. method: None leaves the image as it is."""
+        rows, columns = grid
         if len(features) != rows * columns:
             raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
         place = torch.arange(len(features), device=features.device)
         at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
         places = at.to(features.dtype)
-        if made:
+        if method is None:
             return torch.cat([features, places], dim=1)
-        method = self.settings.of_request(count or None)
-        plan = self.shapes.plan_of_grid(method, rows, columns)
+        width = self.hf.get_text_config().hidden_size
         encoding = Encoding(features[:, :width], plan.shape, (features[:, width:],))
-        kept = layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,))
-        if len(kept[0]) != plan.kept:
-            raise CountMismatchError(f"{len(kept[0])} rows for an image whose prompt has room for {plan.kept}")
-        return torch.cat(kept, dim=1)
+        return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
         """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""

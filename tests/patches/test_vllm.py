@@ -195,9 +195,10 @@ def test_the_towers_weights_are_named_as_vllm_looks_for_them(tmp_path, make_llav
 # --------------------------------------------------------------------------------------------------------- the engine
 
 
-def engine(model, calls, timeout=300, environment=None, asks_again=False, **settings):
+def engine(model, calls, timeout=300, environment=None, asks_again=False, breaks=False, **settings):
     """Answers of a fresh engine to calls. One of several ranks starts processes of its own, and so is none of a fork."""
-    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls, "asks_again": asks_again}
+    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls}
+    job |= {"asks_again": asks_again, "breaks": breaks}
     if "tensor_parallel_size" not in settings:
         return forked("engine", job, environment, timeout)
     run = subprocess.run(
@@ -329,6 +330,16 @@ def test_families_with_tiles_and_two_images(name, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- the server
 
 
+def faulty(folder):
+    """The environment in which vLLM finds one more plugin, in this folder: towers that break on white pictures and on black ones."""
+    about = folder / "faulty-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nfaulty = tests.vllm_engine:with_faults\n")
+    paths = [str(folder), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory):
     """``vllm serve`` on an exported folder; an OpenAI client."""
@@ -344,8 +355,9 @@ def serving(tmp_path_factory):
         port = free.getsockname()[1]
     command = ["serve", folder, "--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 16, "--enforce-eager", "--port", port]
     command += ["--enable-prompt-tokens-details", "--trust-request-mm-kwargs", "--served-model-name", "tiny"]
+    command += ["--middleware", "mllm_efficient.patches.vllm.naming.Named"]
     log = folder.with_name("log.txt")
-    environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **faulty(folder.parent)}
     with log.open("w") as out:
         server = subprocess.Popen(
             [str(Path(sys.executable).with_name("vllm")), *map(str, command)],
@@ -371,19 +383,19 @@ def serving(tmp_path_factory):
         server.wait(60)
 
 
-def ask(client, sample, tokens=None):
+def ask(client, sample, tokens=None, picture=None, **more):
     import base64
     import io
 
     data = io.BytesIO()
-    sample.picture(144).save(data, "PNG")
+    (picture or sample.picture(144)).save(data, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question.text}]
     extra = {"add_special_tokens": True}  # as the processor in transformers does; vLLM leaves that to the chat template
     if tokens is not None:
-        extra["mm_processor_kwargs"] = {"visual_tokens": tokens}
+        extra["mm_processor_kwargs"] = tokens if isinstance(tokens, dict) else {"visual_tokens": tokens}
     return client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8, extra_body=extra
+        **{"model": "tiny", "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8, **more}, extra_body=extra
     )
 
 
@@ -404,7 +416,90 @@ def test_a_server_says_what_it_kept_and_lives_on_after_a_bad_request(serving, qu
     for wrong in (17, 5000, "abc", -1):
         with pytest.raises(BadRequestError, match="16, 36, 72 are allowed"):
             ask(client, chosen[0], wrong)
+    for wrong in ({"visual_token": 36}, {"visual_tokens": 36, "do_resize": False}, {"images_kwargs": {"do_resize": False}}):
+        with pytest.raises(BadRequestError, match="mm_processor_kwargs: .* cannot be set by a request on this server: visual_tokens alone"):
+            ask(client, chosen[0], wrong)
     assert ask(client, chosen[0]).choices[0].message.content.strip() == expected[0]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_picture_that_cannot_be_used_is_an_error_that_says_why(serving, questions):
+    """Features of white pictures are NaN in this server, those of black ones a row short; streamed or not, first or again."""
+    from openai import APIError, InternalServerError
+    from PIL import Image
+
+    client, log = serving
+    sample = questions[1][0][0]
+    for colour, says in (("white", "NaN or infinity"), ("black", "143 rows")):
+        picture = Image.new("RGB", (144, 144), colour)
+        for _ in range(2):
+            with pytest.raises(InternalServerError, match=f"the picture cannot be used: .*{says}"):
+                ask(client, sample, picture=picture)
+        with pytest.raises(APIError, match=f"the picture cannot be used: .*{says}"):
+            list(ask(client, sample, picture=picture, stream=True))
+    assert ask(client, sample).choices[0].message.content.strip() == answer_of_transformers(questions, "divprune:tokens=36", 0)
+    assert "its request ends with an error: NotFiniteError" in log.read_text()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_300_requests_a_third_of_them_wrong_and_clients_that_leave(serving, questions):
+    """Wrong ones are told so, by 4xx or by the reason of a picture; every other answer is the one that it gets alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from openai import APIStatusError, APITimeoutError
+    from PIL import Image
+
+    client, _ = serving
+    wrong = (
+        {"tokens": 17}, {"tokens": {"visual_tokens": None, "size": 3}}, {"picture": Image.new("RGB", (144, 144), "white")},
+        {"max_tokens": -1}, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}]}]},
+        {"temperature": "warm"}, {"model": "other"}, {"picture": Image.new("RGB", (144, 144), "black"), "max_tokens": 1},
+    )  # fmt: skip
+
+    def one(i):
+        sample, tokens = questions[1][i % 200][0], (16, 36, 72)[i % 7 % 3]
+        try:
+            if i % 3 == 0:
+                return ask(client, sample, **wrong[i // 3 % len(wrong)])
+            if i % 10 == 1:
+                return ask(client.with_options(timeout=0.02), sample, tokens)
+            return ask(client, sample, tokens).choices[0].message.content.strip()
+        except (APIStatusError, APITimeoutError) as error:
+            return error
+
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(one, range(300)))
+    for i, reply in enumerate(replies):
+        if i % 3 == 0:
+            assert 400 <= reply.status_code < 500 or "the picture cannot be used" in str(reply), (i, reply)
+        elif i % 10 == 1:
+            assert not isinstance(reply, APIStatusError)
+        else:
+            assert reply == answer_of_transformers(questions, f"divprune:tokens={(16, 36, 72)[i % 7 % 3]}", i % 200)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_metrics_count_visual_tokens_and_the_list_of_models_names_the_method(serving, questions):
+    import re
+    import urllib.request
+
+    client, _ = serving
+    root = str(client.base_url).removesuffix("/v1/")
+
+    def counted():
+        text = urllib.request.urlopen(f"{root}/metrics").read().decode()
+        return {name: float(value) for name, value in re.findall(
+            r'^mllm_efficient:(\w+)_total\{method="divprune",model_name="tiny"\} (.+)$', text, re.M)}  # fmt: skip
+
+    before = counted()
+    for tokens in (None, 16, 16):
+        ask(client, questions[1][0][0], tokens)
+    grown = {name: value - before[name] for name, value in counted().items()}
+    assert grown == {"visual_tokens_full": 3 * 144, "visual_tokens_kept": 36 + 2 * 16, "images": 3}
+    assert client.models.list().data[0].visual_token_compression == "divprune"
 
 
 @needs_vllm
