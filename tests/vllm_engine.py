@@ -1,8 +1,8 @@
 """One engine of vLLM for a job (``model``, ``engine``, ``calls``). As a script: reads it as JSON from stdin, prints ``ANSWERS`` and JSON.
 
 A call: ``prompts``, ``images`` (paths, a list for each prompt), ``tokens`` (of the request, or null), ``new``,
-``adapter`` (a folder, or null), ``more`` (other settings of the request, or null). Of the job, ``asks_again``: see ``as_on_a_gpu``;
-``breaks``: see ``with_faults``.
+``adapter`` (a folder, or null), ``more`` (other settings of the request, or null); with ``pruner``: see ``by_the_pruner``.
+Of the job, ``asks_again``: see ``as_on_a_gpu``; ``breaks``: see ``with_faults``.
 """
 
 from __future__ import annotations
@@ -50,6 +50,43 @@ def with_faults() -> None:
         cls._process_image_input = faulty(cls._process_image_input)
 
 
+def by_the_pruner(llm, prompt: str, paths: list[str]) -> dict:
+    """Positions (3, L) of a prompt as Model Runner V2 of GPUs gets them: by its own class, which asks the model; and the rows it leaves."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.multimodal.utils import group_and_batch_mm_kwargs
+    from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    processor = runner.mm_registry.create_processor(runner.model_config)
+    done = processor(prompt, processor.info.parse_mm_data({"image": [Image.open(p).convert("RGB") for p in paths]}))
+    ids, items = done["prompt_token_ids"], done["mm_kwargs"]["image"]
+    features = [
+        MultiModalFeatureSpec(data=item, modality="image", identifier=str(i), mm_position=place)
+        for i, (item, place) in enumerate(zip(items, done["mm_placeholders"]["image"]))
+    ]
+    embeds = [e for *_, batch in group_and_batch_mm_kwargs([("image", i) for i in items]) for e in runner.model.embed_multimodal(**batch)]
+    positions, found = runner.model.get_mrope_input_positions(ids, features)[0], {}
+    rope = SimpleNamespace(
+        read_prefill_positions=lambda request, length: positions[:, :length],
+        update_prefill_positions=lambda request, new, delta: found.update(positions=new.tolist(), delta=delta),
+    )
+    batch = SimpleNamespace(
+        req_ids=["a"], idx_mapping_np=np.array([0]), prefill_len_np=np.array([len(ids)]), num_scheduled_tokens=np.array([len(ids)]),
+        num_computed_prefill_tokens_np=np.array([0]),
+    )  # fmt: skip
+    states = SimpleNamespace(all_token_ids=SimpleNamespace(gpu=torch.tensor([ids])))
+    pruner = MultiModalPruner(
+        runner.model, rope, SimpleNamespace(mm_features={"a": features}), runner.model_config.get_inputs_embeds_size()
+    )
+    left, stripped = pruner.recompute(embeds, batch, states), pruner.strip(embeds)
+    return {**found, "ids": ids, "rows": [len(e) for e in left], "alike": all(torch.equal(a, b) for a, b in zip(left, stripped))}
+
+
 def answers(job: dict) -> list[dict]:
     """Of each call: ``answers`` and ``prompt_tokens``, or ``error``."""
     from PIL import Image
@@ -64,6 +101,9 @@ def answers(job: dict) -> list[dict]:
     llm = LLM(job["model"], **{**fixed, **job["engine"]})
     out = []
     for call in job["calls"]:
+        if call.get("pruner"):
+            out.append(by_the_pruner(llm, call["prompts"][0], call["images"][0]))
+            continue
         requests = []
         for prompt, images in zip(call["prompts"], call["images"]):
             request = {"prompt": prompt, "multi_modal_data": {"image": [Image.open(p).convert("RGB") for p in images]}}

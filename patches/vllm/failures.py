@@ -81,10 +81,11 @@ class Reader:
     def read(self) -> dict[int, str]:
         """Why each image failed, by its fingerprint. A look at an empty folder takes microseconds."""
         where = folder()
-        with contextlib.suppress(OSError):
-            for name in () if where is None else os.listdir(where):
-                if name.isdigit() and int(name) not in self.known:
-                    self.known[int(name)] = (where / name).read_text()
+        if where is not None:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(where):
+                    if name.isdigit() and int(name) not in self.known:
+                        self.known[int(name)] = (where / name).read_text()
         return self.known
 
 

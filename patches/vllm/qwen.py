@@ -18,7 +18,7 @@ from mllm_efficient.errors import CountMismatchError, MllmEfficientError, Unsupp
 
 from ..base import Encoding
 from .alone import Image, each_alone
-from .front import FIELD, CompressedInfo, CompressedProcessor
+from .front import FIELD, CompressedInfo, CompressedProcessor, Stock
 from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
 from .settings import KEY, settings_of
 
@@ -85,28 +85,107 @@ class QwenProcessor(CompressedProcessor):
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-class CompressedQwen(CompressedModel):
-    """Over a Qwen-VL of vLLM."""
+def with_places(method: Compressor | None, plan: Any, features: torch.Tensor, width: int, rows: int, columns: int) -> torch.Tensor:
+    """(K, D + COLUMNS) of an image of rows x columns tokens: what stays of features (N, D) and where it was.
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        if settings_of(vllm_config.model_config.hf_config) is not None:
-            if not asks_again():
-                raise UnsupportedModelError(f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so Qwen-VL needs a GPU")
-            images = vllm_config.model_config.get_multimodal_config()
-            if images.video_pruning_rate not in (None, 0, NOTHING):
-                raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
-            images.video_pruning_rate = NOTHING
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+    method: None leaves the image as it is. width: of the features proper; what follows them in a row is of deep layers.
+    """
+    if len(features) != rows * columns:
+        raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
+    place = torch.arange(len(features), device=features.device)
+    at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
+    places = at.to(features.dtype)
+    if method is None:
+        return torch.cat([features, places], dim=1)
+    deep = (features[:, width:],) if features.shape[1] > width else ()
+    encoding = Encoding(features[:, :width], plan.shape, deep)
+    return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
 
-    def require(self, method: Compressor) -> None:
+
+def keep_places(vllm_config: Any) -> None:
+    """Makes vLLM ask a model with M-RoPE for positions again. Raises where it cannot, and where videos would be pruned beside it."""
+    if not asks_again():
+        raise UnsupportedModelError(
+            f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so models with M-RoPE (Qwen-VL, GLM-V) need a GPU"
+        )
+    images = vllm_config.model_config.get_multimodal_config()
+    if images.video_pruning_rate not in (None, 0, NOTHING):
+        raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
+    images.video_pruning_rate = NOTHING
+
+
+class PlacesKept(Stock):
+    """Over a model of vLLM with M-RoPE: the rows that stay keep their positions.
+
+    mrope: whether the model has them; merge: patches along a side of a token.
+    """
+
+    mrope: bool = True
+    supports_multimodal_pruning = True
+
+    @property
+    def image_token(self) -> int:
+        return self.hf.image_token_id
+
+    def require_places(self, method: Compressor, name: str) -> None:
+        """Raises for a method that leaves tokens without a place of their own."""
         if method.merges:
             raise UnsupportedModelError(
                 f"{KEY}: {method.name} merges tokens, which then have no M-RoPE position: divprune or uniform select"
             )
         if method.positions == "renumber":
-            raise UnsupportedModelError(
-                f"{KEY}: positions=renumber is not served on {type(self).__name__}: leave it out, tokens keep theirs"
-            )
+            raise UnsupportedModelError(f"{KEY}: positions=renumber is not served on {name}: leave it out, tokens keep theirs")
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
+        if self.settings is None or not self.mrope:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        parts, done, now = [], 0, 0
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            embeds = feature.mm_position.extract_embeds_range()  # (first, last) of each run
+            begin, end = embeds[0][0], embeds[-1][1] + 1
+            text = begin - done
+            _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.flatten().tolist())
+            parts += [torch.arange(now, now + text), torch.full((end - begin,), now + text)]
+            done = end
+            now += text + max(height, width) // self.merge
+        parts.append(torch.arange(now, now + len(input_tokens) - done))
+        positions = torch.cat(parts).expand(3, -1).contiguous()
+        return positions, now + len(input_tokens) - done - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Sequence[torch.Tensor], mrope_positions: torch.Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        """Rows and columns of the tokens from ``num_computed_tokens`` on that these embeddings are for, which lose their columns."""
+        if self.settings is None or not self.mrope:
+            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+        positions = mrope_positions.clone()
+        delta = int(positions.max()) + 1 - positions.shape[1]
+        if multimodal_embeddings:
+            at = torch.cat([e[:, -COLUMNS:] for e in multimodal_embeddings]).to(positions.device, positions.dtype)
+            ids = torch.as_tensor(input_ids, device=positions.device)
+            places = (ids == self.image_token).nonzero()[:, 0]
+            places = places[places >= num_computed_tokens][: len(at)]
+            begin = positions[0, places]  # which this never changes: an image has one time step
+            positions[1, places] = begin + BASE * at[:, 0] + at[:, 1]
+            positions[2, places] = begin + BASE * at[:, 2] + at[:, 3]
+        return [e[:, :-COLUMNS] for e in multimodal_embeddings], positions, delta
+
+
+class CompressedQwen(PlacesKept, CompressedModel):
+    """Over a Qwen-VL of vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if settings_of(vllm_config.model_config.hf_config) is not None:
+            keep_places(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    @property
+    def merge(self) -> int:
+        return self.shapes.adapter.merge
+
+    def require(self, method: Compressor) -> None:
+        self.require_places(method, type(self).__name__)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         marks, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
@@ -151,50 +230,7 @@ class CompressedQwen(CompressedModel):
 
     def _compressed_image(self, features: torch.Tensor, grid: tuple[int, int], method: Compressor | None, plan: Any) -> torch.Tensor:
         """One of these. method: None leaves the image as it is."""
-        rows, columns = grid
-        if len(features) != rows * columns:
-            raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
-        place = torch.arange(len(features), device=features.device)
-        at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
-        places = at.to(features.dtype)
-        if method is None:
-            return torch.cat([features, places], dim=1)
-        width = self.hf.get_text_config().hidden_size
-        encoding = Encoding(features[:, :width], plan.shape, (features[:, width:],))
-        return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
-
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
-        if self.settings is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)
-        parts, done, now = [], 0, 0
-        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            text = feature.mm_position.offset - done
-            _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.tolist())
-            parts += [torch.arange(now, now + text), torch.full((feature.mm_position.length,), now + text)]
-            done = feature.mm_position.offset + feature.mm_position.length
-            now += text + max(height, width) // self.shapes.adapter.merge
-        parts.append(torch.arange(now, now + len(input_tokens) - done))
-        positions = torch.cat(parts).expand(3, -1).contiguous()
-        return positions, now + len(input_tokens) - done - len(input_tokens)
-
-    def recompute_mrope_positions(
-        self, input_ids: Any, multimodal_embeddings: Sequence[torch.Tensor], mrope_positions: torch.Tensor, num_computed_tokens: int
-    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
-        """Rows and columns of the tokens from ``num_computed_tokens`` on that these embeddings are for, which lose their columns."""
-        if self.settings is None:
-            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
-        positions = mrope_positions.clone()
-        delta = int(positions.max()) + 1 - positions.shape[1]
-        if multimodal_embeddings:
-            at = torch.cat([e[:, -COLUMNS:] for e in multimodal_embeddings]).to(positions.device, positions.dtype)
-            ids = torch.as_tensor(input_ids, device=positions.device)
-            places = (ids == self.hf.image_token_id).nonzero()[:, 0]
-            places = places[places >= num_computed_tokens][: len(at)]
-            begin = positions[0, places]  # which this never changes: an image has one time step
-            positions[1, places] = begin + BASE * at[:, 0] + at[:, 1]
-            positions[2, places] = begin + BASE * at[:, 2] + at[:, 3]
-        return [e[:, :-COLUMNS] for e in multimodal_embeddings], positions, delta
+        return with_places(method, plan, features, self.hf.get_text_config().hidden_size, *grid)
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int | None]:
         if self.settings is None or modality != "image" or mm_kwargs is None:
