@@ -6,21 +6,34 @@ that what else runs on the machine reaches all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.progress import SILENT, Progress
+from mllm_efficient.tables import Table
+
 from .agreement import TEXT_ONLY, WITH_IMAGES, short
 from .agreement_rows import Compared
-from .answers import matches, normalise
-from .lmms.asking import Content
-from .lmms.server import ServerAsker, ServerCell
+from .answers import NORMALISATION, matches, normalise
+from .lmms.asking import RECORD, Content
+from .lmms.server import ServerAsker, ServerCell, served
+from .record.bench_file import write_json
+from .record.samples import fingerprint_of
 from .requests import Request
+from .results import EVALUATE, Results
 
+RESULTS = "results.json"
+NOTE = (
+    "'same words': percent of the requests with a picture answered as by the first server, to the letter; 'normalised': apart from case, "
+    "punctuation, articles and numbers spelled out; 'right': of those that have an answer; tokens as each server counts them, mean."
+)
 SHARES = ("exact_match", "normalised_match", "accuracy")
 MEANING = {
-    "exact_match, normalised_match": "percent of the requests with a picture that get the baseline's words, exactly or after normalisation; "
+    "exact_match, normalised_match": "percent of the requests with a picture that get the baseline's words, exactly or normalised; "
     "intervals: 95%",
     "accuracy": "percent right, of the requests that say what is right",
     "latency_p50_s, latency_p99_s": "from sending a request to the whole answer; at the concurrency of --batch-size",
@@ -29,12 +42,36 @@ MEANING = {
 }
 
 
-def ask(
-    cells: Sequence[ServerCell], requests: Sequence[Request], *, batch_size: int, max_new_tokens: int, done: Callable[[int], object]
-) -> list[dict[str, Any]]:
-    """A record of every request and server. done: called with the number of answers after every batch."""
+def on_servers(
+    cells: Sequence[ServerCell], requests: Sequence[Request], data: Path, *, batch_size: int, max_new_tokens: int, limit: int | None = None,
+    output_dir: Path | None = None, seed: int = 0, progress: Progress = SILENT,
+) -> Results:  # fmt: skip
+    """How far the servers' answers to a user's requests stay those of the first server, latencies, and tokens as the servers count them.
+
+    Raises ``MllmEfficientError`` for a folder that holds answers: a server may have changed since.
+    """
+    if output_dir is not None and (output_dir / RESULTS).exists():
+        raise MllmEfficientError(f"{output_dir} holds answers, and a server may have changed since they were given: use another folder")
+    progress.say(f"{len(requests)} requests x {len(cells)} servers, {batch_size} at a time")
+    records = ask(cells, requests, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    rows = rows_of(records, cells, seed)
+    meta = {
+        **served(cells), "suite": "data", "data": str(data), "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "normalisation": NORMALISATION, "questions": len(requests), "meaning": MEANING, "worst": worst_of(records),
+        "questions_fingerprint": fingerprint_of({"ids": sorted(r.digest for r in requests)}),
+        "interval": "95%, 2000 paired resamples of requests", "methods": [],
+    }  # fmt: skip
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RESULTS, {"rows": rows, "meta": meta, "records": records})
+    failed = [f"{r['method']} on {r['id']}: {r['error']}" for r in records if r["error"] is not None]
+    return Results(EVALUATE, rows, meta, (Table(*table(rows), first=HEADER[:5], note=NOTE),), tuple(failed))
+
+
+def ask(cells: Sequence[ServerCell], requests: Sequence[Request], *, batch_size: int, max_new_tokens: int) -> list[dict[str, Any]]:
+    """A record of every request and server."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "until": []}
-    askers = [ServerAsker(on_error="record", batch_size=batch_size, url=c.url, model=c.model) for c in cells]
+    askers = [ServerAsker(on_error=RECORD, batch_size=batch_size, url=c.url, model=c.model) for c in cells]
     records: list[dict[str, Any]] = []
     for low in range(0, len(requests), batch_size):
         batch = requests[low : low + batch_size]
@@ -44,7 +81,6 @@ def ask(
             said = asker.answers(contents, settings)
             base = base or [a.text if a.error is None else None for a in said]
             records += [_record(cell.name, request, answer, known) for request, answer, known in zip(batch, said, base)]
-            done(len(batch))
     return records
 
 

@@ -556,9 +556,10 @@ def test_the_server_is_loaded_by_bench(serving, capsys):
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert [(r["method"], r["arm"], r["requests_per_s"]["n"], r["visual_tokens_kept"]) for r in found["rows"]] == [
-        ("a", "baseline", 2, None), ("b", "method", 2, None)
+        ("a", "baseline", 2, 36), ("b", "method", 2, 36)
     ]  # fmt: skip
     assert found["rows"][0]["prompt_tokens"] == found["rows"][1]["prompt_tokens"]
+    assert [r["visual_tokens_full"] for r in found["rows"]] == [144, 144]
     assert "b: its prompts are as long as the baseline's, so it compresses nothing" in err
     assert main(["bench", "--server", url]) == 2
     assert "give --image-size" in capsys.readouterr().err

@@ -86,4 +86,5 @@ def test_a_family_without_a_class_of_ours_is_exported_for_the_backend_that_has_t
     again = load(ModelOptions(str(tmp_path / "g"), device="cpu")).model
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     with pytest.raises(me.MllmEfficientError, match="tokenflex"):
-        export(Loaded(model, vllm_families.gemma3(), ModelOptions(model="tiny")), me.build("tokenflex:tokens=4,weights=random"), tmp_path / "t")
+        loaded = Loaded(model, vllm_families.gemma3(), ModelOptions(model="tiny"))
+        export(loaded, me.build("tokenflex:tokens=4,weights=random"), tmp_path / "t")
