@@ -22,6 +22,7 @@ BACKEND = {  # what vLLM runs by transformers itself: every family without a cla
     "TransformersMultiModalMoEForCausalLM": "generic:TransformersMultiModalMoEForCausalLM",
 }
 PROJECTOR = "visual_projector"  # of a trained method, beside the model's own; in the config what builds it
+MIDDLEWARE = "mllm_efficient.patches.vllm.naming.Named"  # says over HTTP why a picture could not be used, and the method
 PREFIX = "MllmEfficient"  # of the architecture's name in an exported folder, which a vLLM without the plugin refuses
 
 

@@ -140,7 +140,10 @@ def test_counts_from_sizes_alone_are_those_of_transformers(name):
 
 def test_an_exported_folder_is_the_model_in_transformers(tmp_path, capsys):
     assert main(["export", "--method", "divprune:tokens=36", "--allowed-tokens", "16,72", "--output-dir", str(tmp_path / "d")]) == 0
-    assert capsys.readouterr().out == f"vllm serve {tmp_path / 'd'}\n"
+    serve, why, without_a_gpu = capsys.readouterr().out.splitlines()
+    assert serve.startswith(f"vllm serve {tmp_path / 'd'} --enable-prompt-tokens-details --middleware mllm_efficient.")
+    assert serve.endswith("--trust-request-mm-kwargs") and "without a GPU" in why
+    assert without_a_gpu.startswith(f"VLLM_CPU_KVCACHE_SPACE=4 {serve} --dtype bfloat16 ") and "--enforce-eager" in without_a_gpu
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     assert config["architectures"] == ["MllmEfficientLlavaForConditionalGeneration"]
     assert config[KEY] == {**me.DivPrune(tokens=36).to_dict(), "allowed_tokens": [16, 72]}
