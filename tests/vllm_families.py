@@ -169,7 +169,6 @@ def qwen2_vl() -> Any:
 SERVED = {
     "aya_vision": Served(aya_config, aya_vision),
     "cohere2_vision": Served(of("cohere2_vision"), cohere2_vision, "<IMG_CONTEXT>", "divprune:keep=0.4,per=tile"),
-    "gemma3": Served(of("gemma3"), gemma3, "<img>"),
     "glm46v": Served(of("glm46v"), glm, FRAMED),
     "glm_ocr": Served(of("glm_ocr"), glm, FRAMED),
     "idefics3": Served(of("idefics3"), idefics3, spec="divprune:keep=0.4,per=tile"),
@@ -179,3 +178,5 @@ SERVED = {
     "qwen2_vl": Served(of("qwen2_vl"), qwen2_vl, FRAMED),
     "vipllava": Served(vipllava_config, vipllava),
 }
+# What vLLM's runner for CPUs does not do as transformers, whether compressed or not.
+NOT_ON_CPUS = {"gemma3": (Served(of("gemma3"), gemma3, "<img>"), "tokens of an image see each other")}

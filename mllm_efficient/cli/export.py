@@ -10,7 +10,6 @@ import typer
 from ..errors import MllmEfficientError
 from . import options
 
-
 # Small enough for a notebook's memory, and no minutes of compilation before the first answer.
 CPU_FLAGS = "--dtype bfloat16 --max-model-len 4096 --max-num-seqs 4 --enforce-eager"
 

@@ -48,7 +48,7 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
         raise MllmEfficientError(f"{method.name} is not served on {adapter.name}: on {', '.join(FAMILIES)} it is")
     plain = method.as_resizer if adapter.usual() is not None else None
     if plain is None:
-        require_served(method)
+        require_served(method, loaded.model.config.model_type)
     elif allowed:
         raise MllmEfficientError(f"{method.name}: requests cannot ask for other counts of a smaller model: leave the allowed ones out")
     check(adapter, method)

@@ -29,6 +29,7 @@ try:
     from vllm.model_executor.models import transformers as backend
     from vllm.model_executor.models.transformers import multimodal
     from vllm.multimodal.inputs import MultiModalFieldConfig
+    from vllm.platforms import current_platform
 except ImportError as error:
     raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
 
@@ -143,6 +144,9 @@ class CompressedTransformers(PlacesKept, CompressedModel):
             raise UnsupportedModelError(f"{KEY}: {method.name} has weights for classes of vLLM, and transformers runs {rules.name}")
         if rules.deepstack or getattr(getattr(rules, "facts", None), "beside", ()):
             raise UnsupportedModelError(f"{KEY}: vLLM's Transformers backend gives {rules.name} no features of later layers")
+        both_ways = rules.sees_both_ways or getattr(getattr(rules, "facts", None), "bidirectional", False)
+        if both_ways and current_platform.is_cpu():
+            raise UnsupportedModelError(f"{KEY}: tokens of an image see each other in {rules.name}, and in vLLM on CPUs those before alone")
         if self.mrope:
             self.require_places(method, rules.name)
 

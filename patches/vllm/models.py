@@ -6,6 +6,7 @@ and hands back as many rows. vLLM would cut a longer answer off without a word, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import PROJECTOR
 from .alone import Image, each_alone
 from .front import FIELD, CompressedInfo, CompressedProcessor, Planned, length
 from .settings import is_projector, untested
+from .tower import GIVEN, require_watchable, watching
 
 try:
     from vllm.logger import init_logger
@@ -58,6 +60,9 @@ class CompressedModel(Planned):
         method = self.settings.method
         self.shapes.check(method)
         self.require(method)
+        self.watched = bool(GIVEN & set(method.needs))
+        if self.watched:
+            require_watchable(vllm_config, method.name)
         unknown = untested(vllm_config)
         if unknown:
             logger.warning("visual tokens: no test of mllm-efficient has run with %s: compare answers first", ", ".join(unknown))
@@ -117,18 +122,22 @@ class CompressedModel(Planned):
         where = [(0, 0)] * len(pixels) if sizes is None else [(int(h), int(w)) for h, w in sizes.tolist()]
         methods = [self.settings.of_request(asked or None) for asked, _ in marks]
         plans = [self.planned(m, h, w) for m, (h, w) in zip(methods, where)]
+        beside: dict[str, torch.Tensor] = {}
         if is_projector(self.settings):
             features = self._projected(pixels, plans)
         else:
             given = self._parse_and_validate_image_input(pixel_values=pixels, **({} if sizes is None else {"image_sizes": sizes}))
-            features = list(self._process_image_input(given))
+            strategy = self.hf.vision_feature_select_strategy
+            with watching(self.vision_tower, strategy, beside) if self.watched else contextlib.nullcontext():
+                features = list(self._process_image_input(given))
 
         def rows(i: int) -> torch.Tensor:
             if is_projector(self.settings):
                 return features[i]
             if len(features[i]) != plans[i].shape.length:
                 raise CountMismatchError(f"vLLM gave {len(features[i])} rows for an image that has {plans[i].shape.length} in transformers")
-            return rows_of(methods[i], plans[i], Encoding(features[i], plans[i].shape), Context(generator_for(methods[i], 0)))
+            encoding = Encoding(features[i], plans[i].shape, **{name: values[i] for name, values in beside.items()})
+            return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0)))
 
         width = self.hf.get_text_config().hidden_size
         return each_alone([Image(mark, f, length(plan), width) for (_, mark), f, plan in zip(marks, features, plans)], rows)

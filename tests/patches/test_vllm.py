@@ -32,7 +32,7 @@ BUDGETS = ("divprune:tokens=9", "divprune:keep=0.3", "uniform:keep=0.5", "pool:k
 
 
 def settings(given):
-    return settings_of(type("Config", (), {KEY: given})())
+    return settings_of(SimpleNamespace(**{KEY: given}))
 
 
 # ----------------------------------------------------------------------------------------------- settings, without vLLM
@@ -69,6 +69,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
         ("resize:tokens=64", "resize makes the picture itself smaller"),
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
         ("divprune:tokens=64,newline=keep", "leaves newline columns"),
+        ("cdpruner:tokens=9", "looks at the question"),
         ("none@tokenflex", "is the baseline of trained weights"),
         ("divprune:tokens=64 | fastv:ratio=0.5", "runs several methods one after the other, and vLLM one"),
         ({"method": "divprune", "tokens": 64, "kep": 1}, "no parameter 'kep'"),
@@ -267,9 +268,9 @@ def test_greedy_answers_equal_transformers(questions):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["pool:tokens=36", "tome:tokens=36", "divmerge:keep=0.25"])
+@pytest.mark.parametrize("spec", ["pool:tokens=36", "tome:tokens=36", "divmerge:keep=0.25", "visionzip:tokens=36", "scope:tokens=36"])
 def test_other_methods_with_prompts_cut_inside_an_image(questions, spec):
-    """Chunked prefill of 24 tokens, fewer than an image has."""
+    """Chunked prefill of 24 tokens, fewer than an image has. The last two ask the tower for attention, and the first of them for keys."""
     (found,) = engine(builtin_folder(), [call(questions, n=60)], hf_overrides={KEY: spec}, max_num_batched_tokens=24)
     assert found["answers"] == of_transformers(questions, spec, 60)
 

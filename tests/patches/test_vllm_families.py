@@ -10,7 +10,7 @@ from PIL import Image
 import mllm_efficient as me
 
 from ..families import ASPECTS, MARKED, noise
-from ..vllm_families import SERVED
+from ..vllm_families import NOT_ON_CPUS, SERVED
 from ..vllm_models import needs_vllm
 from .test_vllm import KEY, engine
 
@@ -72,3 +72,15 @@ def test_answers_equal_transformers(name, pictures, tmp_path):
         assert answer["prompt_tokens"] == lengths
         assert answer["answers"] == answers
     assert len(set(found[0]["answers"])) > 3  # the pictures matter
+
+
+@pytest.mark.parametrize("name", NOT_ON_CPUS)
+def test_what_vllm_does_not_do_on_cpus_is_refused(name, pictures, tmp_path):
+    family, says = NOT_ON_CPUS[name]
+    family.model().save_pretrained(tmp_path)
+    family.processor().save_pretrained(tmp_path)
+    call = {"prompts": prompts(family, pictures), "images": pictures, "tokens": None, "new": 6}
+    with pytest.raises(AssertionError, match=says):
+        engine(tmp_path, [call], hf_overrides={KEY: family.spec}, model_impl="transformers")
+    with pytest.raises(AssertionError, match="vLLM runs Gemma3ForConditionalGeneration by a class of its own"):
+        engine(tmp_path, [call], hf_overrides={KEY: family.spec})
