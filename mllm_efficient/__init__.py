@@ -29,6 +29,7 @@ _HOME = {
     "DPN": "compressors.dpn", "Proportional": "compressors.proportional", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "FlowCut": "compressors.flowcut",
+    "PixelPrune": "compressors.pixelprune",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from .compressors.native import Native as Native
     from .compressors.none import NoCompression as NoCompression
     from .compressors.otprune import OTPrune as OTPrune
+    from .compressors.pixelprune import PixelPrune as PixelPrune
     from .compressors.pool import Pool as Pool
     from .compressors.projector import Projector as Projector
     from .compressors.proportional import Proportional as Proportional

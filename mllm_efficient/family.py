@@ -22,6 +22,8 @@ class Family(Protocol):
     them that carry a state along. decoder_layers, tower_blocks: how many there are, and blocks of the tower that can merge tokens (0:
     none can).
 
+    drops_patches: whether the tower can run on some patches of an image, in their places.
+
     An item is one that the same object made: those of an adapter hold pixels, those of rules a size.
     """
 
@@ -51,6 +53,8 @@ class Family(Protocol):
     def projects(self) -> bool: ...
     @property
     def sees_both_ways(self) -> bool: ...
+    @property
+    def drops_patches(self) -> bool: ...
     @property
     def decoder(self) -> str: ...
     @property

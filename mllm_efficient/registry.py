@@ -33,7 +33,7 @@ from .parsing import read_yaml
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
-IN_TOWER = ("flowcut",)
+IN_TOWER = ("flowcut", "pixelprune")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
 BUILTIN = {

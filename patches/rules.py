@@ -82,7 +82,7 @@ class Rules(Controlled):
     between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it. clip_tower:
     whether a tower with a class token is CLIP's, in whose space there is text. reads_values: whether the tower cannot run without values.
     heads_all: whether its head runs for every token of a prompt. sees_both_ways: whether tokens of an image see those after them, which the
-    model is told by ``typed``.
+    model is told by ``typed``. drops_patches: whether the tower can run on some of an image's patches, in their places.
 
     Args:
         name: of the model, for messages.
@@ -106,6 +106,7 @@ class Rules(Controlled):
     sees_both_ways: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     heads_all: ClassVar[bool] = False
+    drops_patches: ClassVar[bool] = False
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})

@@ -182,10 +182,11 @@ def load(options: ModelOptions) -> Loaded:
 def _require_family(name: str, config: dict[str, Any]) -> None:
     """config: the content of ``config.json``, which transformers need not know."""
     from ..patches import FAMILIES, advice_on, is_supported, require_present
-    from ..patches.vllm import PREFIX
+    from ..patches.vllm import BACKEND, PREFIX
 
-    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     kind = str(config.get("model_type"))
+    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
+    made_for = [next((cls for cls, known in FAMILIES.items() if known == kind), kind) if name in BACKEND else name for name in made_for]
     if made_for and not is_supported(made_for, kind):
         no_vision = "" if _has_vision(config) else " and takes no images"
         raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0], kind)}")

@@ -16,7 +16,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import Adapter, Encoding, Item, runs_in
 from ..controls import CONTROLS
 from ..facts import FACTS, Facts
-from ..rules import Settings, Size
+from ..rules import Rules, Settings, Size
 from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
@@ -33,8 +33,12 @@ class GenericAdapter(Adapter):
     """
 
     def __init__(self, model: Any):
-        self.facts: Facts = FACTS[model.config.model_type]
         super().__init__(model)
+        self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
+        self._read_row()
+
+    def _read_row(self) -> None:
+        """What the row says of every model of the type."""
         gridded = bool(self.facts.grids)
         self.gives = frozenset({"text", "grid"} if gridded else {"text"})
         self.parts = frozenset({"frame"} if gridded else ())
@@ -45,7 +49,10 @@ class GenericAdapter(Adapter):
         self.counts_by_rule = False
         if self.facts.control:
             self.control = self.facts.control
-        self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.config.model_type]
 
     def _encoder(self, modality: str) -> Any:
         return getattr(self.base, f"get_{modality}_features", None)
@@ -175,6 +182,17 @@ class GenericAdapter(Adapter):
         if seconds:
             call["second_per_grid_ts"] = seconds
         return by_its_own_rule(self.base, call, ids, types, mask)
+
+
+class ByRow(GenericAdapter):
+    """The same of a configuration alone, for planning: nothing runs."""
+
+    decoder = Rules.decoder
+    decoder_layers = Rules.decoder_layers
+
+    def __init__(self, name: str, config: Any, settings: Any = None):
+        Rules.__init__(self, name, config, settings)
+        self._read_row()
 
 
 def visual_indicators(base: Any) -> Tensor:

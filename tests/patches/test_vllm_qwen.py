@@ -56,11 +56,30 @@ def call(served, tokens=None, new=8):
 
 def test_greedy_answers_equal_transformers(served):
     """At the server's budget, at a request's, and again out of the prefix cache."""
-    found = engine(served[1], [call(served), call(served, 6), call(served)], asks_again=True, enable_prefix_caching=True, block_size=32)
+    calls = [
+        call(served),
+        call(served, 6),
+        call(served),
+        {**call(served), "prompts": served[2][-1:], "images": served[3][-1:], "pruner": True},
+    ]
+    found = engine(served[1], calls, asks_again=True, enable_prefix_caching=True, block_size=32)
     expected = [a for a, _ in of_transformers(served, "divprune:keep=0.4")]
     assert found[0]["answers"] == expected and found[2]["answers"] == expected
     assert found[1]["answers"] == [a for a, _ in of_transformers(served, "divprune:tokens=6")]
     assert len(set(expected)) > 3  # the pictures matter
+    require_positions_by_the_pruner(served, found[3])
+
+
+def require_positions_by_the_pruner(served, found):
+    """What vLLM's class for GPUs (Model Runner V2) gets of the model: the positions that ``prepare`` keeps."""
+    model, folder, prompts, paths = served
+    pictures = [Image.open(p).convert("RGB") for p in paths[-1]]
+    inputs = transformers.AutoProcessor.from_pretrained(folder)(text=prompts[-1:], images=pictures, return_tensors="pt")
+    prepared = me.prepare(model, "divprune:keep=0.4", **inputs).model_kwargs
+    assert found["ids"] == prepared["input_ids"][0].tolist()
+    assert found["positions"] == prepared["position_ids"][-3:, 0].tolist()
+    assert found["delta"] == int(prepared["position_ids"][-3:].max()) + 1 - len(found["ids"])
+    assert len(found["rows"]) == 2 and found["alike"]
 
 
 def test_prompts_cut_inside_an_image(served):
