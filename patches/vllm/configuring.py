@@ -22,8 +22,14 @@ def settle(architectures: Sequence[str], others: Iterable[str]) -> None:
 
     others: those that vLLM runs without this package.
     """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.logger import init_logger
 
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    except ImportError as error:  # must not keep vLLM from serving other models
+        said = init_logger("vllm.mllm_efficient")
+        said.warning("requests whose pictures cannot be used will be answered from zeros: this vLLM takes no scheduler (%s)", error)
+        return
     for name in (*architectures, *others):
         known: Any = MODELS_CONFIG_MAP.get(name)
         if not getattr(known, "of_mllm_efficient", False):
