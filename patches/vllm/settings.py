@@ -133,6 +133,6 @@ def untested(config: Any) -> list[str]:
         "LoRA of tower and connector": lora is not None and lora.enable_tower_connector_lora,
         "an external KV connector": config.kv_transfer_config is not None,
         "an external encoder cache": config.ec_transfer_config is not None,
-        "speculative decoding": config.speculative_config is not None,
+        "speculative decoding": config.speculative_config is not None and getattr(config.speculative_config, "method", "") != "ngram",
     }
     return [name for name, used in found.items() if used]
