@@ -20,12 +20,16 @@ COHERE = {"boi_token": "<img>", "eoi_token": "</img>", "image_token": "<IMG_CONT
 
 @dataclass(frozen=True)
 class Served:
-    """A family. config: of its tiny model, before its heads are made vLLM's. image: in a prompt. spec: of the method that is tried."""
+    """A family. config: of its tiny model, before its heads are made vLLM's. image: in a prompt. spec: of the method that is tried.
+
+    noise: on the decoder's matrices, as much as makes pictures matter and answers no loops.
+    """
 
     config: Callable[[], Any]
     processor: Callable[[], Any]
     image: str = "<image>"
     spec: str = "divprune:keep=0.4"
+    noise: float = 0.3
 
     def model(self) -> Any:
         """A random one, with heads that vLLM takes."""
@@ -33,7 +37,7 @@ class Served:
         model = transformers.AutoModelForImageTextToText.from_config(widened(self.config())).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                scale = 0.3 if ("language_model" in name or "text_model" in name) and parameter.ndim == 2 else 0.1
+                scale = self.noise if ("language_model" in name or "text_model" in name) and parameter.ndim == 2 else 0.1
                 parameter += scale * torch.randn(parameter.shape)
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
         return model
@@ -164,6 +168,21 @@ def qwen2_vl() -> Any:
     pictures = copy.deepcopy(families.EVERY["qwen2_vl"].processor("left").image_processor)
     videos = transformers.Qwen2VLVideoProcessor(patch_size=4, merge_size=2, temporal_patch_size=2)
     return transformers.Qwen2VLProcessor(image_processor=pictures, tokenizer=words(), video_processor=videos)
+
+
+def qwen3_5() -> Any:
+    pictures = copy.deepcopy(families.EVERY["qwen3_5"].processor("left").image_processor)
+    videos = transformers.Qwen3VLVideoProcessor(patch_size=4, merge_size=2, temporal_patch_size=2)
+    return transformers.Qwen3VLProcessor(image_processor=pictures, tokenizer=words(), video_processor=videos)
+
+
+def qwen3_5_config() -> Any:
+    """With heads of linear attention as vLLM's kernels for CPUs take them."""
+    config = of("qwen3_5")()
+    for name in ("linear_key_head_dim", "linear_value_head_dim"):
+        setattr(config.text_config, name, 128)
+    config.text_config.rope_parameters["partial_rotary_factor"] = 1.0
+    return config
 
 
 SERVED = {

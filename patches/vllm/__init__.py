@@ -16,6 +16,7 @@ SERVED = {
     "LlavaOnevisionForConditionalGeneration": "models:CompressedLlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
     "Qwen3VLForConditionalGeneration": "qwen:CompressedQwen3VL",
+    "Qwen3_5ForConditionalGeneration": "qwen:CompressedQwen35",
 }
 BACKEND = {  # what vLLM runs by transformers itself: every family without a class here
     "TransformersMultiModalForCausalLM": "generic:TransformersMultiModalForCausalLM",

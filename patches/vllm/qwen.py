@@ -23,7 +23,7 @@ from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
 from .settings import KEY, settings_of
 
 try:
-    from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
+    from vllm.model_executor.models import qwen2_5_vl, qwen3_5, qwen3_vl
 except ImportError as error:
     raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
 
@@ -268,3 +268,12 @@ class Qwen3VLProcessor(QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen3VLInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
 class CompressedQwen3VL(CompressedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
     """Qwen3-VL, whose deep layers' features follow the rows."""
+
+
+class Qwen35Info(QwenInfo, qwen3_5.Qwen3_5ProcessingInfo):
+    plain = qwen3_5.Qwen3_5ProcessingInfo
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen35Info, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
+class CompressedQwen35(CompressedQwen, qwen3_5.Qwen3_5ForConditionalGeneration):
+    """Qwen3.5: Qwen3-VL without deep layers, most layers of linear attention."""
