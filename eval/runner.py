@@ -103,7 +103,7 @@ class Run(Harness):
                 row["text"] = text.strip()
             if firsts is not None:
                 row["first_answer"] = firsts[i].strip()
-            if prepared is not None:
+            if prepared is not None and method is not None:
                 processor = self.seen_under(method, batch).loaded.processor.image_processor
                 images = [image for image in prepared.report.images if image.row == i]
                 row |= self._tokens(sample, images, prepared.report.positions, processor)

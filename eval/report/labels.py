@@ -39,7 +39,7 @@ def label_points(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # places what the layout places
     unit = figure.dpi / 72
     inside = axes.get_window_extent(renderer)

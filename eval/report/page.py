@@ -26,7 +26,7 @@ SCORES = {None: "Score", RIGHT: "Right", WORDS: "Same words"}
 
 def figures(run: Finished, max_drop: float, theme: plots.Theme, size: plots.Size = plots.PAGE) -> dict[str, Figure]:
     """Figures by name: ``accuracy_flops``, ``accuracy_ttft``, ``accuracy_tokens`` where no cost is known, ``categories``."""
-    out = {}
+    out: dict[str, Figure] = {}
     drop = max_drop if _plot_decides(run) else None
     for name, (cost, label) in plots.COSTS.items():
         figure = None if name == "tokens" and out else plots.pareto(run.rows, cost, label, max_drop=drop, theme=theme, size=size)

@@ -136,7 +136,8 @@ class CompressedModel(Planned):
                 return features[i]
             if len(features[i]) != plans[i].shape.length:
                 raise CountMismatchError(f"vLLM gave {len(features[i])} rows for an image that has {plans[i].shape.length} in transformers")
-            encoding = Encoding(features[i], plans[i].shape, **{name: values[i] for name, values in beside.items()})
+            own: dict[str, Any] = {name: values[i] for name, values in beside.items()}
+            encoding = Encoding(features[i], plans[i].shape, **own)
             return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0)))
 
         width = self.hf.get_text_config().hidden_size
