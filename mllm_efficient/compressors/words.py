@@ -37,6 +37,7 @@ OWN = {
     "uniform.raster": "the earlier rule: every (N/K)-th token of the raster",
     "sparsevlm.recycle": "share of the dropped tokens, the best rated, that are merged by groups instead of lost",
     "sparsevlm.clusters": "how many groups, as a share of the recycled tokens",
+    "pixelprune.tau": "largest difference of normalised pixel values that counts as equal; 0: exactly equal",
     "dart.pivots": "visual tokens, those with the largest keys, that the others are compared with",
     "dart.text_pivots": "text tokens that the others are compared with",
     "dpn.at": "the layers before which tokens are pooled, such as 8/16/24; left out: a quarter, half and three quarters of the depth",

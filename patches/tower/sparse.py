@@ -6,10 +6,12 @@ it is copied or replaced.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from mllm_efficient.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run_on(visual: Any, pixels: Tensor, grids: Tensor, stay: Tensor) -> Any:
