@@ -33,7 +33,14 @@ class OverFrames(Selector):
 
     def wanted(self, shape: VisualShape, *, fixed: bool) -> int:
         frames = len(shape.planes) if shape.modality == "video" else 1
-        k, least = super().wanted(shape, fixed=fixed), self.least(frames, shape.n // max(1, frames))
+        return self._at_least(super().wanted(shape, fixed=fixed), frames, shape.n // max(1, frames))
+
+    def count_of(self, v: VisualTokens) -> int:
+        frames, each = frames_of(v, self.name)
+        return self._at_least(super().count_of(v), frames, each) if frames > 1 else super().count_of(v)
+
+    def _at_least(self, k: int, frames: int, each: int) -> int:
+        least = self.least(frames, each)
         if k >= least:
             return k
         for name, most in (("tokens", self.tokens), ("max_tokens", self.max_tokens)):

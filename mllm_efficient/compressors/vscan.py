@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -59,6 +60,7 @@ class VScan(Selector):
         return torch.cat([local, rest[: k - len(local)]])
 
 
+@functools.lru_cache(maxsize=64)
 def windows_of(grids: tuple[Grid, ...], side: int) -> tuple[list[int], list[int]]:
     """The number of the window that each token of the grids is in, and how many tokens each window has."""
     out, before = list[int](), 0

@@ -205,6 +205,8 @@ def test_counts_are_those_of_vllms_rule():
     assert kept_of("evs:prune=0.8") == kept_of("evs:keep=0.2") == kept_of("vidcom2:prune=0.8") == 199
     assert kept_of("vcast:prune=0.8") == 200  # rounded, as its code does
     assert kept_of("evs:prune=0.99") == 100 and kept_of("vidcom2:prune=0.999") == 10 and kept_of("vcast:prune=0.999") == 10
+    v = me.VisualTokens(torch.randn(1000, 4), frame=torch.arange(10).repeat_interleave(100))
+    assert len(me.EVS(prune=0.8).select(v)) == 199 and len(me.EVS(prune=0.99).select(v)) == 100
     assert kept_of("evs:tokens=321") == kept_of("vidcom2:tokens=321") == kept_of("vcast:tokens=321") == 321
 
 
