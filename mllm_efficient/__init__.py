@@ -33,7 +33,8 @@ _HOME = {
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
-    "Hawk": "compressors.hawk",
+    "Hawk": "compressors.hawk", "VScan": "compressors.vscan",
+    "EVS": "compressors.evs", "VidCom2": "compressors.vidcom2", "VCast": "compressors.vcast",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "evaluate": "eval.api", "sweep": "eval.api", "bench": "eval.api", "flops": "eval.api", "Results": "eval.results",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .compressors.divmerge import DivMerge as DivMerge
     from .compressors.divprune import DivPrune as DivPrune
     from .compressors.dpn import DPN as DPN
+    from .compressors.evs import EVS as EVS
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
     from .compressors.flowcut import FlowCut as FlowCut
@@ -96,8 +98,11 @@ if TYPE_CHECKING:
     from .compressors.tokenflex import TokenFlex as TokenFlex
     from .compressors.tome import ToMe as ToMe
     from .compressors.uniform import Uniform as Uniform
+    from .compressors.vcast import VCast as VCast
+    from .compressors.vidcom2 import VidCom2 as VidCom2
     from .compressors.visionzip import VisionZip as VisionZip
     from .compressors.vispruner import VisPruner as VisPruner
+    from .compressors.vscan import VScan as VScan
     from .errors import AlreadyWrappedError as AlreadyWrappedError
     from .errors import BadBudgetError as BadBudgetError
     from .errors import BadSettingError as BadSettingError

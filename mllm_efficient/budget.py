@@ -14,7 +14,8 @@ from .errors import BadBudgetError, MissingBudgetError
 class Budget:
     """``keep`` (fraction kept), ``tokens`` (count kept) or ``prune`` (fraction removed): exactly one of the three.
 
-    With a fraction, ``min_tokens`` and ``max_tokens`` bound the count. Raises ``BadBudgetError`` on anything that
+    With a fraction, ``min_tokens`` and ``max_tokens`` bound the count. down: a fraction's count is rounded down, as vLLM rounds that of a
+    video, its floating-point arithmetic included. Raises ``BadBudgetError`` on anything that
     cannot be honoured: booleans, NaN, float counts, fractions outside (0, 1], bounds that cross or have no effect.
     """
 
@@ -23,6 +24,7 @@ class Budget:
     prune: float | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
+    down: bool = False
 
     def __post_init__(self):
         given = [n for n in ("keep", "tokens", "prune") if getattr(self, n) is not None]
@@ -54,7 +56,7 @@ class Budget:
         return self.keep
 
     def count(self, n: int, *, fixed: bool = True) -> int:
-        """K for an image of ``n`` tokens: ``clamp(round(keep * n), min_tokens, max_tokens)`` or ``tokens``.
+        """K for an image of ``n`` tokens: ``clamp(round(keep * n), min_tokens, max_tokens)`` or ``tokens``; see ``down``.
 
         Never above n, at least 1. ``tokens`` above n raises where every image has n tokens (``fixed``); elsewhere it
         keeps all n.
@@ -67,7 +69,7 @@ class Budget:
             return min(self.tokens, n)
         fraction = self.fraction
         assert fraction is not None
-        k = round(fraction * n)
+        k = int(n * (1 - round(1 - fraction, 12))) if self.down else round(fraction * n)
         if self.max_tokens is not None:
             k = min(k, self.max_tokens)
         if self.min_tokens is not None:

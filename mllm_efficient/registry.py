@@ -35,12 +35,13 @@ INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
 IN_TOWER = ("flowcut", "pixelprune")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
-OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
+OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk", "vscan")
+OF_VIDEO = ("evs", "vidcom2", "vcast")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
     for name in (
         *("none", "random", "uniform", "pool", "resize", "native", "divprune", "divmerge", "tokenflex"),
-        *(*INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER, *OF_2026),
+        *(*INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER, *OF_2026, *OF_VIDEO),
     )
 }
 _registered: dict[str, type] = {}

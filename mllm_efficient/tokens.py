@@ -146,6 +146,9 @@ class VisualTokens:
     attention: (N,) attention the tokens receive in the vision tower (from CLS where there is one, else their mean),
         averaged over heads; only for methods that list ``attention`` in ``needs``.
     keys: (N, d) attention keys of the same layer, averaged over heads; only if needed.
+    early_attention: (N,) as ``attention``, in the block a quarter of the way up the tower (of a tower of windows the first that sees the
+        whole image); only if needed.
+    grids: (rows, columns) of the rectangles that the tokens fill, one after the other, or None where nothing is known of them.
     text: (T, D) embeddings of the row's text tokens; only if needed.
     clip_text: (d,), clip_patches: (N, d), of a method with a setting ``clip`` that names a CLIP model: the text of the row
         (the mean of its pieces' unit embeddings) and the tokens in CLIP's space; only if ``clip_text`` is needed.
@@ -165,6 +168,8 @@ class VisualTokens:
     clip_patches: Tensor | None = None
     heads: Tensor | None = None
     generator: Generator | None = None
+    early_attention: Tensor | None = None
+    grids: tuple[Grid, ...] | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]

@@ -32,9 +32,9 @@ class Encoding:
     """What the model made of one item.
 
     features: (length, D) in the model's order, newline columns and separators included. deep: the same for each layer
-    that adds visual features of its own (deepstack). attention: (N,), keys: (N, d), tower: (N, D), of the tokens alone; tower
-    is the tower's output after its last norm. kept: (K,) the tokens that a method in the tower left, None where it merged or none was
-    there. shape: of what was encoded, which for a smaller image is smaller than the item's.
+    that adds visual features of its own (deepstack). attention, early_attention: (N,), keys: (N, d), tower: (N, D), of the
+    tokens alone; tower is the tower's output after its last norm. kept: (K,) the tokens that a method in the tower left, None where it
+    merged or none was there. shape: of what was encoded, which for a smaller image is smaller than the item's.
     """
 
     features: Tensor
@@ -42,6 +42,7 @@ class Encoding:
     deep: tuple[Tensor, ...] = ()
     attention: Tensor | None = None
     keys: Tensor | None = None
+    early_attention: Tensor | None = None
     tower: Tensor | None = None
     kept: Tensor | None = None
 

@@ -14,7 +14,7 @@ from ..compressors.math.finite import Watch, require_finite
 from ..compressors.merging import averaged
 from ..errors import CountMismatchError
 from ..plans import room_for
-from ..tokens import CompressedTokens, Mark, Plane, VisualShape, VisualTokens
+from ..tokens import CompressedTokens, Mark, Plane, VisualShape, VisualTokens, grids_of
 from .plan import Group, Plan
 from .prompt import require
 from .stopwatch import Stopwatch
@@ -178,7 +178,8 @@ def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
     features, shape = encoding.features, p.seen
     if shape.separators:
         features = features[shape.token_slots.to(features.device)]
-    extra = {"attention": encoding.attention, "keys": encoding.keys, "text": context.text, "generator": context.generator}
+    extra = {name: getattr(encoding, name) for name in ("attention", "early_attention", "keys")}
+    extra |= {"text": context.text, "generator": context.generator, "grids": grids_of(shape.planes)}
     if context.clip is not None:
         extra |= {"clip_text": context.clip_text, "clip_patches": context.clip.patches(encoding.tower)}
     if context.heads is not None:
@@ -189,10 +190,10 @@ def _tokens(p: Plan, encoding: Any, context: Context) -> VisualTokens:
 def _of_group(v: VisualTokens, group: Group) -> VisualTokens:
     if group.indices is None:
         return v
-    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "keys", "clip_patches")}
+    per_token = {name: getattr(v, name) for name in ("features", "tile", "frame", "attention", "early_attention", "keys", "clip_patches")}
     picked: dict[str, Any] = {name: _pick(value, group) for name, value in per_token.items() if value is not None}
     heads = None if v.heads is None or group.indices is None else v.heads[:, group.indices.to(v.heads.device)]
-    return replace(v, **picked, grid=group.grid, heads=heads)
+    return replace(v, **picked, grid=group.grid, grids=None if group.grid is None else (group.grid,), heads=heads)
 
 
 def _pick(values: Tensor, group: Group) -> Tensor:

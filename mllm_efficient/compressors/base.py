@@ -149,6 +149,10 @@ class Compressor:
         """K of an image with n tokens on one grid, known before any pixel is looked at."""
         return self.yields(self.budget.count(n, fixed=fixed), grid)
 
+    def wanted(self, shape: VisualShape, *, fixed: bool) -> int:
+        """K of an image or video of this shape, where ``per`` asks for so many of the whole of it."""
+        return self.budget.count(shape.n, fixed=fixed)
+
     def yields(self, k: int, grid: tuple[int, int] | None) -> int:
         """How many tokens a budget of k gives on a grid."""
         return k
@@ -232,7 +236,7 @@ class Compressor:
     def plan(self, adapter: Family, item: Any) -> Plan:
         """What becomes of an item of the adapter, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
         shape: VisualShape = item.shape
-        groups = groups_of(self, shape, self.budget.count(shape.n, fixed=adapter.fixed_count))
+        groups = groups_of(self, shape, self.wanted(shape, fixed=adapter.fixed_count))
         kept = sum(g.kept for g in groups)
         clamped = self.tokens is not None and any(self.tokens > g.n for g in groups)
         if kept == shape.n and self.full_is_identity:
@@ -280,7 +284,7 @@ class Compressor:
 
     def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         """Raises ``BadBudgetError`` where the budget cannot be met on the shape that every image has."""
-        self.budget.count(usual.n, fixed=adapter.fixed_count)
+        self.wanted(usual, fixed=adapter.fixed_count)
 
     def position_rule(self, adapter: Family) -> str:
         """ "renumber" or "keep": the method's own rule, else the model's. A token merged in no one's place has no position to keep."""
@@ -310,12 +314,8 @@ class Compressor:
 
     def to_dict(self) -> dict[str, Any]:
         """The method as ``me.build`` takes it back: its name and every setting that is not the default."""
-        out: dict[str, Any] = {"method": self.name}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                out[field.name] = value
-        return out
+        settings = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {"method": self.name, **{name: value for name, (value, default) in settings.items() if value != default}}
 
     def spec(self) -> str:
         """The method as a specification string, ``divprune:keep=0.1``, of which ``me.build`` makes an equal one."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .base import Compressor
     from .reducer import Reducer
 
-OF_TOWER = frozenset({"attention", "keys", "clip_text"})  # needs for which the vision tower is watched
+OF_TOWER = frozenset({"attention", "early_attention", "keys", "clip_text"})  # needs for which the vision tower is watched
 
 
 def require_slot(method: Compressor, adapter: Family) -> None:
@@ -26,7 +26,7 @@ def require_slot(method: Compressor, adapter: Family) -> None:
 
 def require_needs(method: Compressor, adapter: Family) -> None:
     """The model gives what a method that works before the decoder asks for."""
-    lacking = sorted(set(method.needs) - adapter.gives)
+    lacking = sorted(set(method.needs) - adapter.gives - ({"frame"} & adapter.parts))
     if lacking:
         raise UnsupportedModelError(f"{method.name} needs {', '.join(lacking)}, which {adapter.name} does not give")
     if "clip_text" in method.needs and not isinstance(method.clip, str):

@@ -59,6 +59,10 @@ class Selector(Compressor):
         require_scores(scores, self.name)
         return scores.sort(descending=True, stable=True).indices[:k]
 
+    def count_of(self, v: VisualTokens) -> int:
+        """K of an image or video that ``select`` is given by itself."""
+        return self.count(len(v), v.grid)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "select" in cls.__dict__:
@@ -108,7 +112,7 @@ def _checked(select: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if v.ndim != 2:
                 raise CountMismatchError(f"{self.name}: features must be (tokens, width), not {tuple(v.shape)}")
             v = VisualTokens(v, generator=generator_for(self, 0))
-        k = self.count(len(v), v.grid) if k is None else k
+        k = self.count_of(v) if k is None else k
         if not 1 <= k <= len(v):
             raise BadBudgetError(f"{self.name}: {k} of {len(v)} tokens cannot be kept")
         indices = select(self, v, k)

@@ -13,7 +13,7 @@ from .base import BUDGET_FIELDS, Compressor
 
 TITLES = {
     "none": "Uncompressed", "native": "The model's own control", "dart": "DART", "scope": "SCOPE",
-    "prumerge_plus": "PruMerge+", "spp": "SPP", "hawk": "HAWK",
+    "prumerge_plus": "PruMerge+", "spp": "SPP", "hawk": "HAWK", "vcast": "V-CAST",
     "tokenflex": "TokenFLEX", "resize": "Resized image", "pool": "Pooling", "random": "Random", "uniform": "Uniform",
     "proportional": "Proportional attention",
 }  # fmt: skip
@@ -61,6 +61,7 @@ OWN = {
     "mmtok.vision_temperature": "of the softmax that says which visual tokens cover a visual token",
     "apet.basis": "tokens in the basis that all others are approximated by",
     "otprune.gamma": "what the products of tokens count beside the identity in the determinant",
+    "vscan.window": "tokens along a side of the windows that half of the kept tokens come from",
     "hawk.head_weights": "file with one weight for each query head; left out: all alike",
 }  # fmt: skip
 

@@ -239,8 +239,8 @@ def _random(encoding: Any) -> dict[str, Any]:
         return None if x is None else torch.rand(x.shape)
 
     return {
-        "features": like(encoding.features), "deep": tuple(like(layer) for layer in encoding.deep), "attention": like(encoding.attention),
-        "keys": like(encoding.keys), "tower": like(encoding.tower),
+        "features": like(encoding.features), "deep": tuple(like(layer) for layer in encoding.deep),
+        **{name: like(getattr(encoding, name)) for name in ("attention", "early_attention", "keys", "tower")},
         "kept": None if encoding.kept is None else torch.arange(len(encoding.kept)),
     }  # fmt: skip
 

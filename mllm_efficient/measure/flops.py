@@ -292,15 +292,18 @@ def _extra_flops(tower: Tower, method: Compressor, kept: Kept) -> int:
     Keys of one layer, queries of the class token or of all tokens, and their products, computed once more; the products alone
     where the tower's own queries and keys are at hand.
     """
-    if not kept.groups or not set(method.needs) & {"attention", "keys"}:
+    if not kept.groups:
         return 0
+    last, early = bool(set(method.needs) & {"attention", "keys"}), "early_attention" in method.needs
     rows, columns = kept.picture.patches
     n = rows * columns + tower.class_token
-    if tower.fused:
-        windowed = tower.window and tower.layers - 1 not in tower.full_layers
-        return kept.picture.views * 2 * tower.width * (_window_pairs(tower, kept.picture.patches) if windowed else n * n)
-    queries = 1 if tower.class_token else n
-    return kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
+    if not tower.fused:
+        queries = 1 if tower.class_token else n
+        return (last + early) * kept.picture.views * 2 * tower.width * (n * tower.width + queries * tower.width + queries * n)
+    looked_at = [tower.layers - 1] * last + [next(iter(tower.full_layers), max(1, round(tower.layers / 4)) - 1)] * early
+    windowed = [tower.window and block not in tower.full_layers for block in looked_at]
+    pairs = sum(_window_pairs(tower, kept.picture.patches) if narrow else n * n for narrow in windowed)
+    return kept.picture.views * 2 * tower.width * pairs
 
 
 def clip_flops(where: str, width: int, tokens: Sequence[int], text_tokens: int) -> int:

@@ -7,6 +7,7 @@ and the picks without the fused kernel; the table is in microseconds there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -158,12 +159,16 @@ def at_budget(spec: str, k: int) -> Compressor:
 
 
 def drawn_tokens(n: int, d: int, grid: tuple[int, int], device: str, dtype: torch.dtype, seed: int = 0) -> VisualTokens:
-    """N tokens of width D with text, attention, keys and products of text and tokens, all drawn from ``seed``."""
+    """N tokens of width D, of up to 8 frames, with text, attention, keys and products of text and tokens, all drawn from ``seed``."""
     draw = torch.Generator().manual_seed(seed)
     x, text, keys = (torch.randn(size, generator=draw).to(device, dtype) for size in ((n, d), (32, d), (n, 64)))
     attention = torch.rand(n, generator=draw).softmax(0).to(device)
     heads = torch.randn(HEADS, n, generator=draw).to(device)
-    return VisualTokens(x, grid=grid, attention=attention, keys=keys, text=text, heads=heads)
+    early = torch.rand(n, generator=draw).softmax(0).to(device)
+    frame = torch.arange(n) // (n // math.gcd(8, n))
+    return VisualTokens(
+        x, grid=grid, frame=frame, attention=attention, early_attention=early, keys=keys, text=text, heads=heads
+    )  # fmt: skip
 
 
 def cost_of_methods(

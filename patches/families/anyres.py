@@ -18,7 +18,7 @@ from ..sizes import ProjectorSize, Tower, clip_or_siglip, projector_after
 class AnyresRules(Rules):
     """A base view and tiles, whose tokens on padding are cut off, a newline after each row."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})
+    gives = frozenset({"attention", "early_attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     separators = True
     projects = True

@@ -30,7 +30,7 @@ USUAL_TILES = (1, 12)
 class InternVLRules(Rules):
     """The shapes of InternVL."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})
+    gives = frozenset({"attention", "early_attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     counting: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
     control = "max_patches"
@@ -188,7 +188,8 @@ class InternVLAdapter(Adapter, InternVLRules):
             features, seen = watched(
                 tower_of(self.model), lambda: self.features(pixels, grid is not None, **call), *self.taken(call), needs
             )
-            beside = {"attention": self.shuffled(seen["attention"][..., None]).sum((2, 3)), "keys": self.shuffled(seen["keys"]).mean(2)}
+            of_patches = {name: self.shuffled(value if value.ndim == 3 else value[..., None]) for name, value in seen.items()}
+            beside = {name: value.mean(2) if name == "keys" else value.sum((2, 3)) for name, value in of_patches.items()}
         else:
             features = self.features(pixels, resized=grid is not None, **call)
         tiles = [len(s.planes) for s in shapes]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class LlavaRules(Rules):
     """The shapes of LLaVA-1.5."""
 
-    gives = frozenset({"attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
+    gives = frozenset({"attention", "early_attention", "keys", "text", "grid"})  # and clip_text, with a CLIP tower
     fixed_count = True
     projects = True
 

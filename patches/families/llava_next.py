@@ -180,8 +180,7 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
             packed = self.pack_tiles(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
             own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
             parts = dict(zip(captures, own.split(widths, dim=1)))
-            if "attention" in parts:
-                parts["attention"] = parts["attention"][:, 0]
+            parts = {name: value[:, 0] if capture[name].ndim == 2 else value for name, value in parts.items()}
             out.append(Encoding(f, item.shape, **parts))
         return out
 

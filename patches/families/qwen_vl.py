@@ -18,7 +18,7 @@ from ..controls import PIXELS, pixel_controls
 from ..pictures import OF_PIXELS
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
-from ..tower.packed import watched_last, window_order
+from ..tower.packed import watched_blocks, window_order
 from ..tower.sparse import run_on
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class QwenVLRules(Rules):
     pixels: (fewest, most) of an image, where nothing is known of a processor.
     """
 
-    gives = frozenset({"attention", "keys", "text", "grid"})
+    gives = frozenset({"attention", "early_attention", "keys", "text", "grid"})
     parts = frozenset({"frame"})
     positions = "keep"
     mrope = True
@@ -240,8 +240,8 @@ class QwenVLAdapter(Adapter, QwenVLRules):
 
         if not needs & OF_TOWER:
             return self._encodings(run_model(), shapes)
-        out, attention, keys = watched_last(self.model.model.visual, run_model, needs)
-        return self._beside(self._encodings(out, shapes), attention, keys)
+        out, seen = watched_blocks(self.model.model.visual, run_model, needs)
+        return self._beside(self._encodings(out, shapes), seen)
 
     def token_pixels(self, item: Item) -> Tensor:
         """(N, D) the pixels of each token, row by row."""
@@ -265,17 +265,20 @@ class QwenVLAdapter(Adapter, QwenVLRules):
         layers = getattr(out, "deepstack_features", None) or []
         return [Encoding(f, shape, tuple(layer[i] for layer in layers)) for i, (f, shape) in enumerate(zip(out.pooler_output, shapes))]
 
-    def _beside(self, encodings: list[Encoding], attention: Tensor, keys: Tensor) -> list[Encoding]:
-        """With the tower's attention (P,) and keys (P, d), patches in its order, for each token (see ``QwenVLAdapter``)."""
+    def _beside(self, encodings: list[Encoding], seen: dict[str, Tensor]) -> list[Encoding]:
+        """With the tower's attentions (P,) and keys (P, d), patches in its order, for each token (see ``QwenVLAdapter``)."""
         of_token = self.merge**2
-        attention, keys = attention.unflatten(0, (-1, of_token)).sum(1), keys.unflatten(0, (-1, of_token)).mean(1)
+        of_tokens = {name: value.unflatten(0, (-1, of_token)) for name, value in seen.items()}
+        beside = {name: value.mean(1) if name == "keys" else value.sum(1) for name, value in of_tokens.items()}
         shapes = [e.shape for e in encodings]
         if self.tower_size.window:
             grids = [(len(s.planes), s.planes[0].rows, s.planes[0].columns) for s in shapes]
-            raster = window_order(grids, self.tower_size.window // self.merge).argsort().to(attention.device)
-            attention, keys = attention[raster], keys[raster]
-        parts = zip(encodings, *(value.split([s.n for s in shapes]) for value in (attention, keys)))
-        return [replace(e, attention=(a / (of_token * len(a))).to(e.features.device), keys=k.to(e.features.device)) for e, a, k in parts]
+            raster = window_order(grids, self.tower_size.window // self.merge).argsort()
+            beside = {name: value[raster.to(value.device)] for name, value in beside.items()}
+        parts = [dict(zip(beside, of_item)) for of_item in zip(*(value.split([s.n for s in shapes]) for value in beside.values()))]
+        for own in parts:  # attention is the mean that a token receives from all patches of its image or video
+            own |= {name: value / (of_token * len(value)) for name, value in own.items() if name != "keys"}
+        return [replace(e, **{name: p.to(e.features.device) for name, p in own.items()}) for e, own in zip(encodings, parts)]
 
     def _smaller(self, patches: Tensor, shape: VisualShape, grid: Grid) -> Tensor:
         """Patches (t * h * w, d), blocks of merge x merge together, of the image made smaller."""

@@ -1,4 +1,4 @@
-"""What a vision tower attends to, its keys and its output: of the one layer whose output the model takes.
+"""What a vision tower attends to, its keys and its output: of the one layer whose output the model takes, attention of an early one too.
 
 Attention is what the class token gives each patch, averaged over heads. A tower without a class token gives the mean attention that
 a patch receives from all patches of its image, as the published ports to such towers do. Either is recomputed from queries and keys:
@@ -49,7 +49,8 @@ _compiled: weakref.WeakSet[Any] = weakref.WeakSet()  # towers whose compiled cod
 def watched(tower: Any, call: Callable[[], Result], layer: Any, strategy: str, needs: frozenset[str]) -> tuple[Result, dict[str, Tensor]]:
     """What ``call`` gives, in which the model runs its CLIP, SigLIP or InternViT tower, and what ``needs`` names of it.
 
-    That is attention (views, N) and keys (views, N, d), for ``clip_text`` the tower's output after its last norm, tower (views, N, D).
+    That is attention and early_attention (views, N) and keys (views, N, d), for ``clip_text`` the tower's output after its last
+    norm, tower (views, N, D).
 
     layer, strategy: the model's ``vision_feature_layer`` and ``vision_feature_select_strategy``.
     """
@@ -110,17 +111,22 @@ def _watchers(tower: Any, into: dict[str, Any], layer: Any, strategy: str, needs
     if not 0 <= index < len(layers):
         raise UnsupportedModelError(f"vision_feature_layer={layer} takes no attention layer's output")
     block, first = Block(layers[index]), 1 if has_cls and strategy == "default" else 0
+    early = Block(layers[early_block(len(layers))])
 
-    def record(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+    def attended(block: Block, args: tuple, kwargs: dict[str, Any] | None) -> tuple[Tensor, Tensor]:
         x = args[0] if args else (kwargs or {})["hidden_states"]
         k = block.keys(x).float()
         q = block.queries(x[:, :1] if has_cls else x).float()
-        if has_cls:
-            weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
-            into["attention"] = weights.mean((1, 2))[:, first:]
-        else:
-            into["attention"] = torch.stack([received(*view) for view in zip(q, k)]) / k.shape[2]
-        into["keys"] = k.mean(1)[:, first:]
+        if not has_cls:
+            return torch.stack([received(*view) for view in zip(q, k)]) / k.shape[2], k.mean(1)
+        weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
+        return weights.mean((1, 2))[:, first:], k.mean(1)[:, first:]
+
+    def record(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        into["attention"], into["keys"] = attended(block, args, kwargs)
+
+    def record_early(module: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        into["early_attention"], _ = attended(early, args, kwargs)
 
     def keep(module: Any, args: tuple, *rest: Any) -> None:
         output = rest[-1]
@@ -130,9 +136,16 @@ def _watchers(tower: Any, into: dict[str, Any], layer: Any, strategy: str, needs
     watchers: list[Watcher] = []
     if needs & {"attention", "keys"}:
         watchers.append((block.attention.register_forward_pre_hook, record))
+    if "early_attention" in needs:
+        watchers.append((early.attention.register_forward_pre_hook, record_early))
     if "clip_text" in needs:
         watchers.append((layers[index].register_forward_hook, keep))
     return watchers
+
+
+def early_block(depth: int) -> int:
+    """The index of the block a quarter of the way up: the sixth of CLIP's 24, the eighth of Qwen2.5-VL's 32."""
+    return max(1, round(depth / 4)) - 1
 
 
 def received(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

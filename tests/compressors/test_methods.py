@@ -54,6 +54,7 @@ OWN = {
     "mmtok": ({"keep": 0.25, "alpha": 1.0, "text_temperature": 0.01},),
     "apet": ({"keep": 0.25, "basis": 3}, {"keep": 0.25, "merge": None}),
     "otprune": ({"keep": 0.25, "gamma": 1.0},),
+    "vscan": ({"keep": 0.25, "window": 2}, {"keep": 0.25, "merge": None}),
     "random": ({"keep": 0.25, "seed": 3}, {"tokens": 7, "seed": -1}),
 }
 
@@ -80,7 +81,8 @@ def visual_tokens(grid: tuple[int, int], seed: int = 0, width: int = 5, dtype: t
     draw = torch.Generator().manual_seed(seed)
     return me.VisualTokens(
         torch.randn(n, width, generator=draw).to(dtype), grid=grid, attention=torch.rand(n, generator=draw),
-        keys=torch.randn(n, 4, generator=draw), text=torch.randn(6, width, generator=draw), clip_text=torch.randn(4, generator=draw),
+        early_attention=torch.rand(n, generator=torch.Generator().manual_seed(seed + 1)), keys=torch.randn(n, 4, generator=draw),
+        text=torch.randn(6, width, generator=draw), clip_text=torch.randn(4, generator=draw),
         heads=torch.randn(3, n, generator=draw), tile=torch.zeros(n, dtype=torch.long), frame=torch.zeros(n, dtype=torch.long), **more,
     )  # fmt: skip
 
@@ -239,7 +241,7 @@ def test_a_method_says_what_it_is(name):
     cls = CLASSES[name]
     assert cls.name == name and issubclass(cls, Compressor)
     assert one_line(cls) and not one_line(cls).startswith(f"{cls.__name__}("), "its own docstring, not dataclass's"
-    assert set(cls.needs) <= {"attention", "keys", "text", "clip_text", "grid", "heads"}
+    assert set(cls.needs) <= {"attention", "early_attention", "keys", "text", "clip_text", "grid", "heads", "frame"}
     assert query_aware(cls) == bool(set(cls.needs) & {"text", "clip_text"})
     assert isinstance(cls.trained, bool) and isinstance(cls.paper, str)
 

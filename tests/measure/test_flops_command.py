@@ -158,7 +158,8 @@ REFUSED_SOMEWHERE = (
     "cdpruner:keep=0.5,relevance=llm", "cdpruner:keep=0.5,relevance=clip,clip=somewhere", "random:tokens=100000",
     "divprune:keep=0.5 | fastv:layer=1,keep=0.5", "pool:keep=0.5 | sparsevlm:keep=0.4,recycle=0.3",
     "tokenflex:tokens=4 | divprune:tokens=2", "divmerge:keep=0.5", "mmtok:keep=0.5", "apet:keep=0.5", "prunesid:keep=0.5",
-    "otprune:keep=0.5", "divmerge:keep=0.5 | proportional", "hawk:keep=0.5",
+    "otprune:keep=0.5", "divmerge:keep=0.5 | proportional", "hawk:keep=0.5", "vscan:keep=0.5", "evs:keep=0.5",
+    "vidcom2:keep=0.5",
 )  # fmt: skip
 
 

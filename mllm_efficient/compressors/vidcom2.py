@@ -1,0 +1,67 @@
+"""VidCom2: the least usual tokens of each frame, more of them from frames that are least like the rest of the video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from ..budget import Budget
+from ..lazy import torch
+from ..registry import register
+from ..tokens import VisualTokens
+from .math.finite import require_finite
+from .over_frames import OverFrames, first_of, frames_of, wide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTHS = tuple(2.0**power for power in range(-3, 2))  # of the Gaussians
+TEMPERATURE = 0.01
+
+
+@register("vidcom2")
+@dataclass(frozen=True, kw_only=True)
+class VidCom2(OverFrames):
+    """Gaussian likeness to the centre of the video and to that of the frame; the least like stay.
+
+    Source: VidCom2 (EMNLP 2025, arXiv 2505.14454), and vLLM's ``--video-pruning-method vidcom2``, whose counts these are: the kept fraction
+    of the video's tokens, rounded down, and at least one a frame. Rule: tokens at length 1 in the half of the channels that vary least over
+    the video; likeness is the sum of exp(-d^2 / 2a) over a = 1/8 to 2, d the distance to a centre, the mean of the video's tokens or of the
+    frame's. A frame's share is the kept fraction times 1 + p - mean(p), at most 1, p the softmax at temperature 0.01 over frames of minus
+    the mean likeness to the video; of each frame its share stays, rounded, at least one: those of the smallest sum of both likenesses.
+    Where these are more than K the largest sums of all go, where fewer the smallest of the others are added.
+    A still image is one frame.
+    Sums are compared in float32; ties go to the lowest index, of channels too. NaN or infinity raises. O(N D), in float64 where the device
+    has it; no host synchronisation.
+    """
+
+    paper: ClassVar[str] = "arXiv 2505.14454"
+
+    @property
+    def budget(self) -> Budget:
+        return replace(super().budget, down=True)
+
+    def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
+        frames, each = frames_of(v, self.name)
+        require_finite(v.features, self.name, "visual tokens")
+        x = wide(v.features.detach())
+        calm = x.var(0, unbiased=False).float().sort(stable=True).indices[: max(1, x.shape[1] // 2)]
+        x = x[:, calm]
+        x = (x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)).view(frames, each, -1)
+        to_video, to_frame = likeness(x, x.mean((0, 1), keepdim=True)), likeness(x, x.mean(1, keepdim=True))
+        share = self.fraction or k / len(v)
+        p = (to_video.mean(1) / -TEMPERATURE).softmax(0)
+        counts = (share * (1 + p - p.mean())).clamp(max=1).mul(each).round().clamp(1, each)
+        unlike = -(to_video + to_frame).float()
+        apart = first_of(unlike, counts).flatten()
+        order = unlike.flatten().sort(descending=True, stable=True).indices
+        return order[apart[order].to(torch.uint8).sort(descending=True, stable=True).indices[:k]]
+
+
+def likeness(x: Tensor, centre: Tensor) -> Tensor:
+    """(T, P) sums of Gaussians of x (T, P, D) around a centre that broadcasts to it."""
+    squared = (x - centre).square().sum(-1)
+    total = torch.zeros_like(squared)
+    for width in WIDTHS:
+        total += (squared / (-2 * width)).exp()
+    return total
