@@ -2,8 +2,10 @@
 
 Where a method answers in the same words as the uncompressed model, the difference between the two is 0 whatever is right. So requests are
 drawn with probabilities that go up with disagreement, after the strategies of query by committee (Cacciarelli and Kulahci, arXiv
-2302.08893), one from every stretch of a line on which like requests stand side by side: what is drawn is diverse. What one had no choice
-about stays unbiased, because every label counts with 1 over its probability (Horvitz and Thompson, 1952).
+2302.08893), one from every stretch of a line on which like requests stand side by side: what is drawn is diverse.
+
+Estimates have no bias: how far labels are from what the arms' votes foretell, which is known of all requests, counts with 1 over the
+probability of each (the difference estimator, Sarndal, Swensson and Wretman 1992, of Horvitz and Thompson's kind).
 """
 
 from __future__ import annotations
@@ -42,6 +44,12 @@ class Answered:
         """Of each arm after the baseline, whether its answer is in other words than the baseline's."""
         first, *others = (None if answer is None else normalise(answer) for answer in self.answers)
         return tuple(other != first for other in others)
+
+    @property
+    def votes(self) -> tuple[float, ...]:
+        """Of each arm the share of arms that give its answer, 0 where it failed: what its being right is foretold as."""
+        said = [None if answer is None else normalise(answer) for answer in self.answers]
+        return tuple(0.0 if own is None else said.count(own) / len(said) for own in said)
 
 
 @dataclass(frozen=True)
@@ -97,19 +105,20 @@ def draw(p: np.ndarray, line: Sequence[int], seed: int | Sequence[int] = 0) -> l
     return sorted(line[i] for i in np.flatnonzero(taken))
 
 
-def estimate(values: Sequence[float], p: Sequence[float], n: int) -> Estimated:
-    """The mean over n requests of what is 0 or drawn: values of those drawn, over their probabilities. In points, as values are.
+def estimate(values: Any, foretold: Any, p: Any, foretold_of_all: Any, n: int) -> Estimated:
+    """The mean over n requests, in the unit of the values.
+
+    values, foretold, p: of those drawn, what is true, what was foretold and their probabilities. foretold_of_all: the mean of what was
+    foretold. Without bias where everything that has no chance to be drawn is as foretold.
 
     The standard error is that of draws with replacement: a little too large, as systematic draws have no unbiased one. Those that were
     certain to be drawn have no part in it.
     """
-    y, p = np.asarray(values, dtype=float), np.asarray(p, dtype=float)  # type: ignore[assignment]
-    chance = np.asarray(p) < 1
-    parts = (y / p)[chance]
+    off = (np.asarray(values, dtype=float) - foretold) / p
+    value, parts = float(foretold_of_all + off.sum() / n), off[np.asarray(p) < 1]
     if len(parts) == 1:
-        return Estimated(float((y / p).sum() / n), None)
-    spread = math.sqrt(len(parts) * parts.var(ddof=1)) / n if len(parts) else 0.0
-    return Estimated(float((y / p).sum() / n), spread)
+        return Estimated(value, None)
+    return Estimated(value, math.sqrt(len(parts) * parts.var(ddof=1)) / n if len(parts) else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ runs and files
@@ -143,10 +152,12 @@ def _answered(i: str, arms: Sequence[str], known: dict[tuple[str, str], dict[str
 def chosen_lines(requests: Sequence[Answered], arms: Sequence[str], budget: int, explore: float, seed: int) -> list[dict[str, Any]]:
     """A record for each request to label: ``answer`` is to be filled in, with what is right or a list of all that is."""
     p = probabilities(requests, budget, explore)
+    votes = dict(zip(arms, np.mean([r.votes for r in requests], 0).tolist()))
     return [
         {
             "id": requests[i].id, "question": requests[i].question, "images": list(requests[i].images), "answer": None,
-            "probability": float(p[i]), "answers": dict(zip(arms, requests[i].answers)), "of": len(requests), "explore": explore,
+            "probability": float(p[i]), "answers": dict(zip(arms, requests[i].answers)), "of": len(requests),
+            "votes": votes, "explore": explore,
         }
         for i in draw(p, line_up(requests, seed), seed)
     ]  # fmt: skip
@@ -156,20 +167,25 @@ def estimates(path: Path) -> list[dict[str, Any]]:
     """Rows of what a labelled file says: of each arm ``accuracy`` and ``difference`` to the baseline in points, with standard errors and
     95% intervals. Accuracy is None where ``explore`` was 0. Raises ``MllmEfficientError`` for lines that are not labelled."""
     lines = [parse_json(line) for line in finished_lines(path)]
-    wrong = [n for n, r in enumerate(lines, 1) if not isinstance(r, dict) or not {"probability", "answers", "of"} <= r.keys()]
+    wrong = [
+        n for n, r in enumerate(lines, 1) if not isinstance(r, dict) or not {"probability", "answers", "of", "votes", "explore"} <= r.keys()
+    ]
     if wrong or not lines:
         raise MllmEfficientError(f"{path} line {wrong[0] if wrong else 1} is none that choose wrote")
     empty = [r["id"] for r in lines if not r.get("answer")]
     if empty:
         raise MllmEfficientError(f"{path}: {len(empty)} of {len(lines)} have no answer yet, the first is {empty[0]!r}")
     p, n = [r["probability"] for r in lines], lines[0]["of"]
-    right = {arm: np.array([_right(r, arm) for r in lines]) for arm in lines[0]["answers"]}
-    base, *_ = right
+    arms, of_all = list(lines[0]["answers"]), lines[0]["votes"]
+    votes = np.array([Answered(r["id"], "", tuple(r["answers"][arm] for arm in arms)).votes for r in lines]).T
+    right = np.array([[_right(r, arm) for r in lines] for arm in arms])
     out = []
-    for arm, own in right.items():
+    for i, arm in enumerate(arms):
         row: dict[str, Any] = {"method": arm, "labels": len(lines), "requests": n}
-        for name, values in (("accuracy", own), ("difference", own - right[base])):
-            said = estimate(100 * values, p, n) if name == "difference" or lines[0]["explore"] > 0 else Estimated(None, None)
+        for name, less in (("accuracy", 0), ("difference", 1)):
+            values, foretold, mean = right[i] - less * right[0], votes[i] - less * votes[0], of_all[arm] - less * of_all[arms[0]]
+            known = less or lines[0]["explore"] > 0
+            said = estimate(100 * values, 100 * foretold, p, 100 * mean, n) if known else Estimated(None, None)
             row |= {name: said.value, f"{name}_error": said.error, f"{name}_interval": _interval(said, len(lines))}
         out.append(row)
     return out

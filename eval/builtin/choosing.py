@@ -56,17 +56,22 @@ def study(asked: Sequence[Answered], right: np.ndarray, budget: int = BUDGET, re
     """Of each way to draw: ``difference`` (each arm to the baseline) and ``accuracy`` (each arm), errors in points, mean over arms."""
     ways = {
         f"{budget} at random": at_random(len(asked), budget), f"{4 * budget} at random": at_random(len(asked), 4 * budget),
+        f"{budget} at random, with votes": at_random(len(asked), budget),
         f"{budget} chosen, explore=0": chosen(asked, budget, 0), f"{budget} chosen, explore=0.2": chosen(asked, budget, 0.2),
         f"{budget} chosen, explore=0.2, not diverse": chosen(asked, budget, 0.2, diverse=False),
         f"{budget} chosen, explore=0.5": chosen(asked, budget, 0.5),
     }  # fmt: skip
+    votes = 100 * np.array([a.votes for a in asked]).T
     out = {}
     for name, way in ways.items():
         found: dict[str, list[list[float]]] = {"difference": [], "accuracy": []}
         for repeat in range(repeats):
             places, p = way(repeat)
-            for what, values in (("difference", right[1:] - right[0]), ("accuracy", right)):
-                said = [estimate(v[places], p[places], len(asked)).value for v in values]
+            for what, values, foretold in (("difference", right[1:] - right[0], votes[1:] - votes[0]), ("accuracy", right, votes)):
+                if name.endswith("at random"):
+                    foretold = 0 * foretold
+                pairs = zip(values, foretold)
+                said = [estimate(v[places], f[places], p[places], f.mean(), len(asked)).value for v, f in pairs]
                 found[what].append([float(a) - b for a, b in zip(said, values.mean(1))])  # type: ignore[arg-type]
         out[name] = {what: [float(np.sqrt(np.square(e).mean(0)).mean()), float(np.abs(np.mean(e, 0)).mean())] for what, e in found.items()}
     return out

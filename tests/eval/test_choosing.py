@@ -74,19 +74,24 @@ def test_no_bias_and_the_standard_error_is_not_too_small():
     other = np.where(differs, rng.random(400) < 0.4, base)
     requests = [Answered(str(i), f"q{i % 7}", ("a", "b" if d else "a")) for i, d in enumerate(differs)]
     p, d = probabilities(requests, 30, 0.2), 100.0 * (other.astype(float) - base)
-    found = []
+    votes = np.array([r.votes for r in requests])
+    foretold, found = 100 * (votes[:, 1] - votes[:, 0]), []
     for seed in range(200):
         places = draw(p, line_up(requests, seed), seed)
-        found.append(estimate(d[places], p[places], 400))
+        found.append(estimate(d[places], foretold[places], p[places], foretold.mean(), 400))
     values = np.array([f.value for f in found])
     assert abs(values.mean() - d.mean()) < 4 * values.std() / 200**0.5
     assert values.std() < np.mean([f.error for f in found]) < 2.5 * values.std()
 
 
 def test_all_labels_give_the_truth_without_an_error():
-    said = estimate([100.0, 0.0, -100.0, 100.0], np.ones(4), 4)
+    said = estimate([100.0, 0.0, -100.0, 100.0], np.array([50.0, 0.0, 0.0, 10.0]), np.ones(4), 15.0, 4)
     assert (said.value, said.error) == (25.0, 0.0)
-    assert estimate([100.0], [0.5], 10).error is None
+    assert estimate([100.0], np.zeros(1), np.array([0.5]), 0.0, 10).error is None
+
+
+def test_votes():
+    assert Answered("i", "q", ("A cat.", "cat", None, "dog")).votes == (0.5, 0.5, 0.0, 0.25)
 
 
 def test_the_study_finds_chosen_ones_better_where_arms_mostly_agree():
@@ -132,8 +137,11 @@ def test_the_command_writes_what_to_label_and_reads_the_labels(finished, tmp_pat
     rows = estimates(output)
     weights = np.array([1 / line["probability"] for line in lines])
     differ = np.array([line["answers"]["none"] != line["answers"]["uniform:tokens=4"] for line in lines])
-    assert rows[0]["difference"] == 0 and rows[0]["accuracy"] == pytest.approx(100 * weights.sum() / 6)
-    assert rows[1]["difference"] == pytest.approx(-100 * (weights * differ).sum() / 6)
+    own, foretold = np.where(differ, 0.5, 1.0), lines[0]["votes"]["none"]
+    assert rows[0]["difference"] == 0 and rows[0]["accuracy"] == pytest.approx(100 * (foretold + (weights * (1 - own)).sum() / 6))
+    assert rows[1]["difference"] == pytest.approx(-100 * (weights * differ).sum() / 6), (
+        "an answer of two has half of the votes, as the other"
+    )
     assert main(["choose", "--labelled", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][1]["requests"] == 6
 
