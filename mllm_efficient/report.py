@@ -65,13 +65,24 @@ def by_layer(per_layer: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """What a call had of the vision cache. hits: pictures and frames found there, or seen earlier in the call; runs: of the tower, one
+    for each of the others. bytes: kept after the call, of at most ``limit``."""
+
+    hits: int
+    runs: int
+    bytes: int
+    limit: int
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """One call. ``images`` in prompt order; ``stages`` are the methods that ran, as ``to_dict()`` gives them.
 
     ``tokens_per_layer``: visual tokens of the whole batch at each decoder layer. ``compress_seconds`` is the method's
     own time, without the vision tower (0.0 where nothing was compressed): the device's on CUDA, elsewhere the host's. An empty
     ``images`` is a text-only call, or one with ``compression=None``, which is ``off``. unwrapped: the method was taken off the
-    model since, so that nothing is compressed now.
+    model since, so that nothing is compressed now. vision_cache: of a model with ``cache=``; None where that was not asked, as in training.
     """
 
     images: tuple[ImageReport, ...] = ()
@@ -81,6 +92,7 @@ class CompressionReport:
     compress_seconds: float = 0.0
     off: bool = False
     unwrapped: bool = False
+    vision_cache: CacheUse | None = None
 
     @property
     def visual_tokens_full(self) -> int:

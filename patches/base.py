@@ -99,6 +99,23 @@ class Adapter(Rules):
         off, and (views, K) which tokens stayed, None where they were merged. item: one of those whose views they are."""
         raise TypeError(f"{type(self).__name__} must define inside")
 
+    def frames_apart(self, item: Item) -> list[Item]:
+        """The parts of an item that the tower sees apart from each other; the item itself where it sees all of it together."""
+        return [item]
+
+    def vision_modules(self) -> list[Any]:
+        """Every module that is not the decoder's nor the head, on which no encoding depends."""
+        from .decoder.hooks import decoder_of
+
+        out_of = [decoder_of(self.model), self.model.get_output_embeddings()]
+        others = {id(module) for part in out_of if part is not None for module in part.modules()}
+        return [module for module in self.model.modules() if id(module) not in others]
+
+    def vision_tensors(self) -> list[Tensor]:
+        """Parameters and buffers of ``vision_modules``."""
+        own = (t for m in self.vision_modules() for t in (*m._parameters.values(), *m._buffers.values()))
+        return [tensor for tensor in own if tensor is not None]
+
     @property
     def reached_inside(self) -> bool:
         """Whether the hooks of in-decoder methods are on the model."""

@@ -12,10 +12,13 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..compressors.base import Compressor
 from ..errors import AlreadyWrappedError, MllmEfficientError
+
+if TYPE_CHECKING:
+    from .vision_cache import VisionCache
 
 
 @dataclass(eq=False)
@@ -26,21 +29,24 @@ class Block:
     method: Compressor
     logits: str = "short"
     open: bool = True
+    cache: VisionCache | None = None
 
 
 @dataclass(eq=False)
 class Active:
-    """What is active on one model. method, logits: of ``wrap``. blocks: that are open in any thread. sole: the one that changed weights."""
+    """What is active on one model. method, logits, cache: of ``wrap``. blocks: that are open in any thread. sole: the one that changed
+    weights."""
 
     method: Compressor | None = None
     logits: str = "short"
     blocks: list[Block] = field(default_factory=list)
     sole: Block | None = None
+    cache: VisionCache | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.sole is not None:  # whose weights are in the copy too, so that it is wrapped with them
-            return Active, (self.sole.method, self.sole.logits)
-        return Active, (self.method, self.logits)  # a copy of the model is in nobody's block
+            return Active, (self.sole.method, self.sole.logits, [], None, self.sole.cache)
+        return Active, (self.method, self.logits, [], None, self.cache)  # a copy of the model is in nobody's block
 
     @property
     def used(self) -> bool:
@@ -55,6 +61,11 @@ class Active:
         """The length of logits that was asked for with the method."""
         block = _block_of(model)
         return self.logits if block is None else block.logits
+
+    def cache_here(self, model: Any) -> VisionCache | None:
+        """The cache that was asked for with the method."""
+        block = _block_of(model)
+        return self.cache if block is None else block.cache
 
     def of_call(self, model: Any) -> Compressor | None:
         """``here``, for a call that begins. Waits while another thread puts a method on or takes one off.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from ..compressors.fit import OF_TOWER
 from ..compressors.none import NoCompression
 from ..errors import UnsupportedModelError
 from ..registry import runnable
+from ..report import CacheUse
 from ..trained.folder import held, module_of, require_held
 from .active import active_on
 from .plan import plan
 from .prompt import require
+from .vision_cache import Part, VisionCache, key_of, state_of, together, usable
 
 if TYPE_CHECKING:
     from .locate import PlacedImage
@@ -27,12 +30,13 @@ IN_TOWER = "in the tower"  # begins the key of an encoding in whose tower tokens
 class Encoded:
     """The vision side of a call, for ``prepare(..., encoded=...)``: what the model made of every item of the call.
 
-    made_for: of each item the extra tensors it carries and how else it was seen (``encoding_key``).
+    made_for: of each item the extra tensors it carries and how else it was seen (``encoding_key``). use: of the vision cache.
     """
 
     items: list[Any]
     encodings: list[Any]
     made_for: list[tuple[frozenset[str], Any]]
+    use: CacheUse | None = None
 
 
 def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
@@ -51,18 +55,54 @@ def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
 
 
 def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
-    """``encode`` of items that the adapter found. The model runs once on all that are alike."""
+    """``encode`` of items that the adapter found. The model runs once on all that are alike, or where ``wrap`` has a cache, on each that
+    is not kept there."""
     keys = [encoding_key(adapter, method, i) for i in items]
-    needs = keys[0][0] if keys else frozenset()
     require_installed(adapter, method)
+    cache = caches(adapter)
+    if cache is not None and items:
+        return _through(cache, adapter, method, items, keys)
+    return Encoded(items, _run(adapter, method, items, keys), keys)
+
+
+def caches(adapter: Any) -> VisionCache | None:
+    """The cache that this call may use, if any."""
+    active = active_on(adapter.model)
+    cache = None if active is None else active.cache_here(adapter.model)
+    return cache if cache is not None and usable(adapter) else None
+
+
+def _run(adapter: Any, method: Compressor, items: list[Any], keys: Sequence[tuple[frozenset[str], Any]]) -> list[Any]:
+    """The encodings of items, of which ``keys`` say how they are seen."""
+    needs = keys[0][0] if keys else frozenset()
     projector = projector_of(method)
     if items and projector is not None:
         (side,) = {plan(adapter, projector, item).side for item in items}
-        return Encoded(items, adapter.project(items, module_of(adapter, projector), side), keys)
+        return list(adapter.project(items, module_of(adapter, projector), side))
     inside = before_of(method)
     if inside is not None and any(other[0] == IN_TOWER for _, other in keys):
-        return Encoded(items, adapter.reduce_in_tower(inside, items, [plan(adapter, inside, item) for item in items]), keys)
-    return Encoded(items, adapter.encode(items, needs, [other[0] for _, other in keys]), keys)
+        return list(adapter.reduce_in_tower(inside, items, [plan(adapter, inside, item) for item in items]))
+    return list(adapter.encode(items, needs, [other[0] for _, other in keys]))
+
+
+def _through(cache: VisionCache, adapter: Any, method: Compressor, items: list[Any], keys: list[tuple[frozenset[str], Any]]) -> Encoded:
+    """``_run`` of what the cache does not hold, one after the other.
+
+    Frames of a video are kept apart where the tower sees them apart, and nothing else is asked of it than their tokens.
+    """
+    projector, inside = projector_of(method), before_of(method)
+    state = state_of(adapter, None if projector is None else module_of(adapter, projector))
+    out, hits, runs = list[Any](), 0, 0
+    for item, key in zip(items, keys):
+        in_tower = projector is None and key[1][0] == IN_TOWER
+        whole = projector is not None or in_tower or key[0]
+        found = [item] if whole else adapter.frames_apart(item)
+        how = sorted(key[0]), key[1], inside.to_dict() if in_tower and inside is not None else None
+        parts = [Part(part, key_of(part, how, state)) for part in found]
+        made, use = cache.encoded(parts, lambda part, key=key: _run(adapter, method, [part], [key])[0])  # type: ignore[misc]
+        out.append(made[0] if len(made) == 1 else together(made, adapter.shape_at(item, key[1][0]) if key[1][0] else item.shape))
+        hits, runs = hits + use.hits, runs + use.runs
+    return Encoded(items, out, keys, CacheUse(hits, runs, cache.bytes, cache.limit))
 
 
 def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset[str], Any]:

@@ -107,7 +107,7 @@ def _generate(request: _Request, method: Compressor | None) -> Any:
         warn_without_pixels(request.adapter.placeholders, kwargs)
     if method is not None and kwargs.get("mm_encoder_outputs") is None:
         prepared = _prepare_generate(request, method, layout)
-    if prepared is None or (prepared.layout is None and prepared.staging is None):
+    if prepared is None or (prepared.layout is None and prepared.staging is None and prepared.features is None):
         out = request.run(request.inputs, kwargs)
         return _finish(model, out, prepared.report if prepared else CompressionReport(off=method is None))
     call = _call_of(request, prepared)

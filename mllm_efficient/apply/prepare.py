@@ -8,7 +8,7 @@ prompt, and the model gets the shorter prompt with the features as ``mm_encoder_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..compressors.composed import stages_of
 from ..registry import runnable
-from ..report import CompressionReport, ImageReport
+from ..report import CacheUse, CompressionReport, ImageReport
 from .call import Call, parse_call
 from .compress import CompressedImage, compress_images
 from .context import contexts_of
-from .encode import Encoded, encode, encode_items, encoding_key, has_pixels, keeps_all
+from .encode import Encoded, caches, encode, encode_items, encoding_key, has_pixels, keeps_all
 from .in_llm import report_of, shortened_image, staging_of, whole_image
 from .labels import count_for, leaves_alone
 from .locate import PlacedImage
@@ -85,12 +85,13 @@ class Compressed:
     """What the images of a call became before the decoder.
 
     encodings: what the model made of each, in prompt order. images: what is left of each; None where the prompt stays whole,
-    because tokens go inside the decoder alone. seconds: that compressing took.
+    because tokens go inside the decoder alone. seconds: that compressing took. use: of the vision cache.
     """
 
     encodings: list[Any]
     images: list[CompressedImage] | None
     seconds: float = 0.0
+    use: CacheUse | None = None
 
 
 def prepare(
@@ -129,7 +130,7 @@ def prepare(
     placed = call.placed
     plans = plan_images(call, placed)
     if call.past is None and leaves_alone(call.method, (p.whole for p in plans)):
-        return _uncompressed(call, placed, plans)
+        return _uncompressed(_with_kept(call, placed), placed, plans)
     compressed = encode_and_compress(call, placed, plans)
     return assemble(call, placed, plans, compressed)
 
@@ -161,17 +162,17 @@ def encode_and_compress(call: Call, placed: list[PlacedImage], plans: list[Image
         encoded = encode_items(call.adapter, call.pre_llm, items)
     encodings = [encoded.encodings[image.index] for image in placed]
     if call.whole_prompt:
-        return Compressed(encodings, None)
+        return Compressed(encodings, None, use=encoded.use)
     fresh = call.in_llm is None or call.past is None or not placed
     require(fresh, "new images on a cache that holds a conversation: start with an empty cache")
     images, seconds = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts_of(call, placed))
-    return Compressed(encodings, images, seconds)
+    return Compressed(encodings, images, seconds, encoded.use)
 
 
 def assemble(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], compressed: Compressed) -> Prepared:
     """The arguments of the stock model: the prompt that is left, its positions and labels, and what the decoder is to do."""
     if compressed.images is None:
-        return _for_decoder_alone(call, placed, plans, compressed.encodings)
+        return _for_decoder_alone(call, placed, plans, compressed)
     layout = _layout_of(call, placed, compressed.images)
     rest = call.rest if call.loss_labels is None else {**call.rest, "labels": call.loss_labels}
     tensors = take_columns(layout, call.input_ids, call.mask, rest, _pad_id(call.adapter))
@@ -186,7 +187,7 @@ def assemble(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], comp
         left = [shortened_image(layout, *one) for one in known]
         mask, labels = layout.mask.bool(), tensors.get("labels")
         staging = staging_of(call.in_llm, call.final_positions, mask, left, call.adapter, short[0], labels, call.image_keys)
-    report = _report(call, [_image(*one, p.whole) for one, p in zip(known, plans)], compressed.seconds)
+    report = _report(call, [_image(*one, p.whole) for one, p in zip(known, plans)], compressed.seconds, compressed.use)
     features = [(p.shape.modality, done.features, done.deep) for _, p, done in known]
     return Prepared(_given(tensors), features or None, call.adapter.pack, report, layout, staging)
 
@@ -210,9 +211,18 @@ def _as_it_came(call: Call, report: CompressionReport) -> Prepared:
     return Prepared(_given({**call.tensors(call.labels), **call.vision}), None, call.adapter.pack, report, None)
 
 
+def _with_kept(call: Call, placed: list[PlacedImage]) -> Call:
+    """The call with the features of its images where the model has a cache for them, as nothing else would ask it."""
+    if call.encoded is not None or caches(call.adapter) is None:
+        return call
+    items = [image.item for image in sorted(placed, key=lambda image: image.index)]
+    return replace(call, encoded=encode_items(call.adapter, call.pre_llm, items))
+
+
 def _uncompressed(call: Call, placed: list[PlacedImage], plans: list[ImagePlan]) -> Prepared:
     """A call all of whose visual tokens stay; with the features, where the vision side has run already."""
-    report = _report(call, [_image(image, p.pre_llm, None, p.whole) for image, p in zip(placed, plans)])
+    use = None if call.encoded is None else call.encoded.use
+    report = _report(call, [_image(image, p.pre_llm, None, p.whole) for image, p in zip(placed, plans)], use=use)
     if call.encoded is None:
         return _as_it_came(call, report)
     tensors = call.tensors(call.labels)
@@ -224,7 +234,7 @@ def _uncompressed(call: Call, placed: list[PlacedImage], plans: list[ImagePlan])
     return Prepared(_given(tensors), features, call.adapter.pack, report, None)
 
 
-def _for_decoder_alone(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], encodings: list[Any]) -> Prepared:
+def _for_decoder_alone(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], compressed: Compressed) -> Prepared:
     """A call all of whose visual tokens enter the decoder, inside which some go."""
     assert call.in_llm is not None
     tensors = call.tensors(call.loss_labels)
@@ -232,8 +242,8 @@ def _for_decoder_alone(call: Call, placed: list[PlacedImage], plans: list[ImageP
     images = [whole_image(image, p.whole) for image, p in zip(placed, plans)]
     labels, rule = tensors.get("labels"), call.final_positions
     staging = staging_of(call.in_llm, rule, call.mask_cpu, images, call.adapter, call.input_ids, labels, call.image_keys)
-    report = _report(call, [_image(image, p.whole, None, p.whole) for image, p in zip(placed, plans)])
-    return Prepared(_given(tensors), _all_features(placed, encodings), call.adapter.pack, report, None, staging)
+    report = _report(call, [_image(image, p.whole, None, p.whole) for image, p in zip(placed, plans)], use=compressed.use)
+    return Prepared(_given(tensors), _all_features(placed, compressed.encodings), call.adapter.pack, report, None, staging)
 
 
 def _all_features(placed: list[PlacedImage], encodings: list[Any]) -> Features:
@@ -263,9 +273,9 @@ def _recount(tensors: dict[str, Any], labels: Tensor | None) -> None:
         tensors["num_items_in_batch"] = count_for(tensors["num_items_in_batch"], labels, tensors["labels"])
 
 
-def _report(call: Call, images: list[ImageReport], seconds: float = 0.0) -> CompressionReport:
+def _report(call: Call, images: list[ImageReport], seconds: float = 0.0, use: CacheUse | None = None) -> CompressionReport:
     stages = tuple(stage.to_dict() for stage in stages_of(call.method))
-    return CompressionReport(tuple(images), stages, call.final_positions, call.adapter.decoder_layers, seconds)
+    return CompressionReport(tuple(images), stages, call.final_positions, call.adapter.decoder_layers, seconds, vision_cache=use)
 
 
 def _image(image: PlacedImage, p: Plan, done: CompressedImage | None, whole: Plan) -> ImageReport:

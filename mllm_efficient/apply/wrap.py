@@ -31,6 +31,7 @@ from .pipeline import teach_pipelines
 from .plan import check, refuse_processor
 from .prompt import require_short
 from .sharding import has_shards
+from .vision_cache import made_for
 
 Model = TypeVar("Model")
 UNKNOWN = ("refuse", "try")
@@ -38,7 +39,7 @@ _UNSET: Any = object()
 _swapped: dict[type, type] = {}
 
 
-def wrap(model: Model, compressor: Any, *, logits: str = "short", unknown: str = "refuse") -> Model:
+def wrap(model: Model, compressor: Any, *, logits: str = "short", unknown: str = "refuse", cache: int | str | None = None) -> Model:
     """Makes ``model`` compress its visual tokens from now on; returns the same object.
 
     Args:
@@ -48,6 +49,9 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short", unknown: str =
             before it does.
         unknown: what to do with a type of model that is not known: "refuse", or "try", which checks on a tiny model of the same
             configuration whether compression is right there, takes some seconds, and refuses if it is not.
+        cache: memory, such as "512MB" or bytes, in which the features of pictures and frames are kept for later calls: windows of a
+            video that overlap and later turns of a conversation run the tower once for each (``last_report(model).vision_cache``).
+            Never used where gradients are enabled or the vision side is in training mode.
 
     ``generate`` returns the original prompt in front of the new tokens and takes ``compression=`` for one call (None is
     off). ``forward`` returns logits of the reduced length, ``outputs.visual_keep_mask`` (B, L), and of the logits' length
@@ -68,10 +72,10 @@ def wrap(model: Model, compressor: Any, *, logits: str = "short", unknown: str =
     if unknown == "try":
         learn(model)
     adapter, method = adapter_for(model), runnable(compressor)
-    inner = adapter.model
+    inner, kept = adapter.model, made_for(adapter, cache)
     with changing(inner):
         hook = _put_on(adapter, method, alone=True)
-        hook.active.method, hook.active.logits = method, logits
+        hook.active.method, hook.active.logits, hook.active.cache = method, logits, kept
     watch_if_there()
     return model
 
@@ -93,13 +97,13 @@ def unwrap(model: Model) -> Model:
                 f"{hook.method.spec()} put weights in the place of the model's own, and those were {since} since: load the model anew"
             )
         require_idle(inner)
-        method, hook.active.method = hook.method, None
+        method, hook.active.method, hook.active.cache = hook.method, None, None
         _take_off(adapter, method, alone=True)
     return model
 
 
 @contextlib.contextmanager
-def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Iterator[Model]:
+def compressed(model: Model, compressor: Any, *, logits: str = "short", cache: int | str | None = None) -> Iterator[Model]:
     """``wrap`` for the length of a ``with`` block, in this thread (or asyncio task) alone: others' calls stay as they are.
 
     A thread started inside the block is another one: give it ``compression=``, or start it with ``contextvars.copy_context().run``.
@@ -112,7 +116,7 @@ def compressed(model: Model, compressor: Any, *, logits: str = "short") -> Itera
     refuse_virtual_tokens(model)
     adapter, method = adapter_for(model), runnable(compressor)
     inner, sole = adapter.model, method.installs is not None
-    block = Block(inner, method, logits)
+    block = Block(inner, method, logits, cache=made_for(adapter, cache))
     with changing(inner):
         hook = _put_on(adapter, method, alone=sole)
         hook.active.begin(block, sole)

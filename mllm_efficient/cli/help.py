@@ -21,7 +21,7 @@ GROUPS = {
     ),
     "What is asked": (
         "suite", "tasks", "data", "categories", "split", "turns", "limit", "batch_size", "data_root", "coco_instances", "include_path",
-        "on_error", "cache", "reference", "against", "max_drop",
+        "on_error", "cache", "reference", "against", "max_drop", "run", "budget", "explore", "labelled",
     ),
     "What is timed or counted": (
         "image_size", "images", "text_tokens", "visual_tokens", "new_tokens", "output_tokens", "repeats", "warmup", "no_bench", "max_batch",
@@ -68,6 +68,10 @@ EXAMPLES = {
     ),
     "demo": ("mllm-efficient demo", "mllm-efficient demo --model llava-hf/llava-1.5-7b-hf --port 8000"),
     "doctor": ("mllm-efficient doctor", "mllm-efficient doctor --all --json"),
+    "choose": (
+        "mllm-efficient choose --data requests.jsonl --run run --budget 50 --output chosen.jsonl",
+        "mllm-efficient choose --labelled chosen.jsonl",
+    ),
 }  # fmt: skip
 EVERYWHERE = "Every command takes --quiet (no lines about what is being done) and --traceback (where in the code an error comes from)."
 

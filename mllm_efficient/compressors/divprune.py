@@ -14,10 +14,14 @@ from ..registry import register
 from ..tokens import VisualTokens
 from .math.finite import ADVICE
 from .math.precision import full_float32 as full_float32
+from .math.whitening import whitened, whitening_flops
 from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+METRICS = ("cosine", "l2", "l1", "whitened")
 
 
 @register("divprune")
@@ -28,10 +32,12 @@ class DivPrune(Selector):
     First the token whose nearest neighbour is farthest, then repeatedly the token farthest from those chosen, by
     distance to the nearest of them. O(N^2 D) for the distances, O(N) for each of the K picks (running minimum).
 
-    metric: "cosine" (the paper's default), "l2", "l1". order: "raster", or "picked" (the order of choice: the published
-    numbers used unsorted indices). Equal distances go to the lowest index; a zero row is at cosine distance 1 from
-    everything; a picked token is never picked again, so duplicates give K different indices. Distances are in float32
-    at least, whatever the dtype, autocast or TF32 setting. NaN or infinity in the features raises.
+    metric: "cosine" (the paper's default), "l2", "l1", or "whitened": cosine of the tokens with what they have in common taken away
+    (``math.whitening``, after WhitenedCSE, arXiv 2305.17746), in ``groups`` of neighbouring channels; left out: of 64.
+    order: "raster", or "picked" (the order of choice: the published numbers used unsorted indices). Equal distances go to the
+    lowest index; a zero row is at cosine distance 1 from everything; a picked token is never picked again, so duplicates give
+    K different indices. Distances are in float32 at least, whatever the dtype, autocast or TF32 setting. NaN or infinity in
+    the features raises.
 
     On a CUDA device all picks are one kernel, and the images of a call that are of one size share it. The last bit of a
     distance there may depend on how many images share a product, as the last bit of a feature does in the vision tower.
@@ -42,14 +48,18 @@ class DivPrune(Selector):
 
     metric: str = "cosine"
     order: str = "raster"
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, values in (("metric", ("cosine", "l2", "l1")), ("order", ("raster", "picked"))):
+        for field, values in (("metric", METRICS), ("order", ("raster", "picked"))):
             if getattr(self, field) not in values:
                 raise BadSettingError(f"{self.name}: {field}={getattr(self, field)!r} is not one of {values}")
         if self.order == "picked" and self.positions == "keep":
             raise BadSettingError(f"{self.name}: order='picked' shuffles tokens, so positions='keep' has no meaning")
+
+        if self.groups is not None and (self.metric != "whitened" or isinstance(self.groups, bool) or self.groups < 1):
+            raise BadSettingError(f"{self.name}: groups={self.groups!r} must be a whole number above 0, and needs metric=whitened")
 
     @property
     def full_is_identity(self) -> bool:
@@ -57,14 +67,21 @@ class DivPrune(Selector):
 
     def flops(self, n: int, d: int, k: int) -> int:
         """The product of the rows with each other. The l2 and l1 distances are no matrix product, and the picks have none."""
+        if self.metric == "whitened":
+            return 2 * n * n * d + whitening_flops(n, d, self.groups, self.name)
         return 2 * n * n * d if self.metric == "cosine" else 0
 
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
-        return farthest_first(distances(v.features, self.metric, self.name), k)
+        return farthest_first(self._distances(v.features), k)
 
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """One product and one choice for all."""
-        return farthest_first(distances(torch.stack([v.features for v in parts]), self.metric, self.name), k)
+        return farthest_first(self._distances(torch.stack([v.features for v in parts])), k)
+
+    def _distances(self, x: Tensor) -> Tensor:
+        if self.metric == "whitened":
+            return distances(whitened(x, self.groups, self.name), name=self.name)
+        return distances(x, self.metric, self.name)
 
 
 def distances(x: Tensor, metric: str = "cosine", name: str = "divprune") -> Tensor:

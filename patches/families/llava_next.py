@@ -175,7 +175,9 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         beside = torch.cat([value.float() for value in captures.values()], dim=2)[:, -(self.side**2) :]
         widths = [value.shape[2] for value in captures.values()]
         out = []
-        for f, item, tiles in zip(features, items, beside.split([len(i.arguments["pixel_values"]) for i in items])):
+        ran, own_places, _ = self.as_run(items)
+        of_each = beside.split([len(i.arguments["pixel_values"]) for i in ran])
+        for f, item, tiles in zip(features, items, [of_each[i] for i in own_places]):
             newline = tiles.new_zeros(tiles.shape[-1])
             packed = self.pack_tiles(self.model.model, tiles, item.arguments["image_sizes"], newline, item.arguments)
             own = packed[item.shape.token_slots.to(packed.device)].to(f.device)
@@ -207,6 +209,10 @@ class LlavaNextAdapter(Adapter, LlavaNextRules):
         call["image_sizes"] = torch.tensor([i.arguments["image_sizes"] for i in items])
         features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_image_features(**call, return_dict=True))
         return features[:, features.shape[1] - self.side**2 :]
+
+    def as_run(self, items: list[Item]) -> tuple[list[Item], list[int], list[int]]:
+        """The items that the tower is given for these, which of them each is, and how many of them are of one prompt."""
+        return items, list(range(len(items))), [1] * len(items)
 
     def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
         """(length, D) of each image from the model's ``get_image_features``."""

@@ -63,6 +63,13 @@ class VideoFrames(LlavaNextAdapter, VideoRules):
         shape = self.video_shape(pixels.shape[1], self.side)
         return [Item({"pixel_values_videos": pixels[i : i + 1], **shared}, shape) for i in range(len(pixels))]
 
+    def frames_apart(self, item: Item) -> list[Item]:
+        pixels = item.arguments.get("pixel_values_videos")
+        if pixels is None:
+            return [item]
+        shape = self.video_shape(1, self.side)
+        return [Item({**item.arguments, "pixel_values_videos": frame}, shape) for frame in pixels.split(1, 1)]
+
     def example(self, images: Sequence[Views], pixels: Callable[..., Tensor]) -> dict[str, Any]:
         if images[0].shape.modality == "image":
             return super().example(images, pixels)
@@ -162,7 +169,7 @@ class LlavaOnevisionAdapter(VideoFrames, LlavaOnevisionRules):
         packed, _ = inner.pack_image_features([features], torch.tensor([size]), image_newline=newline, vision_aspect_ratio=ratio)
         return packed[0]
 
-    def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
+    def as_run(self, items: list[Item]) -> tuple[list[Item], list[int], list[int]]:
         # The model tiles an image that is alone in its prompt. Untiled ones are handed over as prompts of two or more.
         numbers: list[int] = []
         padded: list[Item] = []
@@ -172,6 +179,10 @@ class LlavaOnevisionAdapter(VideoFrames, LlavaOnevisionRules):
             wanted += range(len(padded), len(padded) + len(run))
             numbers += [max(len(run), 2)] if untiled else [1] * len(run)
             padded += run * 2 if untiled and len(run) == 1 else run
+        return padded, wanted, numbers
+
+    def features(self, inner: Any, items: list[Item], **more: Any) -> list[Tensor]:
+        padded, wanted, numbers = self.as_run(items)
         found = super().features(inner, padded, batch_num_images=torch.tensor(numbers), **more)
         return [found[i] for i in wanted]
 

@@ -221,6 +221,19 @@ class QwenVLAdapter(Adapter, QwenVLRules):
             items.append(Item(arguments, self.shape(modality, size[0], (size[1] // self.merge, size[2] // self.merge))))
         return items
 
+    def frames_apart(self, item: Item) -> list[Item]:
+        """Of a video the temporal patches, of ``temporal_patch_size`` frames each: no block of the tower attends across them."""
+        modality, planes = item.shape.modality, item.shape.planes
+        if modality == "image":
+            return [item]
+        grids = item.arguments[GRID_OF[modality]].clone()
+        grids[:, 0] = 1
+        shape = self.shape(modality, 1, (planes[0].rows, planes[0].columns))
+        return [
+            Item({PIXELS_OF[modality]: part, GRID_OF[modality]: grids}, shape)
+            for part in item.arguments[PIXELS_OF[modality]].chunk(len(planes))
+        ]
+
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
         return self.shape(item.shape.modality, len(item.shape.planes), grid)
 
