@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from .architecture import VOCABULARY as LLAVA_VOCABULARY
 from .architecture import SPECIAL as LLAVA_SPECIAL
+from .hard import vocabulary
 
-PATCH, MERGE = 8, 2
+GROUNDING = ("row", "column", "shape", "colour", "word", "of", "nothing")  # words of the questions that only training asks
+
+PATCH, MERGE = 14, 2
+SIDE = 12  # of the grid of learned positions, resampled to each picture's
 CELL = PATCH * MERGE  # pixels of a picture's side that one visual token covers
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 WORDS = tuple(w for w in LLAVA_VOCABULARY if w not in LLAVA_SPECIAL)
-VOCABULARY = {token: i for i, token in enumerate(dict.fromkeys((*SPECIAL, *WORDS, *LETTERS)))}
+VOCABULARY = {token: i for i, token in enumerate(dict.fromkeys((*SPECIAL, *WORDS, *vocabulary(), *GROUNDING)))}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -34,7 +37,7 @@ def build_config(hidden: int = 128, layers: int = 4, vision: int = 96, vision_la
     tower = {
         "depth": vision_layers, "hidden_size": vision, "intermediate_size": 3 * vision, "num_heads": vision // 32,
         "out_hidden_size": hidden, "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2,
-        "num_position_embeddings": 18 * 18, "deepstack_visual_indexes": [1, 2],
+        "num_position_embeddings": SIDE * SIDE, "deepstack_visual_indexes": [1, 2],
     }  # fmt: skip
     text = {
         "vocab_size": len(VOCABULARY), "hidden_size": hidden, "intermediate_size": 384, "num_hidden_layers": layers,

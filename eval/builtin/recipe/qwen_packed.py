@@ -2,47 +2,106 @@
 
 The parameters are those of the Hugging Face model and the arithmetic is the same (a test holds the two equal); only the
 layout differs. Each question block attends to the prefix and causally to itself, with positions that go on after the
-prefix, which is what separate sequences would do. Blocks are padded on the left, so that answers start at one place.
+prefix, which is what separate sequences would do. Blocks are padded on the left, so that answers end at one place;
+pictures of different sizes are padded to the tokens of the largest, which nothing looks at.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from ..qwen_architecture import MERGE, PATCH, VOCABULARY
+from ..qwen_architecture import MERGE, PATCH, SIDE, VOCABULARY
 
 TEXT = 2  # <|im_start|> user: what a question without a picture sees
-HEAD = torch.tensor([VOCABULARY[w] for w in ("<|im_start|>", "user", "<|vision_start|>", "<|vision_end|>")])
+ANSWER = 2  # tokens: a word and <|im_end|>
+NEVER = float("-inf")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Pictures of one size. rows, columns: of patches; pictures: in a prompt."""
+@dataclass
+class Batch:
+    """Prompts of B items with C pictures each, of at most N visual tokens, and Q questions each.
 
-    rows: int
-    columns: int
-    pictures: int = 1
+    patches: uint8 (B, C, 4 N, 3 * 14 * 14) in the order of merged cells. place: (B, 4 N, 2) row and column of a patch.
+    taps, shares: (B, 4 N, 4) of the learned positions. sizes: (B,) tokens of a picture. positions: (B, 3, P) of the prefix.
+    first: (B,) position behind the prefix. blocks: (B, Q, T) token ids padded on the left. start: (B, Q) a block's first real
+    token. blind: (B, Q) bool, blocks that see no picture. weight: (B, Q).
+    """
 
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.columns // MERGE**2
+    patches: Tensor
+    place: Tensor
+    taps: Tensor
+    shares: Tensor
+    sizes: Tensor
+    positions: Tensor
+    first: Tensor
+    blocks: Tensor
+    start: Tensor
+    blind: Tensor
+    weight: Tensor
 
-    def positions(self) -> Tensor:
-        """(3, P) time, height and width of the prefix: <|im_start|> user, then <|vision_start|> tokens <|vision_end|> each."""
-        h, w = self.rows // MERGE, self.columns // MERGE
-        out, at = [torch.arange(TEXT).expand(3, -1)], TEXT
-        row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        for _ in range(self.pictures):
-            place = torch.stack([torch.zeros(h * w, dtype=torch.long), row.flatten(), column.flatten()]) + at + 1
-            end = at + 1 + max(h, w)
-            out += [torch.full((3, 1), at), place, torch.full((3, 1), end)]
-            at = end + 1
-        return torch.cat(out, 1)
+
+@functools.cache
+def laid_out(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a picture of rows x columns patches: place (n, 2), taps (n, 4) and shares (n, 4)."""
+    thw = torch.tensor([[1, rows, columns]])
+    taps, shares = get_vision_interpolation_indices_and_weights(
+        thw, num_grid_per_side=SIDE, mode="bilinear", align_corners=True, spatial_merge_size=MERGE
+    )
+    return get_vision_position_ids(thw, MERGE), taps, shares
+
+
+def cut(picture: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> patches (n, 3 * 14 * 14) in the order of merged cells."""
+    h, w = picture.shape[0] // (PATCH * MERGE), picture.shape[1] // (PATCH * MERGE)
+    x = picture.reshape(h, MERGE, PATCH, w, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    return x.reshape(h * w * MERGE**2, -1)
+
+
+@functools.cache
+def prefix_positions(rows: int, columns: int, pictures: int, tokens: int) -> tuple[Tensor, int]:
+    """(3, P) time, height and width: <|im_start|> user, then <|vision_start|> tokens <|vision_end|> of each picture, the tokens
+    padded to ``tokens``; and the position behind them. rows, columns: of tokens."""
+    at, out = TEXT, [torch.arange(TEXT).expand(3, -1)]
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    for _ in range(pictures):
+        place = torch.stack([torch.zeros(rows * columns, dtype=torch.long), row.flatten(), column.flatten()]) + at + 1
+        end = at + 1 + max(rows, columns)
+        out += [torch.full((3, 1), at), F.pad(place, (0, tokens - rows * columns)), torch.full((3, 1), end)]
+        at = end + 1
+    return torch.cat(out, 1), at
+
+
+def collate(items: list[tuple[list[np.ndarray], np.ndarray, np.ndarray]], tokens: int, rng: np.random.Generator | None = None) -> Batch:
+    """items: (pictures of one size (H, W, 3), blocks (Q, T), weight (Q,)) each. rng: draws which blocks see no picture."""
+    b, c, n = len(items), len(items[0][0]), tokens * MERGE**2
+    patches = np.zeros((b, c, n, 3 * PATCH * PATCH), np.uint8)
+    place, taps, shares = torch.zeros(b, n, 2), torch.zeros(b, n, 4, dtype=torch.long), torch.zeros(b, n, 4)
+    sizes, positions, first = [], [], []
+    for i, (pictures, _, _) in enumerate(items):
+        rows, columns = (side // PATCH for side in pictures[0].shape[:2])
+        for j, picture in enumerate(pictures):
+            patches[i, j, : rows * columns] = cut(picture)
+        for whole, part in zip((place, taps, shares), laid_out(rows, columns)):
+            whole[i, : rows * columns] = part
+        sizes.append(rows * columns // MERGE**2)
+        where, behind = prefix_positions(rows // MERGE, columns // MERGE, c, tokens)
+        positions.append(where)
+        first.append(behind)
+    blocks = torch.from_numpy(np.stack([item[1] for item in items])).long()
+    blind = torch.zeros(blocks.shape[:2], dtype=torch.bool)
+    if rng is not None:
+        blind = torch.from_numpy(rng.random(blocks.shape[:2]) < 0.02)
+    return Batch(
+        torch.from_numpy(patches), place, taps, shares, torch.tensor(sizes), torch.stack(positions), torch.tensor(first), blocks,
+        (blocks == 0).int().argmin(-1), blind, torch.from_numpy(np.stack([item[2] for item in items])).float(),
+    )  # fmt: skip
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,156 +109,146 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def rms(x: Tensor, module: nn.Module) -> Tensor:
+def rms(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     y = x.float()
-    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight).to(x.dtype)
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-6).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def tower_block(x: Tensor, cos: Tensor, sin: Tensor, hide: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """x (M, n, D); cos, sin (M, n, 1, half); hide (M, 1, 1, n) is added to scores."""
+    m, n, d = x.shape
+    q, key, value = linear(norm(x, p["norm1.weight"], p["norm1.bias"]), p["attn.qkv.weight"], p["attn.qkv.bias"]).view(m, n, 3, -1, 32).unbind(2)
+    q, key, value = (y.transpose(1, 2) for y in (rotate(q, cos, sin) * 32**-0.5, rotate(key, cos, sin), value))
+    weights = ((q @ key.transpose(-1, -2)).float() + hide).softmax(-1).to(x.dtype)
+    x = x + linear((weights @ value).transpose(1, 2).flatten(2), p["attn.proj.weight"], p["attn.proj.bias"])
+    h = linear(norm(x, p["norm2.weight"], p["norm2.bias"]), p["mlp.linear_fc1.weight"], p["mlp.linear_fc1.bias"])
+    return x + linear(F.gelu(h, approximate="tanh"), p["mlp.linear_fc2.weight"], p["mlp.linear_fc2.bias"])
+
+
+def merged(x: Tensor, p: dict[str, Tensor], shuffled: bool) -> Tensor:
+    """(M, 4 N, D) -> (M, N, D'). shuffled: norm over the four patches together, as deepstack has it."""
+    m, n, d = x.shape
+    x = x.reshape(m, n // MERGE**2, -1) if shuffled else x
+    x = norm(x, p["norm.weight"], p["norm.bias"]).reshape(m, n // MERGE**2, -1)
+    return linear(F.gelu(linear(x, p["linear_fc1.weight"], p["linear_fc1.bias"])), p["linear_fc2.weight"], p["linear_fc2.bias"])
+
+
+def decoder_block(prefix: Tensor, ask: Tensor, cos: Tensor, sin: Tensor, see: Tensor, hide: Tensor, own: Tensor, p: dict[str, Tensor], last: bool):
+    """One layer. prefix (B, P, D); ask (B, Q, T, D); cos, sin (B, P + Q T, 1, half); see (B, 1, P, P), hide (B, 1, Q, 1, P) and
+    own (B, 1, Q, T, T) are added to scores. last: only the tokens that predict an answer go on."""
+    (b, n, d), (q, t) = prefix.shape, ask.shape[1:3]
+    h = rms(torch.cat([prefix, ask.flatten(1, 2)], 1), p["input_layernorm.weight"])
+    key = rotate(rms(linear(h, p["self_attn.k_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.k_norm.weight"]), cos, sin).transpose(1, 2)
+    value = linear(h, p["self_attn.v_proj.weight"]).view(b, -1, d // 32, 32).transpose(1, 2)
+    if last:
+        some = slice(-ANSWER - 1, -1)
+        ask, own = ask[:, :, some], own[..., some, :]
+        h = h[:, n:].reshape(b, q, t, -1)[:, :, some].flatten(1, 2)
+        cos, sin = (x[:, n:].reshape(b, q, t, 1, -1)[:, :, some].flatten(1, 2) for x in (cos, sin))
+    query = rotate(rms(linear(h, p["self_attn.q_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.q_norm.weight"]), cos, sin).transpose(1, 2)
+    s, query = ask.shape[2], query * 32**-0.5
+    asking = query if last else query[:, :, n:]
+    own_k, own_v = (x[:, :, n:].reshape(b, -1, q, t, 32) for x in (key, value))
+    to_prefix = (asking @ key[:, :, :n].transpose(-1, -2)).view(b, -1, q, s, n).float() + hide
+    to_own = (asking.reshape(b, -1, q, s, 32) @ own_k.transpose(-1, -2)).float() + own
+    weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(h.dtype)
+    out = weights[..., :n].reshape(b, -1, q * s, n) @ value[:, :, :n]
+    out = out + (weights[..., n:] @ own_v).reshape(b, -1, q * s, 32)
+    joined = ask.flatten(1, 2)
+    if not last:
+        seen = ((query[:, :, :n] @ key[:, :, :n].transpose(-1, -2)).float() + see).softmax(-1).to(h.dtype) @ value[:, :, :n]
+        out, joined = torch.cat([seen, out], 2), torch.cat([prefix, joined], 1)
+    joined = joined + linear(out.transpose(1, 2).flatten(2), p["self_attn.o_proj.weight"])
+    h = rms(joined, p["post_attention_layernorm.weight"])
+    joined = joined + linear(F.silu(linear(h, p["mlp.gate_proj.weight"])) * linear(h, p["mlp.up_proj.weight"]), p["mlp.down_proj.weight"])
+    if not last:
+        prefix, joined = joined[:, :n], joined[:, n:]
+    return prefix, joined.reshape(b, q, s, -1)
 
 
 class PackedQwen(nn.Module):
-    def __init__(self, model):
+    """dtype: of activations. compiled: whether the blocks are; all layers share one graph, and one serves every size."""
+
+    def __init__(self, model, dtype: torch.dtype = torch.float32, compiled: bool = False):
         super().__init__()
-        self.model = model
-        self.dtype = torch.float32  # of activations
+        self.model, self.dtype = model, dtype
+        make = functools.partial(torch.compile, dynamic=True) if compiled else lambda f: f
+        self.tower_block, self.merged, self.decoder_block = (make(f) for f in (tower_block, merged, decoder_block))
 
-    # Tower
-
-    def constants(self, grid: Grid) -> dict[str, Tensor]:
-        """What depends on the grid alone."""
+    def tower(self, batch: Batch) -> list[Tensor]:
+        """The merged features (B * C, N, D), then those of deepstack."""
         v = self.model.model.visual
-        thw = torch.tensor([[1, grid.rows, grid.columns]])
-        indices, weights = get_vision_interpolation_indices_and_weights(
-            thw, num_grid_per_side=v.num_grid_per_side, mode=v.interpolation_mode, align_corners=v.interpolation_align_corners,
-            spatial_merge_size=MERGE,
-        )  # fmt: skip
-        place = get_vision_position_ids(thw, MERGE)
-        cos, sin = v.rotary_pos_emb(torch.zeros(1), place)
-        half = cos.shape[-1] // 2
-        text = self.model.model.language_model.rotary_emb
-        return {
-            "indices": indices, "weights": weights, "cos": cos[:, :half], "sin": sin[:, :half],
-            "positions": grid.positions(), "inv_freq": text.inv_freq,
-        }  # fmt: skip
-
-    def tower(self, images: Tensor, grid: Grid, k: dict[str, Tensor]) -> list[Tensor]:
-        """uint8 (M, H, W, 3) -> the merged features (M, N, D), then those of deepstack."""
-        v = self.model.model.visual
-        m, n = len(images), grid.rows * grid.columns
-        x = images.view(m, grid.rows // MERGE, MERGE, PATCH, grid.columns // MERGE, MERGE, PATCH, 3)
-        x = x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(m, n, -1)
-        x = ((x.float() / 255 - 0.5) / 0.5).to(self.dtype)
-        weight = v.patch_embed.proj.weight.sum(2).flatten(1)  # a still picture is two equal frames
-        x = F.linear(x, weight.to(self.dtype), v.patch_embed.proj.bias.to(self.dtype))
-        x = x + (v.pos_embed.weight[k["indices"]] * k["weights"][:, :, None]).sum(1).to(self.dtype)
-        out, cos, sin = [], k["cos"].to(self.dtype)[:, None], k["sin"].to(self.dtype)[:, None]
+        b, c, n = batch.patches.shape[:3]
+        x = ((batch.patches.flatten(0, 1).float() / 255 - 0.5) / 0.5).to(self.dtype)
+        x = linear(x, v.patch_embed.proj.weight.sum(2).flatten(1), v.patch_embed.proj.bias)  # a still picture is two equal frames
+        learned = (F.embedding(batch.taps, v.pos_embed.weight) * batch.shares[..., None]).sum(-2)
+        angles = (batch.place[..., None] * v.rotary_pos_emb.inv_freq).flatten(2)[:, :, None]
+        hide = torch.where(torch.arange(n) < MERGE**2 * batch.sizes[:, None], 0.0, NEVER)[:, None, None]
+        learned, cos, sin, hide = (y.repeat_interleave(c, 0) for y in (learned.to(self.dtype), angles.cos().to(self.dtype), angles.sin().to(self.dtype), hide))
+        x, deep = x + learned, []
         for i, block in enumerate(v.blocks):
-            a = block.attn
-            q, key, value = self._linear(self._norm(x, block.norm1), a.qkv).view(m, n, 3, a.num_heads, -1).unbind(2)
-            q, key = (rotate(y, cos, sin).transpose(1, 2) for y in (q, key))
-            y = self._attend(q, key, value.transpose(1, 2))
-            x = x + self._linear(y.transpose(1, 2).flatten(2), a.proj)
-            h = F.gelu(self._linear(self._norm(x, block.norm2), block.mlp.linear_fc1), approximate="tanh")
-            x = x + self._linear(h, block.mlp.linear_fc2)
+            x = self.tower_block(x, cos, sin, hide, dict(block.named_parameters()))
             if i in v.deepstack_visual_indexes:
-                out.append(self._merged(x, v.deepstack_merger_list[v.deepstack_visual_indexes.index(i)]))
-        return [self._merged(x, v.merger), *out]
+                merger = v.deepstack_merger_list[v.deepstack_visual_indexes.index(i)]
+                deep.append(self.merged(x, dict(merger.named_parameters()), True))
+        return [self.merged(x, dict(v.merger.named_parameters()), False), *deep]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return weights.float().softmax(-1).to(q.dtype) @ v
-
-    def _merged(self, x: Tensor, merger: nn.Module) -> Tensor:
-        m = len(x)
-        x = x.view(m, -1, merger.hidden_size) if merger.use_postshuffle_norm else x
-        x = self._norm(x, merger.norm).view(m, -1, merger.hidden_size)
-        return self._linear(F.gelu(self._linear(x, merger.linear_fc1)), merger.linear_fc2)
-
-    def _norm(self, x: Tensor, module: nn.LayerNorm) -> Tensor:
-        return F.layer_norm(x.float(), module.normalized_shape, module.weight, module.bias, module.eps).to(x.dtype)
-
-    def _linear(self, x: Tensor, module: nn.Linear) -> Tensor:
-        bias = None if module.bias is None else module.bias.to(self.dtype)
-        return F.linear(x, module.weight.to(self.dtype), bias)
-
-    # Language model
-
-    def _angles(self, position: Tensor, k: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin (..., L, half) of (3, ..., L) positions, interleaved as M-RoPE has it."""
-        section = self.model.model.language_model.rotary_emb.mrope_section
-        axis = torch.zeros(sum(section), dtype=torch.long)
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, L, 1, half) of (B, 3, L) positions, interleaved as M-RoPE has it."""
+        rope = self.model.model.language_model.rotary_emb
+        axis = torch.zeros(sum(rope.mrope_section), dtype=torch.long)
         for dim in (1, 2):
-            axis[dim : 3 * section[dim] : 3] = dim
-        each = position[axis].movedim(0, -1).float() * k["inv_freq"]
+            axis[dim : 3 * rope.mrope_section[dim] : 3] = dim
+        each = (position[:, axis].transpose(1, 2).float() * rope.inv_freq)[:, :, None]
         return each.cos().to(self.dtype), each.sin().to(self.dtype)
 
-    def answer(self, images: Tensor, blocks: Tensor, start: Tensor, blind: Tensor, grid: Grid, k: dict[str, Tensor], answers: int) -> Tensor:
-        """Logits that predict the last ``answers`` tokens of every block (B, Q, answers, vocabulary).
+    def prefix(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """(B, P, D) and what deepstack adds to it behind each of the first layers."""
+        b, c = batch.patches.shape[:2]
+        embed = self.model.model.language_model.embed_tokens.weight
+        user, begin, end = (embed[[VOCABULARY[w] for w in words]].to(self.dtype) for words in (("<|im_start|>", "user"), ("<|vision_start|>",), ("<|vision_end|>",)))
+        visual = [f.view(b, c, *f.shape[1:]) for f in self.tower(batch)]
+        one = torch.cat([begin.expand(b, c, 1, -1), visual[0], end.expand(b, c, 1, -1)], 2).flatten(1, 2)
+        deep = [F.pad(F.pad(f, (0, 0, 1, 1)).flatten(1, 2), (0, 0, TEXT, 0)) for f in visual[1:]]
+        return torch.cat([user.expand(b, TEXT, -1), one], 1), deep
 
-        images (B, pictures, H, W, 3); blocks (B, Q, T) padded on the left; start (B, Q) their first real token; blind (B, Q)
-        bool: blocks that see no picture.
-        """
-        lm, dt = self.model.model.language_model, self.dtype
-        b, q, t = blocks.shape
-        c, n = grid.pictures, grid.tokens
-        embed = lm.embed_tokens.weight
-        visual = [f.view(b, c, n, -1) for f in self.tower(images.flatten(0, 1), grid, k)]
-        head = embed[HEAD].to(dt)
-        begin, end = (head[i].expand(b, c, 1, -1) for i in (2, 3))
-        one = torch.cat([begin, visual[0], end], 2).flatten(1, 2)
-        prefix = torch.cat([head[:TEXT].expand(b, TEXT, -1), one], 1)
-        deep = []
-        for f in visual[1:]:
-            flat = F.pad(f, (0, 0, 1, 1)).flatten(1, 2)
-            deep.append(F.pad(flat, (0, 0, TEXT, 0)))
-        p = prefix.shape[1]
-        ask = F.embedding(blocks, embed).to(dt)
-        first = torch.where(blind, TEXT, k["positions"].max() + 1)
-        at_ask = (first[..., None] + torch.arange(t) - start[..., None]).flatten(1).expand(3, b, q * t)
-        cos, sin = (torch.cat([x.expand(b, p, -1), y], 1)[:, :, None] for x, y in zip(self._angles(k["positions"], k), self._angles(at_ask, k)))
-        hide = torch.where((torch.arange(p) >= TEXT) & blind[..., None], float("-inf"), 0.0)[:, None, :, None]  # (B, 1, Q, 1, P)
+    def answer(self, batch: Batch) -> Tensor:
+        """Logits that predict the last ``ANSWER`` tokens of every block (B, Q, ANSWER, vocabulary)."""
+        lm, (b, q, t) = self.model.model.language_model, batch.blocks.shape
+        prefix, deep = self.prefix(batch)
+        n, c = prefix.shape[1], batch.patches.shape[1]
+        ask = F.embedding(batch.blocks, lm.embed_tokens.weight).to(self.dtype)
+        first = torch.where(batch.blind, TEXT, batch.first[:, None])
+        at_ask = (first[..., None] + torch.arange(t) - batch.start[..., None]).flatten(1)[:, None].expand(b, 3, q * t)
+        cos, sin = self.angles(torch.cat([batch.positions, at_ask], 2))
+        at = torch.arange((n - TEXT) // c)
+        real = (at == 0) | (at == len(at) - 1) | (at <= batch.sizes[:, None])  # (B, tokens of a picture with its two marks)
+        real = torch.cat([torch.ones(b, TEXT, dtype=torch.bool), real.repeat(1, c)], 1)
+        before = torch.arange(n)[:, None] >= torch.arange(n)
+        see = torch.where(before & real[:, None], 0.0, NEVER)[:, None]
+        hide = torch.where((real[:, None] & ~batch.blind[..., None]) | (torch.arange(n) < TEXT), 0.0, NEVER)[:, None, :, None]
         steps = torch.arange(t)
-        own = (steps <= steps[:, None]) & ((steps >= start[..., None, None]) | (steps == steps[:, None]))
-        own = torch.where(own, 0.0, float("-inf"))[:, None]  # (B, 1, Q, T, T)
-        heads, dh = lm.config.num_attention_heads, lm.config.head_dim
+        own = (steps <= steps[:, None]) & ((steps >= batch.start[..., None, None]) | (steps == steps[:, None]))
+        own = torch.where(own, 0.0, NEVER)[:, None]
         for i, layer in enumerate(lm.layers):
-            a, last = layer.self_attn, layer is lm.layers[-1]
-            h = rms(torch.cat([prefix, ask.flatten(1, 2)], 1), layer.input_layernorm)
-            key = rotate(rms(self._linear(h, a.k_proj).view(b, -1, heads, dh), a.k_norm), cos, sin).transpose(1, 2)
-            value = self._linear(h, a.v_proj).view(b, -1, heads, dh).transpose(1, 2)
-            turn = (cos, sin)
-            if last:  # only the tokens that predict an answer go on
-                ask, own = ask[:, :, -answers - 1 : -1], own[..., -answers - 1 : -1, :]
-                h = h[:, p:].view(b, q, t, -1)[:, :, -answers - 1 : -1].flatten(1, 2)
-                turn = tuple(x[:, p:].view(b, q, t, 1, -1)[:, :, -answers - 1 : -1].flatten(1, 2) for x in turn)
-            query = rotate(rms(self._linear(h, a.q_proj).view(b, -1, heads, dh), a.q_norm), *turn).transpose(1, 2)
-            s = ask.shape[2]
-            scaled = (query if last else query[:, :, p:]) * dh**-0.5
-            own_k, own_v = (x[:, :, p:].reshape(b, heads, q, t, dh) for x in (key, value))
-            to_prefix = (scaled @ key[:, :, :p].transpose(-1, -2)).view(b, heads, q, s, p).float() + hide
-            to_own = (scaled.reshape(b, heads, q, s, dh) @ own_k.transpose(-1, -2)).float() + own
-            weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(dt)
-            out = weights[..., :p].reshape(b, heads, q * s, p) @ value[:, :, :p]
-            out = out + (weights[..., p:] @ own_v).reshape(b, heads, q * s, dh)
-            joined = ask.flatten(1, 2)
-            if not last:
-                seen = F.scaled_dot_product_attention(query[:, :, :p], key[:, :, :p], value[:, :, :p], is_causal=True)
-                out, joined = torch.cat([seen, out], 2), torch.cat([prefix, joined], 1)
-            joined = joined + self._linear(out.transpose(1, 2).flatten(2), a.o_proj)
-            h = rms(joined, layer.post_attention_layernorm)
-            m = layer.mlp
-            joined = joined + self._linear(F.silu(self._linear(h, m.gate_proj)) * self._linear(h, m.up_proj), m.down_proj)
-            if not last:
-                prefix, joined = joined[:, :p], joined[:, p:]
-                if i < len(deep):
-                    prefix = prefix + deep[i]
-            ask = joined.reshape(b, q, s, -1)
-        return F.linear(rms(ask, lm.norm).float(), embed)
+            last = layer is lm.layers[-1]
+            prefix, ask = self.decoder_block(prefix, ask, cos, sin, see, hide, own, dict(layer.named_parameters()), last)
+            if i < len(deep):
+                prefix = prefix + deep[i]
+        return F.linear(rms(ask, lm.norm.weight).float(), lm.embed_tokens.weight)
 
-    def loss(self, images, blocks, start, blind, weight, grid, k, answers) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of the answers' tokens (weighted by block; padding behind an answer is not one), hits (B, Q)."""
-        logits = self.answer(images, blocks, start, blind, grid, k, answers)
-        wanted = blocks[:, :, -answers:]
-        there = (wanted != VOCABULARY["<|endoftext|>"]).float()
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of the answers' tokens, weighted by block, and hits (B, Q)."""
+        logits, wanted = self.answer(batch), batch.blocks[:, :, -ANSWER:]
         each = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view(wanted.shape)
-        right = ((logits.argmax(-1) == wanted) | (there == 0)).all(-1)
-        scale = there * weight[..., None]
-        return (each * scale).sum() / scale.sum(), right
+        scale = batch.weight[..., None] * torch.tensor([1.0, 0.05])
+        return (each * scale).sum() / batch.weight.sum(), logits[:, :, 0].argmax(-1) == wanted[:, :, 0]
+
