@@ -7,6 +7,9 @@ dense batch, where windows would need a reordering for each size. It is also the
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from .architecture import VOCABULARY as LLAVA_VOCABULARY
 from .architecture import SPECIAL as LLAVA_SPECIAL
 from .hard import vocabulary
@@ -50,3 +53,32 @@ def build_config(hidden: int = 128, layers: int = 4, vision: int = 96, vision_la
         text_config=text, vision_config=tower, image_token_id=VOCABULARY["<|image_pad|>"], video_token_id=VOCABULARY["<|video_pad|>"],
         vision_start_token_id=VOCABULARY["<|vision_start|>"], vision_end_token_id=VOCABULARY["<|vision_end|>"], tie_word_embeddings=True,
     )  # fmt: skip
+
+
+def build_tokenizer():
+    """A word-level tokenizer with the names of Qwen's special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<unk>",
+        additional_special_tokens=[t for t in SPECIAL if t not in ("<|im_end|>", "<|endoftext|>", "<unk>")],
+        padding_side="left", model_max_length=4096,
+    )  # fmt: skip
+
+
+def save_processor(folder: Path) -> None:
+    """Writes what ``Qwen3VLProcessor`` reads. By hand, because saving one with its video processor needs torchvision."""
+    build_tokenizer().save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessor", "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2,
+        "size": {"shortest_edge": CELL**2 * 4, "longest_edge": CELL**2 * SIDE**2}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+    }  # fmt: skip
+    videos = {"video_processor_type": "Qwen3VLVideoProcessor", **{k: images[k] for k in ("patch_size", "merge_size", "temporal_patch_size")}}
+    config = {"processor_class": "Qwen3VLProcessor", "image_processor": images, "video_processor": videos}
+    (folder / "processor_config.json").write_text(json.dumps(config, indent=2) + "\n")
