@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from .builtin.hard import Question as HardQuestion
+
 if TYPE_CHECKING:
-    from .builtin.questions import Question
+    from .builtin.suites import AnyQuestion
 
 NORMALISATION = "words/1"  # another number whenever a rule here changes: answers judged by different rules are not mixed
 ARTICLES = frozenset({"a", "an", "the"})
@@ -90,6 +92,11 @@ LARGER: Choices = {
     "yes": (*YES_NO["yes"], "larger", "bigger", "greater", "not smaller", "not less"),
     "no": (*YES_NO["no"], "smaller", "less", "equal", "same", "not larger", "not bigger", "not greater"),
 }
+ELEMENTS: Choices = {"box": ("checkbox", "check box"), "button": ("label",), "number": ("counter",), "title": ("heading", "header")}
+PLACES: Choices = {"first": ("1", "1st"), "second": ("2", "2nd"), "third": ("3", "3rd")}
+WAYS: Choices = {**SIDES, "up": ("upward", "upwards", "top"), "down": ("downward", "downwards", "bottom")}
+# of the harder benchmark, whose questions say themselves which answers they leave
+OTHER_NAMES: Choices = {**COUNTS, **COLOUR_NAMES, **SHAPE_NAMES, **WAYS, **HALVES, **YES_NO, **ELEMENTS, **PLACES}
 
 UNSURE = ("no idea", "not sure", "not certain", "not clear", "not know", "not tell", "not determine")  # "no" and "not" of no answer
 NEGATIONS = frozenset({"not", "neither", "nor"})
@@ -97,8 +104,10 @@ BETWEEN = frozenset({"or", "and", "nor", *ARTICLES})
 AFFIRMATIVE = frozenset({("there", "is"), ("there", "are"), ("theres",), ("i", "see")})
 
 
-def choices(question: Question) -> Choices:
+def choices(question: AnyQuestion) -> Choices:
     """The answers that a question leaves, each with its other names."""
+    if isinstance(question, HardQuestion):
+        return {answer: OTHER_NAMES.get(answer, ()) for answer in question.answers}
     text = question.text
     if question.category in ("object", "attribute"):
         return COLOUR_NAMES if "colour" in text else SHAPE_NAMES
@@ -112,7 +121,7 @@ def choices(question: Question) -> Choices:
     return YES_NO
 
 
-def judge(question: Question, text: str) -> tuple[str, bool]:
+def judge(question: AnyQuestion, text: str) -> tuple[str, bool]:
     """The answer found in a text, by its name in the benchmark (or the text itself, normalised), and whether it is right."""
     found = said(text, choices(question), question.text)
     return (normalise(text)[:80] if found is None else found), found == question.answer

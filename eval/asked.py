@@ -13,8 +13,7 @@ from mllm_efficient.stats import Estimate
 from .agreement import MAX_NEW_TOKENS, Agreement
 from .agreement_rows import about, agreement_rows, cell_of
 from .agreement_rows import differences as agreement_differences
-from .builtin.questions import CATEGORIES
-from .builtin.suite import samples
+from .builtin.suites import BUILTIN, Suite
 from .record.samples import fingerprint_of
 from .report.pictures import kept_pictures
 from .report.rows import DATA_MEANING, MEANING
@@ -55,34 +54,36 @@ class Asked:
 
 
 class Benchmark(Asked):
-    """The embedded benchmark."""
+    """An embedded benchmark."""
 
     meaning = MEANING
 
     def __init__(
-        self, loaded: Loaded, methods: Sequence[Compressor], split: str, limit: int | None, batch_size: int, folder: Path | None
+        self, loaded: Loaded, methods: Sequence[Compressor], split: str, limit: int | None, batch_size: int, folder: Path | None,
+        suite: Suite = BUILTIN, categories: Sequence[str] | None = None,
     ):  # fmt: skip
-        self.split, self.questions = split, samples(split, limit)
-        self.run: Run = Run(loaded, self.questions, methods, batch_size=batch_size, output_dir=folder)
+        self.split, self.suite = split, suite
+        self.questions = suite.samples(split, limit, categories or suite.categories)
+        self.run: Run = Run(loaded, self.questions, methods, batch_size=batch_size, output_dir=folder, suite=suite)
         self.line = f"{len(self.questions)} questions x {len(self.run.arms)} arms (with the no-image floor)"
 
     def scores(self, records: Records) -> Scores:
-        rows = rows_of(records, self.run.methods, CATEGORIES, seed=self.run.loaded.options.seed)
+        rows = rows_of(records, self.run.methods, self.suite.categories, seed=self.run.loaded.options.seed)
         return {m.spec(): {r["task"]: r for r in rows if r["method"] == m.spec()} for m in self.run.methods}
 
     def differences(self, records: Records, metric: str | None) -> dict[str, Estimate]:
-        return differences(records, self.run.methods, CATEGORIES, seed=self.run.loaded.options.seed)
+        return differences(records, self.run.methods, self.suite.categories, seed=self.run.loaded.options.seed)
 
     def about(self, records: Records) -> dict[str, Any]:
         return {
             "split": self.split, "questions": len(self.questions), "images": len({s.image for s in self.questions}),
             "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in self.questions)}),
-            "interval": "95%, 2000 paired resamples of images",
+            "interval": "95%, 2000 paired resamples of images", **self.suite.blind(self.questions),
         }  # fmt: skip
 
     def table(self, scores: Scores, methods: Collection[str]) -> tuple[list[str], list[list[str]]]:
         rows = [row for name, by_task in scores.items() if name in methods for row in by_task.values()]
-        return text_table(rows, CATEGORIES) if rows else ([], [])
+        return text_table(rows, self.suite.categories) if rows else ([], [])
 
     def pictures(self, records: Records, methods: Sequence[Compressor]) -> list[dict[str, Any]]:
         return kept_pictures(self.run.loaded, methods, self.questions, records, self.run.size) if methods else []

@@ -16,8 +16,7 @@ from mllm_efficient.measure.workload import usual_size
 
 from .agreement import cut
 from .answers import NORMALISATION, judge
-from .builtin.architecture import VOCABULARY
-from .builtin.suite import Sample
+from .builtin.suites import BUILTIN, AnySample, Suite
 from .calibration import Watched
 from .harness import Harness, endings
 from .turns import FollowUp, converse, follow_ups
@@ -29,7 +28,7 @@ SENTENCE = 16  # new tokens for models that may answer with more than a word
 
 @dataclass
 class Run(Harness):
-    """One evaluation on the embedded benchmark.
+    """One evaluation on an embedded benchmark.
 
     turns: 2 asks every question a second time, as the second of a conversation about its image, with the tokens that
     were chosen for the first.
@@ -37,10 +36,11 @@ class Run(Harness):
 
     floor: bool = True
     turns: int = 1
+    suite: Suite = BUILTIN
 
     def prepare_samples(self) -> None:
-        # models trained by the recipe know the questions alone; others are told to answer with one word
-        self.builtin = self.loaded.processor.tokenizer.get_vocab() == VOCABULARY
+        # models trained on the benchmark know its questions alone; others are told to answer with one word
+        self.builtin = self.suite.spoken_by(self.loaded.processor.tokenizer)
         self.size = min(usual_size(self.adapter))
         self._processed: dict[Any, dict[str, Any]] = {}
         self._regions: dict[Any, Any] = {}
@@ -52,8 +52,9 @@ class Run(Harness):
     @property
     def config(self) -> dict[str, Any]:
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
-        how = {"image_size": self.size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
-        return {"suite": "builtin", **form, **how, **environment(self.loaded)}
+        size = self.size if self.suite is BUILTIN else "own"
+        how = {"image_size": size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        return {"suite": self.suite.name, **form, **how, **environment(self.loaded)}
 
     @property
     def named_arms(self) -> list[tuple[str, Compressor | None]]:
@@ -61,13 +62,15 @@ class Run(Harness):
 
     @property
     def groups(self) -> list[Sequence[Any]]:
-        return [self.samples, *([follow_ups(self.samples)] if self.turns == 2 else [])]
+        kinds = [[s for s in self.samples if s.video is video] for video in (False, True)]
+        alone = [kind for kind in kinds if kind]
+        return [*alone, *(follow_ups(kind) for kind in alone if self.turns == 2)]
 
     def forget(self) -> None:
         super().forget()
         self._processed.clear()
 
-    def head(self, arm: str, sample: Sample | FollowUp) -> dict[str, Any]:
+    def head(self, arm: str, sample: AnySample | FollowUp) -> dict[str, Any]:
         q = sample.question
         head = {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
         return head | ({"turns": 2, "first": sample.first.question.text} if isinstance(sample, FollowUp) else {})
@@ -100,41 +103,38 @@ class Run(Harness):
             if firsts is not None:
                 row["first_answer"] = firsts[i].strip()
             if prepared is not None:
-                image, where = prepared.report.images[i], prepared.report.positions
-                row |= {"visual_tokens_full": image.full, "visual_tokens_kept": image.kept, "positions": where} | self._region(
-                    sample, image
-                )
-                if image.per_layer:
-                    row["tokens_per_layer"] = list(image.per_layer)
-                if image.kernels:
-                    row["kernels"] = list(image.kernels)
+                row |= self._tokens(sample, [image for image in prepared.report.images if image.row == i], prepared.report.positions)
             rows.append(row)
         return rows
 
-    def judged(self, sample: Sample | FollowUp, text: str) -> tuple[str, bool]:
+    def judged(self, sample: AnySample | FollowUp, text: str) -> tuple[str, bool]:
         """The answer in a text, and whether it is right."""
         if not self.builtin:
             return judge(sample.question, text)
         answer = first_word(text)
         return answer, answer == sample.question.answer
 
-    def worded(self, sample: Sample | FollowUp) -> str:
+    def worded(self, sample: AnySample | FollowUp) -> str:
         """The question as this model is asked it."""
         return sample.question.text if self.builtin else sample.question.natural
 
-    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]:
+    def inputs(self, batch: Sequence[AnySample], images: bool) -> dict[str, Any]:
         """The processor's output for a batch, made once for all methods."""
         key = (images, *(s.id for s in batch))
         if key not in self._processed:
-            prompts = [self.loaded.prompt(self.worded(s), int(images)) for s in batch]
-            self._processed[key] = self.loaded.inputs(prompts, [s.picture(self.size) for s in batch] if images else ())
+            counts = [(0, 0) if not images else (0, 1) if s.video else (len(s.sizes(self.size)), 0) for s in batch]
+            prompts = [self.loaded.prompt(self.worded(s), *count) for s, count in zip(batch, counts)]
+            shown = [(s.video, s.pictures(self.size)) for s in batch] if images else []
+            videos = [frames for video, frames in shown if video] or None
+            self._processed[key] = self.loaded.inputs(prompts, [some for video, some in shown if not video], videos)
         return dict(self._processed[key])
 
-    def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared:
+    def prepared(self, method: Compressor, batch: Sequence[AnySample], inputs: dict[str, Any]) -> Prepared:
         """The batch's shorter prompts; a picture goes through the tower once for all methods that see it alike."""
-        encoded = self.vision.encoded(method, self.adapter.items(inputs), [s.image for s in batch])
+        keys = [key for s in batch for key in s.keys]  # a batch is of images or of videos
+        encoded = self.vision.encoded(method, self.adapter.items(inputs), keys)
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
-        return prepare(self.loaded.model, method, encoded=encoded, image_keys=[s.key for s in batch], **rest)
+        return prepare(self.loaded.model, method, encoded=encoded, image_keys=keys, **rest)
 
     def generate(self, call: dict[str, Any], **how: Any) -> Any:
         return self.loaded.model.generate(**call, max_new_tokens=self.max_new_tokens, do_sample=False, **how)
@@ -142,18 +142,27 @@ class Run(Harness):
     def decoded(self, ids: torch.Tensor) -> list[str]:
         return self.loaded.processor.batch_decode(ids, skip_special_tokens=True)
 
-    def _region(self, sample: Sample | FollowUp, image: Any) -> dict[str, float]:
+    def _tokens(self, sample: AnySample | FollowUp, images: Sequence[Any], positions: str) -> dict[str, Any]:
+        """What a record says of the tokens of a sample's images."""
+        full, kept = (sum(getattr(image, name) for image in images) for name in ("full", "kept"))
+        row = {"visual_tokens_full": full, "visual_tokens_kept": kept, "positions": positions, **self._region(sample, images)}
+        if images[0].per_layer:
+            row["tokens_per_layer"] = [sum(layer) for layer in zip(*(image.per_layer for image in images))]
+        kernels = [kernel for image in images for kernel in image.kernels]
+        return row | ({"kernels": kernels} if kernels else {})
+
+    def _region(self, sample: AnySample | FollowUp, images: Sequence[Any]) -> dict[str, float]:
         """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
-        if image.indices is None:
-            return {}
-        if image.planes not in self._regions:
-            size = (self.size, self.size)
-            self._regions[image.planes] = self.adapter.place(image.planes, size, self.loaded.processor.image_processor)
-        region = sample.region(self._regions[image.planes])
-        if not region.any():
-            return {}
-        inside = int(region[image.indices.numpy()].sum())
-        return {"region_share": inside / len(image.indices), "region_kept": inside / int(region.sum())}
+        inside = whole = kept = 0
+        for number, (image, size) in enumerate(zip(images, sample.sizes(self.size))):
+            if image.indices is None:
+                return {}
+            if (image.planes, size) not in self._regions:
+                self._regions[image.planes, size] = self.adapter.place(image.planes, size, self.loaded.processor.image_processor)
+            region = sample.region(self._regions[image.planes, size], number)
+            inside += int(region[image.indices.numpy()].sum())
+            whole, kept = whole + int(region.sum()), kept + len(image.indices)
+        return {"region_share": inside / kept, "region_kept": inside / whole} if whole and kept else {}
 
 
 def first_word(text: str) -> str:

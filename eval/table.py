@@ -11,6 +11,7 @@ from mllm_efficient.stats import Estimate, Scores, points
 
 from .calibration import calibration
 from .runner import NO_IMAGE
+from .turns import AFTER
 
 OVERALL = "overall"
 MORE = {"hard": "hard", "broken": "broken", "ECE": "ece", "AURC": "aurc"}  # columns of the table after the others
@@ -26,10 +27,10 @@ def rows_of(
     second of a conversation have rows of their own after all others (``turns`` 2): their baseline is the uncompressed
     model in its second turn, and ``first_turn`` is the method's score on the same questions asked alone.
     """
-    out, alone = [], {(r["method"], r["image"], r["task"]): r for r in records if r.get("turns", 1) == 1}
+    out, alone = [], {(r["method"], r["id"]): r for r in records if r.get("turns", 1) == 1}
     for turns in sorted({r.get("turns", 1) for r in records}):
         by_arm = _by_arm(records, turns)
-        first = {_first(arm): [alone[arm, r["image"], r["task"]] for r in rows] for arm, rows in by_arm.items()} if turns > 1 else {}
+        first = {_first(arm): [alone[arm, r["id"].partition(AFTER)[0]] for r in rows] for arm, rows in by_arm.items()} if turns > 1 else {}
         scores = _scores({**by_arm, **first}, records, tasks, seed)
         for method in methods:
             arm = method.spec()

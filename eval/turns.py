@@ -23,10 +23,10 @@ from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
 from mllm_efficient.loading.prompts import rendered
 
-from .builtin.questions import Question
-from .builtin.suite import Sample
+from .builtin.suites import AnyQuestion, AnySample
 from .harness import endings
 
+AFTER = "/after/"  # between the names of the two questions
 ANSWER = "yes"  # stands for the first answer while a conversation is put in the chat template
 
 
@@ -34,15 +34,15 @@ ANSWER = "yes"  # stands for the first answer while a conversation is put in the
 class FollowUp:
     """A question that is asked after another one about the same image."""
 
-    first: Sample
-    second: Sample
+    first: AnySample
+    second: AnySample
 
     @property
     def id(self) -> str:
-        return f"{self.second.id}/after/{self.first.task}"
+        return f"{self.second.id}{AFTER}{self.first.task}"
 
     @property
-    def image(self) -> int:
+    def image(self) -> Any:
         return self.second.image
 
     @property
@@ -50,19 +50,22 @@ class FollowUp:
         return self.second.task
 
     @property
-    def question(self) -> Question:
+    def question(self) -> AnyQuestion:
         return self.second.question
 
-    def region(self, planes: Sequence[Any]) -> Any:
-        return self.second.region(planes)
+    def sizes(self, size: int) -> list[tuple[int, int]]:
+        return self.second.sizes(size)
+
+    def region(self, planes: Sequence[Any], number: int = 0) -> Any:
+        return self.second.region(planes, number)
 
 
-def follow_ups(samples: Sequence[Sample]) -> list[FollowUp]:
+def follow_ups(samples: Sequence[AnySample]) -> list[FollowUp]:
     """Every question once as the second one, after the question before it about its image (the first after the last).
 
     An image with a single question has none.
     """
-    by_image: dict[Any, list[Sample]] = {}
+    by_image: dict[Any, list[AnySample]] = {}
     for sample in samples:
         by_image.setdefault(sample.image, []).append(sample)
     return [FollowUp(group[i - 1], s) for group in by_image.values() if len(group) > 1 for i, s in enumerate(group)]
@@ -73,11 +76,11 @@ class Asks(Protocol):
 
     loaded: Loaded
 
-    def inputs(self, batch: Sequence[Sample], images: bool) -> dict[str, Any]: ...
-    def prepared(self, method: Compressor, batch: Sequence[Sample], inputs: dict[str, Any]) -> Prepared: ...
+    def inputs(self, batch: Sequence[AnySample], images: bool) -> dict[str, Any]: ...
+    def prepared(self, method: Compressor, batch: Sequence[AnySample], inputs: dict[str, Any]) -> Prepared: ...
     def generate(self, call: dict[str, Any], **how: Any) -> Any: ...
     def decoded(self, ids: Tensor) -> list[str]: ...
-    def worded(self, sample: Sample | FollowUp) -> str: ...
+    def worded(self, sample: AnySample | FollowUp) -> str: ...
 
 
 def converse(
@@ -104,7 +107,10 @@ def converse(
             said = with_prompt(first.sequences, prompt, layout.reduced_length)
             leave_on(cache_of(first), layout)
         answers = said[:, prompt.shape[1] :]
-        turns = [next_turn(run.loaded, run.worded(f.first), run.worded(f.second), int(images)) for f in batch]
+        shown = [{"image": len(f.first.keys)} if not f.first.video else {"video": 1} for f in batch]
+        turns = [
+            next_turn(run.loaded, run.worded(f.first), run.worded(f.second), **(count if images else {})) for f, count in zip(batch, shown)
+        ]
         added, new = padded(turns, prompt)
         ids = torch.cat([said, added], 1)
         call = {"input_ids": ids, "attention_mask": torch.cat([asked["attention_mask"], spoken(answers, endings(model)), new], 1)}
@@ -128,13 +134,17 @@ def padded(turns: Sequence[list[int]], like: Tensor) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def next_turn(loaded: Loaded, first: str, second: str, images: int) -> list[int]:
-    """The tokens between the first answer and the second: the end of the answer, the second question, the way to its answer."""
+def next_turn(loaded: Loaded, first: str, second: str, image: int = 0, video: int = 0) -> list[int]:
+    """The tokens between the first answer and the second: the end of the answer, the second question, the way to its answer.
+
+    image, video: how many stand in front of the first question.
+    """
     processor = loaded.processor
     tokenizer = processor.tokenizer
-    picture, question, again = ({"type": "text", "text": t} if t else {"type": "image"} for t in ("", first, second))
+    question, again = ({"type": "text", "text": t} for t in (first, second))
+    shown = [{"type": kind} for kind in ["image"] * image + ["video"] * video]
     messages = [
-        {"role": "user", "content": [*[picture] * images, question]},
+        {"role": "user", "content": [*shown, question]},
         {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
         {"role": "user", "content": [again]},
     ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .questions import CATEGORIES, Question, benchmark_questions
+from .regions import cells_over
 from .scenes import UNITS, make_scene
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from mllm_efficient.tokens import Plane
 
 SCENES = 900  # of a split; about 6,000 questions
-ROUNDING = 1e-6  # units
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,32 @@ class Sample:
     def task(self) -> str:
         return self.question.category
 
+    @property
+    def video(self) -> bool:
+        return False
+
+    @property
+    def keys(self) -> list[str]:
+        """A name for each image of the prompt."""
+        return [self.key]
+
     def picture(self, size: int) -> Picture:
         return _picture(self.split, self.image, size)
 
-    def region(self, planes: Sequence[Plane]) -> np.ndarray:
+    def sizes(self, size: int) -> list[tuple[int, int]]:
+        """(width, height) of each picture."""
+        return [(size, size)]
+
+    def pictures(self, size: int) -> list[Picture]:
+        return [self.picture(size)]
+
+    def region(self, planes: Sequence[Plane], number: int = 0) -> np.ndarray:
         """(N,) which tokens the answer depends on: those whose cells overlap the question's boxes.
 
-        planes: the rectangles that the tokens form, placed on the picture.
+        planes: the rectangles that the tokens form, placed on the picture, which is the only one of the prompt.
         """
-        return np.concatenate([self._cells(plane).ravel() for plane in planes])
-
-    def _cells(self, plane: Plane) -> np.ndarray:
-        """(rows, columns) of a plane."""
-        top, left, bottom, right = (UNITS * side for side in plane.box)
-        y = np.linspace(top, bottom, plane.rows + 1)
-        x = np.linspace(left, right, plane.columns + 1)
-        inside = np.zeros((plane.rows, plane.columns), dtype=bool)
-        for box in self.question.region:  # a touching edge, up to rounding, is no overlap
-            rows = (y[:-1] < min(box.bottom, UNITS) - ROUNDING) & (y[1:] > max(box.top, 0) + ROUNDING)
-            columns = (x[:-1] < min(box.right, UNITS) - ROUNDING) & (x[1:] > max(box.left, 0) + ROUNDING)
-            inside |= rows[:, None] & columns
-        return inside
+        boxes = [(b.top / UNITS, b.left / UNITS, b.bottom / UNITS, b.right / UNITS) for b in self.question.region]
+        return np.concatenate([cells_over(plane, boxes).ravel() for plane in planes])
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,18 +76,23 @@ def _picture(split: str, index: int, size: int) -> Picture:
     return Image.fromarray(make_scene(split, index).draw(size))
 
 
-def samples(split: str = "test", limit: int | None = None, scenes: int = SCENES) -> list[Sample]:
+def samples(
+    split: str = "test", limit: int | None = None, scenes: int = SCENES, categories: Sequence[str] = CATEGORIES
+) -> list[Sample]:  # fmt: skip
     """The questions of a split, image after image, of which ``limit`` takes the first by ``round_robin``."""
-    return sorted(round_robin(split, limit, scenes), key=lambda s: (s.image, CATEGORIES.index(s.task)))
+    return sorted(round_robin(split, limit, scenes, categories), key=lambda s: (s.image, CATEGORIES.index(s.task)))
 
 
-def round_robin(split: str = "test", limit: int | None = None, scenes: int = SCENES) -> list[Sample]:
+def round_robin(
+    split: str = "test", limit: int | None = None, scenes: int = SCENES, categories: Sequence[str] = CATEGORIES
+) -> list[Sample]:  # fmt: skip
     """The first question of each category, then the second of each, and so on."""
-    by_category: dict[str, list[Sample]] = {c: [] for c in CATEGORIES}
+    by_category: dict[str, list[Sample]] = {c: [] for c in categories}
     for index in range(scenes):
         for question in benchmark_questions(make_scene(split, index)):
-            by_category[question.category].append(Sample(split, index, question))
-        if limit is not None and all(len(v) * len(CATEGORIES) >= limit for v in by_category.values()):
+            if question.category in by_category:
+                by_category[question.category].append(Sample(split, index, question))
+        if limit is not None and all(len(v) * len(categories) >= limit for v in by_category.values()):
             break
     longest = max(len(v) for v in by_category.values())
     return [v[i] for i in range(longest) for v in by_category.values() if i < len(v)][:limit]

@@ -22,20 +22,21 @@ def kept_pictures(
 ) -> list[dict[str, Any]]:
     """A few samples with what each method kept of them and answered.
 
-    Samples are taken from different categories, first those on which most of the methods differ from each other.
+    Samples of one picture are taken from different categories, first those on which most of the methods differ from each other.
     Each: question, expected, original (JPEG as base64) and methods: spec, kept, full, answer, correct, views.
     A method whose tokens have no place on the picture has ``views`` empty.
     """
     answers = {(r["method"], r["id"]): r for r in records}
     out = []
-    for sample in interesting(samples, [m.spec() for m in methods], answers)[:SAMPLES]:
-        picture = sample.picture(size)
+    alone = [s for s in samples if len(s.sizes(size)) == 1]
+    for sample in interesting(alone, [m.spec() for m in methods], answers)[:SAMPLES]:
+        (picture,), (key,) = sample.pictures(size), sample.keys
         question = answers[methods[0].spec(), sample.id]
         shown: list[dict[str, Any]] = []
         for method in methods:
             record = answers[method.spec(), sample.id]
             try:
-                views = _views(loaded, method, question["question"], picture, sample.key)
+                views = _views(loaded, method, question["question"], picture, key)
             except (MllmEfficientError, RuntimeError):
                 views = []
             head = {"method": method.spec(), "kept": record.get("visual_tokens_kept"), "full": record.get("visual_tokens_full")}

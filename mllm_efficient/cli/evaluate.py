@@ -31,9 +31,11 @@ def evaluate(
     suite: Annotated[
         str | None,
         typer.Option(
-            "--suite", help="builtin (the default): the embedded benchmark; or public ones: divprune-paper, cdpruner-paper, ocr, quick."
+            "--suite",
+            help="builtin (the default), builtin-hard: embedded benchmarks; or public ones: divprune-paper, cdpruner-paper, ocr, quick.",
         ),
     ] = None,
+    categories: options.Categories = None,
     tasks: options.Tasks = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Your own requests, a JSON object a line: images, prompt or messages, answer.")
@@ -81,7 +83,7 @@ def evaluate(
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
     with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
     options.import_files(imports)
-    public = tasks is not None or suite not in (None, "builtin")
+    public = options.is_public(tasks, suite)
     check_tasks_options(
         public,
         {
@@ -89,7 +91,7 @@ def evaluate(
             "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
             "--server": server, "--server-model": server_model,
         },
-        {"--data": data, "--split": split, "--against": against, "--turns": turns if turns > 1 else None},
+        {"--data": data, "--split": split, "--categories": categories, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
     if public:
         from .launching import check_launch
@@ -113,13 +115,13 @@ def evaluate(
     if other is not None and other not in [m.spec() for m in chosen]:
         raise MllmEfficientError(f"--against {against} is not among the methods of this run: add --method {against}")
 
-    check_source(data, suite, split, max_new_tokens, turns)
+    check_source(data, suite, split, max_new_tokens, turns, categories)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
 
     if data is not None:
         return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json, image_range)
-    return _builtin(settings, chosen, other, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
+    return _builtin(settings, chosen, other, suite, categories, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
 
 
 def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[str, Any]) -> None:
@@ -138,18 +140,19 @@ def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[
         raise MllmEfficientError("--server-model has no effect without --server: leave it out")
 
 
-def check_source(data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1) -> None:
+def check_source(
+    data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1, categories: str | None = None
+) -> None:  # fmt: skip
     """Raises for a benchmark's options beside ``--data``, for ``--data``'s without it, and for unknown values."""
     if data is not None:
         for name, given, instead in (
             ("--suite", suite is not None, "leave it out"), ("--split", split is not None, "leave it out"),
+            ("--categories", categories is not None, "leave it out"),
             ("--turns", turns > 1, "put earlier turns into messages"),
         ):  # fmt: skip
             if given:
                 raise MllmEfficientError(f"{name} has no effect with --data: {instead}")
         return
-    if suite not in (None, "builtin"):
-        raise MllmEfficientError(f"unknown suite {suite!r}: this version has builtin")
     if split not in (None, "test", "val"):
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:
@@ -157,12 +160,11 @@ def check_source(data: Path | None, suite: str | None, split: str | None, max_ne
 
 
 def _builtin(
-    settings: ModelOptions, chosen: Sequence[Compressor], against: str | None, split: str, turns: int, limit: int | None,
-    batch_size: int, output_dir: Path | None, json: bool,
+    settings: ModelOptions, chosen: Sequence[Compressor], against: str | None, name: str | None, asked: str | None, split: str,
+    turns: int, limit: int | None, batch_size: int, output_dir: Path | None, json: bool,
 ) -> int:  # fmt: skip
-    """The embedded benchmark."""
-    from ..eval.builtin.questions import CATEGORIES
-    from ..eval.builtin.suite import samples
+    """An embedded benchmark. name: its own; asked: categories."""
+    from ..eval.builtin.suites import embedded_suite
     from ..eval.record.samples import fingerprint_of
     from ..eval.runner import Run
     from ..eval.table import rows_of, text_table
@@ -170,22 +172,28 @@ def _builtin(
 
     loaded = load(settings)
     options.announce(loaded, chosen)
-    questions = samples(split, limit)
-    run = Run(loaded, questions, chosen, batch_size=batch_size, output_dir=output_dir, turns=turns)
+    suite = embedded_suite(name)
+    categories = options.categories_of(suite, asked, loaded)
+    questions = suite.samples(split, limit, categories)
+    run = Run(loaded, questions, chosen, batch_size=batch_size, output_dir=output_dir, turns=turns, suite=suite)
     paired = len(run.asked) - len(questions)
     more = f", {paired} of them also as a second turn" if turns > 1 else ""
     options.say(f"{len(questions)} questions x {len(run.arms)} arms (with the no-image floor){more}")
     records = answered(run)
-    rows = rows_of(records, chosen, CATEGORIES, against=against, seed=settings.seed)
+    rows = rows_of(records, chosen, categories, against=against, seed=settings.seed)
     meta = {
         **run.config, "split": split, "turns": turns, "questions": len(questions), "second_turns": paired,
         "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
         "images": len({s.image for s in questions}), "batch_size": batch_size, "limit": limit,
         "methods": [m.to_dict() for m in chosen], "interval": "95%, 2000 paired resamples of images",
+        **suite.blind(questions),
     }  # fmt: skip
     _finish(rows, meta, output_dir, json)
     if not json:
-        options.print_table(*text_table(rows, CATEGORIES))
+        options.print_table(*text_table(rows, categories))
+        if "blind_floor" in meta:
+            floors = ", ".join(f"{name} {f['floor']:.1f} (at most {f['upper']:.1f})" for name, f in meta["blind_floor"].items())
+            print(f"Answers learnt without images score: {floors}.")
         if any(r.get("hard_n") is not None for r in rows):
             print("'hard': right of what none gets right and resize at the same budget wrong; 'broken': wrong of what both get right.")
         print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")

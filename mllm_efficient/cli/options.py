@@ -18,6 +18,7 @@ from ..errors import MllmEfficientError, shortened
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
+    from ..eval.builtin.suites import Suite
     from ..loading.models import Loaded
 
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model; 'builtin' is the embedded one.")]
@@ -42,6 +43,7 @@ OF_A_MODEL: dict[str, tuple[Any, Any]] = {  # the options of ``of_model``: types
     "trust_remote_code": (TrustRemoteCode, False), "adapter": (Adapter, None), "min_pixels": (MinPixels, None),
     "max_pixels": (MaxPixels, None), "processor_kwargs": (ProcessorKwargs, None),
 }  # fmt: skip
+Categories = Annotated[str | None, typer.Option("--categories", help="Of an embedded benchmark, such as document,chart; default all.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Tasks of lmms-eval and of our own, such as me_pope,gqa.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="With tasks: a folder with the data sets by their hub ids; default: from the hub.")
@@ -105,6 +107,22 @@ def import_files(paths: Sequence[Path] | None) -> None:
             raise
         except (Exception, SystemExit) as error:
             raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {shortened(error, 200)}") from error
+
+
+def is_public(tasks: str | None, suite: str | None) -> bool:
+    """Whether public benchmarks are asked for, and not an embedded one or a user's own requests."""
+    from ..eval.builtin.suites import SUITES
+
+    return tasks is not None or suite not in (None, *SUITES)
+
+
+def categories_of(suite: Suite, asked: str | None, loaded: Loaded) -> tuple[str, ...]:
+    """The categories of an embedded benchmark to ask a model; says what it cannot be asked. asked: those of ``--categories``."""
+    chosen, left_out = suite.chosen(asked, loaded.processor)
+    for line in (left_out, suite.note(loaded.processor.tokenizer)):
+        if line is not None:
+            say(line)
+    return chosen
 
 
 def one_method(spec: str) -> Compressor:

@@ -46,8 +46,10 @@ def sweep(
     keep: Annotated[str | None, typer.Option("--keep", help="Fractions kept, such as 0.5,0.25.")] = None,
     tokens: Annotated[str | None, typer.Option("--tokens", help="Or counts kept, such as 192,128,64.")] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="builtin (the default): the embedded benchmark; or public ones, as eval takes them.")
+        str | None,
+        typer.Option("--suite", help="builtin (the default), builtin-hard: embedded benchmarks; or public ones, as eval takes them."),
     ] = None,
+    categories: options.Categories = None,
     tasks: options.Tasks = None,
     data_root: options.DataRoot = None,
     coco_instances: options.CocoInstances = None,
@@ -85,16 +87,16 @@ def sweep(
 
     options.import_files(imports)
     budgets = budgets_of(keep, tokens)
-    public = tasks is not None or suite not in (None, "builtin")
+    public = options.is_public(tasks, suite)
     of_tasks = {
         "--data-root": data_root,
         "--coco-instances": coco_instances,
         "--image-padding": image_padding,
         "--prompt-format": prompt_format,
     }
-    check_tasks_options(public, of_tasks, {"--data": data, "--split": split})
+    check_tasks_options(public, of_tasks, {"--data": data, "--split": split, "--categories": categories})
     if not public:
-        check_source(data, suite, split, max_new_tokens)
+        check_source(data, suite, split, max_new_tokens, categories=categories)
     if match not in (None, "flops"):
         raise MllmEfficientError(f"--match {match} is not known: flops is")
     if max_drop != max_drop:
@@ -104,6 +106,7 @@ def sweep(
     size = picture_size(image_size)
 
     from ..eval.asked import Benchmark, OwnRequests
+    from ..eval.builtin.suites import embedded_suite
     from ..eval.record.bench_file import owned
     from ..eval.report.rows import failures
     from ..eval.requests import read_requests
@@ -151,7 +154,9 @@ def sweep(
 
             asked = Tasks(loaded, [c for c in cells if c.failed is None], wanted, host, named, output_dir, options.say)
         elif data is None or requests is None:
-            asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir)
+            embedded = embedded_suite(suite)
+            among = options.categories_of(embedded, categories, loaded)
+            asked = Benchmark(loaded, methods, split or "test", limit, batch_size or BATCH, output_dir, embedded, among)
         else:
             asked = OwnRequests(loaded, methods, requests, data, batch_size or DATA_BATCH, max_new_tokens, output_dir)
         rows, meta, eval_table = run(asked, cells, flops, None if no_bench else plan, output_dir, head)

@@ -19,8 +19,9 @@ from mllm_efficient.stats import TAIL, proportion
 
 from .forms import CATEGORIES, Question
 from .items import make_item
+from .suite import samples
 
-TRAIN_ITEMS, ITEMS = 1500, 900  # of each category
+TRAIN_ITEMS = 1500  # of each category
 Answerer = Callable[[Question], str]
 
 
@@ -38,11 +39,6 @@ class Floor:
     @property
     def floor(self) -> float:
         return max(self.by_form, self.by_text)
-
-
-def questions(split: str, category: str, items: int) -> list[Question]:
-    """The benchmark's questions about the first items of a category."""
-    return [q for index in range(items) for q in make_item(split, index, category).benchmark]
 
 
 def learnt(seen: Iterable[Question], key: Callable[[Question], str], otherwise: Answerer | None = None) -> Answerer:
@@ -80,13 +76,20 @@ def floor_of(category: str, asked: Sequence[Question], items: int = TRAIN_ITEMS)
     return Floor(category, len(asked), chance, by_form, by_text, upper)
 
 
+def floors(asked: Sequence[Question]) -> dict[str, dict[str, float]]:
+    """Floor, the upper end of its interval, and chance of each category that there are questions of, in percent."""
+    by_category = {c: [q for q in asked if q.category == c] for c in CATEGORIES}
+    found = [floor_of(category, own) for category, own in by_category.items() if own]
+    return {f.category: {"floor": round(f.floor, 2), "upper": round(f.upper, 2), "chance": round(f.chance, 2)} for f in found}
+
+
 def main(argv: Sequence[str]) -> int:
     split = argv[0] if argv else "test"
     if len(argv) > 1 or split not in ("test", "val"):
         raise MllmEfficientError("usage: python -m mllm_efficient.eval.builtin.hard.floor [test | val]")
     print(f"{'category':<12}{'questions':>10}{'chance':>9}{'by form':>9}{'by text':>9}{'floor':>8}{'upper':>8}")
     for category in CATEGORIES:
-        f = floor_of(category, questions(split, category, ITEMS))
+        f = floor_of(category, [s.question for s in samples(split, categories=[category])])
         print(f"{category:<12}{f.questions:>10}{f.chance:>9.1f}{f.by_form:>9.1f}{f.by_text:>9.1f}{f.floor:>8.1f}{f.upper:>8.1f}")
     return 0
 

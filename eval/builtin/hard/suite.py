@@ -1,0 +1,105 @@
+"""The harder benchmark as a list of samples."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..regions import cells_over
+from .canvas import Picture
+from .forms import CATEGORIES, Question
+from .items import Item, make_item
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mllm_efficient.tokens import Plane
+
+QUESTIONS = 1000  # of each category of a split
+
+
+@dataclass(frozen=True)
+class HardSample:
+    """One question about the pictures of one item. ``image`` names the item, for resampling; ``keys`` seed methods that draw."""
+
+    item: Item
+    question: Question
+
+    @property
+    def image(self) -> str:
+        return f"{self.item.category}/{self.item.index}"
+
+    @property
+    def id(self) -> str:
+        return f"{self.item.split}/{self.image}/{self.question.form}"
+
+    @property
+    def task(self) -> str:
+        return self.item.category
+
+    @property
+    def video(self) -> bool:
+        """Whether the pictures are the frames of one video."""
+        return self.item.video
+
+    @property
+    def keys(self) -> list[str]:
+        """A name for each image or video of the prompt."""
+        name = f"builtin-hard/{self.item.split}/{self.image}"
+        return [name] if self.video else [f"{name}/{i}" for i in range(len(self.item.pictures))]
+
+    def sizes(self, size: int = 0) -> list[tuple[int, int]]:
+        """(width, height) of each picture: its own, whatever a model takes."""
+        return [(p.width, p.height) for p in self.item.pictures]
+
+    def pictures(self, size: int = 0) -> list[Image]:
+        return list(_drawn(self.item.pictures))
+
+    def region(self, planes: Sequence[Plane], number: int = 0) -> np.ndarray:
+        """(N,) which tokens of an image (of the video) the answer depends on: those whose cells overlap the question's boxes.
+
+        planes: the rectangles that the tokens form, placed on the picture. number: of the image in the prompt.
+        """
+        frames = 1 + max((plane.frame or 0 for plane in planes), default=0)
+        each = len(self.item.pictures) // frames  # frames of the video that a plane looks at
+        out = []
+        for plane in planes:
+            first = (plane.frame or 0) * each if self.video else number
+            seen = range(first, first + (each if self.video else 1))
+            boxes = [self.item.pictures[i].fraction(box) for i in seen for box in self.question.regions[i]]
+            out.append(cells_over(plane, boxes).ravel())
+        return np.concatenate(out)
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(pictures: tuple[Picture, ...]) -> tuple[Image, ...]:
+    from PIL import Image
+
+    return tuple(Image.fromarray(picture.draw()) for picture in pictures)
+
+
+def samples(split: str = "test", limit: int | None = None, categories: Sequence[str] = CATEGORIES) -> list[HardSample]:
+    """The questions of a split, item after item, of which ``limit`` takes the first by ``round_robin``."""
+    return sorted(round_robin(split, limit, categories), key=lambda s: (CATEGORIES.index(s.task), s.item.index))
+
+
+def round_robin(split: str = "test", limit: int | None = None, categories: Sequence[str] = CATEGORIES) -> list[HardSample]:
+    """The first question of each category, then the second of each, and so on; all of an item's before those of the next."""
+    each = QUESTIONS if limit is None else min(QUESTIONS, -(-limit // len(categories)))
+    found = [_first(split, category, each) for category in categories]
+    return [sample for together in zip(*found) for sample in together][:limit]
+
+
+def _first(split: str, category: str, count: int) -> list[HardSample]:
+    """The first questions of a category."""
+    out: list[HardSample] = []
+    index = 0
+    while len(out) < count:
+        item = make_item(split, index, category)
+        out += [HardSample(item, question) for question in item.benchmark]
+        index += 1
+    return out[:count]
