@@ -17,6 +17,7 @@ from .hard import vocabulary
 GROUNDING = ("row", "column", "shape", "colour", "word", "of", "nothing")  # words of the questions that only training asks
 
 PATCH, MERGE = 14, 2
+IMAGE_SIZE = 224  # pixels at which the first benchmark's scenes are asked
 SIDE = 12  # of the grid of learned positions, resampled to each picture's
 CELL = PATCH * MERGE  # pixels of a picture's side that one visual token covers
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -79,6 +80,9 @@ def save_processor(folder: Path) -> None:
         "size": {"shortest_edge": CELL**2 * 4, "longest_edge": CELL**2 * SIDE**2}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
     }  # fmt: skip
-    videos = {"video_processor_type": "Qwen3VLVideoProcessor", **{k: images[k] for k in ("patch_size", "merge_size", "temporal_patch_size")}}
+    videos = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        **{k: images[k] for k in ("patch_size", "merge_size", "temporal_patch_size")},
+    }
     config = {"processor_class": "Qwen3VLProcessor", "image_processor": images, "video_processor": videos}
     (folder / "processor_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -7,6 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_efficient.embedded import is_embedded
+
 from ..agreement_rows import length_table
 from .merge import Finished
 from .rows import failures, main_table, task_table, tasks_of
@@ -36,7 +38,7 @@ def conditions(run: Finished) -> str:
 
 
 def is_tiny(run: Finished) -> bool:
-    return any(m["model"] == "builtin" for m in run.metas)
+    return any(is_embedded(m["model"]) for m in run.metas)
 
 
 def tables(run: Finished) -> list[tuple[list[str], list[list[str]]]]:

@@ -164,11 +164,12 @@ def _builtin(
     turns: int, limit: int | None, batch_size: int, output_dir: Path | None, json: bool,
 ) -> int:  # fmt: skip
     """An embedded benchmark. name: its own; asked: categories."""
+    from ..embedded import is_embedded
     from ..eval.builtin.suites import embedded_suite
     from ..eval.record.samples import fingerprint_of
     from ..eval.runner import Run
     from ..eval.table import rows_of, text_table
-    from ..loading.models import BUILTIN, load
+    from ..loading.models import load
 
     loaded = load(settings)
     options.announce(loaded, chosen)
@@ -201,7 +202,7 @@ def _builtin(
         if turns > 1:
             print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
             last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
-        print(f"{last} Offline self-test on a tiny model, not evidence about 7B models." if settings.model == BUILTIN else last)
+        print(f"{last} Offline self-test on a tiny model, not evidence about 7B models." if is_embedded(settings.model) else last)
     return failures(records)
 
 

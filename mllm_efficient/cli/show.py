@@ -55,7 +55,8 @@ def show(
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
     clip = load_frames(video, frames, image_range) if video is not None else ([], [])
 
-    from ..loading.models import BUILTIN, environment, load
+    from ..embedded import is_embedded
+    from ..loading.models import environment, load
     from ..report import by_layer
 
     loaded = load(settings)
@@ -73,7 +74,7 @@ def show(
         subjects.append(_film(clip[0], clip[1], results))
         rows += [_row(m, video, "video", result, output) for m, result in zip(methods, results)]
     model = settings.model
-    name = "Embedded model" if model == BUILTIN else Path(model).resolve().name if Path(model).is_dir() else model
+    name = "Embedded model" if is_embedded(model) else Path(model).resolve().name if Path(model).is_dir() else model
     figures.save(figures.figure(subjects, dim=dim, caption=f"{name}: {legend(subjects)}." if caption is None else caption), output)
     if json:
         meta = {**environment(loaded), "methods": [m.to_dict() for m in methods], "prompt": prompt, "frames": clip[1] or None}

@@ -305,6 +305,7 @@ def write(rows: Sequence[dict[str, Any]], meta: dict[str, Any], folder: Path) ->
 
 
 def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tuple[list[str], list[list[str]]]) -> None:
+    from ..embedded import is_embedded
     from ..eval.agreement_rows import length_table
     from ..eval.report.rows import main_table
 
@@ -313,7 +314,7 @@ def _print(rows: Sequence[dict[str, Any]], meta: dict[str, Any], eval_table: tup
         options.print_table(*eval_table, left=3 if meta["suite"] == "tasks" else 1)
     print({"data": f"{AGREEMENT}\n{OF_PROMPT}", "tasks": f"{LEGEND}\n{OF_TASKS}"}.get(meta["suite"], OF_BENCHMARK))
     print_lengths(*length_table(rows))
-    if meta["model"] == "builtin":
+    if is_embedded(meta["model"]):
         print("Offline self-test on a tiny model, not evidence about 7B models.")
     chosen = meta["recommendation"]
     print(f"\nRecommended ({chosen['rule']}): {chosen['line']}")

@@ -25,7 +25,6 @@ from ..scenes import UNITS, Stream, Thing, make_scene
 HARD = ("document", "chart", "scene", "images", "screens")
 CATEGORIES = (*OLD, *HARD)
 OLD_SIZES = (168, 196, 224)  # pixels at which the first benchmark's scenes are drawn in training
-OLD_SIZE = 224  # and asked
 BLOCK = 17  # tokens of a packed question: at most 12 of text, <|im_end|> <|im_start|> assistant, the answer, <|im_end|>
 QUESTIONS = 10  # of a prompt
 GROUND = "grounding"

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .qwen_data import BLOCK, CATEGORIES, HARD, OLD_SIZE, Prompt, hard_prompt, old_prompt, pack
+from ..qwen_architecture import IMAGE_SIZE
+from .qwen_data import BLOCK, CATEGORIES, HARD, Prompt, hard_prompt, old_prompt, pack
 from .qwen_packed import PackedQwen, collate
 
 SCENES, ITEMS = 60, 40  # of the first benchmark, and of each category of the harder one
@@ -21,7 +22,7 @@ def asked(split: str, scenes: int, items: int) -> tuple[Prompt, ...]:
     """The benchmark's prompts of a split."""
     rng = np.random.default_rng(0)
     hard = [hard_prompt(i, c, rng, split) for c in HARD for i in range(items)]
-    return (*(old_prompt(i, OLD_SIZE, rng, split) for i in range(scenes)), *hard)
+    return (*(old_prompt(i, IMAGE_SIZE, rng, split) for i in range(scenes)), *hard)
 
 
 @torch.no_grad()

@@ -125,7 +125,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def tower_block(x: Tensor, cos: Tensor, sin: Tensor, hide: Tensor, p: dict[str, Tensor]) -> Tensor:
     """x (M, n, D); cos, sin (M, n, 1, half); hide (M, 1, 1, n) is added to scores."""
     m, n, d = x.shape
-    q, key, value = linear(norm(x, p["norm1.weight"], p["norm1.bias"]), p["attn.qkv.weight"], p["attn.qkv.bias"]).view(m, n, 3, -1, 32).unbind(2)
+    q, key, value = (
+        linear(norm(x, p["norm1.weight"], p["norm1.bias"]), p["attn.qkv.weight"], p["attn.qkv.bias"]).view(m, n, 3, -1, 32).unbind(2)
+    )
     q, key, value = (y.transpose(1, 2) for y in (rotate(q, cos, sin) * 32**-0.5, rotate(key, cos, sin), value))
     weights = ((q @ key.transpose(-1, -2)).float() + hide).softmax(-1).to(x.dtype)
     x = x + linear((weights @ value).transpose(1, 2).flatten(2), p["attn.proj.weight"], p["attn.proj.bias"])
@@ -141,19 +143,25 @@ def merged(x: Tensor, p: dict[str, Tensor], shuffled: bool) -> Tensor:
     return linear(F.gelu(linear(x, p["linear_fc1.weight"], p["linear_fc1.bias"])), p["linear_fc2.weight"], p["linear_fc2.bias"])
 
 
-def decoder_block(prefix: Tensor, ask: Tensor, cos: Tensor, sin: Tensor, see: Tensor, hide: Tensor, own: Tensor, p: dict[str, Tensor], last: bool):
+def decoder_block(
+    prefix: Tensor, ask: Tensor, cos: Tensor, sin: Tensor, see: Tensor, hide: Tensor, own: Tensor, p: dict[str, Tensor], last: bool
+):
     """One layer. prefix (B, P, D); ask (B, Q, T, D); cos, sin (B, P + Q T, 1, half); see (B, 1, P, P), hide (B, 1, Q, 1, P) and
     own (B, 1, Q, T, T) are added to scores. last: only the tokens that predict an answer go on."""
     (b, n, d), (q, t) = prefix.shape, ask.shape[1:3]
     h = rms(torch.cat([prefix, ask.flatten(1, 2)], 1), p["input_layernorm.weight"])
-    key = rotate(rms(linear(h, p["self_attn.k_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.k_norm.weight"]), cos, sin).transpose(1, 2)
+    key = rotate(rms(linear(h, p["self_attn.k_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.k_norm.weight"]), cos, sin).transpose(
+        1, 2
+    )
     value = linear(h, p["self_attn.v_proj.weight"]).view(b, -1, d // 32, 32).transpose(1, 2)
     if last:
         some = slice(-ANSWER - 1, -1)
         ask, own = ask[:, :, some], own[..., some, :]
         h = h[:, n:].reshape(b, q, t, -1)[:, :, some].flatten(1, 2)
         cos, sin = (x[:, n:].reshape(b, q, t, 1, -1)[:, :, some].flatten(1, 2) for x in (cos, sin))
-    query = rotate(rms(linear(h, p["self_attn.q_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.q_norm.weight"]), cos, sin).transpose(1, 2)
+    query = rotate(rms(linear(h, p["self_attn.q_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.q_norm.weight"]), cos, sin).transpose(
+        1, 2
+    )
     s, query = ask.shape[2], query * 32**-0.5
     asking = query if last else query[:, :, n:]
     own_k, own_v = (x[:, :, n:].reshape(b, -1, q, t, 32) for x in (key, value))
@@ -192,7 +200,9 @@ class PackedQwen(nn.Module):
         learned = (F.embedding(batch.taps, v.pos_embed.weight) * batch.shares[..., None]).sum(-2)
         angles = (batch.place[..., None] * v.rotary_pos_emb.inv_freq).flatten(2)[:, :, None]
         hide = torch.where(torch.arange(n) < MERGE**2 * batch.sizes[:, None], 0.0, NEVER)[:, None, None]
-        learned, cos, sin, hide = (y.repeat_interleave(c, 0) for y in (learned.to(self.dtype), angles.cos().to(self.dtype), angles.sin().to(self.dtype), hide))
+        learned, cos, sin, hide = (
+            y.repeat_interleave(c, 0) for y in (learned.to(self.dtype), angles.cos().to(self.dtype), angles.sin().to(self.dtype), hide)
+        )
         x, deep = x + learned, []
         for i, block in enumerate(v.blocks):
             x = self.tower_block(x, cos, sin, hide, dict(block.named_parameters()))
@@ -214,7 +224,10 @@ class PackedQwen(nn.Module):
         """(B, P, D) and what deepstack adds to it behind each of the first layers."""
         b, c = batch.patches.shape[:2]
         embed = self.model.model.language_model.embed_tokens.weight
-        user, begin, end = (embed[[VOCABULARY[w] for w in words]].to(self.dtype) for words in (("<|im_start|>", "user"), ("<|vision_start|>",), ("<|vision_end|>",)))
+        user, begin, end = (
+            embed[[VOCABULARY[w] for w in words]].to(self.dtype)
+            for words in (("<|im_start|>", "user"), ("<|vision_start|>",), ("<|vision_end|>",))
+        )
         visual = [f.view(b, c, *f.shape[1:]) for f in self.tower(batch)]
         one = torch.cat([begin.expand(b, c, 1, -1), visual[0], end.expand(b, c, 1, -1)], 2).flatten(1, 2)
         deep = [F.pad(F.pad(f, (0, 0, 1, 1)).flatten(1, 2), (0, 0, TEXT, 0)) for f in visual[1:]]
@@ -251,4 +264,3 @@ class PackedQwen(nn.Module):
         each = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view(wanted.shape)
         scale = batch.weight[..., None] * torch.tensor([1.0, 0.05])
         return (each * scale).sum() / batch.weight.sum(), logits[:, :, 0].argmax(-1) == wanted[:, :, 0]
-
