@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from ..qwen_architecture import MERGE, PATCH, SIDE, VOCABULARY
 
 TEXT = 2  # <|im_start|> user: what a question without a picture sees
+HEAD = 32  # width of an attention head
 ANSWER = 2  # tokens: a word and <|im_end|>
 NEVER = float("-inf")
 
@@ -104,97 +107,108 @@ def collate(items: list[tuple[list[np.ndarray], np.ndarray, np.ndarray]], tokens
     )  # fmt: skip
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def rms(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rms(x: Tensor, weight: Tensor) -> Tensor:
     y = x.float()
-    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half layout; x (..., L, H, d), cos and sin (..., L, 1, d / 2)."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def normed_turned(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turned(rms(x, weight), cos, sin)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x.float(), weight.shape, weight, bias, 1e-6).to(x.dtype)
 
 
+def soft(scores: Tensor, hide: Tensor) -> Tensor:
+    return (scores.float() + hide).softmax(-1).to(scores.dtype)
+
+
+def soft_pair(to_prefix: Tensor, hide: Tensor, to_own: Tensor, own: Tensor) -> Tensor:
+    return torch.cat([to_prefix.float() + hide, to_own.float() + own], -1).softmax(-1).to(to_prefix.dtype)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.float()) * up.float()).to(up.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def tower_block(x: Tensor, cos: Tensor, sin: Tensor, hide: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """x (M, n, D); cos, sin (M, n, 1, half); hide (M, 1, 1, n) is added to scores."""
-    m, n, d = x.shape
-    q, key, value = (
-        linear(norm(x, p["norm1.weight"], p["norm1.bias"]), p["attn.qkv.weight"], p["attn.qkv.bias"]).view(m, n, 3, -1, 32).unbind(2)
-    )
-    q, key, value = (y.transpose(1, 2) for y in (rotate(q, cos, sin) * 32**-0.5, rotate(key, cos, sin), value))
-    weights = ((q @ key.transpose(-1, -2)).float() + hide).softmax(-1).to(x.dtype)
-    x = x + linear((weights @ value).transpose(1, 2).flatten(2), p["attn.proj.weight"], p["attn.proj.bias"])
-    h = linear(norm(x, p["norm2.weight"], p["norm2.bias"]), p["mlp.linear_fc1.weight"], p["mlp.linear_fc1.bias"])
-    return x + linear(F.gelu(h, approximate="tanh"), p["mlp.linear_fc2.weight"], p["mlp.linear_fc2.bias"])
-
-
-def merged(x: Tensor, p: dict[str, Tensor], shuffled: bool) -> Tensor:
-    """(M, 4 N, D) -> (M, N, D'). shuffled: norm over the four patches together, as deepstack has it."""
-    m, n, d = x.shape
-    x = x.reshape(m, n // MERGE**2, -1) if shuffled else x
-    x = norm(x, p["norm.weight"], p["norm.bias"]).reshape(m, n // MERGE**2, -1)
-    return linear(F.gelu(linear(x, p["linear_fc1.weight"], p["linear_fc1.bias"])), p["linear_fc2.weight"], p["linear_fc2.bias"])
-
-
-def decoder_block(
-    prefix: Tensor, ask: Tensor, cos: Tensor, sin: Tensor, see: Tensor, hide: Tensor, own: Tensor, p: dict[str, Tensor], last: bool
-):
-    """One layer. prefix (B, P, D); ask (B, Q, T, D); cos, sin (B, P + Q T, 1, half); see (B, 1, P, P), hide (B, 1, Q, 1, P) and
-    own (B, 1, Q, T, T) are added to scores. last: only the tokens that predict an answer go on."""
-    (b, n, d), (q, t) = prefix.shape, ask.shape[1:3]
-    h = rms(torch.cat([prefix, ask.flatten(1, 2)], 1), p["input_layernorm.weight"])
-    key = rotate(rms(linear(h, p["self_attn.k_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.k_norm.weight"]), cos, sin).transpose(
-        1, 2
-    )
-    value = linear(h, p["self_attn.v_proj.weight"]).view(b, -1, d // 32, 32).transpose(1, 2)
-    if last:
-        some = slice(-ANSWER - 1, -1)
-        ask, own = ask[:, :, some], own[..., some, :]
-        h = h[:, n:].reshape(b, q, t, -1)[:, :, some].flatten(1, 2)
-        cos, sin = (x[:, n:].reshape(b, q, t, 1, -1)[:, :, some].flatten(1, 2) for x in (cos, sin))
-    query = rotate(rms(linear(h, p["self_attn.q_proj.weight"]).view(b, -1, d // 32, 32), p["self_attn.q_norm.weight"]), cos, sin).transpose(
-        1, 2
-    )
-    s, query = ask.shape[2], query * 32**-0.5
-    asking = query if last else query[:, :, n:]
-    own_k, own_v = (x[:, :, n:].reshape(b, -1, q, t, 32) for x in (key, value))
-    to_prefix = (asking @ key[:, :, :n].transpose(-1, -2)).view(b, -1, q, s, n).float() + hide
-    to_own = (asking.reshape(b, -1, q, s, 32) @ own_k.transpose(-1, -2)).float() + own
-    weights = torch.cat([to_prefix, to_own], -1).softmax(-1).to(h.dtype)
-    out = weights[..., :n].reshape(b, -1, q * s, n) @ value[:, :, :n]
-    out = out + (weights[..., n:] @ own_v).reshape(b, -1, q * s, 32)
-    joined = ask.flatten(1, 2)
-    if not last:
-        seen = ((query[:, :, :n] @ key[:, :, :n].transpose(-1, -2)).float() + see).softmax(-1).to(h.dtype) @ value[:, :, :n]
-        out, joined = torch.cat([seen, out], 2), torch.cat([prefix, joined], 1)
-    joined = joined + linear(out.transpose(1, 2).flatten(2), p["self_attn.o_proj.weight"])
-    h = rms(joined, p["post_attention_layernorm.weight"])
-    joined = joined + linear(F.silu(linear(h, p["mlp.gate_proj.weight"])) * linear(h, p["mlp.up_proj.weight"]), p["mlp.down_proj.weight"])
-    if not last:
-        prefix, joined = joined[:, :n], joined[:, n:]
-    return prefix, joined.reshape(b, q, s, -1)
+FUSED = (rms, turned, normed_turned, norm, soft, soft_pair, gated)
 
 
 class PackedQwen(nn.Module):
-    """dtype: of activations. compiled: whether the blocks are; all layers share one graph, and one serves every size."""
+    """dtype: of activations. compiled: whether what lies between products of matrices is fused."""
 
     def __init__(self, model, dtype: torch.dtype = torch.float32, compiled: bool = False):
         super().__init__()
         self.model, self.dtype = model, dtype
-        make = functools.partial(torch.compile, dynamic=True) if compiled else lambda f: f
-        self.tower_block, self.merged, self.decoder_block = (make(f) for f in (tower_block, merged, decoder_block))
+        self.f = SimpleNamespace(**{f.__name__: torch.compile(f, dynamic=True) if compiled else f for f in FUSED})
+
+    def tower_block(self, x: Tensor, cos: Tensor, sin: Tensor, hide: Tensor, block: Any) -> Tensor:
+        """x (M, n, D); cos, sin (M, n, 1, half); hide (M, 1, 1, n) is added to scores."""
+        f, a = self.f, block.attn
+        h = f.norm(x, block.norm1.weight, block.norm1.bias)
+        q, key, value = linear(h, a.qkv.weight, a.qkv.bias).view(*x.shape[:2], 3, -1, HEAD).unbind(2)
+        q, key, value = (y.transpose(1, 2) for y in (f.turned(q, cos, sin), f.turned(key, cos, sin), value))
+        weights = f.soft(q @ (key * HEAD**-0.5).transpose(-1, -2), hide)
+        x = x + linear((weights @ value).transpose(1, 2).flatten(2), a.proj.weight, a.proj.bias)
+        h = linear(f.norm(x, block.norm2.weight, block.norm2.bias), block.mlp.linear_fc1.weight, block.mlp.linear_fc1.bias)
+        return x + linear(F.gelu(h, approximate="tanh"), block.mlp.linear_fc2.weight, block.mlp.linear_fc2.bias)
+
+    def merged(self, x: Tensor, merger: Any) -> Tensor:
+        """(M, 4 N, D) -> (M, N, D'). Deepstack's norm is over the four patches together."""
+        m, n = x.shape[:2]
+        x = x.reshape(m, n // MERGE**2, -1) if merger.use_postshuffle_norm else x
+        x = self.f.norm(x, merger.norm.weight, merger.norm.bias).reshape(m, n // MERGE**2, -1)
+        return linear(F.gelu(linear(x, merger.linear_fc1.weight, merger.linear_fc1.bias)), merger.linear_fc2.weight, merger.linear_fc2.bias)
+
+    def decoder_block(
+        self, prefix: Tensor, ask: Tensor, cos: Tensor, sin: Tensor, see: Tensor, hide: Tensor, own: Tensor, layer: Any, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One layer. prefix (B, P, D); ask (B, Q, T, D); cos, sin (B, P + Q T, 1, half); see (B, 1, P, P), hide (B, 1, Q, 1, P)
+        and own (B, 1, Q, T, T) are added to scores. last: only the tokens that predict an answer go on."""
+        f, a, m = self.f, layer.self_attn, layer.mlp
+        (b, n, _), (q, t) = prefix.shape, ask.shape[1:3]
+        h = f.rms(torch.cat([prefix, ask.flatten(1, 2)], 1), layer.input_layernorm.weight)
+        key = f.normed_turned(linear(h, a.k_proj.weight).view(b, n + q * t, -1, HEAD), a.k_norm.weight, cos, sin).transpose(1, 2)
+        value = linear(h, a.v_proj.weight).view(b, n + q * t, -1, HEAD).transpose(1, 2)
+        if last:
+            some = slice(-ANSWER - 1, -1)
+            ask, own = ask[:, :, some], own[..., some, :]
+            h = h[:, n:].reshape(b, q, t, -1)[:, :, some].flatten(1, 2)
+            cos, sin = (x[:, n:].reshape(b, q, t, 1, -1)[:, :, some].flatten(1, 2) for x in (cos, sin))
+        query = linear(h, a.q_proj.weight).view(b, h.shape[1], -1, HEAD)
+        query = f.normed_turned(query, a.q_norm.weight, cos, sin).transpose(1, 2) * HEAD**-0.5
+        s, asking = ask.shape[2], query if last else query[:, :, n:]
+        own_k, own_v = (x[:, :, n:].reshape(b, -1, q, t, HEAD) for x in (key, value))
+        to_prefix = (asking @ key[:, :, :n].transpose(-1, -2)).view(b, -1, q, s, n)
+        weights = f.soft_pair(to_prefix, hide, asking.reshape(b, -1, q, s, HEAD) @ own_k.transpose(-1, -2), own)
+        out = weights[..., :n].reshape(b, -1, q * s, n) @ value[:, :, :n]
+        out = out + (weights[..., n:] @ own_v).reshape(b, -1, q * s, HEAD)
+        joined = ask.flatten(1, 2)
+        if not last:
+            seen = f.soft(query[:, :, :n] @ key[:, :, :n].transpose(-1, -2), see) @ value[:, :, :n]
+            out, joined = torch.cat([seen, out], 2), torch.cat([prefix, joined], 1)
+        joined = joined + linear(out.transpose(1, 2).flatten(2), a.o_proj.weight)
+        h = f.rms(joined, layer.post_attention_layernorm.weight)
+        joined = joined + linear(f.gated(linear(h, m.gate_proj.weight), linear(h, m.up_proj.weight)), m.down_proj.weight)
+        if not last:
+            prefix, joined = joined[:, :n], joined[:, n:]
+        return prefix, joined.reshape(b, q, s, -1)
 
     def tower(self, batch: Batch) -> list[Tensor]:
         """The merged features (B * C, N, D), then those of deepstack."""
         v = self.model.model.visual
-        b, c, n = batch.patches.shape[:3]
+        c, n = batch.patches.shape[1:3]
         x = ((batch.patches.flatten(0, 1).float() / 255 - 0.5) / 0.5).to(self.dtype)
         x = linear(x, v.patch_embed.proj.weight.sum(2).flatten(1), v.patch_embed.proj.bias)  # a still picture is two equal frames
         learned = (F.embedding(batch.taps, v.pos_embed.weight) * batch.shares[..., None]).sum(-2)
@@ -205,11 +219,10 @@ class PackedQwen(nn.Module):
         )
         x, deep = x + learned, []
         for i, block in enumerate(v.blocks):
-            x = self.tower_block(x, cos, sin, hide, dict(block.named_parameters()))
+            x = self.tower_block(x, cos, sin, hide, block)
             if i in v.deepstack_visual_indexes:
-                merger = v.deepstack_merger_list[v.deepstack_visual_indexes.index(i)]
-                deep.append(self.merged(x, dict(merger.named_parameters()), True))
-        return [self.merged(x, dict(v.merger.named_parameters()), False), *deep]
+                deep.append(self.merged(x, v.deepstack_merger_list[v.deepstack_visual_indexes.index(i)]))
+        return [self.merged(x, v.merger), *deep]
 
     def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, L, 1, half) of (B, 3, L) positions, interleaved as M-RoPE has it."""
@@ -218,7 +231,7 @@ class PackedQwen(nn.Module):
         for dim in (1, 2):
             axis[dim : 3 * rope.mrope_section[dim] : 3] = dim
         each = (position[:, axis].transpose(1, 2).float() * rope.inv_freq)[:, :, None]
-        return each.cos().to(self.dtype), each.sin().to(self.dtype)
+        return each.cos(), each.sin()
 
     def prefix(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """(B, P, D) and what deepstack adds to it behind each of the first layers."""
@@ -253,10 +266,10 @@ class PackedQwen(nn.Module):
         own = torch.where(own, 0.0, NEVER)[:, None]
         for i, layer in enumerate(lm.layers):
             last = layer is lm.layers[-1]
-            prefix, ask = self.decoder_block(prefix, ask, cos, sin, see, hide, own, dict(layer.named_parameters()), last)
+            prefix, ask = self.decoder_block(prefix, ask, cos, sin, see, hide, own, layer, last)
             if i < len(deep):
                 prefix = prefix + deep[i]
-        return F.linear(rms(ask, lm.norm.weight).float(), lm.embed_tokens.weight)
+        return F.linear(self.f.rms(ask, lm.norm.weight).float(), lm.embed_tokens.weight)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of the answers' tokens, weighted by block, and hits (B, Q)."""

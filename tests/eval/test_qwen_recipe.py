@@ -1,0 +1,133 @@
+"""The trainer of builtin-qwen: a packed forward equal to the stock model, questions that are right, a run that resumes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mllm_efficient.eval.builtin.hard.canvas import Text
+from mllm_efficient.eval.builtin.qwen_architecture import CELL, VOCABULARY, build_config, build_tokenizer
+from mllm_efficient.eval.builtin.recipe import qwen, qwen_schedule
+from mllm_efficient.eval.builtin.recipe.qwen_data import BLOCK, GROUND, HARD, QUESTIONS, Kind, draw_prompt, encode, hard_prompt, pack, picked
+from mllm_efficient.eval.builtin.recipe.qwen_eval import publish
+from mllm_efficient.eval.builtin.recipe.qwen_packed import PackedQwen, collate
+from mllm_efficient.eval.builtin.recipe.qwen_schedule import Drawn, Phase, rate
+from mllm_efficient.eval.builtin.recipe.qwen_state import Log
+from mllm_efficient.eval.builtin.scenes import Thing
+from mllm_efficient.loading.models import ModelOptions, load
+
+
+@pytest.fixture(scope="module")
+def rough():
+    """A random model whose attention is not flat."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(build_config()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p += 0.05 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="module")
+def loaded(rough, tmp_path_factory):
+    """The same as users load it: published, in half precision on disk."""
+    folder = tmp_path_factory.mktemp("qwen")
+    publish(rough, folder)
+    return load(ModelOptions(model=str(folder)))
+
+
+@pytest.mark.parametrize("category, sizes", [("document", 2), ("images", 1), ("screens", 1)])
+def test_the_packed_forward_equals_the_stock_model_on_processed_prompts(loaded, category, sizes):
+    rng = np.random.default_rng(0)
+    prompts = [hard_prompt(i, category, rng, "val") for i in range(8)]
+    prompts = [p for p in prompts if len(p.draw) == len(prompts[0].draw)][:2]
+    assert len({(p.height, p.width) for p in prompts}) >= sizes
+    rows = [([draw() for draw in p.draw], np.array([pack(*p.questions[i % len(p.questions)][1:]) for i in (0, 1)]), np.ones(2)) for p in prompts]
+    batch = collate(rows, max(p.tokens for p in prompts))
+    batch.blind[1, 1] = True
+    with torch.no_grad():
+        packed = PackedQwen(loaded.model).answer(batch)
+        for i, prompt in enumerate(prompts):
+            pictures = [Image.fromarray(draw()) for draw in prompt.draw]
+            for j in (0, 1):
+                question, answer = prompt.questions[j % len(prompt.questions)][1:]
+                seen = [] if batch.blind[i, j] else pictures
+                inputs = loaded.inputs([loaded.prompt(question, len(seen)) + answer], seen)
+                torch.testing.assert_close(packed[i, j], loaded.model(**inputs).logits[0, -2:], atol=2e-5, rtol=0)
+
+
+def test_a_question_is_encoded_as_the_processor_encodes_it():
+    tokenizer = build_tokenizer()
+    for category in HARD:
+        for _, question, answer in hard_prompt(3, category, np.random.default_rng(0), "train").questions:
+            assert encode(question) == tokenizer(question)["input_ids"] and tokenizer.unk_token_id not in encode(question)
+            assert tokenizer(answer)["input_ids"] == [VOCABULARY[answer]]
+            assert len(pack(question, answer)) == BLOCK
+
+
+@pytest.mark.parametrize("category", ["document", "scene"])
+def test_what_grounding_says_of_a_cell_is_there(category):
+    """The answers, from the marks themselves: what covers the middle of what is named lies in the cell of 28 pixels."""
+    from mllm_efficient.eval.builtin.hard import make_item
+
+    for index in range(10):
+        picture = make_item("train", index, category).pictures[0]
+        asked = [g for g in hard_prompt(index, category, np.random.default_rng(index)).grounding if " in row " in g[1]]
+        assert asked
+        for _, question, answer in asked:
+            kind, _, _, row, _, column = question.rstrip("?").split()
+            top, left = (int(row) - 1) * 2 * CELL, (int(column) - 1) * 2 * CELL
+            names = set()
+            for mark in picture.marks:
+                box = mark.box
+                x = (box.left + min(box.right, box.left + 2 * CELL)) // 2 if isinstance(mark, Text) else mark.x
+                y = (box.top + box.bottom) // 2
+                if top <= y < top + 2 * CELL and left <= x < left + 2 * CELL:
+                    names |= {mark.text.lower()} if isinstance(mark, Text) else {mark.colour, mark.shape} if isinstance(mark, Thing) else set()
+            assert answer in names if answer != "nothing" else not names, (question, answer, names)
+
+
+def test_a_prompt_is_of_its_kind_and_its_questions_are_shared_out():
+    rng = np.random.default_rng(1)
+    for kind in (Kind(("old", "chart"), 1, 25, 64), Kind(("images",), 3, 0, 36)):
+        prompt = draw_prompt(kind, rng)
+        assert len(prompt.draw) == kind.pictures and kind.low < prompt.tokens <= kind.high
+        assert prompt.draw[0]().shape == (prompt.height, prompt.width, 3)
+        chosen = picked(prompt, 0.0, rng)
+        assert len(chosen) == QUESTIONS and any(category != GROUND for category, _, _ in chosen)
+        assert all(category == GROUND for category, _, _ in picked(prompt, 1.0, rng))
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    rates = [rate(step, 1000) for step in range(1000)]
+    assert rates[0] < 0.02 and rates[100:650] == [1.0] * 550 and rates[-1] < 0.03 and sorted(rates[700:], reverse=True) == rates[700:]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(qwen_schedule, "PHASES", (Phase(3, 2, 0.5, (Drawn(("chart",), 1, 0, 36, 2, 1.0),)),))
+    monkeypatch.setattr(qwen, "PHASES", qwen_schedule.PHASES)
+    monkeypatch.setattr(qwen, "validate", lambda packed: {})
+    monkeypatch.setattr(qwen, "LOG_EVERY", 1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert qwen.main(["--output-dir", str(whole), "--eager"]) == 0
+    for _ in range(3):  # every start is out of time after one step
+        assert qwen.main(["--output-dir", str(parts), "--eager", "--minutes", "0"]) == 0
+    assert not (parts / "model").exists()  # the last start ran out of time, too
+    assert qwen.main(["--output-dir", str(parts), "--eager", "--publish"]) == 0
+    assert (parts / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (whole / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_forgets_steps_that_are_taken_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    Log(path, 1, 0.0)(step=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
