@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .architecture import VOCABULARY as LLAVA_VOCABULARY
 from .architecture import SPECIAL as LLAVA_SPECIAL
+from .architecture import VOCABULARY as LLAVA_VOCABULARY
 from .hard import vocabulary
 
-GROUNDING = ("row", "column", "shape", "colour", "word", "of", "nothing")  # words of the questions that only training asks
+GROUNDING = ("word", "height", "side", "middle")  # words of the questions that only training asks
 
 PATCH, MERGE = 14, 2
 IMAGE_SIZE = 224  # pixels at which the first benchmark's scenes are asked

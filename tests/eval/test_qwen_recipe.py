@@ -9,10 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm_efficient.eval.builtin.hard import make_item
 from mllm_efficient.eval.builtin.hard.canvas import Text
-from mllm_efficient.eval.builtin.qwen_architecture import CELL, VOCABULARY, build_config, build_tokenizer
+from mllm_efficient.eval.builtin.qwen_architecture import VOCABULARY, build_config, build_tokenizer
 from mllm_efficient.eval.builtin.recipe import qwen, qwen_schedule
-from mllm_efficient.eval.builtin.recipe.qwen_data import BLOCK, GROUND, HARD, QUESTIONS, Kind, draw_prompt, encode, hard_prompt, pack, picked
+from mllm_efficient.eval.builtin.recipe.qwen_data import (
+    BLOCK,
+    GROUND,
+    HARD,
+    ORDER,
+    QUESTIONS,
+    Kind,
+    draw_prompt,
+    encode,
+    hard_prompt,
+    pack,
+    picked,
+    tiny_prompt,
+)  # fmt: skip
 from mllm_efficient.eval.builtin.recipe.qwen_eval import publish
 from mllm_efficient.eval.builtin.recipe.qwen_packed import PackedQwen, collate
 from mllm_efficient.eval.builtin.recipe.qwen_schedule import Drawn, Phase, rate
@@ -49,7 +63,9 @@ def test_the_packed_forward_equals_the_stock_model_on_processed_prompts(loaded, 
     prompts = [hard_prompt(i, category, rng, "val") for i in range(8)]
     prompts = [p for p in prompts if len(p.draw) == len(prompts[0].draw)][:2]
     assert len({(p.height, p.width) for p in prompts}) >= sizes
-    rows = [([draw() for draw in p.draw], np.array([pack(*p.questions[i % len(p.questions)][1:]) for i in (0, 1)]), np.ones(2)) for p in prompts]
+    rows = [
+        ([draw() for draw in p.draw], np.array([pack(*p.questions[i % len(p.questions)][1:]) for i in (0, 1)]), np.ones(2)) for p in prompts
+    ]
     batch = collate(rows, max(p.tokens for p in prompts))
     batch.blind[1, 1] = True
     with torch.no_grad():
@@ -72,26 +88,56 @@ def test_a_question_is_encoded_as_the_processor_encodes_it():
             assert len(pack(question, answer)) == BLOCK
 
 
-@pytest.mark.parametrize("category", ["document", "scene"])
-def test_what_grounding_says_of_a_cell_is_there(category):
-    """The answers, from the marks themselves: what covers the middle of what is named lies in the cell of 28 pixels."""
-    from mllm_efficient.eval.builtin.hard import make_item
+NINTHS = {"top": 0, "middle": 1, "bottom": 2, "left": 0, "right": 2}
 
-    for index in range(10):
-        picture = make_item("train", index, category).pictures[0]
-        asked = [g for g in hard_prompt(index, category, np.random.default_rng(index)).grounding if " in row " in g[1]]
-        assert asked
-        for _, question, answer in asked:
-            kind, _, _, row, _, column = question.rstrip("?").split()
-            top, left = (int(row) - 1) * 2 * CELL, (int(column) - 1) * 2 * CELL
-            names = set()
-            for mark in picture.marks:
-                box = mark.box
-                x = (box.left + min(box.right, box.left + 2 * CELL)) // 2 if isinstance(mark, Text) else mark.x
-                y = (box.top + box.bottom) // 2
-                if top <= y < top + 2 * CELL and left <= x < left + 2 * CELL:
-                    names |= {mark.text.lower()} if isinstance(mark, Text) else {mark.colour, mark.shape} if isinstance(mark, Thing) else set()
-            assert answer in names if answer != "nothing" else not names, (question, answer, names)
+
+def middle(mark):
+    """(down, across) in units: of an object, or of a text's first letter."""
+    return ((mark.box.top + mark.box.bottom) / 2, mark.box.left + 10) if isinstance(mark, Text) else (mark.y, mark.x)
+
+
+def named(mark):
+    return {mark.text.lower()} if isinstance(mark, Text) else {mark.colour, mark.shape}
+
+
+@pytest.mark.parametrize("category", ["document", "scene", "screens"])
+def test_what_training_asks_about_places_is_so(category):
+    """Of every ninth, side and neighbour that is asked for, from the marks themselves."""
+    seen = set()
+    for index in range(12):
+        item = make_item("train", index, category)
+        for _, text, answer in hard_prompt(index, category, np.random.default_rng(index)).grounding:
+            question, _, order = text.rstrip("?").partition(" in the ")
+            picture = item.pictures[ORDER.index(order.split()[0]) if order else 0]
+            marks = [m for m in picture.marks if isinstance(m, Text | Thing)]
+            words, height, width = question.split(), 2 * picture.height, 2 * picture.width
+            seen.add(words[1] if words[0] == "word" else words[0])
+            if words[1] == "at":
+                down, across = (NINTHS[w] for w in words[-2:])
+                there = [m for m in marks if int(3 * middle(m)[0] / height) == down and int(3 * middle(m)[1] / width) == across]
+                assert len(there) == 1 and answer in named(there[0])
+            elif words[0] in ("side", "height"):
+                (one,) = [m for m in marks if set(words[2:]) <= named(m)]
+                low = middle(one)[words[0] == "side"] < (height, width)[words[0] == "side"] / 2
+                assert answer == {"side": ("right", "left"), "height": ("bottom", "top")}[words[0]][low]
+            elif words[0] == "is":
+                assert answer == ("yes" if any(set(words[2:]) <= named(m) for m in marks) else "no")
+            elif words[0] == "word":  # right of, below
+                axis = words[1] == "right"
+                (one,) = [m for m in marks if named(m) == {words[-1]}]
+                after = [m for m in marks if isinstance(m, Text) and middle(m)[axis] > middle(one)[axis]]
+                line = [m for m in after if abs(middle(m)[not axis] - middle(one)[not axis]) < 14]
+                assert answer in named(min(line, key=lambda m: middle(m)[axis]))
+            else:  # colour of circle
+                (one,) = [m for m in marks if words[-1] in named(m)]
+                assert {answer, words[-1]} == named(one)
+    assert len(seen) >= 5, seen
+
+
+def test_the_first_pictures_are_small_and_have_something_to_ask():
+    for index in range(30):
+        prompt = tiny_prompt(index, np.random.default_rng(0))
+        assert prompt.draw[0]().shape == (prompt.height, prompt.width, 3) and prompt.tokens <= 12 and prompt.grounding
 
 
 def test_a_prompt_is_of_its_kind_and_its_questions_are_shared_out():

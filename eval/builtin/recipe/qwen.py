@@ -71,7 +71,7 @@ def batch_of(phase: Phase, seed: int, step: int, part: int) -> tuple[Batch, list
     items, names = [], []
     for _ in range(kind.batch):
         prompt = draw_prompt(kind, rng)
-        chosen = picked(prompt, phase.grounding, rng)
+        chosen = picked(prompt, phase.grounding, rng, kind.questions)
         items.append(([draw() for draw in prompt.draw], np.array([c[1] for c in chosen]), np.array([c[2] for c in chosen])))
         names.append([c[0] for c in chosen])
     return collate(items, kind.high, rng), names

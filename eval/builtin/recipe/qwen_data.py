@@ -1,32 +1,34 @@
 """Training prompts of ``builtin-qwen``: benchmark pictures drawn as they are needed, never twice, with their questions packed.
 
-Besides the benchmark's own questions, training asks where things are ("row of the red circle?", "word in row 2 column 1?"),
-as Qwen-VL is trained to ground what it says. That is language alone: no loss looks at the tower's tokens. The questions
-name cells of 28 pixels, counted from 1.
+Besides the benchmark's own questions, training asks where things are and what is beside what ("colour at the top left?",
+"word right of sun?"), as Qwen-VL is trained to ground what it says. That is language alone: no loss looks at the tower's tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..hard import make_item
-from ..hard.canvas import PIXEL, Text
+from ..hard.canvas import PIXEL, Ground, Picture, Text, ink
+from ..hard.crowds import ground, placed
+from ..hard.forms import NAMES, NUMBERS
 from ..questions import CATEGORIES as OLD
 from ..questions import all_questions, benchmark_questions
 from ..qwen_architecture import CELL, VOCABULARY
-from ..scenes import UNITS, Stream, Thing, make_scene
+from ..scenes import COLOURS, SHAPES, UNITS, Stream, Thing, make_scene
 
 HARD = ("document", "chart", "scene", "images", "screens")
 CATEGORIES = (*OLD, *HARD)
 OLD_SIZES = (168, 196, 224)  # pixels at which the first benchmark's scenes are drawn in training
 BLOCK = 17  # tokens of a packed question: at most 12 of text, <|im_end|> <|im_start|> assistant, the answer, <|im_end|>
 QUESTIONS = 10  # of a prompt
+WRITTEN = (*NAMES, *NUMBERS)
 GROUND = "grounding"
 ORDER = ("first", "second", "third")
 Asked = tuple[str, str, str]  # category, question, answer
@@ -65,47 +67,72 @@ def pack(question: str, answer: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Seen:
-    """Something at a cell of a picture, and its names by what they are: a word, or a colour and a shape."""
+    """Something in a picture: its middle in fractions of the picture, and its names by what they are: a word, or a colour and a shape."""
 
-    row: int
-    column: int
+    y: float
+    x: float
     names: tuple[tuple[str, str], ...]
 
     @property
     def name(self) -> str:
         return " ".join(name for _, name in self.names)
 
+    @property
+    def zone(self) -> str:
+        """One of nine."""
+        return f"{('top', 'middle', 'bottom')[int(3 * self.y)]} {('left', 'middle', 'right')[int(3 * self.x)]}"
 
-def grounded(seen: Iterable[Seen], rows: int, columns: int, rng: np.random.Generator, behind: str = "") -> list[Asked]:
-    """What is in a cell, and in which cell something is. behind: what tells one picture of several."""
-    seen = list(seen)
-    places, names = [(s.row, s.column) for s in seen], [s.name for s in seen]
+
+def grounded(seen: Sequence[Seen], rng: np.random.Generator, behind: str = "") -> list[Asked]:
+    """What is where, what is beside what, and what there is. behind: what tells one picture of several."""
+    names, zones = [s.name for s in seen], [s.zone for s in seen]
     out = []
     for s in seen:
-        if places.count((s.row, s.column)) == 1:
-            out += [(GROUND, f"{kind} in row {s.row} column {s.column}{behind}?", name) for kind, name in s.names]
-        if names.count(s.name) == 1 and len(s.names) <= 2:
-            out += [(GROUND, f"row of {s.name}{behind}?", str(s.row)), (GROUND, f"column of {s.name}{behind}?", str(s.column))]
-    kind = "word" if seen and seen[0].names[0][0] == "word" else "shape"
-    for _ in range(1 + len(seen) // 4):
-        row, column = int(rng.integers(rows)) + 1, int(rng.integers(columns)) + 1
-        if all(abs(row - s.row) > 1 or abs(column - s.column) > 2 for s in seen):
-            out.append((GROUND, f"{kind} in row {row} column {column}{behind}?", "nothing"))
+        if zones.count(s.zone) == 1:
+            out += [f"{kind} at the {s.zone}{behind}? {name}" for kind, name in s.names]
+        for (kind, name), (other, wanted) in zip(s.names, s.names[::-1]):
+            if len(s.names) > 1 and sum((kind, name) in t.names for t in seen) == 1:
+                out.append(f"{other} of {name}{behind}? {wanted}")
+        if names.count(s.name) == 1:
+            out += [f"side of {s.name}{behind}? {'left' if s.x < 0.5 else 'right'}"] if abs(s.x - 0.5) > 0.08 else []
+            out += [f"height of {s.name}{behind}? {'top' if s.y < 0.5 else 'bottom'}"] if abs(s.y - 0.5) > 0.08 else []
+        other = _another(s, rng)
+        out += [f"is there {s.name}{behind}? yes", f"is there {other}{behind}? {'yes' if other in names else 'no'}"]
+    out += _beside([s for s in seen if s.names[0][0] == "word" and names.count(s.name) == 1], seen, behind)
+    return [(GROUND, *line.rsplit(" ", 1)) for line in out]
+
+
+def _another(s: Seen, rng: np.random.Generator) -> str:
+    """A name of the same kind, of which one part is another."""
+    among = {"word": WRITTEN, "colour": tuple(COLOURS), "shape": SHAPES}
+    changed = int(rng.integers(len(s.names)))
+    return " ".join(str(rng.choice(among[kind])) if i == changed else name for i, (kind, name) in enumerate(s.names))
+
+
+def _beside(words: Sequence[Seen], seen: Sequence[Seen], behind: str) -> list[str]:
+    """The next word to the right of a word and below it."""
+    out = []
+    for s in words:
+        right = [t for t in seen if t.names[0][0] == "word" and abs(t.y - s.y) < 0.02 and t.x > s.x + 0.02]
+        below = [t for t in seen if t.names[0][0] == "word" and abs(t.x - s.x) < 0.02 and t.y > s.y + 0.02]
+        out += [f"word right of {s.name}{behind}? {min(right, key=lambda t: t.x).name}"] if right else []
+        out += [f"word below {s.name}{behind}? {min(below, key=lambda t: t.y).name}"] if below else []
     return out
 
 
-def _cell(units: int, per_pixel: float) -> int:
-    return int(units / per_pixel // CELL) + 1
-
-
-def _of_mark(mark: Any) -> Seen | None:
+def _of_mark(mark: Any, picture: Picture) -> Seen | None:
+    height, width = PIXEL * picture.height, PIXEL * picture.width
     if isinstance(mark, Text):
         word, box = mark.text.lower(), mark.box
-        middle = min(box.right, box.left + CELL * PIXEL) + box.left  # of its first letters
-        return Seen(_cell((box.top + box.bottom) // 2, PIXEL), _cell(middle // 2, PIXEL), (("word", word),)) if word in VOCABULARY else None
+        left = box.left + 5 * PIXEL  # the first letter's middle: words of one column are of different lengths
+        return Seen((box.top + box.bottom) / 2 / height, left / width, (("word", word),)) if word in VOCABULARY else None
     if isinstance(mark, Thing):
-        return Seen(_cell(mark.y, PIXEL), _cell(mark.x, PIXEL), (("colour", mark.colour), ("shape", mark.shape)))
+        return Seen(mark.y / height, mark.x / width, (("colour", mark.colour), ("shape", mark.shape)))
     return None
+
+
+def _all_seen(picture: Picture) -> list[Seen]:
+    return [s for s in (_of_mark(mark, picture) for mark in picture.marks) if s is not None]
 
 
 def hard_prompt(index: int, category: str, rng: np.random.Generator, split: str = "train") -> Prompt:
@@ -114,50 +141,72 @@ def hard_prompt(index: int, category: str, rng: np.random.Generator, split: str 
     asked = item.questions if split == "train" else item.benchmark
     grounding: list[Asked] = []
     for order, picture in zip(ORDER, item.pictures) if split == "train" else ():
-        seen = [s for s in map(_of_mark, picture.marks) if s is not None]
-        behind = f" of the {order} image" if len(item.pictures) > 1 else ""
-        grounding += grounded(seen, picture.height // CELL, picture.width // CELL, rng, behind)
+        grounding += grounded(_all_seen(picture), rng, f" in the {order} image" if len(item.pictures) > 1 else "")
     draw = tuple(picture.draw for picture in item.pictures)
     return Prompt(first.height, first.width, draw, tuple((category, q.text, q.answer) for q in asked), tuple(grounding))
 
 
 def old_prompt(index: int, size: int, rng: np.random.Generator, split: str = "train") -> Prompt:
     """A scene of the first benchmark."""
-    scene, scale = make_scene(split, index), UNITS / size
+    scene = make_scene(split, index)
     if split == "train":
         found = all_questions(scene, Stream(41, index))
         asked = [(c, q.text, q.answer) for c, questions in found.items() for q in questions]
     else:
         asked = [(q.category, q.text, q.answer) for q in benchmark_questions(scene)]
-    seen = [Seen(_cell(t.y, scale), _cell(t.x, scale), (("colour", t.colour), ("shape", t.shape))) for t in scene.things]
+    seen = [Seen(t.y / UNITS, t.x / UNITS, (("colour", t.colour), ("shape", t.shape))) for t in scene.things]
     for d in scene.digits:
-        b = d.box
-        seen.append(Seen(_cell((b.top + b.bottom) // 2, scale), _cell((b.left + b.right) // 2, scale), (("word", str(d.value)),)))
-    grounding = grounded(seen, size // CELL, size // CELL, rng) if split == "train" else []
+        seen.append(Seen((d.box.top + d.box.bottom) / 2 / UNITS, (d.box.left + d.box.right) / 2 / UNITS, (("word", str(d.value)),)))
+    grounding = grounded(seen, rng) if split == "train" else []
     return Prompt(size, size, (functools.partial(scene.draw, size),), tuple(asked), tuple(grounding))
+
+
+def _words(stream: Stream, rows: int, columns: int, behind: Ground) -> Iterator[Text]:
+    """One to four words on lines of cells, each with two cells of its own and in line with its patches, as documents are set."""
+    places = stream.shuffled([(row, half) for row in range(rows) for half in range(columns // 2)])
+    for row, half in places[: stream.between(1, 4)]:
+        left = half * 2 * CELL + 2 + CELL // 2 * stream.below(2)
+        yield Text(stream.choice(WRITTEN), PIXEL * left, PIXEL * (row * CELL + 7), 2, ink(behind.rgb))
+
+
+def tiny_prompt(index: int, rng: np.random.Generator) -> Prompt:
+    """A picture of a few cells with one to four marks, to begin with: objects, or words on the lines of a document."""
+    stream = Stream(43, index)
+    rows, columns = stream.between(1, 3), stream.between(2, 4)
+    height, width = rows * CELL, columns * CELL
+    behind = ground(stream)
+    if stream.below(2):
+        kinds = [(stream.choice(SHAPES), stream.choice(list(COLOURS))) for _ in range(stream.between(1, min(4, rows * columns // 2)))]
+        marks: tuple[Any, ...] = tuple(placed(stream, height, width, kinds))
+    else:
+        marks = tuple(_words(stream, rows, columns, behind))
+    picture = Picture(height, width, behind, marks)
+    asked = grounded(_all_seen(picture), rng)
+    return Prompt(height, width, (picture.draw,), tuple(asked), tuple(asked))
 
 
 WEIGHTS = {"object": 0.4, "attribute": 1.3, "count": 0.8, "position": 1.5, "presence": 1.3, "reading": 1.0, "comparison": 1.3}
 
 
-def picked(prompt: Prompt, grounding: float, rng: np.random.Generator) -> list[tuple[str, tuple[int, ...], float]]:
-    """``QUESTIONS`` of a prompt as (category, block, weight): a share of grounding, and of the rest as much of each category as
+def picked(prompt: Prompt, grounding: float, rng: np.random.Generator, count: int = QUESTIONS) -> list[tuple[str, tuple[int, ...], float]]:
+    """Some questions of a prompt as (category, block, weight): a share of grounding, and of the rest as much of each category as
     there is of others."""
-    own, ground = list(prompt.questions), list(prompt.grounding)
+    own, about = list(prompt.questions), list(prompt.grounding)
     by_category: dict[str, list[Asked]] = {}
     for asked in own:
         by_category.setdefault(asked[0], []).append(asked)
     chosen: list[Asked] = []
-    wanted = QUESTIONS - int(rng.binomial(QUESTIONS, grounding)) if ground else QUESTIONS
+    wanted = count - int(rng.binomial(count, grounding)) if about else count
     piles = [list(pile) for pile in by_category.values()]
     for pile in piles:
         rng.shuffle(pile)
     while len(chosen) < wanted and any(piles):
         chosen += [pile.pop() for pile in piles if pile]
     chosen = chosen[:wanted]
-    while len(chosen) < QUESTIONS:
-        pool = ground or own
-        chosen.append(pool[int(rng.integers(len(pool)))])
+    rng.shuffle(about)
+    while len(chosen) < count:
+        pool = about or own
+        chosen += pool[: count - len(chosen)]
     return [(c, pack(q, a), WEIGHTS.get(c, 1.0)) for c, q, a in chosen]
 
 
@@ -176,6 +225,8 @@ def draw_prompt(kind: Kind, rng: np.random.Generator) -> Prompt:
     while True:
         category = kind.categories[int(rng.integers(len(kind.categories)))]
         index = int(rng.integers(1 << 30))
+        if category == "tiny":
+            return tiny_prompt(index, rng)
         if category == "old":
             sizes = [s for s in (140, *OLD_SIZES) if kind.low < (s // CELL) ** 2 <= kind.high]
             if sizes:

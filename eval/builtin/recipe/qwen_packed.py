@@ -97,7 +97,8 @@ def collate(items: list[tuple[list[np.ndarray], np.ndarray, np.ndarray]], tokens
         where, behind = prefix_positions(rows // MERGE, columns // MERGE, c, tokens)
         positions.append(where)
         first.append(behind)
-    blocks = torch.from_numpy(np.stack([item[1] for item in items])).long()
+    packed = np.stack([item[1] for item in items])
+    blocks = torch.from_numpy(packed[:, :, (packed != 0).any((0, 1)).argmax() :]).long()  # no longer than the longest
     blind = torch.zeros(blocks.shape[:2], dtype=torch.bool)
     if rng is not None:
         blind = torch.from_numpy(rng.random(blocks.shape[:2]) < 0.02)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .qwen_data import Kind
 
 
 @dataclass(frozen=True)
 class Drawn(Kind):
-    """batch: prompts of a micro-batch. share: how likely it is, over those of the phase."""
+    """batch: prompts of a micro-batch, with so many questions each. share: how likely it is, over those of the phase."""
 
     batch: int = 16
     share: float = 1.0
+    questions: int = 10
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Phase:
     kinds: tuple[Drawn, ...]
 
 
+TINY = Drawn(("tiny",), 1, 0, 12, 40, 1.0, 6)
 ONE = ("old", "old", "old", "document", "document", "chart", "scene", "scene")
 PHASES = (
-    Phase(600, 2, 0.6, (Drawn(ONE, 1, 0, 25, 20),)),
-    Phase(900, 2, 0.4, (
-        Drawn(ONE, 1, 0, 36, 16, 0.55), Drawn(ONE, 1, 36, 64, 12, 0.2),
-        Drawn(("images",), 2, 0, 36, 10, 0.1), Drawn(("images",), 3, 0, 36, 8, 0.08), Drawn(("screens",), 2, 0, 64, 8, 0.07),
+    Phase(500, 2, 1.0, (TINY,)),
+    Phase(500, 2, 0.5, (replace(TINY, share=0.3), Drawn(ONE, 1, 0, 36, 16, 0.7))),
+    Phase(800, 2, 0.35, (
+        replace(TINY, share=0.08), Drawn(ONE, 1, 0, 36, 16, 0.5), Drawn(ONE, 1, 36, 64, 12, 0.2),
+        Drawn(("images",), 2, 0, 36, 10, 0.08), Drawn(("images",), 3, 0, 36, 8, 0.07), Drawn(("screens",), 2, 0, 64, 8, 0.07),
     )),
     Phase(2100, 2, 0.2, (
         Drawn(ONE, 1, 0, 36, 16, 0.3), Drawn(ONE, 1, 36, 64, 12, 0.25), Drawn(ONE, 1, 64, 144, 6, 0.1),
