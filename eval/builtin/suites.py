@@ -10,7 +10,7 @@ import numpy as np
 
 from mllm_efficient.errors import MllmEfficientError
 
-from . import architecture, questions, qwen_architecture, suite
+from . import architecture, chat, questions, suite
 from .architecture import WORDS
 from .hard import forms, vocabulary
 from .hard import suite as hard
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # of the embedded models, which are trained on these benchmarks alone: vocabulary, and pixels of the first benchmark's square pictures
 TRAINED = (
     (architecture.VOCABULARY, architecture.IMAGE_SIZE),
-    (qwen_architecture.VOCABULARY, qwen_architecture.IMAGE_SIZE),
+    (chat.VOCABULARY, chat.IMAGE_SIZE),
 )
 VIDEO = "video"  # the category of videos
 

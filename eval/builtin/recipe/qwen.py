@@ -1,146 +1,53 @@
 """Trains ``builtin-qwen`` from nothing on two CPU cores, by the language model's loss alone.
 
-    python -m mllm_efficient.eval.builtin.recipe.qwen --output-dir OUT [--seed 0] [--minutes 600]
-
-Pictures grow over the phases of ``qwen_schedule.py``. The run saves itself every few minutes and the same command goes on;
---minutes ends this start earlier. OUTPUT_DIR/log.jsonl has losses, hits and validation by steps and seconds of processor
-time; OUTPUT_DIR/model is the model as it is shipped, written at the end and by --publish at any time.
+python -m mllm_efficient.eval.builtin.recipe.qwen --output-dir OUT [--minutes 60]
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from .muon import Muon
-from .qwen_data import CATEGORIES, GROUND, draw_prompt, picked
-from .qwen_eval import publish, validate
-from .qwen_packed import Batch, PackedQwen, collate
-from .qwen_schedule import PHASES, Phase, phase_of, rate
-from .qwen_state import Log, restore, save
+from .. import qwen_architecture
+from .instrument import Recipe, main
+from .phases import Drawn, Phase
+from .prompts import HARD, OLD, Kind
+from .qwen_packed import PackedQwen, arranged
 
-LOG_EVERY, SAVE_SECONDS, VAL_EVERY = 20, 180, 300
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the clock, of this start")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every phase")
-    parser.add_argument("--publish", action="store_true", help="write OUTPUT_DIR/model from the last checkpoint and end")
-    parser.add_argument("--threads", type=int, default=2, help="micro-batches at a time; the result is the same")
-    parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed)")
-    return parser.parse_args(argv)
-
-
-def new_model(seed: int, compiled: bool) -> PackedQwen:
-    """A fresh model with bfloat16 activations; its weights are float32."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    from ..qwen_architecture import build_config
-
-    torch.manual_seed(seed)
-    return PackedQwen(Qwen3VLForConditionalGeneration(build_config()).train(), torch.bfloat16, compiled)
+TINY = Drawn(("tiny",), 1, 0, 12, 40, 1.0, 6)
+ONE = ("old", "old", "old", "document", "document", "chart", "scene", "scene")
+PHASES = (
+    Phase(500, 2, 1.0, (TINY,)),
+    Phase(500, 2, 0.5, (replace(TINY, share=0.3), Drawn(ONE, 1, 0, 36, 16, 0.7))),
+    Phase(800, 2, 0.35, (
+        replace(TINY, share=0.08), Drawn(ONE, 1, 0, 36, 16, 0.5), Drawn(ONE, 1, 36, 64, 12, 0.2),
+        Drawn(("images",), 2, 0, 36, 10, 0.08), Drawn(("images",), 3, 0, 36, 8, 0.07), Drawn(("screens",), 2, 0, 64, 8, 0.07),
+    )),
+    Phase(2100, 2, 0.2, (
+        Drawn(ONE, 1, 0, 36, 16, 0.3), Drawn(ONE, 1, 36, 64, 12, 0.25), Drawn(ONE, 1, 64, 144, 6, 0.1),
+        Drawn(("images",), 2, 0, 64, 8, 0.1), Drawn(("images",), 3, 0, 64, 6, 0.1),
+        Drawn(("screens",), 2, 0, 72, 6, 0.08), Drawn(("screens",), 3, 0, 72, 4, 0.07),
+    )),
+)  # fmt: skip
 
 
-def optimisers(packed: PackedQwen) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, the first layer of the tower, norms and biases."""
-    tables = {id(p) for m in packed.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    hidden = [p for p in packed.parameters() if p.ndim == 2 and id(p) not in tables]
-    taken = {id(p) for p in hidden}
-    rest = [p for p in packed.parameters() if id(p) not in taken]
-    return [
-        torch.optim.AdamW([{"params": rest, "base": 2e-3}], betas=(0.9, 0.95), weight_decay=0.02),
-        Muon([{"params": hidden, "base": 5e-3}], lr=5e-3, weight_decay=0.02),
-    ]
+def shown(prompts: Sequence[Sequence[np.ndarray]], kind: Kind) -> Any:
+    return arranged(prompts, kind.high)
 
 
-def batch_of(phase: Phase, seed: int, step: int, part: int) -> tuple[Batch, list[list[str]]]:
-    """Micro-batch number ``part`` of a step, the same on every run, and its categories by item and question."""
-    rng = np.random.default_rng([seed, step, part])
-    kinds = phase.kinds
-    kind = kinds[int(rng.choice(len(kinds), p=np.array([k.share for k in kinds]) / sum(k.share for k in kinds)))]
-    items, names = [], []
-    for _ in range(kind.batch):
-        prompt = draw_prompt(kind, rng)
-        chosen = picked(prompt, phase.grounding, rng, kind.questions)
-        items.append(([draw() for draw in prompt.draw], np.array([c[1] for c in chosen]), np.array([c[2] for c in chosen])))
-        names.append([c[0] for c in chosen])
-    return collate(items, kind.high, rng), names
-
-
-def gradients(packed: PackedQwen, phase: Phase, seed: int, step: int, part: int) -> tuple[float, list[Tensor], dict[str, list[int]]]:
-    """The loss of one micro-batch, its gradients in the order of the parameters, and [right, asked] by category."""
-    batch, names = batch_of(phase, seed, step, part)
-    loss, hits = packed.loss(batch)
-    found = torch.autograd.grad(loss, list(packed.parameters()))
-    tally: dict[str, list[int]] = {}
-    for row, right in zip(names, hits.tolist()):
-        for name, hit in zip(row, right):
-            pair = tally.setdefault(name, [0, 0])
-            pair[0] += hit
-            pair[1] += 1
-    return loss.item(), list(found), tally
-
-
-def main(argv=None) -> int:
-    args = parse(argv)
-    torch.set_num_threads(1)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    packed = new_model(args.seed, not args.eager)
-    opts = optimisers(packed)
-    state = args.output_dir / "state.safetensors"
-    first, spent = restore(packed, opts, state)
-    if args.publish:
-        publish(packed.model, args.output_dir / "model")
-        return 0
-    log = Log(args.output_dir / "log.jsonl", first, spent)
-    began = saved = time.monotonic()
-    parameters = list(packed.parameters())
-    pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
-    total = round(sum(p.steps for p in PHASES) * args.steps_scale)
-    tally: dict[str, tuple[int, int]] = {}
-    losses: list[float] = []
-    for step in range(first, total):
-        phase = phase_of(step / args.steps_scale)
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = group["base"] * rate(step, total)
-        work = functools.partial(gradients, packed, phase, args.seed, step)
-        parts = [work(0), *pool.map(work, range(1, phase.parts))] if step == first else list(pool.map(work, range(phase.parts)))
-        for p, *found in zip(parameters, *(part[1] for part in parts)):
-            p.grad = sum(found[1:], found[0]) / phase.parts
-        for loss, _, counted in parts:
-            losses.append(loss)
-            for name, (right, asked) in counted.items():
-                before = tally.get(name, (0, 0))
-                tally[name] = (before[0] + right, before[1] + asked)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for opt in opts:
-            opt.step()
-        if step % LOG_EVERY == LOG_EVERY - 1 or step == total - 1:
-            shown = {c: round(100 * tally[c][0] / tally[c][1]) for c in (*CATEGORIES, GROUND) if c in tally}
-            log(step=step + 1, loss=round(float(np.mean(losses)), 4), hits=shown)
-            tally, losses = {}, []
-        if step % VAL_EVERY == VAL_EVERY - 1 or step == total - 1:
-            log(step=step + 1, val=validate(packed))
-        over = (time.monotonic() - began) / 60 >= args.minutes
-        if time.monotonic() - saved > SAVE_SECONDS or step == total - 1 or over:
-            save(packed, opts, state, step + 1, log.seconds)
-            saved = time.monotonic()
-        if over:
-            return 0
-    publish(packed.model, args.output_dir / "model")
-    return 0
-
+RECIPE = Recipe(
+    "builtin-qwen",
+    qwen_architecture.build_model,
+    PackedQwen,
+    shown,
+    qwen_architecture.save,
+    PHASES,
+    (*OLD, *HARD),
+    buckets=(36, 64, 100, 144),
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(RECIPE, __doc__))

@@ -1,19 +1,23 @@
-"""The trainer of builtin-qwen: a packed forward equal to the stock model, questions that are right, a run that resumes."""
+"""The trainer of the later embedded models: a packed forward equal to the stock model, questions that are right, a run that resumes."""
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mllm_efficient.eval.builtin.chat import VOCABULARY, build_tokenizer
 from mllm_efficient.eval.builtin.hard import make_item
 from mllm_efficient.eval.builtin.hard.canvas import Text
-from mllm_efficient.eval.builtin.qwen_architecture import VOCABULARY, build_config, build_tokenizer
-from mllm_efficient.eval.builtin.recipe import qwen, qwen_schedule
-from mllm_efficient.eval.builtin.recipe.qwen_data import (
+from mllm_efficient.eval.builtin.recipe import instrument, qwen
+from mllm_efficient.eval.builtin.recipe.packed_language import questions
+from mllm_efficient.eval.builtin.recipe.phases import Drawn, Phase, phase_of, rate
+from mllm_efficient.eval.builtin.recipe.prompts import (
     BLOCK,
     GROUND,
     HARD,
@@ -27,56 +31,52 @@ from mllm_efficient.eval.builtin.recipe.qwen_data import (
     picked,
     tiny_prompt,
 )  # fmt: skip
-from mllm_efficient.eval.builtin.recipe.qwen_eval import publish
-from mllm_efficient.eval.builtin.recipe.qwen_packed import PackedQwen, collate
-from mllm_efficient.eval.builtin.recipe.qwen_schedule import Drawn, Phase, rate
-from mllm_efficient.eval.builtin.recipe.qwen_state import Log
+from mllm_efficient.eval.builtin.recipe.state import Log
+from mllm_efficient.eval.builtin.recipe.validation import publish
 from mllm_efficient.eval.builtin.scenes import Thing
 from mllm_efficient.loading.models import ModelOptions, load
 
-
-@pytest.fixture(scope="module")
-def rough():
-    """A random model whose attention is not flat."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(build_config()).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p += 0.05 * torch.randn_like(p)
-    return model
+RECIPES = {"qwen": qwen.RECIPE}
 
 
 @pytest.fixture(scope="module")
-def loaded(rough, tmp_path_factory):
-    """The same as users load it: published, in half precision on disk."""
-    folder = tmp_path_factory.mktemp("qwen")
-    publish(rough, folder)
-    return load(ModelOptions(model=str(folder)))
+def loaded(tmp_path_factory):
+    """A random model whose attention is not flat, as users load it: published, in half precision on disk."""
+
+    @functools.cache
+    def made(name):
+        torch.manual_seed(0)
+        model = RECIPES[name].model().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.ndim > 1:
+                    p += 0.05 * torch.randn_like(p)
+        folder = tmp_path_factory.mktemp(name)
+        publish(model, RECIPES[name].processor, folder)
+        return load(ModelOptions(model=str(folder)))
+
+    return made
 
 
-@pytest.mark.parametrize("category, sizes", [("document", 2), ("images", 1), ("screens", 1)])
-def test_the_packed_forward_equals_the_stock_model_on_processed_prompts(loaded, category, sizes):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("category", ["document", "images", "screens"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_packed_forward_equals_the_stock_model_on_processed_prompts(loaded, name, category):
+    model, recipe, rng = loaded(name), RECIPES[name], np.random.default_rng(0)
     prompts = [hard_prompt(i, category, rng, "val") for i in range(8)]
     prompts = [p for p in prompts if len(p.draw) == len(prompts[0].draw)][:2]
-    assert len({(p.height, p.width) for p in prompts}) >= sizes
-    rows = [
-        ([draw() for draw in p.draw], np.array([pack(*p.questions[i % len(p.questions)][1:]) for i in (0, 1)]), np.ones(2)) for p in prompts
-    ]
-    batch = collate(rows, max(p.tokens for p in prompts))
-    batch.blind[1, 1] = True
+    assert category != "document" or len({(p.height, p.width) for p in prompts}) == 2
+    asked = questions(np.array([[pack(*p.questions[i % len(p.questions)][1:]) for i in (0, 1)] for p in prompts]), np.ones((2, 2)))
+    asked.blind[1, 1] = True
     with torch.no_grad():
-        packed = PackedQwen(loaded.model).answer(batch)
+        shown = recipe.shown([[draw() for draw in p.draw] for p in prompts], Kind((category,), 1, 0, max(p.tokens for p in prompts)))
+        packed = recipe.packed(model.model).answer(shown, asked)
         for i, prompt in enumerate(prompts):
             pictures = [Image.fromarray(draw()) for draw in prompt.draw]
             for j in (0, 1):
                 question, answer = prompt.questions[j % len(prompt.questions)][1:]
-                seen = [] if batch.blind[i, j] else pictures
-                inputs = loaded.inputs([loaded.prompt(question, len(seen)) + answer], seen)
-                torch.testing.assert_close(packed[i, j], loaded.model(**inputs).logits[0, -2:], atol=2e-5, rtol=0)
+                seen = [] if asked.blind[i, j] else pictures
+                inputs = model.inputs([model.prompt(question, len(seen)) + answer], seen)
+                torch.testing.assert_close(packed[i, j], model.model(**inputs).logits[0, -2:], atol=2e-5, rtol=0)
 
 
 def test_a_question_is_encoded_as_the_processor_encodes_it():
@@ -151,22 +151,30 @@ def test_a_prompt_is_of_its_kind_and_its_questions_are_shared_out():
         assert all(category == GROUND for category, _, _ in picked(prompt, 1.0, rng))
 
 
+def test_a_phase_lasts_its_steps():
+    short, long = (Phase(steps, 1, 0.0, ()) for steps in (2, 3))
+    assert [phase_of((short, long), step) for step in range(6)] == [short] * 2 + [long] * 4
+
+
 def test_the_rate_warms_up_stays_and_falls():
     rates = [rate(step, 1000) for step in range(1000)]
     assert rates[0] < 0.02 and rates[100:650] == [1.0] * 550 and rates[-1] < 0.03 and sorted(rates[700:], reverse=True) == rates[700:]
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(qwen_schedule, "PHASES", (Phase(3, 2, 0.5, (Drawn(("chart",), 1, 0, 36, 2, 1.0),)),))
-    monkeypatch.setattr(qwen, "PHASES", qwen_schedule.PHASES)
-    monkeypatch.setattr(qwen, "validate", lambda packed: {})
-    monkeypatch.setattr(qwen, "LOG_EVERY", 1)
+    recipe = replace(qwen.RECIPE, phases=(Phase(3, 2, 0.5, (Drawn(("chart",), 1, 0, 36, 2, 1.0),)),))
+    monkeypatch.setattr(instrument, "validate", lambda *args: {})
+    monkeypatch.setattr(instrument, "LOG_EVERY", 1)
+
+    def run(*arguments: str) -> int:
+        return instrument.main(recipe, "", ["--eager", *arguments])
+
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert qwen.main(["--output-dir", str(whole), "--eager"]) == 0
+    assert run("--output-dir", str(whole)) == 0
     for _ in range(3):  # every start is out of time after one step
-        assert qwen.main(["--output-dir", str(parts), "--eager", "--minutes", "0"]) == 0
+        assert run("--output-dir", str(parts), "--minutes", "0") == 0
     assert not (parts / "model").exists()  # the last start ran out of time, too
-    assert qwen.main(["--output-dir", str(parts), "--eager", "--publish"]) == 0
+    assert run("--output-dir", str(parts), "--publish") == 0
     assert (parts / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
     steps = [json.loads(line)["step"] for line in (parts / "log.jsonl").read_text().splitlines()]
     assert steps == [json.loads(line)["step"] for line in (whole / "log.jsonl").read_text().splitlines()]

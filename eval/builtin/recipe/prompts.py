@@ -1,7 +1,7 @@
-"""Training prompts of ``builtin-qwen``: benchmark pictures drawn as they are needed, never twice, with their questions packed.
+"""Training prompts of the embedded models: benchmark pictures drawn as they are needed, never twice, with their questions packed.
 
 Besides the benchmark's own questions, training asks where things are and what is beside what ("colour at the top left?",
-"word right of sun?"), as Qwen-VL is trained to ground what it says. That is language alone: no loss looks at the tower's tokens.
+"word right of sun?"), as VLMs are trained to ground what they say. That is language alone: no loss looks at the tower's tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ..chat import CELL, END, TURN, VOCABULARY
 from ..hard import make_item
 from ..hard.canvas import PIXEL, Ground, Picture, Text, ink
 from ..hard.crowds import ground, placed
 from ..hard.forms import NAMES, NUMBERS
 from ..questions import CATEGORIES as OLD
 from ..questions import all_questions, benchmark_questions
-from ..qwen_architecture import CELL, VOCABULARY
 from ..scenes import COLOURS, SHAPES, UNITS, Stream, Thing, make_scene
 
 HARD = ("document", "chart", "scene", "images", "screens")
@@ -58,8 +58,7 @@ def encode(text: str) -> list[int]:
 @functools.lru_cache(maxsize=200_000)
 def pack(question: str, answer: str) -> tuple[int, ...]:
     """One question as ``BLOCK`` ids, padded on the left."""
-    turn = [VOCABULARY[w] for w in ("<|im_end|>", "<|im_start|>", "assistant")]
-    ids = [*encode(question), *turn, VOCABULARY[answer], VOCABULARY["<|im_end|>"]]
+    ids = [*encode(question), *(VOCABULARY[w] for w in (*TURN, answer, END))]
     if len(ids) > BLOCK:
         raise ValueError(f"longer than {BLOCK} tokens: {question}")
     return (*[0] * (BLOCK - len(ids)), *ids)

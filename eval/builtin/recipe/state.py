@@ -1,4 +1,4 @@
-"""Checkpoints and the log of ``qwen.py``."""
+"""Checkpoints and the log of a training run of an embedded model."""
 
 from __future__ import annotations
 
