@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_efficient.eval.builtin.chat import VOCABULARY, build_tokenizer
+from mllm_efficient.eval.builtin.chat import USER, VOCABULARY, build_tokenizer
 from mllm_efficient.eval.builtin.hard import make_item
 from mllm_efficient.eval.builtin.hard.canvas import Text
-from mllm_efficient.eval.builtin.recipe import instrument, qwen
+from mllm_efficient.eval.builtin.recipe import instrument, qwen, tiles
+from mllm_efficient.eval.builtin.recipe.llava_packed import PackedLlava
 from mllm_efficient.eval.builtin.recipe.packed_language import questions
 from mllm_efficient.eval.builtin.recipe.phases import Drawn, Phase, phase_of, rate
 from mllm_efficient.eval.builtin.recipe.prompts import (
@@ -23,6 +24,7 @@ from mllm_efficient.eval.builtin.recipe.prompts import (
     HARD,
     ORDER,
     QUESTIONS,
+    VIDEO,
     Kind,
     draw_prompt,
     encode,
@@ -36,7 +38,7 @@ from mllm_efficient.eval.builtin.recipe.validation import publish
 from mllm_efficient.eval.builtin.scenes import Thing
 from mllm_efficient.loading.models import ModelOptions, load
 
-RECIPES = {"qwen": qwen.RECIPE}
+RECIPES = {"qwen": qwen.RECIPE, "tiles": tiles.RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,20 @@ def test_the_packed_forward_equals_the_stock_model_on_processed_prompts(loaded, 
                 seen = [] if asked.blind[i, j] else pictures
                 inputs = model.inputs([model.prompt(question, len(seen)) + answer], seen)
                 torch.testing.assert_close(packed[i, j], model.model(**inputs).logits[0, -2:], atol=2e-5, rtol=0)
+
+
+def test_the_packed_forward_equals_the_stock_model_on_videos():
+    torch.manual_seed(0)
+    model, prompt = video.RECIPE.model().eval(), hard_prompt(0, VIDEO, np.random.default_rng(0), "val")
+    shown = video.RECIPE.shown([[draw() for draw in prompt.draw]], Kind((VIDEO,), 8, 0, 36))
+    block = pack(*prompt.questions[0][1:])
+    with torch.no_grad():
+        packed = PackedLlava(model).answer(shown, questions(np.array([[block]]), np.ones((1, 1))))
+        tokens = len(model.model.get_video_features(shown.pixels).pooler_output[0])
+        ids = torch.tensor([[*(VOCABULARY[w] for w in USER), *[VOCABULARY["<|video_pad|>"]] * tokens, *(w for w in block if w)]])
+        stock = model(input_ids=ids, pixel_values_videos=shown.pixels).logits[0, -3:-1]
+    assert tokens == 8 * 16 + 1
+    torch.testing.assert_close(packed[0, 0], stock, atol=2e-5, rtol=0)
 
 
 def test_a_question_is_encoded_as_the_processor_encodes_it():

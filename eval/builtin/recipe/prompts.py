@@ -23,6 +23,7 @@ from ..questions import CATEGORIES as OLD
 from ..questions import all_questions, benchmark_questions
 from ..scenes import COLOURS, SHAPES, UNITS, Stream, Thing, make_scene
 
+VIDEO = "video"
 HARD = ("document", "chart", "scene", "images", "screens")
 CATEGORIES = (*OLD, *HARD)
 OLD_SIZES = (168, 196, 224)  # pixels at which the first benchmark's scenes are drawn in training
@@ -139,7 +140,7 @@ def hard_prompt(index: int, category: str, rng: np.random.Generator, split: str 
     first = item.pictures[0]
     asked = item.questions if split == "train" else item.benchmark
     grounding: list[Asked] = []
-    for order, picture in zip(ORDER, item.pictures) if split == "train" else ():
+    for order, picture in zip(ORDER, item.pictures) if split == "train" and not item.video else ():
         grounding += grounded(_all_seen(picture), rng, f" in the {order} image" if len(item.pictures) > 1 else "")
     draw = tuple(picture.draw for picture in item.pictures)
     return Prompt(first.height, first.width, draw, tuple((category, q.text, q.answer) for q in asked), tuple(grounding))
