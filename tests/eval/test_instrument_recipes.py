@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_efficient.eval.builtin.chat import USER, VOCABULARY, build_tokenizer
 from mllm_efficient.eval.builtin.hard import make_item
 from mllm_efficient.eval.builtin.hard.canvas import Text
-from mllm_efficient.eval.builtin.recipe import instrument, qwen, tiles
+from mllm_efficient.eval.builtin.recipe import instrument, qwen, tiles, video
 from mllm_efficient.eval.builtin.recipe.llava_packed import PackedLlava
 from mllm_efficient.eval.builtin.recipe.packed_language import questions
 from mllm_efficient.eval.builtin.recipe.phases import Drawn, Phase, phase_of, rate
@@ -174,7 +174,7 @@ def test_a_phase_lasts_its_steps():
 
 def test_the_rate_warms_up_stays_and_falls():
     rates = [rate(step, 1000) for step in range(1000)]
-    assert rates[0] < 0.02 and rates[100:650] == [1.0] * 550 and rates[-1] < 0.03 and sorted(rates[700:], reverse=True) == rates[700:]
+    assert rates[0] < 0.02 and rates[100:750] == [1.0] * 650 and rates[-1] < 0.03 and sorted(rates[740:], reverse=True) == rates[740:]
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def parse(doc, argv=None):
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of the clock, of this start")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies the steps of every phase")
+    parser.add_argument("--steps", type=int, help="end here instead, the rate falling before; default: all steps of the phases")
     parser.add_argument("--publish", action="store_true", help="write OUTPUT_DIR/model from the last checkpoint and end")
     parser.add_argument("--threads", type=int, default=2, help="micro-batches at a time; the result is the same")
     parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed)")
@@ -132,11 +132,11 @@ def main(recipe: Recipe, doc: str | None, argv=None) -> int:
     began = saved = time.monotonic()
     parameters = list(packed.parameters())
     pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
-    total = round(sum(p.steps for p in recipe.phases) * args.steps_scale)
+    total = args.steps or sum(p.steps for p in recipe.phases)
     tally: dict[str, tuple[int, int]] = {}
     losses: list[float] = []
     for step in range(first, total):
-        phase = phase_of(recipe.phases, step / args.steps_scale)
+        phase = phase_of(recipe.phases, step)
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = group["base"] * rate(step, total)

@@ -27,10 +27,10 @@ class Phase:
     kinds: tuple[Drawn, ...]
 
 
-WARM, DECAY = 60, 0.3  # steps; share of the steps over which the rate falls to nothing
+WARM, DECAY = 60, 0.25  # steps; share of the steps over which the rate falls to nothing
 
 
-def phase_of(phases: Sequence[Phase], step: float) -> Phase:
+def phase_of(phases: Sequence[Phase], step: int) -> Phase:
     for phase in phases:
         if step < phase.steps:
             return phase

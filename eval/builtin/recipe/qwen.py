@@ -20,16 +20,16 @@ from .qwen_packed import PackedQwen, arranged
 TINY = Drawn(("tiny",), 1, 0, 12, 40, 1.0, 6)
 ONE = ("old", "old", "old", "document", "document", "chart", "scene", "scene")
 PHASES = (
-    Phase(500, 2, 1.0, (TINY,)),
-    Phase(500, 2, 0.5, (replace(TINY, share=0.3), Drawn(ONE, 1, 0, 36, 16, 0.7))),
-    Phase(800, 2, 0.35, (
-        replace(TINY, share=0.08), Drawn(ONE, 1, 0, 36, 16, 0.5), Drawn(ONE, 1, 36, 64, 12, 0.2),
-        Drawn(("images",), 2, 0, 36, 10, 0.08), Drawn(("images",), 3, 0, 36, 8, 0.07), Drawn(("screens",), 2, 0, 64, 8, 0.07),
+    Phase(400, 2, 1.0, (TINY,)),
+    Phase(350, 2, 0.4, (replace(TINY, share=0.25), Drawn(ONE, 1, 0, 36, 16, 0.75))),
+    Phase(500, 2, 0.3, (
+        replace(TINY, share=0.06), Drawn(ONE, 1, 0, 36, 16, 0.44), Drawn(ONE, 1, 36, 64, 12, 0.2),
+        Drawn(("images",), 2, 0, 36, 10, 0.1), Drawn(("images",), 3, 0, 36, 8, 0.1), Drawn(("screens",), 2, 0, 64, 8, 0.1),
     )),
-    Phase(2100, 2, 0.2, (
-        Drawn(ONE, 1, 0, 36, 16, 0.3), Drawn(ONE, 1, 36, 64, 12, 0.25), Drawn(ONE, 1, 64, 144, 6, 0.1),
+    Phase(2750, 2, 0.15, (
+        Drawn(ONE, 1, 0, 36, 16, 0.22), Drawn(ONE, 1, 36, 64, 12, 0.2), Drawn(ONE, 1, 64, 144, 6, 0.16),
         Drawn(("images",), 2, 0, 64, 8, 0.1), Drawn(("images",), 3, 0, 64, 6, 0.1),
-        Drawn(("screens",), 2, 0, 72, 6, 0.08), Drawn(("screens",), 3, 0, 72, 4, 0.07),
+        Drawn(("screens",), 2, 0, 144, 5, 0.11), Drawn(("screens",), 3, 0, 144, 3, 0.11),
     )),
 )  # fmt: skip
 
