@@ -33,8 +33,9 @@ from mllm_efficient.eval.builtin.recipe.prompts import (
     picked,
     tiny_prompt,
 )  # fmt: skip
+from mllm_efficient.eval.builtin.recipe.qwen_packed import PackedQwen
 from mllm_efficient.eval.builtin.recipe.state import Log
-from mllm_efficient.eval.builtin.recipe.validation import publish
+from mllm_efficient.eval.builtin.recipe.validation import Asked, publish, validate
 from mllm_efficient.eval.builtin.scenes import Thing
 from mllm_efficient.loading.models import ModelOptions, load
 
@@ -165,6 +166,19 @@ def test_a_prompt_is_of_its_kind_and_its_questions_are_shared_out():
         chosen = picked(prompt, 0.0, rng)
         assert len(chosen) == QUESTIONS and any(category != GROUND for category, _, _ in chosen)
         assert all(category == GROUND for category, _, _ in picked(prompt, 1.0, rng))
+
+
+def test_the_test_is_of_other_pictures_or_of_none_where_that_is_asked(loaded):
+    """Pictures of another prompt are shown with their own sizes, and a question without any is the same for all prompts."""
+    model, categories = loaded("qwen").model, ("images", "chart")
+    about = Asked(qwen.RECIPE.shown, categories, (64, 144), "val", 0, 5)
+    own, other = (replace(about, pictures=which).prompts() for which in ("own", "another"))
+    assert [p.questions for p in own] == [p.questions for p in other]
+    assert all(a.draw is not b.draw and len(a.draw) == len(b.draw) for a, b in zip(own[5:], other[5:]))  # charts
+    assert all(b.draw[0]().shape == (b.height, b.width, 3) for b in other)
+    assert sorted(len(b) for b in about.batches()) and sum(len(b) for b in about.batches()) == 10
+    scores = validate(PackedQwen(model), replace(about, pictures="none"))
+    assert set(scores) == {"macro", *categories}
 
 
 def test_a_phase_lasts_its_steps():

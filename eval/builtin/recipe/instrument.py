@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mllm_efficient.loading.models import ModelOptions, load
+
 from .muon import Muon
 from .packed_language import PackedLanguage, Questions, questions
 from .phases import Phase, phase_of, rate
 from .prompts import GROUND, Kind, draw_prompt, picked
 from .state import Log, restore, save
-from .validation import publish, validate
+from .validation import Asked, publish, validate
 
 LOG_EVERY, SAVE_SECONDS, VAL_EVERY = 20, 180, 300
+TEST_SCENES, TEST_ITEMS = 600, 300
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def parse(doc, argv=None):
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of the clock, of this start")
     parser.add_argument("--steps", type=int, help="end here instead, the rate falling before; default: all steps of the phases")
     parser.add_argument("--publish", action="store_true", help="write OUTPUT_DIR/model from the last checkpoint and end")
+    parser.add_argument("--test", action="store_true", help="print what OUTPUT_DIR/model scores on the test split, and its floors, and end")
     parser.add_argument("--threads", type=int, default=2, help="micro-batches at a time; the result is the same")
     parser.add_argument("--eager", action="store_true", help="do not compile (no C++ compiler is needed)")
     return parser.parse_args(argv)
@@ -117,10 +122,21 @@ def mean_gradient(parts: Sequence[Tensor | None]) -> Tensor | None:
     return sum(there[1:], there[0]) / len(parts) if there else None
 
 
+def tested(recipe: Recipe, folder: Path) -> int:
+    """Prints percent right on the test split by category: with a prompt's pictures, with those of another, and with none."""
+    model = load(ModelOptions(model=str(folder), device="cpu")).model
+    for pictures in ("own", "another", "none"):
+        about = Asked(recipe.shown, recipe.categories, recipe.buckets, "test", TEST_SCENES, TEST_ITEMS, pictures)
+        print(json.dumps({"pictures": pictures, **validate(recipe.packed(model), about)}), flush=True)
+    return 0
+
+
 def main(recipe: Recipe, doc: str | None, argv=None) -> int:
     args = parse(doc, argv)
     torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.test:
+        return tested(recipe, args.output_dir / "model")
     packed = new_model(recipe, args.seed, not args.eager)
     opts = optimisers(packed)
     state = args.output_dir / "state.safetensors"
@@ -157,7 +173,7 @@ def main(recipe: Recipe, doc: str | None, argv=None) -> int:
             log(step=step + 1, loss=round(float(np.mean(losses)), 4), hits=shown)
             tally, losses = {}, []
         if step % VAL_EVERY == VAL_EVERY - 1 or step == total - 1:
-            log(step=step + 1, val=validate(packed, recipe.shown, recipe.categories, recipe.buckets))
+            log(step=step + 1, val=validate(packed, Asked(recipe.shown, recipe.categories, recipe.buckets)))
         over = (time.monotonic() - began) / 60 >= args.minutes
         if time.monotonic() - saved > SAVE_SECONDS or step == total - 1 or over:
             save(packed, opts, state, step + 1, log.seconds)
