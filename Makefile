@@ -12,6 +12,7 @@
 # make bench-vllm      servers of vLLM under load on this CPU, uncompressed, divprune and resize, into benchmarks/results/
 # make bench-vllm-gpu  the same with LLaVA-1.5-7B and LLaVA-NeXT-7B on a CUDA device of 80 GB: never run on a GPU
 # make lint    ruff, and mypy on the tree that a wheel would install
+# make docs    builds the documentation into build/site, strictly; its generated parts are written by python docs/generate.py
 # make clean   removes the environments and everything built; runs/ stays
 #
 # PYTHON=python3.12   the interpreter of .venv, 3.11 to 3.13
@@ -40,7 +41,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-integration test-fresh bench bench-gpu gpu-check bench-vllm bench-vllm-gpu lint clean
+.PHONY: run table test test-integration test-fresh bench bench-gpu gpu-check bench-vllm bench-vllm-gpu lint docs clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -119,6 +120,9 @@ lint: .venv/.installed-dev
 	$(PIP) $(INSTALL) --no-deps --no-build-isolation --target build/tree .
 	.venv/bin/mypy build/tree/mllm_efficient
 
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+
 clean:
 	rm -rf .venv .venv-integration .venv-fresh .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -138,6 +142,11 @@ endif
 .venv/.installed-dev: .venv/.installed
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) $(INSTALL) -e '.[dev]' -c constraints.txt
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	@echo "installing the tools for the documentation into .venv"
+	@$(PIP) $(INSTALL) -e '.[docs]' -c constraints.txt
 	@touch $@
 
 # lmms-eval and vLLM beside the oldest transformers that pyproject.toml accepts. Their torchvision is the CUDA build even where torch is not.

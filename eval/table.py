@@ -21,7 +21,7 @@ CALIBRATION = ("ECE", "AURC")  # those that second turns have too
 def rows_of(
     records: Sequence[dict[str, Any]], methods: Sequence[Compressor], tasks: Sequence[str], *, against: str | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows as the README describes them: scores and retention in percent, intervals from 2,000 paired resamples of images.
+    """Rows as docs/evaluate.md describes them: scores and retention in percent, intervals from 2,000 paired resamples of images.
 
     ``methods`` begins with the baseline. ``against`` adds each row's difference to that method. Questions that were the
     second of a conversation have rows of their own after all others (``turns`` 2): their baseline is the uncompressed

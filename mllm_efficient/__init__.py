@@ -35,6 +35,7 @@ _HOME = {
     "Hawk": "compressors.hawk",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
+    "evaluate": "eval.api", "sweep": "eval.api", "bench": "eval.api", "flops": "eval.api", "Results": "eval.results",
     "doctor": "patches.checkup", "Checkup": "patches.checkup",
     "prepare": "apply.prepare", "Prepared": "apply.prepare",
     "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
@@ -103,8 +104,13 @@ if TYPE_CHECKING:
     from .errors import NotFiniteError as NotFiniteError
     from .errors import UnknownMethodError as UnknownMethodError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .eval.api import bench as bench
+    from .eval.api import evaluate as evaluate
+    from .eval.api import flops as flops
+    from .eval.api import sweep as sweep
     from .eval.builtin.sample import builtin as builtin
     from .eval.builtin.sample import sample as sample
+    from .eval.results import Results as Results
     from .patches.checkup import Checkup as Checkup
     from .patches.checkup import doctor as doctor
     from .registry import build as build

@@ -31,3 +31,8 @@ def model_source(name: str) -> str:
 def is_embedded(name: str) -> bool:
     """Whether a model's name is that of an embedded one."""
     return name in FOLDERS
+
+
+def model_name(source: str) -> str:
+    """The other way round: the name of an embedded model's folder; another source as it is."""
+    return next((name for name, folder in FOLDERS.items() if Path(source) == embedded(folder)), source)

@@ -47,6 +47,15 @@ def test_a_sample_is_the_benchmarks_question_and_a_wrong_one_is_said():
             me.sample(wrong)
 
 
+def test_a_sample_of_a_category_is_the_next_of_that_category():
+    questions = [q for q in round_robin("test", 40) if q.task == "reading"]
+    assert [me.sample(i, category="reading")[1] for i in range(3)] == [q.question.text for q in questions[:3]]
+    with pytest.raises(me.BadSettingError, match="did you mean 'reading'"):
+        me.sample(category="raeding")
+    with pytest.raises(me.BadSettingError, match="the questions of 'val' are 0 to"):
+        me.sample(10**6, "val", "reading")
+
+
 def test_pre_commit_has_the_ruff_of_the_constraints():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]

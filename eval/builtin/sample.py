@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.embedded import FIRST
-from mllm_efficient.errors import BadSettingError
+from mllm_efficient.errors import BadSettingError, did_you_mean
 from mllm_efficient.loading.models import ModelOptions, load
 
-from .suite import round_robin
+from .questions import CATEGORIES
+from .suite import Sample, round_robin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,17 +34,25 @@ def builtin(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     return loaded.model, loaded.processor
 
 
-def sample(index: int = 0, split: str = "test") -> tuple[Image, str]:
+def sample(index: int = 0, split: str = "test", category: str | None = None) -> tuple[Image, str]:
     """One picture of the embedded benchmark, (144, 144), and a question about it, which the model's chat template takes.
 
     Args:
         index: which question, from 0; the next one is of the next category.
         split: "train", "val" or "test".
+        category: "object", "count", "reading" ...: questions of this one alone, the next one about the next picture.
 
     Raises:
-        BadSettingError: there is no such question.
+        BadSettingError: there is no such question or category; the message names those there are.
     """
-    found = round_robin(split, index + 1) if index >= 0 else []
-    if index < 0 or len(found) <= index:
-        raise BadSettingError(f"index={index}: the questions of {split!r} are 0 to {len(round_robin(split)) - 1}")
+    if category not in (None, *CATEGORIES):
+        raise BadSettingError(f"unknown category {category!r}{did_you_mean(str(category), CATEGORIES)} (known: {', '.join(CATEGORIES)})")
+    needed = index + 1 if category is None else (index + 1) * len(CATEGORIES)
+    found = [] if index < 0 else _of(round_robin(split, needed), category)
+    if len(found) <= max(index, 0):
+        raise BadSettingError(f"index={index}: the questions of {split!r} are 0 to {len(_of(round_robin(split), category)) - 1}")
     return found[index].picture(SIDE), found[index].question.text
+
+
+def _of(questions: list[Sample], category: str | None) -> list[Sample]:
+    return [q for q in questions if category in (None, q.task)]

@@ -117,6 +117,13 @@ class Suite:
             raise MllmEfficientError(f"--categories {categories!r}: this model's processor takes no videos")
         return tuple(c for c in self.categories if c in names), None
 
+    def asks(self, categories: str | None, processor: Any, say: Callable[[str], None]) -> tuple[str, ...]:
+        """``chosen``; says what is left out and which words the model does not know."""
+        kept, left_out = self.chosen(categories, processor)
+        for line in filter(None, (left_out, self.note(processor.tokenizer))):
+            say(line)
+        return kept
+
 
 BUILTIN = Suite(
     "builtin", questions.CATEGORIES, frozenset(WORDS), lambda split, limit, chosen: suite.samples(split, limit, categories=chosen)

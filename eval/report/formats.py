@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllm_efficient.embedded import is_embedded
+from mllm_efficient.tables import Table, flat
 
 from ..agreement_rows import length_table
+from .latex import latex_table
 from .merge import Finished
-from .rows import failures, main_table, task_table, tasks_of
+from .rows import failures, main_table, metric_of, task_table, tasks_of
 
 TINY = "Offline self-test on a tiny model, not evidence about 7B models."
-LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-}  # fmt: skip
 
 
 def conditions(run: Finished) -> str:
@@ -72,18 +70,25 @@ def _recommended(run: Finished, max_drop: float | None) -> str:
     return f"Recommended ({chosen['rule']}): {chosen['line']}"
 
 
-def latex(run: Finished, max_drop: float | None = None) -> str:
-    """The tables as tabulars of the booktabs package."""
-    out = [f"% {line}" for line in (_recommended(run, max_drop), conditions(run), *([TINY] if is_tiny(run) else []), *failures(run.rows))]
-    for header, lines in [*tables(run), *lengths(run)]:
-        out += [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule", _tex_line(header), r"\midrule"]
-        out += [*map(_tex_line, lines), r"\bottomrule", r"\end{tabular}", ""]
+def latex(
+    run: Finished, max_drop: float | None = None, columns: Sequence[str] | None = None, caption: str | None = None, label: str | None = None
+) -> str:  # fmt: skip
+    """The tables as floats of the booktabs package. columns: of the first one. Raises ``BadSettingError`` for unknown ones."""
+    said = (_recommended(run, max_drop), conditions(run), *([TINY] if is_tiny(run) else []), *failures(run.rows))
+    out = [r"% Needs \usepackage{booktabs}.", *(f"% {line}" for line in said)]
+    label = label or "tab:tokens"
+    about = caption or f"Visual-token compression on {run.meta['model']}: {'agreement' if metric_of(run.rows) else 'accuracy'} and cost."
+    main, *others = tables(run)
+    out.append(latex_table(Table(*main), run.rows, columns, caption=about, label=label))
+    for table in others:
+        found = Table(*table)
+        out.append(
+            latex_table(found, run.rows, caption="Percent right by category.", label=f"{label}:tasks", categories=tasks_of(run.rows))
+        )
+    for header, lines in lengths(run):
+        by_length = "Answers in the same words, by the length of the uncompressed model's answer."
+        out.append(latex_table(Table(header, lines), run.rows, header, caption=by_length, label=f"{label}:lengths"))
     return "\n".join(out).rstrip() + "\n"
-
-
-def _tex_line(cells: Sequence[str]) -> str:
-    # braces keep a cell that begins with a bracket from being read as an argument of the line break before it
-    return " & ".join("{" + "".join(LATEX.get(c, c) for c in cell) + "}" if cell else "" for cell in cells) + r" \\"
 
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -92,27 +97,15 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     A text that a spreadsheet would take for a formula has an apostrophe before it.
     """
     tasks = tasks_of(rows)
-    flat = [_flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
-    columns = list(dict.fromkeys(k for f in flat for k in f))
+    flattened = [flat({k: v for k, v in r.items() if k != "tasks"} | {f"task_{t}": r["tasks"].get(t) for t in tasks}) for r in rows]
+    columns = list(dict.fromkeys(k for f in flattened for k in f))
     columns = [c for c in columns if not any(f"{c}_{part}" in columns for part in ("median", "low", "score"))]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows({k: _no_formula(v) for k, v in row.items()} for row in flat)
+    writer.writerows({k: _no_formula(v) for k, v in row.items()} for row in flattened)
     return out.getvalue()
 
 
 def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out |= {f"{key}_{k}": v for k, v in _flat(value).items()}
-        elif isinstance(value, list | tuple):
-            out |= dict(zip((f"{key}_low", f"{key}_high"), value))
-        else:
-            out[key] = value
-    return out

@@ -75,7 +75,7 @@ class Finished:
             content = json.loads(file.read_text())
             rows, meta = content["rows"], content["meta"]
             if file.name == "results.json":
-                rows = _of_eval(rows)
+                rows = of_eval(rows)
             if rows[0]["role"] != "baseline":
                 raise ValueError("the first row is not the baseline")
             pictures = json.loads((folder / "pictures.json").read_text()) if (folder / "pictures.json").is_file() else {}
@@ -89,7 +89,7 @@ class Finished:
         return recommend(self.rows, max_drop if max_drop is not None else min(asked, default=MAX_DROP))
 
 
-def _of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of ``eval`` (one per category) as rows of a sweep without cost."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:

@@ -10,12 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..columns import meaning
 from . import plots
 from .formats import conditions, is_tiny, lengths, tables
 from .merge import Finished
 from .pictures import worst_requests
 from .recommend import decided_by
-from .rows import HEADER, NOTES, RIGHT, WORDS, metric_of, tasks_of
+from .rows import RIGHT, WORDS, metric_of, tasks_of
 
 SCORES = {None: "Score", RIGHT: "Right", WORDS: "Same words"}
 PLOTS = {"accuracy_flops": ("FLOPs", plots.flops), "accuracy_ttft": ("Time to first token", plots.ttft)}
@@ -95,9 +96,8 @@ def _ceiling(run: Finished) -> str | None:
 def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
     """The tables as cells: text, the value to sort by, a shade 0 to 5 for points lost, whether the row is chosen."""
     (header, lines), *categories = tables(run)
-    note = {h: NOTES[h] for h in HEADER if h in NOTES}
     caption = "Accuracy and cost" if metric_of(run.rows) is None else "Agreement with the uncompressed model, and cost"
-    main: dict[str, Any] = {"id": "cells", "caption": caption, "header": [(h, note.get(h, "")) for h in header]}
+    main: dict[str, Any] = {"id": "cells", "caption": caption, "header": [(h, meaning(h)) for h in header]}
     main["rows"] = [_cells(line, row, chosen) for line, row in zip(lines, run.rows)]
     for cells, row in zip(main["rows"], run.rows):
         lost = {m: r["difference"] for m, r in row.get("agreement", {}).items()}
@@ -111,7 +111,7 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
     second: dict[str, Any] = {
         "id": "categories",
         "caption": "Score by category",
-        "header": [(h, "percent right" if h in tasks else "") for h in header],
+        "header": [(h, "percent right" if h in tasks else meaning(h)) for h in header],
     }
     second["rows"] = [_cells(line, by_method.get(line[0]), chosen) for line in lines]
     for cells in second["rows"]:

@@ -92,32 +92,6 @@ HEADER = (
     "hard", "broken", "ECE", "AURC", "FLOPs", "prefill FLOPs", "asked", "TTFT ms", "TTFT/none [95%]",
     "prefill ms", "e2e ms", "tok/s", "peak MB", "KV MB",
 )  # fmt: skip
-NOTES = {
-    "tokens": "visual tokens kept of a prompt's images, mean over the prompts",
-    "score": "percent right, mean of the categories",
-    "vs none [95%]": "paired difference to the uncompressed model in points",
-    "retention": "percent of the uncompressed model's score",
-    "same answer": "percent of the requests answered exactly as by the uncompressed model",
-    "same words [95%]": "the same apart from case, punctuation, articles and numbers spelled out",
-    "first other token": "where different answers part, mean",
-    "KL nats [95%]": "of the next token along the uncompressed model's answer",
-    "right": "percent of the requests that have an answer",
-    "right vs none [95%]": "paired difference to the uncompressed model in points",
-    "hard": "percent right of the questions that the uncompressed model gets right and the smaller picture of the same budget wrong",
-    "broken": "percent wrong of the questions that both get right",
-    "ECE": "expected calibration error: how far confidence and accuracy are apart, in percent; lower is better",
-    "AURC": "area under the risk-coverage curve, in percent: wrong answers among the most confident; lower is better",
-    "FLOPs": "percent of the uncompressed model's: tower, projector, method, prefill, decoding",
-    "prefill FLOPs": "percent of the uncompressed model's, language model's prefill alone",
-    "asked": "prefill FLOPs of a pure token drop at the budget asked for, which --match flops solves for",
-    "TTFT ms": "time to first token, median [quartiles]",
-    "TTFT/none [95%]": "paired ratio to the uncompressed model",
-    "prefill ms": "language model over the prompt, median [quartiles]",
-    "e2e ms": "to the last token, median [quartiles]",
-    "tok/s": "new tokens over the end-to-end time",
-    "peak MB": "highest memory during generation, 10^6 bytes",
-    "KV MB": "keys and values after the last token, 10^6 bytes",
-}
 
 
 def main_table(rows: Sequence[dict[str, Any]], *, quartiles: bool = True, asked: bool = False) -> tuple[list[str], list[list[str]]]:

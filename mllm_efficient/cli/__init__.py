@@ -7,13 +7,13 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from ..errors import MllmEfficientError, shortened
-from . import bench, doctor, evaluate, export, flops, generate, methods, report, show, sweep, train
+from . import bench, doctor, evaluate, export, flops, generate, help, methods, options, report, show, sweep, train
 
 QUOTED = re.compile(r"""(['"])([^'"]{81,})\1""")  # a value of the user's in a message, however long it is
 LONG = re.compile(r"[^\s/\\]{91,}")  # a word, or a part of a path
@@ -21,28 +21,36 @@ LONG = re.compile(r"[^\s/\\]{91,}")  # a word, or a part of a path
 app = typer.Typer(
     name="mllm-efficient",
     help="Fewer visual tokens for LLaVA-family models, measured honestly.",
+    epilog="Examples:\n\nmllm-efficient methods\n\nmllm-efficient eval --method divprune:keep=0.25 --limit 500\n\n"
+    "mllm-efficient --install-completion (the shell then completes commands, options, methods and models)",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("methods")(methods.methods)
-app.command("generate")(generate.generate)
-app.command("show")(show.show)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("flops")(flops.flops)
-app.command("sweep")(sweep.sweep)
-app.command("report")(report.report)
-app.command("train")(train.train)
-app.command("export")(export.export)
-app.command("doctor")(doctor.doctor)
+COMMANDS: dict[str, Callable] = {
+    "methods": methods.methods, "generate": generate.generate, "show": show.show, "eval": evaluate.evaluate, "bench": bench.bench,
+    "flops": flops.flops, "sweep": sweep.sweep, "report": report.report, "train": train.train, "export": export.export,
+    "doctor": doctor.doctor,
+}  # fmt: skip
+for _name, _command in COMMANDS.items():
+    help.add(app, _name, _command)
+
+TRACEBACK, QUIET = "--traceback", "--quiet"  # wherever they stand
 
 
-TRACEBACK = "--traceback"
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        print(f"mllm-efficient {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def options(traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where in the code an error comes from.")] = False) -> None:
+def of_all(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option(QUIET, help="Say nothing of what is being done; failures and results alone.")] = False,
+    traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show where in the code an error comes from.")] = False,
+) -> None:
     """Fewer visual tokens for LLaVA-family models, measured honestly."""
 
 
@@ -55,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for noisy in ("torchao", "torch.utils._pytree"):  # what they log while being imported is not about the user's run
         logging.getLogger(noisy).setLevel(logging.ERROR)
     given = list(sys.argv[1:] if argv is None else argv)
-    words = [word for word in given if word != TRACEBACK]
+    words = [word for word in given if word not in (TRACEBACK, QUIET)]
+    options.be_quiet(QUIET in given)
     try:
         code = app(args=words, prog_name="mllm-efficient", standalone_mode=False)
     except KeyboardInterrupt:
@@ -65,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code and "_MLLM_EFFICIENT_COMPLETE" in os.environ:
+            return 0  # the shell asked what there is, and was told
         if isinstance(error, SystemExit) and isinstance(error.__context__, OSError):
             return 1  # click's way to say that nobody reads stdout any more
-        if len(words) < len(given):
+        if TRACEBACK in given:
             traceback.print_exc()
         # typer's usage errors, whichever click it brings along
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):

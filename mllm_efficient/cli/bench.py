@@ -7,16 +7,19 @@ import json as json_module
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import MllmEfficientError
+from ..tables import Table
 from ..writing import writing
 from . import options, serving
 
 if TYPE_CHECKING:
+    from ..eval.results import Results
     from ..loading.models import Loaded, ModelOptions
 
 REPEATS, PAIRS, WARMUP, MAX_BATCH = 10, 15, 2, 256
@@ -71,11 +74,12 @@ def bench(
         str | None, typer.Option("--serve-args", help="With --backend vllm: more arguments of vllm serve, as one text.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Writes rows and meta to this JSON file too.")] = None,
+    columns: options.Columns = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
     """Latency by phase, memory, and the ceiling of what compression can gain; the uncompressed model beside every number."""
-    options.import_files(imports)
+    options.check_columns(columns, "bench")
     serving.require_effect(list(given_options(context)), backend, server or ())
     batches, size = batch_sizes(batch_size), picture_size(image_size)
     if overhead and selection:
@@ -92,20 +96,18 @@ def bench(
     times = repeats or (SERVED_REPEATS if of_servers else PAIRS if overhead or selection else REPEATS)
     rounds = warmup if warmup is not None else SERVED_WARMUP if of_servers else WARMUP
     with _writing(output) as write, _threads(threads):
-        from ..measure.machine import busy
-
         if of_servers:
             load: dict[str, Any] = {
                 "image_size": size, "images": images, "text_tokens": text_tokens, "output_tokens": output_tokens, "repeats": times,
                 "concurrency": serving.concurrency_of(concurrency or CONCURRENCY), "requests": requests, "warmup": rounds,
                 "seed": settings.seed,
             }  # fmt: skip
-            rows, meta = serving.run_servers(
+            found = serving.run_servers(
                 settings, chosen, load, servers=server or (), server_model=server_model, random_weights=random_weights,
                 tokenizer=settings.model if "--model" in given_options(context) else None, serve_args=serve_args or "",
             )  # fmt: skip
         elif selection:
-            rows, meta = _selection(settings, method or (), rounds, times)
+            found = _selection(settings, method or (), rounds, times)
         else:
             from ..measure.bench import Settings
             from ..measure.workload import Workload
@@ -115,24 +117,10 @@ def bench(
                 (max_batch_limit or MAX_BATCH) if max_batch else None,
             )  # fmt: skip
             loaded = _load(settings, random_weights)
-            rows, meta = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, random_weights, json)
-        meta = {"command": command_line(context), **meta}
-        write(rows, meta)
-    warning = busy(meta["machine"])
-    if warning:
-        options.say(warning)
-    if json:
-        options.print_json(rows, meta)
-    elif of_servers:
-        serving.report(rows, meta)
-    elif selection or overhead:
-        options.print_table(*_small_table(rows, selection))
-    else:
-        _report(rows, meta)
-    failed = meta["failed"] if "failed" in meta else [r["failed"] for r in rows if r["failed"]]
-    for line in failed:
-        options.say(f"failed: {line}")
-    return 1 if failed else 0
+            found = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, random_weights, json)
+        found = replace(found, meta={"command": command_line(context), **found.meta})
+        write(found.rows, found.meta)
+    return options.finish(found, json, columns)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -166,84 +154,48 @@ def _load(settings: ModelOptions, random_weights: bool) -> Loaded:
     return load(settings)
 
 
-def _latency(
-    loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, random_weights: bool, json: bool
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from dataclasses import replace
-
-    from tqdm import tqdm
-
-    from ..measure.arms import REFERENCE
-    from ..measure.bench import Bench
+def _latency(loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, random_weights: bool, json: bool) -> Results:
+    from ..eval.timings import bench_of, ceilings
 
     options.announce(loaded, chosen)
-    second = None
-    if quantized is not None:
-        if loaded.options.quantization is not None:
-            raise MllmEfficientError("--quantized adds arms to a model that is not quantized: leave --quantization out")
-        second = _load(replace(loaded.options, quantization=quantized), random_weights)
-    run = Bench(loaded, chosen, plan, quantized=second)
-    references = [a.name for a in run.arms() if a.role == REFERENCE]
-    if references:
-        options.say(f"beside them {', '.join(references)}")
-    for spec, reason in run.left_out.items():
-        options.say(f"without {spec}: {reason}")
-    with tqdm(total=run.total, unit="turn", mininterval=1, disable=None) as bar:
-        rows, meta = run.run(bar.update)
-    if json:
-        for line in _ceilings(meta):
-            options.say(line)
-    return rows, meta
+    second = None if quantized is None else lambda: _load(replace(loaded.options, quantization=quantized), random_weights)
+    found = bench_of(loaded, chosen, plan, quantized=second, progress=options.progress())
+    for line in ceilings(found.meta) if json else ():
+        options.say(line)
+    return found
 
 
-def _overhead(loaded: Loaded, plan: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from tqdm import tqdm
-
+def _overhead(loaded: Loaded, plan: Any) -> Results:
     from ..measure.overhead import METHODS, overhead
 
-    with tqdm(
-        total=2 * len(METHODS) * len(plan.batch_sizes) * (plan.warmup + plan.repeats), unit="turn", mininterval=1, disable=None
-    ) as bar:
-        return overhead(loaded, plan, bar.update)
+    turns = 2 * len(METHODS) * len(plan.batch_sizes) * (plan.warmup + plan.repeats)
+    with options.progress().bar(turns, "turn") as bar:
+        return _small(*overhead(loaded, plan, bar.update), _overhead_table)
 
 
-def _selection(settings: ModelOptions, specs: Sequence[str], warmup: int, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    from tqdm import tqdm
-
+def _selection(settings: ModelOptions, specs: Sequence[str], warmup: int, repeats: int) -> Results:
     from ..loading.models import pick_device
-    from ..measure.selection import METHOD_SHAPES, SHAPES, cost_of_methods, selection, steps_on
+    from ..measure.selection import METHOD_SHAPES, SHAPES, cost_of_methods, methods_table, selection, selection_table, steps_on
 
     if specs:
-        with tqdm(total=(len(set(specs)) + 1) * len(METHOD_SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None) as bar:
-            return cost_of_methods(settings, specs, warmup, repeats, bar.update)
-    with tqdm(
-        total=len(steps_on(pick_device(settings))) * len(SHAPES) * (warmup + repeats), unit="turn", mininterval=1, disable=None
-    ) as bar:
-        return selection(settings, warmup, repeats, bar.update)
+        with options.progress().bar((len(set(specs)) + 1) * len(METHOD_SHAPES) * (warmup + repeats), "turn") as bar:
+            return _small(*cost_of_methods(settings, specs, warmup, repeats, bar.update), methods_table)
+    with options.progress().bar(len(steps_on(pick_device(settings))) * len(SHAPES) * (warmup + repeats), "turn") as bar:
+        return _small(*selection(settings, warmup, repeats, bar.update), selection_table)
 
 
-def _ceilings(meta: dict[str, Any]) -> list[str]:
-    return [c["line"] if c else "no ceiling: the baseline or the text-only prompt failed" for c in meta["ceiling"]]
+def _small(rows: list[dict[str, Any]], meta: dict[str, Any], table: Any) -> Results:
+    """The results of a benchmark of the package's own parts."""
+    from ..eval.results import BENCH, Results
+    from ..measure.machine import busy
+
+    if warning := busy(meta["machine"]):
+        options.warn(warning)
+    failed = meta["failed"] if "failed" in meta else [r["failed"] for r in rows if r["failed"]]
+    return Results(BENCH, rows, meta, (Table(*table(rows)),), tuple(f"failed: {line}" for line in failed))
 
 
-def _report(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
-    from ..measure.rows import table
-
-    for line in _ceilings(meta):
-        print(line)
-    header, lines = table(rows)
-    options.print_table(header, lines)
-    print("Milliseconds are medians. 'ideal' is the TTFT ratio that the FLOPs allow, 'reached' how much of that speed-up is there;")
-    print("'vs random' is the TTFT of a free choice of as many tokens over this method's.")
-    where = f"{meta['device']}, {meta['dtype']}, {meta['attention']}, {meta['machine']['threads']} threads"
-    print(f"{where}, {meta['weights_mb']:,.0f} MB of weights")
-
-
-def _small_table(rows: Sequence[dict[str, Any]], selection: bool) -> tuple[list[str], list[list[str]]]:
-    if selection:
-        from ..measure.selection import methods_table, selection_table
-
-        return (methods_table if "over_product" in rows[0] else selection_table)(rows)
+def _overhead_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header, lines = ["method", "batch", "bare ms", "wrapped ms", "wrapped/bare [95%]", "overhead", "overhead ms"], []
     for r in rows:
         ratio = r["ratio"]

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import MllmEfficientError
+from ..eval.builtin import is_public
 from . import options
-from .answering import answered, failures
-
-if TYPE_CHECKING:
-    from ..compressors.base import Compressor
-    from ..loading.models import ModelOptions
-
-BATCH, DATA_BATCH = 32, 8
-AGREEMENT = """\
-'same answer', 'same words': percent of requests answered as by the uncompressed model, to the letter and apart from
-case, punctuation, articles and numbers spelled out; 'first other token': where different answers part, on average; 'KL':
-of the next token along the uncompressed model's answer; 'right': percent of the requests that have an answer."""
 
 
 @options.of_model
@@ -45,9 +34,7 @@ def evaluate(
         int, typer.Option("--turns", min=1, max=2, help="2: every question also as the second of a conversation about its image.")
     ] = 1,
     limit: options.Limit = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help=f"Default {BATCH}; with --data {DATA_BATCH}; with --tasks 1.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Default 32; with --data 8; with --tasks 1.")] = None,
     max_new_tokens: options.MaxNewTokens = None,
     data_root: options.DataRoot = None,
     coco_instances: options.CocoInstances = None,
@@ -77,13 +64,13 @@ def evaluate(
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="A method of this run to compare each row with.")] = None,
     output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Keeps answers and results here; resumes.")] = None,
+    columns: options.Columns = None,
     json: options.Json = False,
     imports: options.Import = None,
 ) -> int:
     """Accuracy of methods, the uncompressed baseline first, with paired intervals and the no-image floor; on public benchmarks
     with --tasks; or, with --data, how far answers to your own requests stay those of the uncompressed model."""
-    options.import_files(imports)
-    public = options.is_public(tasks, suite)
+    public = is_public(tasks, suite)
     check_tasks_options(
         public,
         {
@@ -98,30 +85,49 @@ def evaluate(
 
         check_launch(distributed_on_cpu=True)
 
+        from ..eval.lmms.evaluate import even, task_names
         from ..eval.lmms.run import TaskOptions
-        from .tasks import evaluate_tasks, even, task_names
+        from .tasks import evaluate_tasks
 
         names, usual = task_names(tasks, suite)
-        count = even(names, limit or usual, suite)
+        count = even(names, limit or usual, suite, options.progress())
         asked = TaskOptions(
             names, count, batch_size or 1, data_root, tuple(include_path or ()), on_error or "record", cache, image_padding,
             prompt_format or "template", max_new_tokens, reference, tuple(server or ()), server_model, image_range, coco_instances,
         )  # fmt: skip
-        return evaluate_tasks(settings, method or (), asked, output_dir, json)
-    from ..eval.harness import with_baselines
-
-    chosen = with_baselines([options.one_method("none"), *(options.one_method(m) for m in method or ())])
-    other = options.one_method(against).spec() if against else None
-    if other is not None and other not in [m.spec() for m in chosen]:
-        raise MllmEfficientError(f"--against {against} is not among the methods of this run: add --method {against}")
-
+        options.check_columns(columns, "eval", names)
+        found = evaluate_tasks(settings, method or (), asked, output_dir)
+        return found if isinstance(found, int) else 0 if found is None else options.finish(found, json, columns)
+    chosen = [options.one_method("none"), *(options.one_method(m) for m in method or ())]
     check_source(data, suite, split, max_new_tokens, turns, categories)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
+    options.check_columns(columns, "eval")
 
+    from ..eval.api import named_among
+    from ..eval.evaluate import BATCH, DATA_BATCH, on_benchmark, on_requests
+    from ..eval.harness import with_baselines
+    from ..loading.models import load
+
+    chosen = with_baselines(chosen)
+    other = named_among(chosen, against)
+    requests = None
     if data is not None:
-        return _data(data, settings, chosen, other, limit, batch_size or DATA_BATCH, max_new_tokens, output_dir, json, image_range)
-    return _builtin(settings, chosen, other, suite, categories, split or "test", turns, limit, batch_size or BATCH, output_dir, json)
+        from ..eval.requests import read_requests
+
+        requests = read_requests(data, limit, image_range)
+    if not method:
+        what = "the embedded benchmark" if data is None else str(data)
+        options.say(f"no --method: {settings.model} is asked {what} as it is; --method divprune:keep=0.25 adds one to compare with it")
+    loaded = load(settings)
+    options.announce(loaded, chosen)
+    how: dict[str, Any] = {"limit": limit, "against": other, "output_dir": output_dir, "progress": options.progress()}
+    if data is not None and requests is not None:
+        found = on_requests(loaded, chosen, requests, data, batch_size=batch_size or DATA_BATCH, max_new_tokens=max_new_tokens, **how)
+    else:
+        where: dict[str, Any] = {"suite": suite, "categories": categories, "split": split or "test", "turns": turns}
+        found = on_benchmark(loaded, chosen, **where, batch_size=batch_size or BATCH, **how)
+    return options.finish(found, json, columns)
 
 
 def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[str, Any]) -> None:
@@ -157,96 +163,3 @@ def check_source(
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:
         raise MllmEfficientError("--max-new-tokens has no effect on the embedded benchmark, whose answers are words: leave it out")
-
-
-def _builtin(
-    settings: ModelOptions, chosen: Sequence[Compressor], against: str | None, name: str | None, asked: str | None, split: str,
-    turns: int, limit: int | None, batch_size: int, output_dir: Path | None, json: bool,
-) -> int:  # fmt: skip
-    """An embedded benchmark. name: its own; asked: categories."""
-    from ..embedded import is_embedded
-    from ..eval.builtin.suites import embedded_suite
-    from ..eval.record.samples import fingerprint_of
-    from ..eval.runner import Run
-    from ..eval.table import rows_of, text_table
-    from ..loading.models import load
-
-    loaded = load(settings)
-    options.announce(loaded, chosen)
-    suite = embedded_suite(name)
-    categories = options.categories_of(suite, asked, loaded)
-    questions = suite.samples(split, limit, categories)
-    run = Run(loaded, questions, chosen, batch_size=batch_size, output_dir=output_dir, turns=turns, suite=suite)
-    paired = len(run.asked) - len(questions)
-    more = f", {paired} of them also as a second turn" if turns > 1 else ""
-    options.say(f"{len(questions)} questions x {len(run.arms)} arms (with the no-image floor){more}")
-    records = answered(run)
-    rows = rows_of(records, chosen, categories, against=against, seed=settings.seed)
-    meta = {
-        **run.config, "split": split, "turns": turns, "questions": len(questions), "second_turns": paired,
-        "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
-        "images": len({s.image for s in questions}), "batch_size": batch_size, "limit": limit,
-        "methods": [m.to_dict() for m in chosen], "interval": "95%, 2000 paired resamples of images",
-        **suite.blind(questions),
-    }  # fmt: skip
-    _finish(rows, meta, output_dir, json)
-    if not json:
-        options.print_table(*text_table(rows, categories))
-        if "blind_floor" in meta:
-            floors = ", ".join(f"{name} {f['floor']:.1f} (at most {f['upper']:.1f})" for name, f in meta["blind_floor"].items())
-            print(f"Answers learnt without images score: {floors}.")
-        if any(r.get("hard_n") is not None for r in rows):
-            print("'hard': right of what none gets right and resize at the same budget wrong; 'broken': wrong of what both get right.")
-        print("Scores are percent right; 'macro' is the unweighted mean of the categories; 'in region' is the share of kept")
-        last = "tokens on what the question is about; 'ECE', 'AURC': calibration of the answers' confidence, in percent (lower is better)."
-        if turns > 1:
-            print(f"{last} '2nd turn': the macro mean of the same questions asked second in a conversation, with the")
-            last = "visual tokens that were chosen for the first question; none is then the uncompressed model in its second turn."
-        print(f"{last} Offline self-test on a tiny model, not evidence about 7B models." if is_embedded(settings.model) else last)
-    return failures(records)
-
-
-def _data(
-    data: Path, settings: ModelOptions, chosen: Sequence[Compressor], against: str | None, limit: int | None, batch_size: int,
-    max_new_tokens: int | None, output_dir: Path | None, json: bool, image_range: str,
-) -> int:  # fmt: skip
-    """A user's own requests."""
-    from ..eval.agreement_rows import agreement_rows, agreement_table, length_table, worst_table
-    from ..eval.asked import OwnRequests
-    from ..eval.requests import read_requests
-    from ..loading.models import load
-
-    requests = read_requests(data, limit, image_range)
-    loaded = load(settings)
-    options.announce(loaded, chosen)
-    asked = OwnRequests(loaded, chosen, requests, data, batch_size, max_new_tokens, output_dir)
-    options.say(asked.line)
-    records = answered(asked.run)
-    rows = agreement_rows(records, chosen, against=against, seed=settings.seed)
-    methods = [m.to_dict() for m in chosen]
-    meta = {**asked.run.config, "batch_size": batch_size, "limit": limit, "methods": methods, **asked.about(records)}
-    _finish(rows, meta, output_dir, json)
-    if not json:
-        options.print_table(*agreement_table(rows))
-        print(AGREEMENT)
-        print_lengths(*length_table(rows))
-        if meta["worst"]:
-            print("\nFarthest from the uncompressed model (meta.worst in results.json and --json has more):")
-            options.print_table(*worst_table(meta["worst"]), left=5)
-    return failures(records)
-
-
-def print_lengths(header: list[str], lines: list[list[str]]) -> None:
-    """Agreement by the length of answers, where they are of several lengths."""
-    if lines:
-        print("\nSame words by the tokens of the uncompressed model's answer, its end among them [95%]:")
-        options.print_table(header, lines)
-
-
-def _finish(rows: list[dict[str, Any]], meta: dict[str, Any], output_dir: Path | None, json: bool) -> None:
-    if output_dir is not None:
-        from ..eval.record.bench_file import write_json
-
-        write_json(output_dir / "results.json", {"rows": rows, "meta": meta})
-    if json:
-        options.print_json(rows, meta)

@@ -27,7 +27,6 @@ def generate(
 
     from ..media.images import load_image
 
-    options.import_files(imports)
     if not image:
         raise MllmEfficientError("no image: give at least one --image FILE")
     compressor = options.one_method(method)

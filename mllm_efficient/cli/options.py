@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MllmEfficientError, shortened
+from ..progress import Progress
+from ..tables import Table
 
 if TYPE_CHECKING:
     from ..compressors.base import Compressor
-    from ..eval.builtin.suites import Suite
+    from ..eval.results import Results
     from ..loading.models import Loaded
 
+NOTE = 130  # characters of a line below a table, where no terminal says
 Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model; 'builtin' and 'builtin-qwen' are embedded.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
@@ -66,12 +70,18 @@ Limit = Annotated[
     int | None,
     typer.Option("--limit", min=1, help="Number of questions (round-robin over categories), requests, samples of each task (its first)."),
 ]
+Columns = Annotated[
+    str | None, typer.Option("--columns", help="Columns of the table, such as tokens,score,FLOPs; all: every one, however wide.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
 Import = Annotated[list[Path] | None, typer.Option("--import", help="A Python file that registers methods. Repeatable.")]
 
 
 def of_model(command: Callable) -> Callable:
-    """A command with the options that every model command takes; as ``settings`` it gets the ``ModelOptions`` that they make."""
+    """A command with the options that every model command takes; as ``settings`` it gets the ``ModelOptions`` that they make.
+
+    What can be checked without torch is checked before the command begins: files of methods, methods, the model's options, columns.
+    """
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.name != "settings"]
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -79,16 +89,43 @@ def of_model(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(**given: Any) -> Any:
-        from ..loading.models import ModelOptions
+        from ..loading.models import ModelOptions, require_options
         from ..loading.processor import processor_settings
 
+        import_files(given.get("imports"))
+        method = given.get("method") or ()
+        check_methods([method] if isinstance(method, str) else method)
         of_a_model = {name: given.pop(name) for name in OF_A_MODEL}
         pixels = processor_settings(*(of_a_model.pop(name) for name in ("min_pixels", "max_pixels", "processor_kwargs")))
-        return command(settings=ModelOptions(**of_a_model, processor_kwargs=pixels), **given)
+        settings = ModelOptions(**of_a_model, processor_kwargs=pixels)
+        if not given.get("random_weights") and not given.get("server"):
+            require_options(settings)
+        return command(settings=settings, **given)
 
     run.__signature__ = signature.replace(parameters=[more[0], *(p.replace(kind=kind) for p in own), *more[1:]])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in [*own, *more]} | {"return": signature.return_annotation}
     return run
+
+
+def check_methods(specs: Sequence[str]) -> None:
+    """Raises for whatever is wrong with a specification but that it has no budget, which a sweep gives it."""
+    from ..registry import without_budget
+
+    for spec in specs:
+        without_budget(spec)
+
+
+def check_columns(text: str | None, command: str, more: Sequence[str] = ()) -> list[str] | None:
+    """The columns asked for. Raises for one that no table of the command has. more: names of tasks."""
+    from ..eval.builtin.suites import SUITES
+    from ..eval.columns import BY_COMMAND
+    from ..tables import columns_named, listed
+
+    names = listed(text)
+    if names is not None:
+        categories = [c for suite in SUITES.values() for c in suite.categories] if command in ("eval", "sweep", "report") else []
+        columns_named(names, [*BY_COMMAND[command], *categories, *more])
+    return names
 
 
 def import_files(paths: Sequence[Path] | None) -> None:
@@ -109,22 +146,6 @@ def import_files(paths: Sequence[Path] | None) -> None:
             raise MllmEfficientError(f"--import: {path} fails: {type(error).__name__}: {shortened(error, 200)}") from error
 
 
-def is_public(tasks: str | None, suite: str | None) -> bool:
-    """Whether public benchmarks are asked for, and not an embedded one or a user's own requests."""
-    from ..eval.builtin.suites import SUITES
-
-    return tasks is not None or suite not in (None, *SUITES)
-
-
-def categories_of(suite: Suite, asked: str | None, loaded: Loaded) -> tuple[str, ...]:
-    """The categories of an embedded benchmark to ask a model; says what it cannot be asked. asked: those of ``--categories``."""
-    chosen, left_out = suite.chosen(asked, loaded.processor)
-    for line in (left_out, suite.note(loaded.processor.tokenizer)):
-        if line is not None:
-            say(line)
-    return chosen
-
-
 def one_method(spec: str) -> Compressor:
     """A method, or several composed, of a specification or YAML file."""
     from ..registry import runnable
@@ -132,45 +153,97 @@ def one_method(spec: str) -> Compressor:
     return runnable(spec)
 
 
+_progress = Progress()
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether commands say what they are doing."""
+    global _progress
+    _progress = Progress(quiet=quiet)
+
+
+def progress() -> Progress:
+    """What shows how far the command is."""
+    return _progress
+
+
 def say(text: str) -> None:
     """A line for the reader, off stdout."""
-    print(text, file=sys.stderr, flush=True)
+    _progress.say(text)
+
+
+def warn(text: str) -> None:
+    """A line that the reader must see, off stdout."""
+    _progress.warn(text)
 
 
 def announce(loaded: Loaded, methods: Sequence[Compressor]) -> None:
     """Says before anything runs what each method keeps, and raises for one that the model cannot run."""
-    from ..apply.plan import check, describe
-    from ..loading.models import require_supported
+    from ..eval.api import require_runnable
 
-    adapter = require_supported(loaded)
-    for line in loaded.notes:
+    for line in [*loaded.notes, *require_runnable(loaded, methods)]:
         say(line)
-    for method in methods:
-        check(adapter, method)
-        if method.installs is not None:
-            from ..trained.folder import located
-
-            located(adapter, method.installs)
-        say(describe(method, adapter.usual(), adapter))
 
 
 def print_json(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
     print(json.dumps({"rows": list(rows), "meta": meta}, allow_nan=False))
 
 
-def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A plain table on stdout; the first ``left`` columns are text, the others numbers."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def finish(results: Results, as_json: bool, columns: str | None = None, more: str = "") -> int:
+    """Prints results and what failed; the exit code. more: a last line on stdout, beside the tables."""
+    if as_json:
+        print_json(results.rows, results.meta)
+    else:
+        for i, table in enumerate(results.tables):
+            if i:
+                print()
+            print_tables(table, columns if i == 0 else None)
+        if more:
+            print(f"\n{more}")
+    for line in results.failed:
+        warn(line)
+    return 1 if results.failed else 0
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console = Console(highlight=False, markup=False)
-    least = table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
-    if not console.is_terminal or console.width < least:
-        console = Console(highlight=False, markup=False, width=max(200, least))
-    console.print(table)
+
+def print_tables(table: Table, columns: str | None = None) -> None:
+    """A table on stdout with what stands above and below it: on a terminal the columns that fit, elsewhere all, or those asked for."""
+    from rich.console import Console
+
+    from ..tables import columns_named, listed, plain
+
+    names, console = listed(columns), Console(highlight=False, markup=False)
+    if names is not None:
+        there = {plain(name) for name in table.header}
+        columns_named([n for n in names if plain(n) in there], table.header)
+        table = table.select([n for n in names if plain(n) in there])
+    width = console.width if console.is_terminal and columns is None else None
+    shown = table if width is None else table.fitted(width)
+    if table.title:
+        print(wrapped(table.title, console))
+    if width is None:
+        console = Console(highlight=False, markup=False, width=10_000)
+    console.print(shown.drawn(width), crop=False)
+    if shown.hidden:
+        print(wrapped(f"No room for {', '.join(shown.hidden)}: --columns all shows every column, --columns a,b these.", console))
+    if table.note:
+        print(wrapped(table.note, console))
+
+
+def print_prose(text: str) -> None:
+    """Paragraphs, each in lines that fit the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    for paragraph in text.split("\n\n"):
+        print("\n" + wrapped(" ".join(paragraph.split()), console))
+
+
+def wrapped(text: str, console: Any) -> str:
+    """Lines that fit the terminal, or of ``NOTE`` characters where there is none."""
+    width = console.width if console.is_terminal else NOTE
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())
+
+
+def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1, columns: str | None = None) -> None:
+    """The same of a header and lines; the first ``left`` columns are text, the others numbers."""
+    print_tables(Table(header, lines, left), columns)

@@ -20,6 +20,9 @@ def report(
     format: Annotated[str, typer.Option("--format", help="md (or markdown), csv, latex or html.")] = "md",
     output: Annotated[Path | None, typer.Option("--output", help="The file to write; default stdout.")] = None,
     max_drop: Annotated[float | None, typer.Option("--max-drop", min=0, help="Points the recommended method may lose.")] = None,
+    columns: Annotated[str | None, typer.Option("--columns", help="With latex: columns of the table, such as tokens,score,FLOPs.")] = None,
+    caption: Annotated[str | None, typer.Option("--caption", help="With latex: of the table.")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="With latex: what \\ref{...} names.")] = None,
     json: options.Json = False,
 ) -> None:
     """Renders finished runs and merges several; refuses to merge what cannot be compared, naming the field."""
@@ -30,6 +33,11 @@ def report(
         raise MllmEfficientError(f"--json and --format {format} both write to stdout: add --output")
     if output is not None and (output.is_dir() or (output.parent.exists() and not output.parent.is_dir())):
         raise MllmEfficientError(f"--output {output} is not a file that can be written")
+
+    for name, value in (("--columns", columns), ("--caption", caption), ("--label", label)):
+        if value is not None and format != "latex":
+            raise MllmEfficientError(f"{name} has no effect without --format latex: leave it out")
+    names = options.check_columns(columns, "report")
 
     from ..eval.report import formats
     from ..eval.report.merge import Finished, merge
@@ -42,8 +50,10 @@ def report(
         text = page(found, max_drop)
     elif format == "csv":
         text = formats.csv_text(found.rows)
+    elif format == "latex":
+        text = formats.latex(found, max_drop, names, caption, label)
     else:
-        text = (formats.latex if format == "latex" else formats.markdown)(found, max_drop)
+        text = formats.markdown(found, max_drop)
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

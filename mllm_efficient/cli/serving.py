@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MllmEfficientError
+from ..tables import Table
 from . import options
 
 if TYPE_CHECKING:
+    from ..eval.results import Results
     from ..loading.models import ModelOptions
 
 BACKENDS = ("transformers", "vllm")
@@ -46,12 +48,11 @@ def require_effect(given: Sequence[str], backend: str, servers: Sequence[str]) -
 def run_servers(
     settings: ModelOptions, methods: Sequence[Any], load: dict[str, Any], *, servers: Sequence[str], server_model: str | None,
     tokenizer: str | None, random_weights: bool, serve_args: str,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    """Rows and meta. load: what ``Load`` takes, its image size None for the one that the model takes."""
-    from tqdm import tqdm
-
-    from ..measure.machine import machine, versions
-    from ..measure.serving import MEANING, Load, measure, runs, uncompressed
+) -> Results:  # fmt: skip
+    """Servers under load. load: what ``Load`` takes, its image size None for the one that the model takes."""
+    from ..eval.results import BENCH, Results
+    from ..measure.machine import busy, machine, versions
+    from ..measure.serving import MEANING, Load, measure, runs, table, uncompressed
     from ..measure.timing import ORDER
     from ..patches.vllm.benchmark import require_vllm, tool
 
@@ -70,11 +71,13 @@ def run_servers(
             given = Load(**{**load, "image_size": launch.image_size})
             arms, about = running.enter_context(launched(launch, given, shlex.split(serve_args), options.say))
         ask, state = running.enter_context(tool()), machine()
-        with tqdm(total=runs(arms, given), unit="run", mininterval=1, disable=None) as bar:
+        with options.progress().bar(runs(arms, given), "run") as bar:
             rows = measure(arms, given, ask, bar.update)
         after = machine()
+    if warning := busy(state):
+        options.warn(warning)
     for name in uncompressed(rows):
-        options.say(f"{name}: its prompts are as long as the baseline's, so it compresses nothing")
+        options.warn(f"{name}: its prompts are as long as the baseline's, so it compresses nothing")
     failed = [f"{r['method']} at {r['concurrency']} requests at a time: {r['failed']}" for r in rows if r["failed"]]
     meta = {
         "model": server_model or (settings.model if not servers else ", ".join(dict.fromkeys(a.model for a in arms))),
@@ -91,7 +94,11 @@ def run_servers(
         "meaning": MEANING, "failed": failed, "versions": versions("torch", "transformers") | {"vllm": version},
         "machine": state, "machine_after": after,
     }  # fmt: skip
-    return rows, meta
+    note = (
+        "Medians over repeats; p50 and p99 are over the requests of a run. 'prompt tokens' are a run's, as the server counts them. "
+        f"{given.text_tokens} text tokens and {given.images} image(s) in, {given.output_tokens} tokens out; caches: {meta['caches']}."
+    )
+    return Results(BENCH, rows, meta, (Table(*table(rows), note=note),), tuple(f"failed: {line}" for line in failed))
 
 
 def _found(servers: Sequence[str], model: str | None, tokenizer: str | None) -> list[Any]:
@@ -109,15 +116,3 @@ def _found(servers: Sequence[str], model: str | None, tokenizer: str | None) -> 
         own = tokenizer or about.get("root") or cell.model
         arms.append(Served(name=cell.name, role=cell.role, url=cell.url.rstrip("/").removesuffix("/v1"), model=cell.model, tokenizer=own))
     return arms
-
-
-def report(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> None:
-    """Prints the table."""
-    from ..measure.serving import table
-
-    options.print_table(*table(rows))
-    print("Medians over repeats; p50 and p99 are over the requests of a run. 'prompt tokens' are a run's, as the server counts them.")
-    work = meta["workload"]
-    print(
-        f"{work['text_tokens']} text tokens and {work['images']} image(s) in, {work['output_tokens']} tokens out; caches: {meta['caches']}"
-    )

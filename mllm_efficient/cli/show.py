@@ -45,7 +45,6 @@ def show(
     from ..media.images import load_image, name_of
     from ..media.video import load_frames
 
-    options.import_files(imports)
     if not image and video is None:
         raise MllmEfficientError("nothing to show: give --image FILE or --video FOLDER")
     if dim not in viz.DIMS:

@@ -1,4 +1,4 @@
-"""The base class of all methods. A new one overrides one function (CONTRIBUTING.md shows one in 40 lines)."""
+"""The base class of all methods. A new one overrides one function (docs/add-a-method.md shows one in 40 lines)."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUILTIN = FIRST
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
+SAMPLED = 4096  # values of a tensor that go into a model's digest
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class ModelOptions:
 
 @dataclass
 class Loaded:
-    """A model in eval mode with its processor."""
+    """A model in eval mode with its processor. in_memory: a user's object, whose weights need not be those of the folder it names."""
 
     model: Any
     processor: Any
     options: ModelOptions
+    in_memory: bool = False
 
     @property
     def device(self):
@@ -115,8 +117,8 @@ def builtin_folder() -> Path:
     return Path(model_source(BUILTIN))
 
 
-def load(options: ModelOptions) -> Loaded:
-    """Loads a model by folder, hub id or an embedded one's name. Raises ``MllmEfficientError`` with one line on any failure."""
+def require_options(options: ModelOptions) -> tuple[str, str | None]:
+    """Where the model and its adapter are read from. Raises ``MllmEfficientError`` for whatever can be known without torch."""
     base, adapter = adapters.resolved(options.model, options.adapter)
     source = model_source(base)
     looks_local = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
@@ -130,6 +132,14 @@ def load(options: ModelOptions) -> Loaded:
         raise MllmEfficientError("--device has no effect with --device-map: give one of them")
     if options.dtype not in DTYPES:
         raise MllmEfficientError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if options.quantization is not None and options.quantization not in QUANTIZATIONS:
+        raise MllmEfficientError(f"quantization {options.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+    return source, adapter
+
+
+def load(options: ModelOptions) -> Loaded:
+    """Loads a model by folder, hub id or an embedded one's name. Raises ``MllmEfficientError`` with one line on any failure."""
+    source, adapter = require_options(options)
     device = pick_device(options)
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
@@ -230,7 +240,9 @@ def require_supported(loaded: Loaded):
 
 
 def fingerprint(loaded: Loaded) -> str:
-    """What identifies the weights: commit of the hub, or a hash over the local folder's files."""
+    """What identifies the weights: commit of the hub, or a hash over the local folder's files; of a model in memory over its tensors."""
+    if loaded.in_memory:
+        return _digest_of_tensors(loaded.model)
     commit = getattr(loaded.model.config, "_commit_hash", None)
     if commit:
         return str(commit)
@@ -242,6 +254,18 @@ def fingerprint(loaded: Loaded) -> str:
             stat = file.stat()
             small = stat.st_size < 64 * 2**20
             digest.update(file.read_bytes() if small else f"{file.name}/{stat.st_size}/{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_tensors(model: Any) -> str:
+    """A hash over name, shape and dtype of every tensor and ``SAMPLED`` of its values, evenly spread."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+        if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
+            tensor = tensor.dequantize()
+        flat = tensor.detach().reshape(-1)
+        digest.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from mllm_efficient.cli import main
-from mllm_efficient.cli.sweep import budgets_of, middle
+from mllm_efficient.cli.sweep import budgets_of
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.eval import sweep
 from mllm_efficient.eval.builtin.questions import CATEGORIES
 from mllm_efficient.eval.record.bench_file import BenchFile, owned
 from mllm_efficient.eval.runner import Run
+from mllm_efficient.eval.sweeping import middle
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.bench import Bench
 from mllm_efficient.measure.workload import Workload

@@ -402,7 +402,7 @@ def test_a_run_with_captions_can_be_reported(finished, capsys, tmp_path, format)
 
 
 def test_a_limit_of_a_suite_is_even_where_a_task_asks_in_pairs(capsys):
-    from mllm_efficient.cli.tasks import even
+    from mllm_efficient.eval.lmms.evaluate import even
 
     assert even(["me_gqa", "me_mme"], 25, "quick") == 26 and "--limit 26: a task of quick asks in pairs" in capsys.readouterr().err
     assert even(["me_gqa"], 25, "quick") == 25 and even(["me_mme"], 24, "quick") == 24
@@ -412,8 +412,8 @@ def test_a_limit_of_a_suite_is_even_where_a_task_asks_in_pairs(capsys):
 def test_a_reference_says_which_settings_differ():
     from types import SimpleNamespace
 
-    from mllm_efficient.cli.tasks import unlike_protocol
     from mllm_efficient.eval.lmms import suites
+    from mllm_efficient.eval.lmms.evaluate import unlike_protocol
 
     reference = suites.read(suites.REFERENCES, "divprune-table1")
 

@@ -33,12 +33,14 @@ def chart(rng: Stream) -> tuple[list[Picture], list[Question]]:
     for i, (colour, value) in enumerate(zip(colours, values)):
         left = AXIS + i * slot + slot // 6
         bars.append(Patch(Box(left, foot - value * unit, left + 2 * slot // 3, foot), COLOURS[colour]))
-    return [Picture(height, width, Ground(paper), (*marks, *bars))], _questions(rng, colours, values, [bar.box for bar in bars])
+    numbers = [mark.box for mark in marks if isinstance(mark, Text)]
+    axis = Box(0, numbers[-1].top, AXIS, numbers[0].bottom)
+    return [Picture(height, width, Ground(paper), (*marks, *bars))], _questions(rng, colours, values, [bar.box for bar in bars], axis)
 
 
-def _questions(rng: Stream, colours: list[str], values: list[int], boxes: list[Box]) -> list[Question]:
+def _questions(rng: Stream, colours: list[str], values: list[int], boxes: list[Box], axis: Box) -> list[Question]:
     everything, order = (tuple(boxes),), rng.shuffled(range(len(values)))
-    out = [ask("value", values[i], ((boxes[i],),), colour=colours[i]) for i in order]
+    out = [ask("value", values[i], ((boxes[i], axis),), colour=colours[i]) for i in order]
     for form, best in (("highest", max(values)), ("lowest", min(values))):
         if values.count(best) == 1:
             out.append(ask(form, colours[values.index(best)], everything))

@@ -8,8 +8,8 @@ from .forms import COLUMNS, NAMES, NUMBERS, Question, ask
 
 CELL = 2  # pixels of a glyph's cell: text is 14 pixels high
 GRID = 14  # pixels: words begin at multiples of it
-COLUMN, LINE = GRID * PIXEL, STEP * PIXEL  # units; typeset text lies on a grid, and small models read it sooner so
-INDENT, BEARD = 2 * PIXEL, 7 * PIXEL  # units before a word and above its line
+COLUMN, LINE = GRID * PIXEL, STEP * PIXEL  # units; typeset text lies on a grid, which small models learn to read sooner
+INDENT, ABOVE = 2 * PIXEL, 7 * PIXEL  # units before a word and above its line
 LONGEST = 4  # columns that a name takes at most, with the gap after it
 PITCH = 3  # columns from one cell of a table to the next
 MOST_LINES, MOST_ROWS = 10, 8
@@ -23,7 +23,7 @@ def document(rng: Stream) -> tuple[list[Picture], list[Question]]:
 
 def _text(word: str, column: int, line: int, paper: RGB) -> Text:
     """A word at a place of the grid."""
-    return Text(word, column * COLUMN + INDENT, line * LINE + BEARD, CELL, ink(paper))
+    return Text(word, column * COLUMN + INDENT, line * LINE + ABOVE, CELL, ink(paper))
 
 
 def _list(rng: Stream) -> tuple[list[Picture], list[Question]]:
