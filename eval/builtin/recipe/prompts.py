@@ -16,8 +16,8 @@ import numpy as np
 
 from ..chat import CELL, END, TURN, VOCABULARY
 from ..hard import make_item
-from ..hard.canvas import PIXEL, Ground, Picture, Text, ink
-from ..hard.crowds import ground, placed
+from ..hard.canvas import PIXEL, Ground, Picture, Text, ink, thing
+from ..hard.crowds import ground, placed, tinted
 from ..hard.forms import NAMES, NUMBERS
 from ..questions import CATEGORIES as OLD
 from ..questions import all_questions, benchmark_questions
@@ -185,6 +185,24 @@ def tiny_prompt(index: int, rng: np.random.Generator) -> Prompt:
     return Prompt(height, width, (picture.draw,), tuple(asked), tuple(asked))
 
 
+def large_prompt(index: int, rng: np.random.Generator) -> Prompt:
+    """A picture with one object of any size that it holds: of all that is asked, shapes come last, and these are easier to see."""
+    stream = Stream(45, index)
+    height, width = (CELL * stream.between(2, 3) for _ in range(2))
+    radius = PIXEL * stream.between(8, min(height, width) // 2 - 2)
+    x, y = (stream.between(radius + PIXEL, PIXEL * (side - 1) - radius) for side in (width, height))
+    colour, shape = stream.choice(list(COLOURS)), stream.choice(SHAPES)
+    picture = Picture(height, width, ground(stream), (thing(shape, colour, x, y, radius, tinted(stream, colour)),))
+    texts = ("What shape is the big object?", f"What shape is the {colour} object?", f"shape of {colour}?", "shape of the object?")
+    other = _another(_all_seen(picture)[0], rng)
+    asked = [(GROUND, text, shape) for text in texts]
+    asked += [
+        (GROUND, "What colour is the big object?", colour),
+        (GROUND, f"is there {other}?", "yes" if other == f"{colour} {shape}" else "no"),
+    ]
+    return Prompt(height, width, (picture.draw,), tuple(asked), tuple(asked))
+
+
 WEIGHTS = {"object": 0.4, "attribute": 1.3, "count": 0.8, "position": 1.5, "presence": 1.3, "reading": 1.0, "comparison": 1.3}
 
 
@@ -210,6 +228,9 @@ def picked(prompt: Prompt, grounding: float, rng: np.random.Generator, count: in
     return [(c, pack(q, a), WEIGHTS.get(c, 1.0)) for c, q, a in chosen]
 
 
+SMALL = {"tiny": tiny_prompt, "large": large_prompt}
+
+
 @dataclass(frozen=True)
 class Kind:
     """What one micro-batch is drawn from: prompts of some categories with the same number of pictures and at most so many tokens."""
@@ -225,8 +246,8 @@ def draw_prompt(kind: Kind, rng: np.random.Generator) -> Prompt:
     while True:
         category = kind.categories[int(rng.integers(len(kind.categories)))]
         index = int(rng.integers(1 << 30))
-        if category == "tiny":
-            return tiny_prompt(index, rng)
+        if category in SMALL:
+            return SMALL[category](index, rng)
         if category == "old":
             sizes = [s for s in (140, *OLD_SIZES) if kind.low < (s // CELL) ** 2 <= kind.high]
             if sizes:
