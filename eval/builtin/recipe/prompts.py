@@ -186,7 +186,7 @@ def tiny_prompt(index: int, rng: np.random.Generator) -> Prompt:
 
 
 def large_prompt(index: int, rng: np.random.Generator) -> Prompt:
-    """A picture with one object of any size that it holds: of all that is asked, shapes come last, and these are easier to see."""
+    """A picture with one object of any size that it holds, and its shape: what a tower sees last, and sees sooner where it is large."""
     stream = Stream(45, index)
     height, width = (CELL * stream.between(2, 3) for _ in range(2))
     radius = PIXEL * stream.between(8, min(height, width) // 2 - 2)
@@ -194,12 +194,7 @@ def large_prompt(index: int, rng: np.random.Generator) -> Prompt:
     colour, shape = stream.choice(list(COLOURS)), stream.choice(SHAPES)
     picture = Picture(height, width, ground(stream), (thing(shape, colour, x, y, radius, tinted(stream, colour)),))
     texts = ("What shape is the big object?", f"What shape is the {colour} object?", f"shape of {colour}?", "shape of the object?")
-    other = _another(_all_seen(picture)[0], rng)
     asked = [(GROUND, text, shape) for text in texts]
-    asked += [
-        (GROUND, "What colour is the big object?", colour),
-        (GROUND, f"is there {other}?", "yes" if other == f"{colour} {shape}" else "no"),
-    ]
     return Prompt(height, width, (picture.draw,), tuple(asked), tuple(asked))
 
 
