@@ -31,7 +31,7 @@ from .state import Log, restore, save
 from .validation import Asked, publish, validate
 
 LOG_EVERY, SAVE_SECONDS, VAL_EVERY = 20, 180, 300
-TEST_SCENES, TEST_ITEMS = 600, 300
+TEST_SCENES, TEST_ITEMS = 250, 120
 
 
 @dataclass(frozen=True)
