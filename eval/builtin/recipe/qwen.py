@@ -27,8 +27,8 @@ PHASES = (
     Phase(356, 2, 0.3, (replace(TINY, share=0.06), Drawn(ONE, 1, 0, 36, 16, 0.44), Drawn(ONE, 1, 36, 64, 12, 0.2), *SEVERAL)),
     Phase(263, 2, 0.3, (replace(LARGE, share=0.4), replace(TINY, share=0.1), Drawn(ONE, 1, 0, 36, 16, 0.4), *SEVERAL)),
     Phase(150, 2, 0.3, (replace(LARGE, share=0.6), replace(TINY, share=0.15), Drawn(ONE, 1, 0, 36, 16, 0.25))),
-    Phase(250, 2, 0.3, (replace(LARGE, share=0.15), replace(TINY, share=0.2), Drawn(ONE, 1, 0, 36, 16, 0.4), *SEVERAL)),
-    Phase(2500, 2, 0.15, (
+    Phase(200, 2, 0.3, (replace(LARGE, share=0.15), replace(TINY, share=0.2), Drawn(ONE, 1, 0, 36, 16, 0.4), *SEVERAL)),
+    Phase(2500, 2, 0.2, (
         replace(LARGE, share=0.05), replace(TINY, share=0.05),
         Drawn(ONE, 1, 0, 36, 16, 0.22), Drawn(ONE, 1, 36, 64, 12, 0.2), Drawn(ONE, 1, 64, 144, 6, 0.16),
         Drawn(("images",), 2, 0, 64, 8, 0.1), Drawn(("images",), 3, 0, 64, 6, 0.1),
