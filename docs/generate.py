@@ -18,8 +18,11 @@ from typing import Any
 import typer
 
 from mllm_efficient.cli import app
+from mllm_efficient.cli.help import EVERYWHERE, EXAMPLES
 from mllm_efficient.compressors.base import parameters, query_aware
+from mllm_efficient.compressors.words import parameters_of, title_of
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.eval.record import schema
 from mllm_efficient.parsing import read_yaml
 from mllm_efficient.patches.facts import FACTS, REFUSED
 from mllm_efficient.patches.rules import DECODERS, FAMILIES, rules_class
@@ -64,14 +67,15 @@ def methods_table() -> str:
 
 
 def methods_in_full() -> str:
-    """Every method with its docstring and the settings of its own."""
+    """Every method: its docstring, and the settings that it has of its own."""
     parts = []
     for name in BUILTIN:
         cls = get_method(name)
-        defaults = {k: v for k, v in parameters(cls).items() if k not in SHARED or (k == "merge" and v is not None)}
-        own = ", ".join(code(f"{k}={v}") for k, v in defaults.items())
-        parts += [f"### {name}", f"`me.{cls.__name__}`" + (f"; settings of its own and their defaults: {own}" if own else "")]
-        parts += [inspect.getdoc(cls) or ""]
+        own = [p for p in parameters_of(cls) if p.name not in SHARED or (p.name == "merge" and p.default is not None)]
+        parts += [f"### {name}", f"{title_of(name)}, `me.{cls.__name__}`.", inspect.getdoc(cls) or ""]
+        if own:
+            rows = [[code(p.name), code(p.shown) if p.shown != "-" else "", p.meaning] for p in own]
+            parts += [table(["setting", "default", "meaning"], rows)]
     return "\n\n".join(parts)
 
 
@@ -159,11 +163,10 @@ def commands() -> str:
     }
     every = [row for own in rows.values() for _, row in own]
     common = [row for i, row in enumerate(every) if every.count(row) >= 4 and row not in every[:i]]
-    parts = []
+    parts = [EVERYWHERE.replace("--quiet", "`--quiet`").replace("--traceback", "`--traceback`")]
     for name, command in group.commands.items():
         parts += [f"## {name}", " ".join((command.help or "").split())]
-        if command.epilog:
-            parts += [f"```text\n{inspect.cleandoc(command.epilog)}\n```"]
+        parts += ["\n".join(["```bash", *EXAMPLES[name], "```"])]
         panels: dict[str, list[list[str]]] = {}
         for panel, row in rows[name]:
             if row not in common:
@@ -257,32 +260,20 @@ def speed_table() -> str:
         return f"{middle:.1f}x [{min(ends):.1f}, {max(ends):.1f}]"
 
     rows = []
-    for name, at_once in (("divprune", "divprune:tokens=64"), ("resize", "resize:tokens=64")):
+    for name in ("divprune", "resize"):
         (row,) = [r for r in ttft if r["method"] == f"{name}:tokens=57"]
-        (server,) = [r for r in vllm if r["method"] == at_once]
-        rows.append(
-            [
-                code(name),
-                times(row["ttft_ratio"], True),
-                f"{1 / row['flops_ratio']:.1f}x",
-                times(row["e2e_ratio"], True),
-                times(server["requests_ratio"], False),
-            ]
-        )
-    header = (
-        "",
-        "to the first token, 576 to 57 tokens",
-        "what the FLOPs would allow",
-        "with 8 tokens of answer",
-        "requests per second, vLLM, 576 to 64",
-    )
-    return table(header, rows)
+        (server,) = [r for r in vllm if r["method"] == f"{name}:tokens=64"]
+        first, whole = times(row["ttft_ratio"], True), times(row["e2e_ratio"], True)
+        kept = f"{code(name)}, {row['visual_tokens_kept']} and {server['visual_tokens_kept']} of 576 tokens"
+        rows.append([kept, first, f"{1 / row['flops_ratio']:.1f}x", whole, times(server["requests_ratio"], False)])
+    return table(["", "to the first token", "what the FLOPs would allow", "with 8 tokens of answer", "requests per second with vLLM"], rows)
 
 
 # ------------------------------------------------------------------------------------------------ pages
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "../README.md": {"speed": speed_table, "support": support_table},
+    "evaluate.md": {"schema": schema.markdown},
     "methods.md": {"table": methods_table, "methods": methods_in_full},
     "families.md": {"families": families_table, "facts": facts_table, "refused": refused_table, "decoders": decoders},
     "cli.md": {"commands": commands},

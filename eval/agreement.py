@@ -17,6 +17,7 @@ from mllm_efficient.apply.prompt import types_with_text
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import environment
+from mllm_efficient.measure.native import sizes_of
 
 from .answers import NORMALISATION, matches, normalise
 from .harness import Harness, endings
@@ -49,6 +50,7 @@ class Agreement(Harness):
     max_new_tokens: int = MAX_NEW_TOKENS
     _inputs: dict[Any, tuple[dict[str, Any], list[Any]]] = field(default_factory=dict)
     _references: dict[str, Reference] = field(default_factory=dict)
+    _sizes: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,26 +134,34 @@ class Agreement(Harness):
             rows.append(row)
         return rows
 
-    def _inputs_of(self, batch: Sequence[Request]) -> tuple[dict[str, Any], list[Any]]:
-        """The processor's output for a batch and its images as items, made once for all methods."""
-        key = tuple(r.id for r in batch)
+    def sizes(self, sample: Request) -> list[tuple[int, int]]:
+        if sample.id not in self._sizes:
+            self._sizes[sample.id] = sizes_of(sample.pictures())
+        return self._sizes[sample.id]
+
+    def _inputs_of(self, method: Compressor, batch: Sequence[Request]) -> tuple[dict[str, Any], list[Any]]:
+        """The processor's output for a batch and its images as items, made once for all methods but those that set the processor."""
+        key = (method.spec() if method.sets_processor else None, *(r.id for r in batch))
         if key not in self._inputs:
-            inputs = self.loaded.inputs([self._prompt[r.id] for r in batch], [r.pictures() for r in batch])
+            loaded = self.seen_under(method, batch).loaded
+            inputs = loaded.inputs([self._prompt[r.id] for r in batch], [r.pictures() for r in batch])
             self._inputs[key] = inputs, self.adapter.items(inputs)
         return self._inputs[key]
 
     def _prepared(self, method: Compressor, batch: Sequence[Request], answers: Tensor | None = None) -> tuple[Prepared, Tensor]:
         """The batch's shorter prompts, and the full mask. answers: (B, T) go after the prompts, -1 where there is none."""
-        inputs, items = self._inputs_of(batch)
+        inputs, items = self._inputs_of(method, batch)
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
         if answers is not None:
             rest["input_ids"] = torch.cat([rest["input_ids"], answers.clamp(min=0).to(rest["input_ids"])], 1)
             rest["attention_mask"] = torch.cat([rest["attention_mask"], (answers >= 0).to(rest["attention_mask"])], 1)
             rest |= types_with_text(rest, rest["input_ids"].shape[1])
-        names = [(r.digest, i) for r in batch for i in range(len(r.images))]
-        encoded: Encoded | None = self.vision.encoded(method, items, names) if items else None
+        asked, own = self.seen_under(method, batch), method.spec() if method.sets_processor else None
+        names = [(own, r.digest, i) for r in batch for i in range(len(r.images))]
+        encoded: Encoded | None = self.vision.encoded(asked.method, items, names) if items else None
         keys = [f"data/{r.id}/{i}" for r in batch for i in range(len(r.images))] if items else None
-        return prepare(self.loaded.model, method, encoded=encoded, image_keys=keys, **rest), rest["attention_mask"]
+        done = prepare(self.loaded.model, asked.method, encoded=encoded, image_keys=keys, **rest)
+        return asked.shown(done), rest["attention_mask"]
 
     def _referred(self, batch: Sequence[Request]) -> list[Reference]:
         """The baseline's answers to a batch and its distributions along them."""
@@ -187,7 +197,8 @@ class Agreement(Harness):
             if places is not None:
                 call["position_ids"] = torch.cat([call["position_ids"], places.to(call["position_ids"])], -1)
         logits = self.loaded.model(**call, use_cache=True, logits_to_keep=longest).logits
-        return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, answers)]
+        own = logits[:, -longest:]  # some models give all whatever is asked
+        return [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(own, answers)]
 
 
 def short(text: str, length: int = 40) -> str:

@@ -55,10 +55,8 @@ def evaluate(
     public = is_public(tasks, suite)
     _require_sources(suite=suite, tasks=tasks, data=data)
     _require_effect(public, data, of_tasks, categories=categories, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens)
-    specs, how = (
-        [built(m) for m in methods],
-        {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)},
-    )
+    specs = [built(m) for m in methods]
+    how: dict[str, Any] = {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)}
     with lent(model, processor, seed) as loaded:
         if public:
             asked = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks)
@@ -71,9 +69,8 @@ def evaluate(
         if data is None:
             from .evaluate import BATCH, on_benchmark
 
-            among = {"suite": suite, "categories": _listed(categories)}
-            where = among | {"split": one_of("split", split or "test", SPLITS), "turns": one_of("turns", turns or 1, (1, 2))}
-            return on_benchmark(loaded, chosen, **where, batch_size=batch_size or BATCH, **how)
+            how |= {"split": one_of("split", split or "test", SPLITS), "turns": one_of("turns", turns or 1, (1, 2))}
+            return on_benchmark(loaded, chosen, suite=suite, categories=_listed(categories), batch_size=batch_size or BATCH, **how)
         from .evaluate import DATA_BATCH, on_requests
         from .requests import read_requests
 
@@ -246,7 +243,7 @@ def require_runnable(loaded: Loaded, methods: Sequence[Compressor]) -> list[str]
     from mllm_efficient.loading.models import require_supported
     from mllm_efficient.trained.folder import located
 
-    adapter, said = require_supported(loaded), []
+    adapter, said = require_supported(loaded).with_settings(loaded.picture_settings), []
     for method in methods:
         check(adapter, method)
         if method.installs is not None:
@@ -277,7 +274,7 @@ def task_options(
     if unknown:
         raise BadSettingError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], OF_TASKS)}")
     names, usual = task_names(None if tasks is None else ",".join(tasks), suite)
-    paths = {name: Path(more.pop(name)) for name in ("data_root", "cache", "coco_instances") if more.get(name) is not None}
+    paths: dict[str, Any] = {name: Path(more.pop(name)) for name in ("data_root", "cache", "coco_instances") if more.get(name) is not None}
     return TaskOptions(
         names, even(names, limit or usual, suite), batch_size or 1, max_new_tokens=max_new_tokens, image_range=image_range,
         **paths, **more,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient import __version__
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.loading.models import ModelOptions, load
+from mllm_efficient.loading import models
+from mllm_efficient.loading.models import ModelOptions
 from mllm_efficient.measure.flops import Cost, cost
 from mllm_efficient.measure.shapes import ModelShape, shape_names
 from mllm_efficient.progress import SILENT, Progress
@@ -152,7 +153,7 @@ class _Counter:
         if settings.model in shape_names():
             self.model = build_on_meta(shape)
         else:
-            loaded = load(settings)
+            loaded = models.load(settings)
             self.model, self.processor = loaded.model, loaded.processor
 
     def count(self, method: Compressor, pairs: Sequence[Pair], call: dict[str, Any]) -> list[Counted]:

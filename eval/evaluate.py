@@ -21,6 +21,7 @@ from .record.samples import fingerprint_of
 from .requests import Request
 from .results import EVALUATE, Results
 from .runner import Run
+from .sweep import flops_ratios
 from .table import rows_of, text_table
 
 BATCH, DATA_BATCH = 32, 8
@@ -63,6 +64,7 @@ def on_benchmark(
         "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
         "images": len({s.image for s in questions}), "batch_size": batch_size, "limit": limit,
         "methods": [m.to_dict() for m in methods], "interval": "95%, 2000 paired resamples of images",
+        "flops": flops_ratios(loaded, methods),
         **embedded.blind(questions),
     }  # fmt: skip
     return _kept(Results(EVALUATE, rows, meta, (benchmark_table(rows, meta, asked),), failures(records)), output_dir)
@@ -89,7 +91,14 @@ def on_requests(
     records = answered(asked.run, progress)
     rows = agreement_rows(records, methods, against=against, seed=loaded.options.seed)
     made = [m.to_dict() for m in methods]
-    meta = {**asked.run.config, "batch_size": batch_size, "limit": limit, "methods": made, **asked.about(records)}
+    meta = {
+        **asked.run.config,
+        "batch_size": batch_size,
+        "limit": limit,
+        "methods": made,
+        "flops": flops_ratios(loaded, methods),
+        **asked.about(records),
+    }
     tables = [Table(*agreement_table(rows), first=FIRST_OF_DATA, note=AGREEMENT), *lengths(rows)]
     if meta["worst"]:
         title = "Farthest from the uncompressed model (meta.worst has more):"

@@ -12,6 +12,7 @@ import torch
 from mllm_efficient.apply.encode import Encoded, encode_items, encoding_key
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.loading.models import Loaded, require_supported
+from mllm_efficient.measure.native import Asked, Control
 from mllm_efficient.registry import runnable
 from mllm_efficient.trained.folder import Parts
 from mllm_efficient.trained.install import installed
@@ -32,7 +33,7 @@ class Harness:
 
     def __post_init__(self):
         self.adapter = require_supported(self.loaded)
-        self.vision, self.parts = Vision(self.adapter), dict[str, Parts]()
+        self.vision, self.parts, self.control = Vision(self.adapter), dict[str, Parts](), Control(self.loaded)
         self.prepare_samples()
         self.records = Records(self.output_dir, self.config)
 
@@ -51,6 +52,14 @@ class Harness:
     def answers(self, arm: str, method: Compressor | None, batch: Sequence[Any]) -> list[dict[str, Any]]:
         """One record for each sample of a batch under one method (None: the floor)."""
         raise TypeError(f"{type(self).__name__} must define answers")
+
+    def sizes(self, sample: Any) -> list[tuple[int, int]]:
+        """(width, height) of a sample's pictures."""
+        raise TypeError(f"{type(self).__name__} must define sizes")
+
+    def seen_under(self, method: Compressor, batch: Sequence[Any]) -> Asked:
+        """How a batch is asked: on the model as it came, or with its processor set where the method does that."""
+        return self.control.asked(method, [self.sizes(s) for s in batch] if method.sets_processor else ())
 
     def refer(self, arm: str, batch: Sequence[Any]) -> None:
         """What answers of an arm are held against, made on the model as it came."""
@@ -96,8 +105,9 @@ class Harness:
         """Every arm on one batch. A half-recorded batch is asked again whole, so that padding is as it was."""
         self.forget()
         for arm, method in self.named_arms:
-            if not all((arm, s.id) in self.records for s in batch):
-                self.records.add(self._ask(arm, method, batch))
+            for part in [batch] if method is None else self.control.alike(method, batch, [self.sizes(s) for s in batch]):
+                if not all((arm, s.id) in self.records for s in part):
+                    self.records.add(self._ask(arm, method, part))
             self.progress(len(batch))
 
     def forget(self) -> None:

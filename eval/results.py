@@ -23,7 +23,7 @@ WIDTH = 120  # characters of a table where no terminal says
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """Rows of numbers, the uncompressed baseline first, and ``meta``: on what they were made. ``eval.record.schema`` has every field.
+    """Rows of numbers, the uncompressed baseline first, and ``meta``: on what they were made (fields: ``eval/record/schema.py``).
 
     kind: "evaluate", "sweep", "bench" or "flops". tables: for readers, the first of all rows. failed: a line for everything that failed.
     """
@@ -84,7 +84,7 @@ class Results:
 
         if self.kind not in (EVALUATE, SWEEP):
             raise MllmEfficientError(f"reports are made of evaluations and sweeps, not of {self.kind}")
-        return Finished(of_eval(self.rows) if self.kind == EVALUATE else self.rows, [self.meta], [self.kind])
+        return Finished(of_eval(self.rows, self.meta) if self.kind == EVALUATE else self.rows, [self.meta], [self.kind])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in self.tables:

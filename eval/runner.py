@@ -11,6 +11,7 @@ import torch
 
 from mllm_efficient.apply.prepare import Prepared, prepare
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import environment
 from mllm_efficient.measure.workload import usual_size
 
@@ -88,7 +89,7 @@ class Run(Harness):
         if isinstance(batch[0], FollowUp):
             firsts, ids, prepared = converse(self, method, batch, watched)
         else:
-            inputs = self.inputs(batch, images=method is not None)
+            inputs = self.inputs(batch, images=method is not None, method=method)
             prepared = None if method is None else self.prepared(method, batch, inputs)
             call = inputs if prepared is None else prepared.model_kwargs
             ids = self.generate(call, logits_processor=[watched])[:, call["input_ids"].shape[1] :]
@@ -102,8 +103,10 @@ class Run(Harness):
                 row["text"] = text.strip()
             if firsts is not None:
                 row["first_answer"] = firsts[i].strip()
-            if prepared is not None:
-                row |= self._tokens(sample, [image for image in prepared.report.images if image.row == i], prepared.report.positions)
+            if prepared is not None and method is not None:
+                processor = self.seen_under(method, batch).loaded.processor.image_processor
+                images = [image for image in prepared.report.images if image.row == i]
+                row |= self._tokens(sample, images, prepared.report.positions, processor)
             rows.append(row)
         return rows
 
@@ -118,23 +121,36 @@ class Run(Harness):
         """The question as this model is asked it."""
         return sample.question.text if self.builtin else sample.question.natural
 
-    def inputs(self, batch: Sequence[AnySample], images: bool) -> dict[str, Any]:
-        """The processor's output for a batch, made once for all methods."""
-        key = (images, *(s.id for s in batch))
+    def inputs(self, batch: Sequence[AnySample], images: bool, method: Compressor | None = None) -> dict[str, Any]:
+        """The processor's output for a batch, made once for all methods but those that set the processor.
+
+        Raises ``MllmEfficientError`` for a video under one of those.
+        """
+        own = method is not None and method.sets_processor
+        if method is not None and own and any(s.video for s in batch):
+            raise MllmEfficientError(
+                f"{method.spec()} sets the processor of pictures, and a video has another: leave the category video out"
+            )
+        key = (method.spec() if method is not None and own else None, images, *(s.id for s in batch))
         if key not in self._processed:
+            loaded = self.loaded if method is None else self.seen_under(method, batch).loaded
             counts = [(0, 0) if not images else (0, 1) if s.video else (len(s.sizes(self.size)), 0) for s in batch]
-            prompts = [self.loaded.prompt(self.worded(s), *count) for s, count in zip(batch, counts)]
+            prompts = [loaded.prompt(self.worded(s), *count) for s, count in zip(batch, counts)]
             shown = [(s.video, s.pictures(self.size)) for s in batch] if images else []
             videos = [frames for video, frames in shown if video] or None
-            self._processed[key] = self.loaded.inputs(prompts, [some for video, some in shown if not video], videos)
+            self._processed[key] = loaded.inputs(prompts, [some for video, some in shown if not video], videos)
         return dict(self._processed[key])
+
+    def sizes(self, sample: AnySample | FollowUp) -> list[tuple[int, int]]:
+        return sample.sizes(self.size)
 
     def prepared(self, method: Compressor, batch: Sequence[AnySample], inputs: dict[str, Any]) -> Prepared:
         """The batch's shorter prompts; a picture goes through the tower once for all methods that see it alike."""
+        asked, own = self.seen_under(method, batch), method.spec() if method.sets_processor else None
         keys = [key for s in batch for key in s.keys]  # a batch is of images or of videos
-        encoded = self.vision.encoded(method, self.adapter.items(inputs), keys)
+        encoded = self.vision.encoded(asked.method, self.adapter.items(inputs), [(own, key) for key in keys])
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
-        return prepare(self.loaded.model, method, encoded=encoded, image_keys=keys, **rest)
+        return asked.shown(prepare(self.loaded.model, asked.method, encoded=encoded, image_keys=keys, **rest))
 
     def generate(self, call: dict[str, Any], **how: Any) -> Any:
         return self.loaded.model.generate(**call, max_new_tokens=self.max_new_tokens, do_sample=False, **how)
@@ -142,23 +158,23 @@ class Run(Harness):
     def decoded(self, ids: torch.Tensor) -> list[str]:
         return self.loaded.processor.batch_decode(ids, skip_special_tokens=True)
 
-    def _tokens(self, sample: AnySample | FollowUp, images: Sequence[Any], positions: str) -> dict[str, Any]:
-        """What a record says of the tokens of a sample's images."""
+    def _tokens(self, sample: AnySample | FollowUp, images: Sequence[Any], positions: str, processor: Any) -> dict[str, Any]:
+        """What a record says of the tokens of a sample's images. processor: the image processor that made them."""
         full, kept = (sum(getattr(image, name) for image in images) for name in ("full", "kept"))
-        row = {"visual_tokens_full": full, "visual_tokens_kept": kept, "positions": positions, **self._region(sample, images)}
+        row = {"visual_tokens_full": full, "visual_tokens_kept": kept, "positions": positions, **self._region(sample, images, processor)}
         if images[0].per_layer:
             row["tokens_per_layer"] = [sum(layer) for layer in zip(*(image.per_layer for image in images))]
         kernels = [kernel for image in images for kernel in image.kernels]
         return row | ({"kernels": kernels} if kernels else {})
 
-    def _region(self, sample: AnySample | FollowUp, images: Sequence[Any]) -> dict[str, float]:
+    def _region(self, sample: AnySample | FollowUp, images: Sequence[Any], processor: Any) -> dict[str, float]:
         """Share of the kept tokens that lie in the region that matters, and share of that region that was kept."""
         inside = whole = kept = 0
-        for number, (image, size) in enumerate(zip(images, sample.sizes(self.size))):
+        for number, (image, size) in enumerate(zip(images, self.sizes(sample))):
             if image.indices is None:
                 return {}
             if (image.planes, size) not in self._regions:
-                self._regions[image.planes, size] = self.adapter.place(image.planes, size, self.loaded.processor.image_processor)
+                self._regions[image.planes, size] = self.adapter.place(image.planes, size, processor)
             region = sample.region(self._regions[image.planes, size], number)
             inside += int(region[image.indices.numpy()].sum())
             whole, kept = whole + int(region.sum()), kept + len(image.indices)

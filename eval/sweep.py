@@ -96,7 +96,7 @@ def possible(cells: Sequence[Cell], loaded: Loaded, say: Callable[[str], None]) 
 
     Raises for a method that the model cannot run at any budget.
     """
-    adapter = require_supported(loaded)
+    adapter = require_supported(loaded).with_settings(loaded.picture_settings)
     out, left_out = [], dict[str, str]()
     for cell in cells:
         try:
@@ -157,6 +157,19 @@ class Flops(PromptFlops):
             if best is not None and best[0] == 0:
                 break
         return cell if best is None else replace(cell, method=best[2])
+
+
+def flops_ratios(loaded: Loaded, methods: Sequence[Compressor], seed: int = 0) -> dict[str, Any]:
+    """FLOPs of one usual prompt under every method over the baseline's: ``ratios`` by method, ``of``: the prompt, ``error``: why none."""
+    flops, ratios = Flops(loaded, Workload(), seed), dict[str, dict[str, float]]()
+    for method in methods if flops.error is None else ():
+        with contextlib.suppress(MllmEfficientError):  # methods whose FLOPs this version does not count
+            cost = flops.of(method)
+            ratios[method.spec()] = {
+                "flops_ratio": round(cost.total / flops.baseline.total, 6),
+                "prefill_flops_ratio": round(cost.prefill / flops.baseline.prefill, 6),
+            }
+    return {"of": flops.call, "error": flops.error, "ratios": ratios}
 
 
 # ------------------------------------------------------------------------------------------------------------ timings

@@ -22,6 +22,7 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
 from mllm_efficient.loading.prompts import rendered
+from mllm_efficient.measure.native import Asked
 
 from .builtin.suites import AnyQuestion, AnySample
 from .harness import endings
@@ -76,7 +77,8 @@ class Asks(Protocol):
 
     loaded: Loaded
 
-    def inputs(self, batch: Sequence[AnySample], images: bool) -> dict[str, Any]: ...
+    def seen_under(self, method: Compressor, batch: Sequence[Any]) -> Asked: ...
+    def inputs(self, batch: Sequence[AnySample], images: bool, method: Compressor | None = None) -> dict[str, Any]: ...
     def prepared(self, method: Compressor, batch: Sequence[AnySample], inputs: dict[str, Any]) -> Prepared: ...
     def generate(self, call: dict[str, Any], **how: Any) -> Any: ...
     def decoded(self, ids: Tensor) -> list[str]: ...
@@ -91,9 +93,9 @@ def converse(
     method: None leaves the image out. watched: a logits processor of the second turn.
     """
     model, images = run.loaded.model, method is not None
-    asked = run.inputs([f.first for f in batch], images=images)
+    asked = run.inputs([f.first for f in batch], images=images, method=method)
     prompt = asked["input_ids"]
-    with wrapper.compressed(model, method) if method is not None else contextlib.nullcontext():
+    with wrapper.compressed(model, run.seen_under(method, batch).method) if method is not None else contextlib.nullcontext():
         prepared = run.prepared(method, [f.first for f in batch], asked) if method is not None else None
         layout = prepared.layout if prepared is not None else None
         if prepared is None or (layout is None and prepared.staging is None):

@@ -20,7 +20,7 @@ _HOME = {
     "Compressor": "compressors.base", "Selector": "compressors.selector", "Merger": "compressors.merger",
     "DivPrune": "compressors.divprune", "DivMerge": "compressors.divmerge",
     "Random": "compressors.random", "Uniform": "compressors.uniform",
-    "Pool": "compressors.pool", "Resize": "compressors.resize", "NoCompression": "compressors.none",
+    "Pool": "compressors.pool", "Resize": "compressors.resize", "Native": "compressors.native", "NoCompression": "compressors.none",
     "TokenFlex": "compressors.tokenflex", "TokenFlexProjector": "trained.projector", "Projector": "compressors.projector",
     "load": "trained.folder", "Resizer": "compressors.resizer", "encode": "apply.encode", "Encoded": "apply.encode",
     "Layout": "apply.prompt",
@@ -29,6 +29,7 @@ _HOME = {
     "DPN": "compressors.dpn", "Proportional": "compressors.proportional", "LayerTokens": "tokens", "ReducedTokens": "tokens",
     "CDPruner": "compressors.cdpruner", "SpatialPyramidPooling": "compressors.spp", "ToMe": "compressors.tome",
     "FlowCut": "compressors.flowcut",
+    "PixelPrune": "compressors.pixelprune",
     "FasterVLM": "compressors.fastervlm", "VisPruner": "compressors.vispruner", "VisionZip": "compressors.visionzip",
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
@@ -74,8 +75,10 @@ if TYPE_CHECKING:
     from .compressors.hawk import Hawk as Hawk
     from .compressors.merger import Merger as Merger
     from .compressors.mmtok import MMTok as MMTok
+    from .compressors.native import Native as Native
     from .compressors.none import NoCompression as NoCompression
     from .compressors.otprune import OTPrune as OTPrune
+    from .compressors.pixelprune import PixelPrune as PixelPrune
     from .compressors.pool import Pool as Pool
     from .compressors.projector import Projector as Projector
     from .compressors.proportional import Proportional as Proportional

@@ -16,10 +16,13 @@ class Family(Protocol):
     name: of the model, for messages. gives: what methods may need beyond the features. fixed_count: whether every image has as many
     tokens. positions: the default rule, "renumber" or "keep". parts: what ``per=`` can name. separators: whether there are newline
     columns; marks: whether text stands between the tokens of an image. deepstack: whether later layers add visual features; deep_layers:
-    how many do. mrope: whether positions have three rows. projects: whether another projector can take the place of the model's.
+    how many do. mrope: whether positions have three rows. control: settings by which the model itself gives
+    pictures fewer tokens, in words, "" where it has none. projects: whether another projector can take the place of the model's.
     sees_both_ways: whether the tokens of an image see those after them. decoder: the class of the decoder's layers; recurrent: kinds of
     them that carry a state along. decoder_layers, tower_blocks: how many there are, and blocks of the tower that can merge tokens (0:
     none can).
+
+    drops_patches: whether the tower can run on some patches of an image, in their places.
 
     An item is one that the same object made: those of an adapter hold pixels, those of rules a size.
     """
@@ -45,9 +48,13 @@ class Family(Protocol):
     @property
     def mrope(self) -> bool: ...
     @property
+    def control(self) -> str: ...
+    @property
     def projects(self) -> bool: ...
     @property
     def sees_both_ways(self) -> bool: ...
+    @property
+    def drops_patches(self) -> bool: ...
     @property
     def decoder(self) -> str: ...
     @property

@@ -63,7 +63,7 @@ class Plan:
     """A method on one item of ``shape``.
 
     groups: of a method that works on tokens. rounds: of one in the tower, for every view, the tokens that each block
-    takes off, so far as that is known before.
+    takes off, so far as that is known before. stay: of one before the tower, the tokens that it runs on, ascending.
     smaller: the grid a smaller image is given; side: tokens along a side of
     each tile under another projector; after: the shape that either gives. kept: tokens that are left. separators: newline
     columns and separators that are left. all_marks: whether the text between placeholders stays wherever its row or tile has gone;
@@ -86,6 +86,7 @@ class Plan:
     per_layer: tuple[int, ...] = ()
     entering: int = 0
     rounds: tuple[tuple[int, ...], ...] = ()
+    stay: tuple[int, ...] = ()
 
     @property
     def seen(self) -> VisualShape:

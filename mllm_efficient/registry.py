@@ -33,13 +33,13 @@ from .parsing import read_yaml
 GROUP = "mllm_efficient.compressors"
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional")
 CONDITIONED = ("cdpruner", "spp", "tome")
-IN_TOWER = ("flowcut",)
+IN_TOWER = ("flowcut", "pixelprune")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
     for name in (
-        *("none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"),
+        *("none", "random", "uniform", "pool", "resize", "native", "divprune", "divmerge", "tokenflex"),
         *(*INSIDE, *CONDITIONED, *ATTENTIVE, *IN_TOWER, *OF_2026),
     )
 }

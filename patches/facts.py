@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from .controls import IMAGE_TOKENS, PIXELS
+
 Version = tuple[int, int]  # (major, minor)
 
 
@@ -29,6 +31,7 @@ class Facts:
     recurrent: whether layers of the decoder carry a state along (linear attention, convolution, Mamba), which a masked token changes.
     gaps: whether positions can be given, so that kept tokens may keep theirs.
     bidirectional: whether the tokens of an image attend to all of it.
+    control: the settings by which its processor gives pictures fewer tokens, a name of ``controls.CONTROLS``.
     since: the first version of transformers that the row is right for. broken: one whose own model of the type raises at every call.
     example: how the pixels of one call look, a name of ``examples``. tiny: settings of the tiny model on which the row is checked.
     """
@@ -43,6 +46,7 @@ class Facts:
     recurrent: bool = False
     gaps: bool = True
     bidirectional: bool = False
+    control: str = ""
     since: Version = (5, 19)
     broken: Version | None = None
     example: str = "square"
@@ -139,7 +143,7 @@ FACTS: dict[str, Facts] = {
     "internvl": Facts(),
     "janus": Facts(),
     "kimi_k25": _flat(example="patch_images"),
-    "lfm2_vl": Facts(example="shapes", recurrent=True),
+    "lfm2_vl": Facts(example="shapes", recurrent=True, control=IMAGE_TOKENS),
     "lfm3_vl": _flat(recurrent=True),
     "lighton_ocr": Facts(example="sizes"),
     "llama4": Facts(read="last_hidden_state", broken=(5, 24), tiny=LLAMA4),
@@ -157,7 +161,7 @@ FACTS: dict[str, Facts] = {
     "muse_spark": _flat(tiny={"vision_config": {"patch_temporal": 1}, "out_hidden_size": 128}),
     "nemotron_h_omni": Facts(recurrent=True, gaps=False, example="patches_hw", tiny=MAMBA),
     "ovis2": Facts(beside=("visual_indicator_features",)),
-    "paddleocr_vl": _flat(mrope=3, example="patch_images", tiny=MROPE),
+    "paddleocr_vl": _flat(mrope=3, control=PIXELS, example="patch_images", tiny=MROPE),
     "paligemma": Facts(bidirectional=True),
     "pp_chart2table": Facts(),
     "qianfan_ocr": Facts(),
@@ -166,7 +170,7 @@ FACTS: dict[str, Facts] = {
     "qwen3_5": _flat(mrope=3, recurrent=True, tiny=FOUR_LAYERS),
     "qwen3_5_moe": _flat(mrope=3, recurrent=True, tiny=FOUR_LAYERS),
     "qwen3_vl": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
-    "qwen3_vl_moe": _flat(mrope=3, deepstack=True, tiny=TWO_DEEP),
+    "qwen3_vl_moe": _flat(mrope=3, deepstack=True, control=PIXELS, tiny=TWO_DEEP),
     "qwen4_exp": _flat(mrope=3, recurrent=True, tiny=QWEN4),
     "shieldgemma2": Facts(tiny={"mm_tokens_per_image": 16}, bidirectional=True),
     "smolvlm": Facts(example="padded", since=(5, 24)),

@@ -12,7 +12,8 @@ from mllm_efficient.parsing import read_json
 Settings = Mapping[str, Any]
 FILES = ("processor_config.json", "preprocessor_config.json")  # the first counts where both say it, as in transformers
 ASPECT_RATIO, PINPOINTS = "vision_aspect_ratio", "image_grid_pinpoints"
-SHARED = (ASPECT_RATIO, PINPOINTS)  # what the model's own config has as well: both must say the same
+MODE = "downsample_mode"
+SHARED = (ASPECT_RATIO, PINPOINTS, MODE)  # what the model's own config has as well: both must say the same
 OF_PIXELS = ("min_pixels", "max_pixels", "size")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
+from .controls import Controlled
 from .sizes import PLAIN, Decoder, ProjectorSize, Tower, decoder_of
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Views:
     shape: its tokens. unit: the grid that ``resize`` makes smaller, that of the image or of each tile in tokens.
     views: runs of the tower, each on ``patches`` (rows, columns). projected: tokens of a view that the projector takes.
     size: in pixels, where it was given. whole: whether the shape is known token by token; if not, N alone is right.
-    says: all this in words.
+    also: patches of each view after the first, where views are not alike. says: all this in words.
     """
 
     shape: VisualShape
@@ -71,16 +72,17 @@ class Views:
     says: str
     size: Size | None = None
     whole: bool = True
+    also: tuple[Grid, ...] = ()
 
 
-class Rules:
+class Rules(Controlled):
     """The base of all rules; a family overrides what is different with it. What ``plan`` and ``check`` ask is in ``Family``.
 
-    counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has
-    at least between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it.
-    clip_tower: whether a tower with a class token is CLIP's, in whose space there is text.
-    reads_values: whether the tower cannot run without values. sees_both_ways: whether tokens of an image see those after them, which the
-    model is told by ``typed``.
+    counting: the processor's settings that decide how many tokens an image has. text_between: tokens of text that a prompt has at least
+    between two images. packed: whether the tower computes attention over the patches of all images of a call and masks it. clip_tower:
+    whether a tower with a class token is CLIP's, in whose space there is text. reads_values: whether the tower cannot run without values.
+    heads_all: whether its head runs for every token of a prompt. sees_both_ways: whether tokens of an image see those after them, which the
+    model is told by ``typed``. drops_patches: whether the tower can run on some of an image's patches, in their places.
 
     Args:
         name: of the model, for messages.
@@ -103,6 +105,8 @@ class Rules:
     clip_tower: ClassVar[bool] = True
     sees_both_ways: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
+    heads_all: ClassVar[bool] = False
+    drops_patches: ClassVar[bool] = False
 
     def __init__(self, name: str, config: Any, settings: Settings | None = None):
         self.name, self.config, self.settings = name, config, dict(settings or {})

@@ -89,6 +89,18 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class Merger:
+    """What merges side x side patches into one between two layers of a tower: attention inside each such window, then two matrices.
+
+    after: the layer that it follows. hidden: the width between the matrices.
+    """
+
+    after: int
+    side: int
+    hidden: int
+
+
+@dataclass(frozen=True)
 class Tower:
     """A vision transformer over patches of ``patch`` x ``patch`` pixels.
 
@@ -96,7 +108,7 @@ class Tower:
     mlp_matrices: 2, or 3 with a gate. pooling_head: SigLIP's attention pooling, which runs although nothing uses it.
     window: side of an attention window in patches, 0 for none; ``full_layers`` attend without it. fused: queries, keys and values
     come of one matrix, and a method that asks for attention or keys gets those that the tower has computed. pooled: patches that a token
-    is the mean of, where a product with weights makes it.
+    is the mean of, where a product with weights makes it. merger: works where a token is more patches than the projector alone merges.
     """
 
     layers: int
@@ -113,6 +125,7 @@ class Tower:
     full_layers: tuple[int, ...] = ()
     fused: bool = False
     pooled: int = 0
+    merger: Merger | None = None
 
 
 @dataclass(frozen=True)

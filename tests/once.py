@@ -3,6 +3,7 @@
 A test marked ``once`` that what differs between the environments could change fails. Of the families (tests/families.py) the second
 environment runs one of each kind, and all of them in tests marked ``every_family``: those of what transformers itself can change in a
 family, the call, the shapes, the positions, the cache. What the package does on top is the same code for all families of a kind.
+Of a test with several parameters it runs so many cases that each value is in one; in the first environment they all meet.
 
 Hooks of pytest, which ``conftest.py`` imports. Processes that a test starts are not looked into.
 """
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -74,22 +76,50 @@ def representatives(families: Mapping) -> list[str]:
     return out
 
 
+def elsewhere_too(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those of modules that name nothing which only the second environment has: they run whole in the first."""
+    modules = {getattr(item, "module", None) for item in items} - {None}
+    only_there = {module for module in modules if ABSENT.search(inspect.getsource(module))}
+    return [item for item in items if getattr(item, "module", None) not in only_there]
+
+
 def spare(items: list[pytest.Item]) -> None:
     """Marks ``spared`` what only repeats a test with another family of the same kind; ``make test-integration`` leaves it out."""
     module = sys.modules.get(f"{__package__}.families")
     left = set(module.FAMILIES) - set(representatives(module.FAMILIES)) if module else set()
-    only_there = {m for m in {getattr(item, "module", None) for item in items} - {None} if ABSENT.search(inspect.getsource(m))}
-    for item in items:
-        if not left or item.get_closest_marker("every_family") or getattr(item, "module", None) in only_there:
+    for item in elsewhere_too(items):
+        if not left or item.get_closest_marker("every_family"):
             continue
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in left for value in values):
             item.add_marker("spared")
 
 
+def thin(items: list[pytest.Item]) -> None:
+    """Marks ``spared`` the cases of a test of whose values each is in another case: all of them meet in the first environment alone.
+
+    Greedy: the case with the most values that were in none goes first, of equals the earliest.
+    """
+    of_test: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in elsewhere_too(items):
+        if hasattr(item, "callspec") and not item.get_closest_marker("spared"):
+            of_test.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for cases in of_test.values():
+        values = [{(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases]
+        missing = set().union(*values)
+        while missing:
+            best = max(range(len(cases)), key=lambda i: (len(values[i] & missing), -i))
+            missing -= values[best]
+            values[best] = set()
+            cases[best] = None
+        for case in filter(None, cases):
+            case.add_marker("spared")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuses ``once`` on tests that name what only the second environment has: there they would be left out, here skipped."""
     spare(items)
+    thin(items)
     for module in {item.module for item in items if isinstance(item, pytest.Function) and once(item)}:
         marks = getattr(module, "pytestmark", [])
         whole = any(mark.name == "once" for mark in (marks if isinstance(marks, list) else [marks]))

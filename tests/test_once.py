@@ -64,6 +64,7 @@ class Item:
 
     def __init__(self, module, *marks, **params):
         self.module, self.marks, self.callspec = module, list(marks), SimpleNamespace(params=params)
+        self.path, self.nodeid = module.__file__, f"test[{params}]"
 
     def get_closest_marker(self, name):
         return name if name in self.marks else None
@@ -83,6 +84,19 @@ def test_what_another_family_stands_for_is_left_out_of_the_second_environment():
     ]  # fmt: skip
     once.spare(items)
     assert ["spared" in item.marks for item in items] == [True, False, False, False, False]
+
+
+def test_each_value_of_a_parameter_is_left_in_one_case():
+    from .patches import test_families, test_vllm
+
+    products = [Item(test_families, spec=spec, family=family) for spec, family in product("abc", "xyzw")]
+    listed = [Item(test_families, value=value, right=value > 2) for value in range(5)]
+    whole = [Item(test_vllm, spec=spec, family=family) for spec, family in product("ab", "xy")]
+    for cases in (products, listed, whole):
+        once.thin(cases)
+    kept = [item.callspec.params for item in products if "spared" not in item.marks]
+    assert len(kept) == 4 and {k["spec"] for k in kept} == set("abc") and {k["family"] for k in kept} == set("xyzw")
+    assert not any("spared" in item.marks for item in listed + whole)
 
 
 def test_every_two_values_that_meet_anywhere_meet_in_the_pairs():

@@ -13,9 +13,9 @@ import mllm_efficient as me
 pytestmark = pytest.mark.once
 
 ROOT = Path(me.__file__).parent.parent
-BUILTIN = ["none", "random", "uniform", "pool", "resize", "divprune", "divmerge", "tokenflex"]
+BUILTIN = ["none", "random", "uniform", "pool", "resize", "native", "divprune", "divmerge", "tokenflex"]
 BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional"]
-BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus", "flowcut"]
+BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus", "flowcut", "pixelprune"]
 BUILTIN += ["mmtok", "apet", "prunesid", "otprune", "hawk"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import

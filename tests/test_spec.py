@@ -68,7 +68,7 @@ def methods(names: Sequence[str]) -> st.SearchStrategy[Any]:
     return drawn()
 
 
-PRE_LLM = [n for n in registry.BUILTIN if me.get_method(n).kind == "pre_llm" and n != "none"]
+PRE_LLM = [n for n in registry.BUILTIN if me.get_method(n).kind == "pre_llm" and n not in ("none", "native")]
 IN_LLM = [n for n in registry.BUILTIN if me.get_method(n).kind == "in_llm"]
 some = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 

@@ -48,12 +48,13 @@ class ModelAsker(Asker):
         from mllm_efficient.apply.plan import check
         from mllm_efficient.compressors.composed import stages_of
         from mllm_efficient.loading.models import environment, require_supported
+        from mllm_efficient.measure.native import Control
         from mllm_efficient.registry import runnable
 
         self.adapter = require_supported(self.loaded)
         self.method = runnable(self.method)
         check(self.adapter, self.method)
-        self.parts = stages_of(self.method)
+        self.parts, self.control = stages_of(self.method), Control(self.loaded)
         processor = self.loaded.processor
         cuts = type(processor).__name__ == "LlavaProcessor" and bool(getattr(processor.image_processor, "do_center_crop", False))
         if self.image_padding is not None and not cuts:
@@ -90,8 +91,9 @@ class ModelAsker(Asker):
     def installed(self) -> Any:
         """A context in which the model holds what the method needs."""
         from mllm_efficient.apply.wrap import compressed
+        from mllm_efficient.compressors.none import NoCompression
 
-        return compressed(self.loaded.model, self.method)
+        return compressed(self.loaded.model, NoCompression() if self.method.sets_processor else self.method)
 
     def prompt(self, content: Content) -> str:
         if self.format != LLAVA_V1:
@@ -115,14 +117,17 @@ class ModelAsker(Asker):
         import torch
 
         from mllm_efficient.apply.prepare import prepare
+        from mllm_efficient.measure.native import sizes_of
 
         from ..calibration import Watched
 
         start = self._now()
-        inputs = self.loaded.inputs([prompt for _, prompt in batch], [self.pictured(content) for content, _ in batch])
+        pictures = [self.pictured(content) for content, _ in batch]
+        asked = self.control.asked(self.method, [sizes_of(own) for own in pictures])
+        inputs = asked.loaded.inputs([prompt for _, prompt in batch], pictures)
         keys = [key for content, _ in batch for key in content.keys]
         with torch.no_grad():
-            prepared = prepare(self.loaded.model, self.method, image_keys=keys or None, **inputs)
+            prepared = asked.shown(prepare(self.loaded.model, asked.method, image_keys=keys or None, **inputs))
             call, until = prepared.model_kwargs, settings["until"]
             how = {k: v for k, v in settings.items() if k != "until"}
             stops = Stops(until, call["input_ids"].shape[1], self.loaded.processor) if until else None

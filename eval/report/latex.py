@@ -16,11 +16,8 @@ SIGNS = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "×": r"$\times$", "−": r"$-$",
 }  # fmt: skip
-USUAL = (
-    "tokens", "kept", "score", "macro", "vs none", "vs baseline", "same words", "right", "retention", "FLOPs", "ratio", "TTFT ms",
-    "TTFT/none", "e2e ms",
-)  # fmt: skip
-HIGH = ("score", "macro", "vs none", "vs baseline", "same answer", "same words", "right", "right vs none", "retention", "hard", "tok/s")
+USUAL = ("tokens", "kept", "score", "macro", "vs none", "vs baseline", "same words", "right", "retention", "FLOPs", "ratio", "TTFT/none")
+HIGH = ("score", "macro", "same answer", "same words", "right", "retention", "hard", "tok/s")
 LOW = ("kl nats", "broken", "ece", "aurc", "flops", "prefill flops", "ratio", "ttft ms", "ttft/none", "prefill ms", "e2e ms", "peak mb")
 NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+")
 
@@ -37,7 +34,8 @@ def latex_table(
     usual = [name for name in table.header if plain(name) in {plain(u) for u in USUAL} or name in categories]
     shown = table.select(usual if columns is None else columns)
     lines = [[cell if intervals or i < shown.left else INTERVAL.sub("", cell) for i, cell in enumerate(line)] for line in shown.lines]
-    bold = _best(shown.header, lines, [_budget(line, table) for line in table.lines], shown.named)
+    high = {*HIGH, *map(plain, categories)}
+    bold = _best(shown.header, lines, [_budget(line, table) for line in table.lines], shown.named, high)
     named = shown.named
     body = []
     for i, line in enumerate(lines):
@@ -46,9 +44,9 @@ def latex_table(
         if line[named] == "none" and i + 1 < len(lines):
             body.append(r"\midrule")
     header = " & ".join("Method" if h == "method" else _text(h if intervals else INTERVAL.sub("", h)) for h in shown.header) + r" \\"
+    about = _text(caption or "Visual-token compression.")
     return "\n".join([
-        r"\begin{table}[t]", r"\centering",
-        rf"\caption{{{_text(caption or 'Visual-token compression.')}}}", rf"\label{{{label or 'tab:tokens'}}}",
+        r"\begin{table}[t]", r"\centering", rf"\caption{{{about}}}", rf"\label{{{label or 'tab:tokens'}}}",
         r"\begin{tabular}{" + "l" * shown.left + "r" * (len(shown.header) - shown.left) + "}", r"\toprule", header, r"\midrule", *body,
         r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
@@ -65,11 +63,13 @@ def _budget(line: Sequence[str], table: Table) -> str:
     return ",".join(f"{k}={given[k]}" for k in BUDGET_FIELDS if k in given) or "own"
 
 
-def _best(header: Sequence[str], lines: Sequence[Sequence[str]], budgets: Sequence[str], named: int) -> set[tuple[int, int]]:
+def _best(
+    header: Sequence[str], lines: Sequence[Sequence[str]], budgets: Sequence[str], named: int, high: set[str]
+) -> set[tuple[int, int]]:
     """(line, column) of the best of each budget, of all that are as good, where there are at least two that differ."""
     out = set()
     for j, name in enumerate(header):
-        sign = 1 if plain(name) in HIGH else -1 if plain(name) in LOW else 0
+        sign = 1 if plain(name) in high else -1 if plain(name) in LOW else 0
         for budget in set(budgets) - {""} if sign and j != named else ():
             values = {i: sign * value for i, line in enumerate(lines) if budgets[i] == budget and (value := _value(line[j])) is not None}
             if len(set(values.values())) > 1:
@@ -105,13 +105,17 @@ def _cell(cell: str, bold: bool) -> str:
         return _text(cell)
     shown = _signed(value)
     between = f" {{\\scriptsize {_signed(interval[0].strip())}}}" if interval else ""
-    # braces keep a cell that begins with a bracket from being read as an argument of the line break before it
-    return (rf"\textbf{{{shown}}}" if bold else f"{{{shown}}}") + between
+    return (rf"\textbf{{{shown}}}" if bold else shown) + between
 
 
 def _signed(text: str) -> str:
-    return re.sub(r"(?<![\w.])-(?=[\d.])", "$-$", _text(text)).replace("+", "$+$")
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "$-$", _escaped(text)).replace("+", "$+$")
 
 
 def _text(text: str) -> str:
+    """Escaped; braces keep a cell that begins with a bracket from being read as an argument of the line break before it."""
+    return f"{{{_escaped(text)}}}" if text.startswith("[") else _escaped(text)
+
+
+def _escaped(text: str) -> str:
     return "".join(SIGNS.get(c, c) for c in text)

@@ -75,7 +75,7 @@ class Finished:
             content = json.loads(file.read_text())
             rows, meta = content["rows"], content["meta"]
             if file.name == "results.json":
-                rows = of_eval(rows)
+                rows = of_eval(rows, meta)
             if rows[0]["role"] != "baseline":
                 raise ValueError("the first row is not the baseline")
             pictures = json.loads((folder / "pictures.json").read_text()) if (folder / "pictures.json").is_file() else {}
@@ -89,8 +89,9 @@ class Finished:
         return recommend(self.rows, max_drop if max_drop is not None else min(asked, default=MAX_DROP))
 
 
-def of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of ``eval`` (one per category) as rows of a sweep without cost."""
+def of_eval(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of ``eval`` (one per category) as rows of a sweep without times; FLOPs where the run says them."""
+    costs = (meta.get("flops") or {}).get("ratios", {})
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("turns", 1) == 1 and row.get("primary", True):  # second turns and further metrics are no categories
@@ -104,7 +105,7 @@ def of_eval(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
         failed = f"{total['failures']} of {total['n']} answers failed" if total["failures"] else None
         role, asked = ("baseline", "") if method == rows[0]["method"] else (total.get("role", "method"), asked)
-        out.append(row_of(method, role, asked, by_task, None, None, None, None, failed))
+        out.append(row_of(method, role, asked, by_task, None, None, None, None, failed) | costs.get(method, {}))
     return out
 
 

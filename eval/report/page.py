@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..columns import meaning
+from ..columns import meaning, without_interval
 from . import plots
 from .formats import conditions, is_tiny, lengths, tables
 from .merge import Finished
@@ -18,20 +18,22 @@ from .pictures import worst_requests
 from .recommend import decided_by
 from .rows import RIGHT, WORDS, metric_of, tasks_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SCORES = {None: "Score", RIGHT: "Right", WORDS: "Same words"}
-PLOTS = {"accuracy_flops": ("FLOPs", plots.flops), "accuracy_ttft": ("Time to first token", plots.ttft)}
 
 
-def figures(run: Finished, max_drop: float, theme: plots.Theme) -> dict[str, bytes]:
-    """PNG bytes by name: ``accuracy_flops``, ``accuracy_ttft``, ``categories``; those for which there is data."""
-    out = {}
+def figures(run: Finished, max_drop: float, theme: plots.Theme, size: plots.Size = plots.PAGE) -> dict[str, Figure]:
+    """Figures by name: ``accuracy_flops``, ``accuracy_ttft``, ``accuracy_tokens`` where no cost is known, ``categories``."""
+    out: dict[str, Figure] = {}
     drop = max_drop if _plot_decides(run) else None
-    for name, (label, cost) in PLOTS.items():
-        figure = plots.pareto(run.rows, cost, label, max_drop=drop, theme=theme)
+    for name, (cost, label) in plots.COSTS.items():
+        figure = None if name == "tokens" and out else plots.pareto(run.rows, cost, label, max_drop=drop, theme=theme, size=size)
         if figure is not None:
-            out[name] = plots.png(figure)
+            out[f"accuracy_{name}"] = figure
     figure = plots.bars(run.rows, budget_shown(run), theme)
-    return out if figure is None else out | {"categories": plots.png(figure)}
+    return out if figure is None else out | {"categories": figure}
 
 
 def _plot_decides(run: Finished) -> bool:
@@ -47,11 +49,13 @@ def budget_shown(run: Finished) -> str:
 
 
 def write_plots(run: Finished, folder: Path) -> None:
-    """The light plots as PNG files beside the report: ``agreement_flops.png`` where the score is no accuracy."""
-    for name, data in figures(run, run.recommendation()["max_drop"], plots.LIGHT).items():
-        if metric_of(run.rows) == WORDS:
-            name = name.replace("accuracy", "agreement")
-        (folder / f"{name}.png").write_bytes(data)
+    """The light plots beside the report, PNG of a page's width and PDF of a column's: ``agreement_*`` where the score is no accuracy."""
+    drop = run.recommendation()["max_drop"]
+    for size, ending in ((plots.PAGE, "png"), (plots.COLUMN, "pdf")):
+        for name, figure in figures(run, drop, plots.LIGHT, size).items():
+            if metric_of(run.rows) == WORDS:
+                name = name.replace("accuracy", "agreement")
+            plots.save(figure, folder / f"{name}.{ending}")
 
 
 def page(run: Finished, max_drop: float | None = None) -> str:
@@ -62,7 +66,7 @@ def page(run: Finished, max_drop: float | None = None) -> str:
     chosen = run.recommendation(max_drop)
     best = next(r for r in run.rows if r["method"] == chosen["method"])
     images = {theme.name: figures(run, chosen["max_drop"], theme) for theme in (plots.LIGHT, plots.DARK)}
-    encoded = {t: {n: base64.b64encode(data).decode() for n, data in found.items()} for t, found in images.items()}
+    encoded = {t: {n: base64.b64encode(plots.png(figure)).decode() for n, figure in found.items()} for t, found in images.items()}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(
         title=f"Visual-token compression on {run.meta['model']}", run=run, chosen=chosen, best=best, tiny=is_tiny(run),
@@ -98,6 +102,7 @@ def _tables(run: Finished, chosen: str) -> list[dict[str, Any]]:
     (header, lines), *categories = tables(run)
     caption = "Accuracy and cost" if metric_of(run.rows) is None else "Agreement with the uncompressed model, and cost"
     main: dict[str, Any] = {"id": "cells", "caption": caption, "header": [(h, meaning(h)) for h in header]}
+    main["glossary"] = [(without_interval(h), meaning(h)) for h in header if meaning(h)]
     main["rows"] = [_cells(line, row, chosen) for line, row in zip(lines, run.rows)]
     for cells, row in zip(main["rows"], run.rows):
         lost = {m: r["difference"] for m, r in row.get("agreement", {}).items()}

@@ -97,28 +97,17 @@ def _thumbnail(path: Path) -> str | None:
 
 
 def _views(loaded: Loaded, method: Compressor, question: str, picture: Any, key: str) -> list[str]:
-    """One JPEG for each view of the picture: the kept tokens lit, or the mean colour of each merged one."""
+    """One JPEG for each view of the picture: the kept tokens lit, or merged ones in the mean colour of what they are made of."""
     from PIL import Image
 
-    from mllm_efficient.apply.prepare import look
-    from mllm_efficient.media.overlay import Result, fit, render, views
-    from mllm_efficient.patches import adapter_for
+    from mllm_efficient.media.overlay import fit, render, views
 
-    inputs = loaded.inputs([loaded.prompt(question, 1)], [picture])
-    report = look(loaded.model, method, image_keys=[key], **inputs).images[0]
-    adapter = adapter_for(loaded.model)
-    processor = loaded.processor.image_processor
-    planes = adapter.place(report.planes, picture.size, processor)
-    kept = None if report.kept_planes is None else adapter.place(report.kept_planes, picture.size, processor)
-    if kept is not None and not all(p.placed for p in kept):
-        return []
-    if kept is not None and len(kept) != len(planes):  # another projector's tiles, which no map puts together
-        planes = kept
-    left = report.indices if kept is None else report.of_merged
-    indices = None if left is None else left.tolist()
-    result = Result(method.spec(), report.full, report.kept, planes, indices, kept)
+    from ..drawn import run_method
+
+    (result,) = run_method(loaded, method, question, [picture], keys=[key])
     small = fit(picture, EDGE)
-    return [_jpeg(Image.fromarray(render(small, *view.of(result)))) for view in views(planes)]
+    found = views(result.planes)
+    return [_jpeg(Image.fromarray(render(small, *view.of(result), areas=view.areas_of(result)))) for view in found]
 
 
 def _jpeg(picture: Any) -> str:

@@ -18,7 +18,7 @@ from ..compressors.reducer import Reducer
 from .encode import has_pixels, require_encoding, require_installed
 from .labels import entering, of_text, stays_long
 from .locate import PlacedImage, locate, visual_in
-from .plan import check, position_rule
+from .plan import check, position_rule, refuse_processor
 from .prompt import TYPES, Layout, require
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def parse_call(adapter: Any, method: Compressor, inputs: dict[str, Any]) -> Call
     rest = {k: v for k, v in inputs.items() if k not in adapter.encode_keys}
     call = Call(adapter, method, vision=vision, rest=rest, **fields)
     if call.has_images:
+        refuse_processor(method)
         check(adapter, method)
         require_installed(adapter, method)
         _require_prompt(call)

@@ -120,7 +120,7 @@ Part = tuple[Group, CompressedTokens, tuple[Tensor, ...]]
 
 def _compress(method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]) -> list[list[Part]]:
     """The method's output for each group of each item, and what becomes of its deep features."""
-    jobs = [_jobs(p, e, c) for p, e, c in zip(plans, encodings, contexts)]
+    jobs = [jobs_of(p, e, c) for p, e, c in zip(plans, encodings, contexts)]
     flat = [job for of_item in jobs for job in of_item]
     together = method.compress_all([part for _, part, _ in flat], [group.k for group, _, _ in flat])
     require(len(together) == len(flat), f"{method.name} gave {len(together)} results for {len(flat)} groups of tokens")
@@ -131,7 +131,7 @@ def _compress(method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any
 Job = tuple[Group, VisualTokens, list[Tensor]]
 
 
-def _jobs(p: Plan, encoding: Any, context: Context) -> list[Job]:
+def jobs_of(p: Plan, encoding: Any, context: Context) -> list[Job]:
     """What the method gets of an item: for each group its tokens, and their features in each deepstack layer."""
     if not p.groups:
         return []

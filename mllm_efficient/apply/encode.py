@@ -70,9 +70,9 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     before, projector = before_of(method), projector_of(method)
     seen = plan(adapter, before or NoCompression(), item)
     other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
-    if seen.rounds:
+    if seen.rounds or seen.stay:
         assert before is not None
-        other = (IN_TOWER, before.name, seen.rounds, getattr(before, "by_content", False), held(adapter))
+        other = (IN_TOWER, before.name, seen.rounds or seen.stay, getattr(before, "by_content", False), held(adapter))
     of_tower = frozenset() if before is None else frozenset(before.needs) & OF_TOWER
     return of_tower, other
 

@@ -20,7 +20,7 @@ from ..trained.install import inside
 from .encode import has_pixels, keeps_all
 from .locate import warn_without_pixels
 from .original_prompt import OriginalPrompt, allowed_after_prompt, shown_the_prompt, with_prompt
-from .plan import check
+from .plan import check, refuse_processor
 from .prepare import Prepared, prepare
 from .prompt import SEGMENTS_ATTRIBUTE, UNCOMPRESSED_CACHE, Layout, holds_uncompressed, layout_on, leave_on
 from .sharding import gathered
@@ -99,6 +99,7 @@ def _generate(request: _Request, method: Compressor | None) -> Any:
     model, kwargs, cache = request.model, request.kwargs, request.cache
     layout, prepared = layout_on(cache), None
     if method is not None:
+        refuse_processor(method)
         check(request.adapter, method)
     elif layout is not None:
         raise CountMismatchError("this cache was made with compression, so compression=None cannot go on from it")

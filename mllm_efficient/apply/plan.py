@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..compressors.base import Compressor
+from ..errors import UnsupportedModelError
 from ..family import Family
 from ..plans import Group as Group
 from ..plans import Plan as Plan
@@ -29,3 +30,12 @@ def check(adapter: Family, method: Compressor) -> None:
 def describe(method: Compressor, shape: VisualShape | None, adapter: Family) -> str:
     """``divprune keeps 56 of 576 tokens per image (removes 90.3%)``; without a shape what it keeps of any image."""
     return method.describe(shape, adapter)
+
+
+def refuse_processor(method: Compressor) -> None:
+    """Raises for a method that sets the processor: a model that is given pixels cannot run it."""
+    if any(stage.sets_processor for stage in method.parts):
+        raise UnsupportedModelError(
+            f"{method.spec()} sets the model's own image processor, and what a model is given are pixels already: give the processor the "
+            "setting that 'mllm-efficient flops --method' and the other commands name, and run the model without a method"
+        )

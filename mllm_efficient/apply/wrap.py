@@ -28,7 +28,7 @@ from .generate import within_generate
 from .original_prompt import MERGE, merged_as_shown
 from .outputs import check_length, mark_output
 from .pipeline import teach_pipelines
-from .plan import check
+from .plan import check, refuse_processor
 from .prompt import require_short
 from .sharding import has_shards
 
@@ -146,6 +146,7 @@ def _put_on(adapter: Any, method: Compressor, alone: bool) -> CompressForward:
     hook = _hook_of(inner)
     if hook is not None:
         hook.active.require_free(inner, alone)
+    refuse_processor(method)
     check(adapter, method)
     if hook is None:
         forget(inner)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..errors import MllmEfficientError, shortened
-from . import bench, doctor, evaluate, export, flops, generate, help, methods, options, report, show, sweep, train
+from . import bench, demo, doctor, evaluate, export, flops, generate, help, methods, options, report, show, sweep, train
 
 QUOTED = re.compile(r"""(['"])([^'"]{81,})\1""")  # a value of the user's in a message, however long it is
 LONG = re.compile(r"[^\s/\\]{91,}")  # a word, or a part of a path
@@ -29,7 +29,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable] = {
     "methods": methods.methods, "generate": generate.generate, "show": show.show, "eval": evaluate.evaluate, "bench": bench.bench,
     "flops": flops.flops, "sweep": sweep.sweep, "report": report.report, "train": train.train, "export": export.export,
-    "doctor": doctor.doctor,
+    "doctor": doctor.doctor, "demo": demo.demo,
 }  # fmt: skip
 for _name, _command in COMMANDS.items():
     help.add(app, _name, _command)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json as json_module
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,9 @@ def bench(
     settings: Any,
     context: typer.Context,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Shape name or config.json; nothing is downloaded.")] = False,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="With --random-weights: only so many layers of the language model and tower.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="One or several, such as 1,8.")] = "1",
     image_size: Annotated[str | None, typer.Option("--image-size", help="WxH in pixels; default what the model takes.")] = None,
@@ -89,6 +93,8 @@ def bench(
         raise MllmEfficientError(f"{given} has no effect with {'--overhead' if overhead else '--selection'}: leave it out")
     if selection and (random_weights or settings.model != "builtin"):
         raise MllmEfficientError("--selection runs no model: leave --model and --random-weights out")
+    if layers is not None and (not random_weights or selection):
+        raise MllmEfficientError("--layers has no effect without --random-weights: a model with weights has the layers that it has")
     if max_batch_limit is not None and not max_batch:
         raise MllmEfficientError("--max-batch-limit has no effect without --max-batch")
     chosen = [] if selection else [options.one_method(m) for m in method or ()]
@@ -116,8 +122,9 @@ def bench(
                 Workload(size, images, text_tokens, output_tokens), batches, times, rounds, settings.seed,
                 (max_batch_limit or MAX_BATCH) if max_batch else None,
             )  # fmt: skip
-            loaded = _load(settings, random_weights)
-            found = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, random_weights, json)
+            build = functools.partial(_load, random_weights=random_weights, layers=layers)
+            loaded = build(settings)
+            found = _overhead(loaded, plan) if overhead else _latency(loaded, chosen, plan, quantized, build, json)
         found = replace(found, meta={"command": command_line(context), **found.meta})
         write(found.rows, found.meta)
     return options.finish(found, json, columns)
@@ -141,24 +148,26 @@ def picture_size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _load(settings: ModelOptions, random_weights: bool) -> Loaded:
+def _load(settings: ModelOptions, random_weights: bool, layers: int | None = None) -> Loaded:
     from ..loading.models import load
     from ..measure.random_model import random_model
     from ..measure.shapes import shape_names
 
     if random_weights:
-        options.say(f"building {settings.model} with random weights")
-        return random_model(settings)
+        options.say(f"building {settings.model} with random weights{'' if layers is None else f', {layers} layers of it'}")
+        return random_model(settings, layers)
     if settings.model in shape_names():
         raise MllmEfficientError(f"{settings.model} is a shape without weights: add --random-weights")
     return load(settings)
 
 
-def _latency(loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, random_weights: bool, json: bool) -> Results:
+def _latency(
+    loaded: Loaded, chosen: Sequence[Any], plan: Any, quantized: str | None, build: Callable[[ModelOptions], Loaded], json: bool
+) -> Results:  # fmt: skip
     from ..eval.timings import bench_of, ceilings
 
     options.announce(loaded, chosen)
-    second = None if quantized is None else lambda: _load(replace(loaded.options, quantization=quantized), random_weights)
+    second = None if quantized is None else lambda: build(replace(loaded.options, quantization=quantized))
     found = bench_of(loaded, chosen, plan, quantized=second, progress=options.progress())
     for line in ceilings(found.meta) if json else ():
         options.say(line)

@@ -56,7 +56,8 @@ def evaluate(
     server: Annotated[
         list[str] | None,
         typer.Option(
-            "--server", help="With tasks, instead of --model: [NAME=]URL of an OpenAI-compatible server, the baseline first. Repeatable."
+            "--server",
+            help="With tasks or --data, instead of --model: [NAME=]URL of an OpenAI-compatible server, the baseline first. Repeatable.",
         ),
     ] = None,
     server_model: Annotated[
@@ -76,7 +77,7 @@ def evaluate(
         {
             "--data-root": data_root, "--coco-instances": coco_instances, "--include-path": include_path, "--on-error": on_error,
             "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
-            "--server": server, "--server-model": server_model,
+            **({} if data is not None and server else {"--server": server, "--server-model": server_model}),
         },
         {"--data": data, "--split": split, "--categories": categories, "--against": against, "--turns": turns if turns > 1 else None},
     )  # fmt: skip
@@ -98,6 +99,12 @@ def evaluate(
         options.check_columns(columns, "eval", names)
         found = evaluate_tasks(settings, method or (), asked, output_dir)
         return found if isinstance(found, int) else 0 if found is None else options.finish(found, json, columns)
+    if data is not None and server:
+        from .served import on_running
+
+        given = {"--method": method, "--against": against, "--suite": suite, "--split": split, "--categories": categories}
+        found = on_running(settings, server, server_model, data, given, limit, batch_size, max_new_tokens, output_dir, image_range, turns)
+        return options.finish(found, json, columns)
     chosen = [options.one_method("none"), *(options.one_method(m) for m in method or ())]
     check_source(data, suite, split, max_new_tokens, turns, categories)
     if data is None and image_range != "full":

@@ -34,20 +34,22 @@ def generate(
 
     from ..apply import wrap as wrapper
     from ..loading.models import environment, load
+    from ..measure.native import asked
 
     loaded = load(settings)
     text = loaded.prompt(prompt, len(pictures))
     if text == prompt:
         options.say("the prompt is in the model's chat template already: taken as it is")
     options.announce(loaded, [compressor])
-    inputs = loaded.inputs([text], pictures)
-    with wrapper.compressed(loaded.model, compressor):
+    way = asked(loaded, compressor, [pictures])
+    inputs = way.loaded.inputs([text], pictures)
+    with wrapper.compressed(loaded.model, way.method):
         start = time.perf_counter()
         out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     answer = loaded.processor.decode(new, skip_special_tokens=True).strip()
-    report = out.compression
+    report = way.told(out.compression)
     row = {
         "method": compressor.spec(), "answer": answer, "images": len(pictures),
         "visual_tokens_full": report.visual_tokens_full, "visual_tokens_kept": report.visual_tokens_kept,

@@ -20,15 +20,15 @@ GROUPS = {
         "processor_kwargs", "max_new_tokens",
     ),
     "What is asked": (
-        "suite", "tasks", "data", "split", "turns", "limit", "batch_size", "data_root", "coco_instances", "include_path", "on_error",
-        "cache", "reference", "against", "max_drop",
+        "suite", "tasks", "data", "categories", "split", "turns", "limit", "batch_size", "data_root", "coco_instances", "include_path",
+        "on_error", "cache", "reference", "against", "max_drop",
     ),
     "What is timed or counted": (
         "image_size", "images", "text_tokens", "visual_tokens", "new_tokens", "output_tokens", "repeats", "warmup", "no_bench", "max_batch",
-        "max_batch_limit", "overhead", "selection", "concurrency", "requests", "convention", "measured",
+        "max_batch_limit", "layers", "overhead", "selection", "concurrency", "requests", "convention", "measured",
     ),
     "Training": ("config", "dry_run", "overrides"),
-    "Output": ("output", "output_dir", "columns", "json", "format", "caption", "label", "dim", "size", "seed", "every"),
+    "Output": ("output", "output_dir", "columns", "json", "format", "caption", "label", "dim", "size", "seed", "every", "port"),
 }  # fmt: skip
 EXAMPLES = {
     "methods": ("mllm-efficient methods", "mllm-efficient methods divprune", "mllm-efficient methods --columns kind,paper"),
@@ -66,6 +66,7 @@ EXAMPLES = {
         "mllm-efficient export --model llava-hf/llava-1.5-7b-hf --method divprune:tokens=64 --output-dir served",
         "vllm serve served",
     ),
+    "demo": ("mllm-efficient demo", "mllm-efficient demo --model llava-hf/llava-1.5-7b-hf --port 8000"),
     "doctor": ("mllm-efficient doctor", "mllm-efficient doctor --all --json"),
 }  # fmt: skip
 EVERYWHERE = "Every command takes --quiet (no lines about what is being done) and --traceback (where in the code an error comes from)."

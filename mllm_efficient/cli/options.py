@@ -117,14 +117,17 @@ def check_methods(specs: Sequence[str]) -> None:
 
 def check_columns(text: str | None, command: str, more: Sequence[str] = ()) -> list[str] | None:
     """The columns asked for. Raises for one that no table of the command has. more: names of tasks."""
-    from ..eval.builtin.suites import SUITES
-    from ..eval.columns import BY_COMMAND
     from ..tables import columns_named, listed
 
     names = listed(text)
-    if names is not None:
-        categories = [c for suite in SUITES.values() for c in suite.categories] if command in ("eval", "sweep", "report") else []
-        columns_named(names, [*BY_COMMAND[command], *categories, *more])
+    if names is None:
+        return None
+    from ..eval.builtin.hard.forms import CATEGORIES as OF_HARD
+    from ..eval.builtin.questions import CATEGORIES
+    from ..eval.columns import BY_COMMAND
+
+    categories = (*CATEGORIES, *OF_HARD) if command in ("eval", "sweep", "report") else ()
+    columns_named(names, [*BY_COMMAND[command], *categories, *more])
     return names
 
 

@@ -61,7 +61,7 @@ def run_servers(
         if servers:
             if load["image_size"] is None:
                 raise MllmEfficientError("--server does not tell what pictures its model takes: give --image-size, such as 336x336")
-            given, arms = Load(**load), _found(servers, server_model, tokenizer)
+            given, arms = Load(**load), _found(servers, server_model, tokenizer, load["image_size"], load["images"])
         else:
             from ..measure.launching import Launch, launched
 
@@ -101,18 +101,20 @@ def run_servers(
     return Results(BENCH, rows, meta, (Table(*table(rows), note=note),), tuple(f"failed: {line}" for line in failed))
 
 
-def _found(servers: Sequence[str], model: str | None, tokenizer: str | None) -> list[Any]:
+def _found(servers: Sequence[str], model: str | None, tokenizer: str | None, image_size: tuple[int, int], images: int) -> list[Any]:
     """Arms of running servers, the first of which is the baseline."""
     import json
     import urllib.request
 
     from ..eval.lmms.server import server_cells
+    from ..measure.probing import visual_tokens
     from ..measure.serving import Served
 
     arms = []
     for cell in server_cells(servers, model):
         with urllib.request.urlopen(f"{cell.url.rstrip('/')}/models", timeout=60) as reply:
             about = next(m for m in json.load(reply)["data"] if m["id"] == cell.model)
-        own = tokenizer or about.get("root") or cell.model
-        arms.append(Served(name=cell.name, role=cell.role, url=cell.url.rstrip("/").removesuffix("/v1"), model=cell.model, tokenizer=own))
+        own, url = tokenizer or about.get("root") or cell.model, cell.url.rstrip("/").removesuffix("/v1")
+        full, kept = visual_tokens(url, cell.model, image_size, images)
+        arms.append(Served(name=cell.name, role=cell.role, url=url, model=cell.model, tokenizer=own, full=full, kept=kept))
     return arms

@@ -36,17 +36,17 @@ BUDGET_FIELDS = ("keep", "tokens", "prune", "min_tokens", "max_tokens")
 class Compressor:
     """What every method has: a name, a budget, a position rule. Frozen; nothing of a call is kept on it.
 
-    keep, tokens, prune: fraction kept, count kept, fraction removed; exactly one. min_tokens, max_tokens bound a
-    fraction's count. positions: None is the model family's default ("renumber" on 1-D RoPE, "keep" on M-RoPE), "keep"
-    leaves every kept token at its place in the uncompressed prompt. per: what the budget is for: every "image" (or
-    video), every "tile" of an anyres image, every "frame" of a video. newline: None drops the newline and separator
-    columns of an image that loses tokens, and text between tokens (a row's break, a tile's name) with its last token; "keep" keeps all.
-    kind: where it works: "projector" in the place of the model's, "pre_llm" on the tokens before the language model, "in_llm"
-    between its layers. needs: what it asks for beside the features. trained: whether it has weights. merges: whether its tokens
-    are new ones. in_place: whether each of these has the place of one of the tokens that it was merged from
-    (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
-    places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike.
-    routes: whether it decides image by image what is done. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
+    keep, tokens, prune: fraction kept, count kept, fraction removed; exactly one. min_tokens, max_tokens bound a fraction's count.
+    positions: None is the model family's default ("renumber" on 1-D RoPE, "keep" on M-RoPE), "keep" leaves every kept token at its place in
+    the uncompressed prompt. per: what the budget is for: every "image" (or video), every "tile" of an anyres image, every "frame" of a
+    video. newline: None drops the newline and separator columns of an image that loses tokens, and text between tokens (a row's break, a
+    tile's name) with its last token; "keep" keeps all. kind: where it works: "projector" in the place of the model's, "pre_llm" on the
+    tokens before the language model, "in_llm" between its layers. needs: what it asks for beside the features. trained: whether it has
+    weights. merges: whether its tokens are new ones. in_place: whether each of these has the place of one of the tokens that it was merged
+    from (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
+    places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike. routes:
+    whether it decides image by image what is done. sets_processor: whether it is a setting of the model's own image processor, which
+    commands make (``measure.native``) and no wrapped model can. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
     after image; a subclass that chooses in another way says so anew. says_counts: whether it says how many tokens each that is left holds.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
@@ -66,6 +66,7 @@ class Compressor:
     in_place: ClassVar[bool] = False
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
+    sets_processor: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
     says_counts: ClassVar[bool] = False
 
@@ -246,8 +247,7 @@ class Compressor:
 
     def untouched_plan(self, shape: VisualShape) -> Plan:
         """The plan that leaves everything as it is."""
-        clamped = self.tokens is not None and self.tokens > shape.n
-        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=clamped)
+        return Plan(shape, shape.n, separators=shape.separators, all_marks=True, untouched=True, clamped=(self.tokens or 0) > shape.n)
 
     def plan_after(self, adapter: Family, item: Any, before: Compressor, done: Plan) -> Plan:
         """``plan`` of what the stage ``before`` leaves by its plan ``done``."""

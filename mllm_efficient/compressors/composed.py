@@ -54,6 +54,9 @@ class Composed(Compressor):
             same = [stage.name for stage in self.stages if stage.kind == kind]
             if len(same) > 1:
                 raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
+        alone = [stage.name for stage in self.stages if stage.sets_processor]
+        if alone:
+            raise UnsupportedModelError(f"{alone[0]} sets the model's own processor and runs no method: give it alone")
         trained = [stage.name for stage in self.stages if stage.installs is not None]
         if len(trained) > 1:
             raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")

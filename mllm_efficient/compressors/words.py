@@ -12,7 +12,8 @@ from ..errors import MllmEfficientError
 from .base import BUDGET_FIELDS, Compressor
 
 TITLES = {
-    "none": "Uncompressed", "dart": "DART", "scope": "SCOPE", "prumerge_plus": "PruMerge+", "spp": "SPP", "hawk": "HAWK",
+    "none": "Uncompressed", "native": "The model's own control", "dart": "DART", "scope": "SCOPE",
+    "prumerge_plus": "PruMerge+", "spp": "SPP", "hawk": "HAWK",
     "tokenflex": "TokenFLEX", "resize": "Resized image", "pool": "Pooling", "random": "Random", "uniform": "Uniform",
     "proportional": "Proportional attention",
 }  # fmt: skip

@@ -53,12 +53,17 @@ class ModelOptions:
 
 @dataclass
 class Loaded:
-    """A model in eval mode with its processor. in_memory: a user's object, whose weights need not be those of the folder it names."""
+    """A model in eval mode with its processor.
+
+    in_memory: a user's object, whose weights need not be those of the folder it names. call: what each of its calls has to say beside
+    what the processor makes.
+    """
 
     model: Any
     processor: Any
     options: ModelOptions
     in_memory: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self):
@@ -102,7 +107,7 @@ class Loaded:
         for name in ("pixel_values", "pixel_values_videos"):
             if name in batch:
                 batch[name] = batch[name].to(self.model.dtype)
-        return batch
+        return {**batch, **self.call} if "pixel_values" in batch else batch
 
     def _cuts_off(self) -> str:
         """The usual cause of placeholders that are missing, where the tokenizer's settings have it."""
@@ -178,10 +183,11 @@ def load(options: ModelOptions) -> Loaded:
 def _require_family(name: str, config: dict[str, Any]) -> None:
     """config: the content of ``config.json``, which transformers need not know."""
     from ..patches import FAMILIES, advice_on, is_supported, require_present
-    from ..patches.vllm import PREFIX
+    from ..patches.vllm import BACKEND, PREFIX
 
-    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     kind = str(config.get("model_type"))
+    made_for = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
+    made_for = [next((cls for cls, known in FAMILIES.items() if known == kind), kind) if name in BACKEND else name for name in made_for]
     if made_for and not is_supported(made_for, kind):
         no_vision = "" if _has_vision(config) else " and takes no images"
         raise UnsupportedModelError(f"{name} is a {made_for[0]}, which is not supported{no_vision}{advice_on(made_for[0], kind)}")

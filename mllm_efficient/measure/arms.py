@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,21 +40,23 @@ class Arm(Series):
 
     @property
     def wrapped(self) -> bool:
-        return self.role in (METHOD, REFERENCE) and self.method.spec() != NoCompression.name
+        return self.role in (METHOD, REFERENCE) and self.method.spec() != NoCompression.name and not self.method.sets_processor
 
 
-def arms_for(adapter: Any, item: Any, methods: Sequence[Compressor], quantization: str | None = None) -> tuple[list[Arm], dict[str, str]]:
+def arms_for(
+    adapter: Any, item: Any, methods: Sequence[Compressor], quantization: str | None = None, native: Mapping[str, int] | None = None
+) -> tuple[list[Arm], dict[str, str]]:
     """The arms in the order they are run, and why any of the references had to be left out.
 
-    item: one of the images, which are all alike. For every count that a method keeps there is ``random`` at the same
-    count, which costs what a free selection costs, and for every budget there is ``resize``.
+    item: one of the images, which are all alike. native: its tokens under each method that sets the processor, by specification. For every
+    count that a method keeps there is ``random`` at the same count, which costs what a free selection costs, and for every budget there is
+    ``resize``.
     """
     model = adapter.model
 
     def arm(method: Compressor, role: str) -> Arm:
-        return Arm(
-            name=method.spec(), method=method, role=role, model=model, kept=plan(adapter, method, item).kept, quantization=quantization
-        )
+        kept = native[method.spec()] if native is not None and method.sets_processor else plan(adapter, method, item).kept
+        return Arm(name=method.spec(), method=method, role=role, model=model, kept=kept, quantization=quantization)
 
     arms = [arm(NoCompression(), BASELINE)]
     for method in methods:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..apply.plan import check
 from ..compressors.base import Compressor
 from ..compressors.composed import or_random
 from ..compressors.none import NoCompression
@@ -18,6 +19,7 @@ from .ideal import PromptFlops
 from .latency import PHASES, Laps, measure
 from .machine import machine
 from .memory import fits_in_memory, largest_batch, weights_mb
+from .native import Control
 from .random_model import describe
 from .rows import MEANING, ceiling, rows_of
 from .timing import ORDER, Clock, clock_for, devices_of, free, quick_gc
@@ -63,17 +65,30 @@ class Bench:
         self.clock = clock or clock_for(self.devices)
         if settings.max_batch is not None and not (self.devices and all(d.type == "cuda" for d in self.devices)):
             raise MllmEfficientError(NO_MAX_BATCH)
+        self.control = Control(loaded)
         self.one = self.inputs(1)
+        self.natives = self.native_inputs(1)
         self.left_out: dict[str, str] = {}
         self.arms()  # raises for methods that cannot run
 
     def inputs(self, batch: int) -> Inputs:
         return make_inputs(self.loaded, self.adapter, self.settings.workload, batch, self.settings.seed)
 
+    def native_inputs(self, batch: int) -> dict[str, Inputs]:
+        """The inputs of each method that sets the processor, by its specification. Raises for one that the model cannot run."""
+        work, out = self.settings.workload, dict[str, Inputs]()
+        for method in self.methods:
+            if method.sets_processor:
+                check(self.adapter, method)
+                loaded = self.control.asked(method, [[self.one.image_size] * work.images]).loaded
+                out[method.spec()] = make_inputs(loaded, self.adapter, work, batch, self.settings.seed)
+        return out
+
     def arms(self) -> list[Arm]:
         """Fresh arms: the baseline, the methods, the references, those of the quantized model, the text-only prompt."""
         item = self.adapter.items(self.one.call)[0]
-        arms, self.left_out = arms_for(self.adapter, item, self.methods, self.loaded.options.quantization)
+        each = {spec: inputs.visual_tokens // self.settings.workload.images for spec, inputs in self.natives.items()}
+        arms, self.left_out = arms_for(self.adapter, item, self.methods, self.loaded.options.quantization, each)
         if self.quantized is not None:
             model, kind = self.quantized.model, self.quantized.options.quantization
             more = [
@@ -102,7 +117,7 @@ class Bench:
         for batch in settings.batch_sizes:
             arms = self.arms()
             try:
-                laps = Laps(self.inputs(batch), work.output_tokens, self.clock)
+                laps = Laps(self.inputs(batch), work.output_tokens, self.clock, self.native_inputs(batch))
             except RuntimeError as error:  # the inputs alone fill the device
                 for arm in arms:
                     arm.failed = f"{type(error).__name__}: {error}"[:500]
@@ -152,7 +167,8 @@ class Bench:
 
             def fits(batch: int, arm: Arm = arm) -> bool:
                 def once() -> None:
-                    laps = Laps(self.inputs(batch), self.settings.workload.output_tokens, self.clock)
+                    native = self.native_inputs(batch) if arm.method.sets_processor else None
+                    laps = Laps(self.inputs(batch), self.settings.workload.output_tokens, self.clock, native)
                     with laps.as_used(arm), torch.no_grad():
                         laps.generate(arm)
 

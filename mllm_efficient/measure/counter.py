@@ -21,6 +21,7 @@ from ..apply.locate import written
 from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
 from ..compressors.composed import inside_of, or_random
+from ..compressors.none import NoCompression
 from ..errors import MllmEfficientError
 from ..patches.rules import Size, Views
 from ..tokens import VisualShape
@@ -87,7 +88,7 @@ def count(
     adapter, meta = adapter_for(model), model.device.type == "meta"
     if meta and adapter.reads_values:
         raise MllmEfficientError(f"the tower of {shape.name} reads values, and a model without weights has none: count a model of a folder")
-    inputs = _inputs(adapter, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
+    inputs, method = _asked(adapter, shape, method, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = adapter.items(inputs)
     prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
     if meta and inside is not None and inside.has_router:
@@ -197,6 +198,16 @@ def _inputs(adapter: Any, images: list[Views], text_tokens: int, batch: int, pro
     ids = torch.tensor([prompt + text] * batch)
     types = {adapter.typed: (ids == placeholder).long()} if adapter.typed else {}
     return {"input_ids": ids, **types, **{k: adapter.joined(k, [v] * batch) for k, v in vision.items()}}
+
+
+def _asked(
+    adapter: Any, shape: ModelShape, method: Any, pictures: list[Views], text_tokens: int, batch: int, processor: Any
+) -> tuple[dict[str, Any], Compressor]:
+    """The call that a method runs on, and what runs: where it sets the model's processor, nothing on fewer tokens."""
+    if not method.sets_processor:
+        return _inputs(adapter, pictures, text_tokens, batch, processor), method
+    setting, seen = method.setting(shape.rules, pictures[0].size), [method.seen(shape.rules, picture) for picture in pictures]
+    return _inputs(adapter.under(setting), seen, text_tokens, batch) | adapter.call_under(setting), NoCompression()
 
 
 def _processed(adapter: Any, processor: Any, sizes: Sequence[Any]) -> tuple[dict[str, Tensor], list[VisualShape]]:

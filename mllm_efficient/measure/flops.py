@@ -12,6 +12,7 @@ interpolation are not counted. The papers' conventions are in ``conventions``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,7 +120,7 @@ def cost(
         vision = _seeing_flops(model, compressor, kept, batch_size)
         compress = _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens) if before is not None else 0
         compress += choosing_flops(decoder, inside, kept, text_tokens) if inside is not None else 0
-        prefill = prefill_flops(decoder, lengths)
+        prefill = prefill_flops(decoder, lengths, lengths[-1] if rules.heads_all else 1)
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
@@ -225,13 +226,22 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
         return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
     else:
         project = projector_flops(model.projector, picture.projected)
-    return picture.views * (tower_flops(model.tower, picture.patches, among) + project)
+    if picture.also:
+        return sum(_view_flops(model, picture, patches) for patches in (picture.patches, *picture.also))
+    return picture.views * (tower_flops(model.tower, picture.patches, among, picture.projected) + project)
 
 
-def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0) -> int:
+def _view_flops(model: ModelShape, picture: Views, patches: tuple[int, int]) -> int:
+    """One view of a picture whose views are not alike, through tower and projector."""
+    tokens = math.prod(patches) * picture.projected // math.prod(picture.patches)
+    return tower_flops(model.tower, patches, tokens=tokens) + projector_flops(model.projector, tokens)
+
+
+def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0, tokens: int = 0) -> int:
     """One view of (rows, columns) patches. All layers run, whichever layer's output is used.
 
-    among: patches of all images of the call, where attention is computed over them all and masked; 0 where over its own.
+    among: patches of all images of the call, where attention is computed over them all and masked; 0 where over its own. tokens: that
+    become of them, which says whether the tower's merger runs.
     """
     d, n = tower.width, patches[0] * patches[1]
     total = 2 * n * d * tower.channels * tower.frames * tower.patch**2
@@ -240,6 +250,11 @@ def tower_flops(tower: Tower, patches: tuple[int, int], among: int = 0) -> int:
     for layer in range(tower.layers):
         pairs = windows if tower.window and layer not in tower.full_layers else everything
         total += 2 * n * (4 * d * d + tower.mlp_matrices * d * tower.mlp_width) + 4 * d * pairs
+        if tower.merger is not None and layer == tower.merger.after and n > tokens * tower.merger.side**2:
+            area = tower.merger.side**2
+            total += 8 * n * d * d + 4 * d * n * area + 2 * (n // area) * (area + 1) * d * tower.merger.hidden
+            n //= area
+            everything = n * n
     total += 2 * (n // tower.pooled) * n * d if tower.pooled else 0
     if tower.pooling_head:  # one query over all tokens, then an MLP on it
         total += 4 * d * d * (1 + n) + 4 * n * d + 4 * d * tower.mlp_width

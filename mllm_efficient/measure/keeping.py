@@ -18,7 +18,8 @@ class Kept:
 
     marks: text columns between the tokens that are left; where that depends on which tokens are chosen, with a choice that is spread
     evenly over the image, which leaves the most.
-    picture: what the tower sees, a smaller one under ``resize``. side, rounds, stages, per_layer, entering: as in a ``Plan``.
+    picture: what the tower sees, a smaller one under ``resize`` and ``native``. side, rounds, stages, per_layer, entering: as in a
+    ``Plan``.
     """
 
     picture: Views
@@ -42,6 +43,9 @@ class Kept:
 
 def keep(rules: Rules, method: Compressor, picture: Views) -> Kept:
     """Raises ``BadBudgetError`` where the budget cannot be met, ``MllmEfficientError`` where the grid is not known."""
+    if method.sets_processor:
+        seen = method.seen(rules, picture)  # type: ignore[attr-defined]
+        return Kept(seen, seen.shape.n, seen.shape.separators, marks=seen.shape.marked)
     n = picture.shape.n
     p = plan(rules, method, picture)
     inside = inside_of(method)

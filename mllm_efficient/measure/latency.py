@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,16 @@ class Stamps(StoppingCriteria):
 
 
 class Laps:
-    """One turn of any arm on the inputs of one batch size."""
+    """One turn of any arm on the inputs of one batch size.
 
-    def __init__(self, inputs: Inputs, output_tokens: int, clock: Clock):
-        self.inputs, self.output_tokens, self.clock = inputs, output_tokens, clock
+    native: inputs of the arms that set the processor, by the method's specification.
+    """
+
+    def __init__(self, inputs: Inputs, output_tokens: int, clock: Clock, native: Mapping[str, Inputs] | None = None):
+        self.inputs, self.output_tokens, self.clock, self.native = inputs, output_tokens, clock, native or {}
+
+    def inputs_of(self, arm: Arm) -> Inputs:
+        return self.native.get(arm.method.spec(), self.inputs)
 
     @torch.no_grad()
     def __call__(self, arm: Arm) -> dict[str, float]:
@@ -68,10 +74,11 @@ class Laps:
             return self._phases(arm)
 
     def _phases(self, arm: Arm) -> dict[str, float]:
-        run, call, model = self.clock.run, self.inputs.call, arm.model
+        inputs = self.inputs_of(arm)
+        run, call, model = self.clock.run, inputs.call, arm.model
         sample = {}
-        if self.inputs.preprocess is not None:
-            sample["preprocess_ms"], _ = run(self.inputs.preprocess)
+        if inputs.preprocess is not None:
+            sample["preprocess_ms"], _ = run(inputs.preprocess)
         method = arm.method if arm.wrapped else NoCompression()
         sample["vision_ms"], encoded = run(lambda: encode(model, method, **call))
         milliseconds, prepared = run(lambda: prepare(model, method, encoded=encoded, **call))
@@ -102,7 +109,7 @@ class Laps:
 
     def generate(self, arm: Arm, **more: Any) -> Any:
         """Exactly ``output_tokens`` greedy tokens for every row."""
-        call = self.inputs.text_only if arm.role == TEXT_ONLY else self.inputs.call
+        call = self.inputs.text_only if arm.role == TEXT_ONLY else self.inputs_of(arm).call
         pad = {} if arm.model.generation_config.pad_token_id is not None else {"pad_token_id": 0}
         n = {"max_new_tokens": self.output_tokens, "min_new_tokens": self.output_tokens}
         return arm.model.generate(**call, **n, **pad, do_sample=False, **more)

@@ -22,6 +22,7 @@ from ..loading.models import (
 )
 from ..patches.pictures import SHARED, read_object
 from ..patches.rules import rules_class
+from .depth import shallower
 from .shapes import shape_config, shape_names
 
 SCALE = 0.02
@@ -70,11 +71,12 @@ def _require_present(path: Path) -> None:
         require_present(kind)
 
 
-def random_model(options: ModelOptions) -> Loaded:
+def random_model(options: ModelOptions, layers: int | None = None) -> Loaded:
     """A model of the shape ``options.model``, without a processor, its weights drawn from ``options.seed``.
 
-    dtype "auto" is bfloat16 on an accelerator and float32 on a CPU. Nothing is downloaded, and nothing is made on the
-    CPU for another device. Raises ``MllmEfficientError`` for options that say where weights come from.
+    layers: of the language model, and at most as many of the tower; None for all. dtype "auto" is bfloat16 on an accelerator and float32 on
+    a CPU. Nothing is downloaded, and nothing is made on the CPU for another device. Raises ``MllmEfficientError`` for options that say
+    where weights come from.
     """
     for name in ("device_map", "revision", "trust_remote_code", "adapter"):
         if getattr(options, name):
@@ -84,6 +86,8 @@ def random_model(options: ModelOptions) -> Loaded:
     device = pick_device(options)
     quantization = quantization_config(options.quantization, device) if options.quantization else None
     config = config_of(options.model)
+    if layers is not None:
+        config = shallower(config, layers)
     rules_class(config.model_type)(options.model, config).require_counting(options.processor_kwargs)
     for name in SHARED:
         if name in options.processor_kwargs:

@@ -184,7 +184,7 @@ def cost_of_methods(
     for spec in specs:
         for _, _, k, _ in shapes:
             method = at_budget(spec, k)
-            if method.kind != PRE_LLM or method.as_resizer is not None or method.in_tower:
+            if method.kind != PRE_LLM or method.as_resizer is not None or method.sets_processor or method.in_tower:
                 raise MllmEfficientError(f"{spec} does not work on tokens before the language model: --selection measures those that do")
     for n, d, k, grid in shapes:
         v = drawn_tokens(n, d, grid, device, dtype, options.seed)

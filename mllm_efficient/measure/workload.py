@@ -72,7 +72,7 @@ def make_inputs(loaded: Loaded, adapter: Any, workload: Workload, batch: int, se
         one = drawn_inputs(adapter, images, seed)
         ids = _with_text(adapter, [image.shape for image in images], workload.text_tokens, seed)
         call = {k: adapter.joined(k, [v] * batch) for k, v in one.items()} | {"input_ids": ids.expand(batch, -1).contiguous()}
-        call["attention_mask"] = torch.ones_like(call["input_ids"])
+        call |= {"attention_mask": torch.ones_like(call["input_ids"]), **loaded.call}
         if adapter.typed:
             call[adapter.typed] = visual_in(call["input_ids"], adapter.placeholders).int()
         device = adapter.model.device

@@ -1,4 +1,4 @@
-"""Figures of several methods side by side, as PNG: the original first, each method with its counts, videos as film strips."""
+"""Figures of several methods side by side, as PNG, PDF or SVG: the original first, each method with its counts, videos as film strips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 200
+ENDINGS = (".png", ".pdf", ".svg")
 CONTENT, MARGIN, GAP, SEAM, NARROW = 2400, 40, 40, 10, 330  # pixels: widest row, page edge, between blocks, between panels, title
 FRAMES = 8  # in a row of a film strip
 FONT = "DejaVu Sans"  # comes with matplotlib: the same picture everywhere
@@ -123,7 +124,7 @@ def _blocks(subject: Subject, long_edge: int | None, dim: str) -> list[_Block]:
         text = (
             [(result.title, TITLE), (result.counts, NOTE), (by_layer(result.per_layer), NOTE)]
             if result
-            else [("Original", TITLE), (subject.note, NOTE)]
+            else [("Original", TITLE), (subject.note, NOTE), (f"“{subject.question}”" * bool(subject.question), NOTE)]
         )
         rows = [panels[i : i + across] for i in range(0, len(panels), across)]
         blocks.append(_Block([t for t in text if t[0]], rows))
@@ -135,8 +136,10 @@ def _panel(frame: Pixels, view: View, result: Result, everything: bool, dim: str
     n = sum(len(p) for p in planes)
     if everything:
         return render(frame, planes, dim=dim), f"{view.name}, {n:,} tokens"
-    k = len(indices) if indices is not None else n if merged is None else sum(len(p) for p in merged)
-    return render(frame, planes, indices, merged, dim=dim), f"{view.name}, {k:,} of {n:,}" if view.name else ""
+    areas = view.areas_of(result)
+    made = n if merged is None else sum(len(p) for p in merged)
+    k = len(indices) if indices is not None else made if areas is None else len({a for a in areas if a >= 0})
+    return render(frame, planes, indices, merged, areas=areas, dim=dim), f"{view.name}, {k:,} of {n:,}" if view.name else ""
 
 
 def _long_edge(subject: Subject) -> int:
@@ -213,36 +216,63 @@ class _Page:
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes the figure as a PNG, pixel for pixel; an existing file is replaced in one step, its folder is created.
+    """Writes the figure: a PNG pixel for pixel, a PDF or SVG with the same pixels and text as text.
 
-    Raises ``MllmEfficientError`` as ``check_target`` does, or if the file cannot be written.
+    An existing file is replaced in one step, its folder is created. Raises ``MllmEfficientError`` as ``check_target`` does, or if the file
+    cannot be written.
     """
-    from PIL import Image
-
     path = Path(path)
     check_target(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a file's name can have letters that the font lacks
-        figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            Image.fromarray(pixels).save(partial, format="PNG", dpi=(DPI, DPI))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file's name can have letters that the font lacks
+            (_write_png if path.suffix.lower() == ".png" else _write_vector)(figure, partial, path.suffix.lower()[1:])
+        os.replace(partial, path)
     except OSError as error:
         raise MllmEfficientError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_png(figure: Figure, path: Path, kind: str) -> None:
+    from PIL import Image
+
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
+    Image.fromarray(pixels).save(path, format="PNG", dpi=(DPI, DPI))
+
+
+def _write_vector(figure: Figure, path: Path, kind: str) -> None:
+    """Panels become axes, because a vector file knows no pixels of a page; afterwards they are what they were."""
+    from matplotlib import rc_context
+
+    width, height = figure.get_size_inches() * DPI
+    panels: list[Any] = [*figure.images]
+    figure.images, axes = [], []
+    for panel in panels:
+        pixels = panel.get_array()
+        down, across = pixels.shape[:2]
+        own = figure.add_axes((panel.ox / width, panel.oy / height, across / width, down / height))
+        own.imshow(pixels, interpolation="none", aspect="auto")
+        own.axis("off")
+        axes.append(own)
+    try:
+        with rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "mllm-efficient"}):
+            figure.savefig(path, format=kind, dpi=DPI, metadata={"CreationDate": None} if kind == "pdf" else {"Date": None})
+    finally:
+        for own in axes:
+            own.remove()
+        figure.images = panels
 
 
 def check_target(path: Path) -> None:
     """Raises ``MllmEfficientError`` where ``save`` would not be able to write: another ending, a folder, no permission."""
-    if path.suffix.lower() != ".png":
-        raise MllmEfficientError(f"{path} does not end in .png: figures are written as PNG")
+    if path.suffix.lower() not in ENDINGS:
+        raise MllmEfficientError(f"{path} does not end in {', '.join(ENDINGS)}: figures are written as these")
     if path.is_dir():
-        raise MllmEfficientError(f"{path} is a folder: give a file name that ends in .png")
+        raise MllmEfficientError(f"{path} is a folder: give a file name that ends in .png, .pdf or .svg")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise MllmEfficientError(f"cannot write {path}: {folder} is not a folder that can be written to")

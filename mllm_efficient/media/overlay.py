@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WHITE, DARK = np.float32(255), np.float32(24)
 DIMS = ("light", "dark")
+GOLDEN = 0.618033988749895
+OUTLINED = 200 * 200  # pixels of a panel above which outlines are two wide
 CROWDED = 6  # pixels: cells narrower than this have lines around kept tokens only
 Pixels = NDArray[np.uint8]
 Edges = NDArray[np.int64]
@@ -34,6 +36,13 @@ class View:
 
     name: str
     members: tuple[int, ...]
+
+    def areas_of(self, result: Result) -> list[int] | None:
+        """The result's areas in this view."""
+        if result.areas is None:
+            return None
+        starts = [0, *itertools.accumulate(len(p) for p in result.planes)]
+        return [result.areas[i] for m in self.members for i in range(starts[m], starts[m + 1])]
 
     def of(self, result: Result) -> tuple[list[Plane], list[int] | None, list[Plane] | None]:
         """The result's planes, indices and kept planes in this view; indices count over its planes alone."""
@@ -56,7 +65,7 @@ class Result:
     planes: of the full picture, boxes in fractions of it. kept_planes: where tokens were merged the merged planes, one for
     each of ``planes``. indices: what is left of the N tokens, or of the merged ones; None where all are. per_layer: tokens
     at each decoder layer, of a method inside it; what is drawn are those at the end. separators: (before, after), columns of the
-    prompt beside the tokens.
+    prompt beside the tokens. areas: of each of the N tokens the merged token that it is part of, -1 for none, where these are drawn.
     """
 
     title: str
@@ -67,6 +76,7 @@ class Result:
     kept_planes: Sequence[Plane] | None = None
     per_layer: Sequence[int] = ()
     separators: tuple[int, int] = (0, 0)
+    areas: Sequence[int] | None = None
 
     @property
     def counts(self) -> str:
@@ -76,12 +86,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Subject:
-    """A picture (one frame) or a video with the results of every method. note: below "Original". labels: of the frames."""
+    """A picture (one frame) or a video with the results of every method. note, question: below "Original". labels: of the frames."""
 
     frames: Sequence[Picture]
     results: Sequence[Result]
     note: str = ""
     labels: Sequence[str] = ()
+    question: str = ""
 
 
 def views(planes: Sequence[Plane], members: Sequence[int] | None = None) -> list[View]:
@@ -123,6 +134,7 @@ def render(
     indices: Sequence[int] | None = None,
     kept_planes: Sequence[Plane] | None = None,
     *,
+    areas: Sequence[int] | None = None,
     dim: str = "light",
     lines: bool = True,
 ) -> Pixels:
@@ -139,6 +151,8 @@ def render(
         planes: planes that do not overlap, boxes (top, left, bottom, right) in fractions of the picture.
         indices: kept tokens, counted over the planes that are drawn one after the other; None keeps all.
         kept_planes: merged planes to draw instead, where tokens were merged.
+        areas: what each token of ``planes`` is part of, -1 for nothing: every area then has its mean colour and an outline in a colour
+            of its own, so that parts of one area that lie apart are seen to be one; kept tokens are framed.
         dim: "light" or "dark". lines: whether the grid is drawn.
     """
     if dim not in DIMS:
@@ -149,6 +163,8 @@ def render(
     out = _faded(pixels, paper, 0.2, 0.8)
     _hatch(out)
     faded = _faded(pixels, paper, 0.5, 0.66)
+    if areas is not None:
+        return _of_areas(out, pixels, faded, planes, areas, indices, ink)
     lit, grid = np.zeros((height, width), bool), np.zeros((height, width), np.float32)
     drawn = planes if kept_planes is None else kept_planes
     chosen = np.ones(sum(len(p) for p in drawn), bool)
@@ -168,6 +184,55 @@ def render(
     if lines:
         _draw_lines(out, lit, grid, paper, ink)
     return out.round().clip(0, 255).astype(np.uint8)
+
+
+def _of_areas(
+    out: NDArray[np.float32], pixels: NDArray[np.float32], faded: NDArray[np.float32], planes: Sequence[Plane], areas: Sequence[int],
+    indices: Sequence[int] | None, ink: np.float32,
+) -> Pixels:  # fmt: skip
+    """Every area in its mean colour with an outline of its own colour; the cells of kept tokens framed."""
+    height, width = pixels.shape[:2]
+    numbers, start = np.unique(np.asarray(areas), return_inverse=True)[1].reshape(-1), 0
+    label = np.full((height, width), -1)
+    cell, kept = np.full((height, width), -1), set(indices or ())
+    for plane in planes:
+        y, x = _edges(plane, height, width)
+        own = np.arange(start, start + len(plane)).reshape(plane.rows, plane.columns)
+        inside = np.s_[y[0] : y[-1], x[0] : x[-1]]
+        label[inside] = _spread(np.where(np.asarray(areas)[own] < 0, -1, numbers[own]), y, x)
+        cell[inside] = _spread(own, y, x)
+        start += len(plane)
+    seen, part = cell >= 0, label >= 0
+    out[seen & ~part] = faded[seen & ~part]
+    sizes = np.bincount(label[part], minlength=int(numbers.max()) + 1).clip(1)
+    means = np.stack([np.bincount(label[part], pixels[..., c][part], minlength=len(sizes)) / sizes for c in range(3)], 1)
+    out[part] = means[label[part]]
+    outline = part & _rim(label, 2 if height * width > OUTLINED else 1)
+    out[outline] = _hues(len(sizes))[label[outline]]
+    framed = np.isin(cell, list(kept)) & _rim(cell, 2)
+    out[framed] += 0.75 * (ink - out[framed])
+    return out.round().clip(0, 255).astype(np.uint8)
+
+
+def _rim(label: NDArray[Any], thick: int) -> NDArray[np.bool_]:
+    """The pixels of regions of equal labels that are at most ``thick`` away from another one."""
+    rim = np.zeros(label.shape, bool)
+    for axis, by in itertools.product((0, 1), range(1, thick + 1)):
+        for shift in (by, -by):
+            moved = np.roll(label, shift, axis)
+            edge = [slice(None)] * 2
+            edge[axis] = slice(0, shift) if shift > 0 else slice(shift, None)
+            moved[tuple(edge)] = label[tuple(edge)]  # the picture's border is no rim
+            rim |= moved != label
+    return rim
+
+
+def _hues(count: int) -> NDArray[np.float32]:
+    """(count, 3) colours that differ: hues a golden section apart, three strengths."""
+    from colorsys import hsv_to_rgb
+
+    colours = [hsv_to_rgb(i * GOLDEN % 1, (0.95, 0.6, 0.8)[i % 3], (0.95, 0.98, 0.7)[i % 3]) for i in range(count)]
+    return 255 * np.asarray(colours, np.float32)
 
 
 def _edges(plane: Plane, height: int, width: int) -> tuple[Edges, Edges]:

@@ -19,7 +19,7 @@ from ..errors import MllmEfficientError
 from ..loading.lora import resolved
 from ..loading.models import Loaded, require_supported
 from ..loading.processor import NEEDS_VIDEO
-from ..patches.vllm import PREFIX, PROJECTOR
+from ..patches.vllm import BACKEND, PREFIX, PROJECTOR
 from ..patches.vllm import SERVED as FAMILIES
 from ..patches.vllm.settings import ALLOWED, Settings, require_served
 from ..writing import writing
@@ -44,11 +44,11 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
         raise MllmEfficientError(f"{lora} is an adapter of {base}, and a served folder has whole weights: merge it with PEFT first")
     if getattr(loaded.processor, "video_token", None) and getattr(loaded.processor, "video_processor", None) is None:
         raise MllmEfficientError(f"a served folder of {adapter.name} has a video processor: {NEEDS_VIDEO}")
-    if adapter.name not in FAMILIES:
-        raise MllmEfficientError(f"{adapter.name} is not served: {', '.join(FAMILIES)} are")
+    if adapter.name not in FAMILIES and method.as_projector is not None:
+        raise MllmEfficientError(f"{method.name} is not served on {adapter.name}: on {', '.join(FAMILIES)} it is")
     plain = method.as_resizer if adapter.usual() is not None else None
     if plain is None:
-        require_served(method)
+        require_served(method, loaded.model.config.model_type)
     elif allowed:
         raise MllmEfficientError(f"{method.name}: requests cannot ask for other counts of a smaller model: leave the allowed ones out")
     check(adapter, method)
@@ -76,14 +76,24 @@ def _write(loaded: Loaded, adapter: Any, method: Compressor, plain: Resizer | No
         _smaller(loaded, adapter, plain)
     else:
         own = {k: v for k, v in method.to_dict().items() if k != "weights"}
-        extra = {"architectures": [PREFIX + adapter.name], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
+        extra = {"architectures": [PREFIX + served_as(adapter)], SERVED: {**own, **({ALLOWED: list(allowed)} if allowed else {})}}
     if method.as_projector is not None:
         extra[PROJECTOR] = _projector(loaded, adapter, method.as_projector, folder)
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
-    _named_for_vllm(folder)
+    if adapter.name in FAMILIES:  # others are loaded by transformers itself, under its own names
+        _named_for_vllm(folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **extra}, indent=2) + "\n")
+
+
+def served_as(adapter: Any) -> str:
+    """The architecture under which vLLM serves a model: its own, or that of the backend which has transformers run it."""
+    if adapter.name in FAMILIES:
+        return str(adapter.name)
+    text = adapter.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next(name for name in BACKEND if ("MoE" in name) == any(getattr(text, n, None) for n in names))
 
 
 def _smaller(loaded: Loaded, adapter: Any, method: Resizer) -> None:

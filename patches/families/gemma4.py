@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError
@@ -16,7 +16,7 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
-from ..rules import Rules, Size, Views
+from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Gemma4Rules(Rules):
     parts = frozenset({"frame"})
     reads_values = True
     counting = (SOFT_TOKENS,)
+    control = SOFT_TOKENS
 
     @functools.cached_property
     def tower_size(self) -> Tower:
@@ -103,6 +104,9 @@ class Gemma4Rules(Rules):
 
     def smaller(self, image: Views, unit: Grid) -> Views:
         return self._at(unit, None, math.prod(unit))
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        return [{SOFT_TOKENS: count} for count in COUNTS]
 
 
 def grid_of(size: Size, most: int) -> Grid:

@@ -6,7 +6,7 @@ What no row knows is refused by name: how tokens lie on a grid (unless the call 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
@@ -14,7 +14,9 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, runs_in
+from ..controls import CONTROLS
 from ..facts import FACTS, Facts
+from ..rules import Rules, Settings, Size
 from ..running import by_its_own_rule
 
 if TYPE_CHECKING:
@@ -31,8 +33,12 @@ class GenericAdapter(Adapter):
     """
 
     def __init__(self, model: Any):
-        self.facts: Facts = FACTS[model.config.model_type]
         super().__init__(model)
+        self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
+        self._read_row()
+
+    def _read_row(self) -> None:
+        """What the row says of every model of the type."""
         gridded = bool(self.facts.grids)
         self.gives = frozenset({"text", "grid"} if gridded else {"text"})
         self.parts = frozenset({"frame"} if gridded else ())
@@ -40,7 +46,13 @@ class GenericAdapter(Adapter):
         self.mrope = bool(self.facts.mrope)
         self.deepstack = self.facts.deepstack
         self.text_row = self.facts.text_row
-        self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))
+        self.counts_by_rule = False
+        if self.facts.control:
+            self.control = self.facts.control
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.config.model_type]
 
     def _encoder(self, modality: str) -> Any:
         return getattr(self.base, f"get_{modality}_features", None)
@@ -87,6 +99,11 @@ class GenericAdapter(Adapter):
         names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
         side = next((getattr(vision, name) for name in names if getattr(vision, name, None)), 1)
         return int(side if isinstance(side, int) else side[-1])
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        if not self.facts.control:
+            return super().controls(size, k)
+        return CONTROLS[self.facts.control](k, self.config.vision_config.patch_size * self.merge, self.settings)
 
     def encode(
         self, items: Sequence[Item], needs: frozenset[str] = frozenset(), grids: Sequence[Grid | None] | None = None
@@ -165,6 +182,17 @@ class GenericAdapter(Adapter):
         if seconds:
             call["second_per_grid_ts"] = seconds
         return by_its_own_rule(self.base, call, ids, types, mask)
+
+
+class ByRow(GenericAdapter):
+    """The same of a configuration alone, for planning: nothing runs."""
+
+    decoder = Rules.decoder
+    decoder_layers = Rules.decoder_layers
+
+    def __init__(self, name: str, config: Any, settings: Any = None):
+        Rules.__init__(self, name, config, settings)
+        self._read_row()
 
 
 def visual_indicators(base: Any) -> Tensor:

@@ -6,13 +6,15 @@ Between the time steps of a video stands text, and their placeholders are those 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from mllm_efficient.errors import CountMismatchError
 
 from ..base import Item
-from ..rules import Size, Views
+from ..controls import pixel_controls
+from ..rules import Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 from .qwen_vl import PIXELS_OF, QwenVLAdapter, QwenVLRules, grid_of, pixel_limits
 
@@ -48,6 +50,10 @@ class Glm4VRules(QwenVLRules):
         seen = (int(size[0] * scale), int(size[1] * scale)) if scale > 1 else size
         fewest, most = (limit / self.tower_size.frames for limit in limits)
         return self._at(grid_of(seen, self.step, (fewest, most), self.name), size)
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        fewest, _ = pixel_limits(self.pixels, self.settings, self.usual_pixels)
+        return pixel_controls(k, self.step**2 * self.tower_size.frames, fewest)
 
 
 class GlmOcrRules(Glm4VRules):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,6 +33,7 @@ class InternVLRules(Rules):
     gives = frozenset({"attention", "keys", "text", "grid"})
     parts = frozenset({"tile"})
     counting: ClassVar[tuple[str, ...]] = ("min_patches", "max_patches")
+    control = "max_patches"
     clip_tower = False
 
     @functools.cached_property
@@ -100,6 +102,11 @@ class InternVLRules(Rules):
 
     def smaller(self, image: Views, unit: Grid) -> Views:
         return self._at(image.views, unit[0], "")
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        most = self.settings.get("max_patches") or USUAL_TILES[1]
+        fewest = {"min_patches": 1} if "min_patches" in self.counting else {}
+        return [{**fewest, "max_patches": tiles} for tiles in range(most, 0, -1)]
 
 
 def tile_limits(settings: Settings) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,9 @@ class Llama4Rules(InternVLRules):
         enough = [scale for scale in scales.values() if scale >= 1]
         best = max(scales.values()) if not enough else max(enough) if settings.get("resize_to_max_canvas") else min(enough)
         return min((canvas for canvas, scale in scales.items() if scale == best), key=math.prod)
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        return [{"max_patches": tiles} for tiles in range(self.settings.get("max_patches") or MOST_TILES, 0, -1)]
 
     def shape(self, tiles: int, grid: Grid, rows: int | None = None) -> VisualShape:
         """rows: of tiles; where that is not known, those of the squarest picture."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,14 +14,16 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
 from ..base import Encoding, Item, runs_in, smaller_pixels
+from ..pictures import MODE
 from ..rules import Rules, Settings, Size, Views
-from ..sizes import Tower
+from ..sizes import Merger, ProjectorSize, Tower
 from .generic import GenericAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_SLICES = 9
+MODES = {"4x": 2, "16x": 4}  # patches along a side of a token
 NEWLINE = "\n"
 
 
@@ -31,20 +33,30 @@ class MiniCPMRules(Rules):
     gives = frozenset({"text", "grid"})
     parts = frozenset({"tile"})
     marks = True
-    counting: ClassVar[tuple[str, ...]] = ("max_slice_nums", "scale_resolution", "slice_mode", "downsample_mode")
+    reads_values = True
+    counting: ClassVar[tuple[str, ...]] = ("max_slice_nums", "scale_resolution", "slice_mode", MODE)
+    control = "downsample_mode and max_slice_nums"
 
     @functools.cached_property
     def tower_size(self) -> Tower:
-        raise UnsupportedModelError(f"FLOPs are not known for the tower of {self.name}, which merges patches between its layers")
+        vision = self.config.vision_config
+        side = getattr(vision, "window_kernel_size", (2, 2))[0]
+        return Tower(
+            vision.num_hidden_layers, vision.hidden_size, vision.num_attention_heads, vision.intermediate_size, vision.patch_size,
+            getattr(vision, "num_channels", 3), merger=Merger(vision.insert_layer_id, side, vision.intermediate_size * side**2),
+        )  # fmt: skip
 
-    @property
-    def patch(self) -> int:
-        return self.config.vision_config.patch_size
+    @functools.cached_property
+    def projector_size(self) -> ProjectorSize:
+        if getattr(self.config, "merger_times", 1) != 1:
+            raise UnsupportedModelError(f"FLOPs are not known for the projector of {self.name}, which merges more than once")
+        inputs = self.tower_size.width * 4
+        return ProjectorSize(inputs, inputs, self.decoder_size.width)
 
     @property
     def mode(self) -> str:
         """ "16x" or "4x", of the processor's settings or the model's own."""
-        return self.settings.get("downsample_mode") or self.config.downsample_mode
+        return self.settings.get(MODE) or self.config.downsample_mode
 
     def crops(self, size: Size) -> tuple[Grid, Grid, Grid]:
         """(rows, columns) in tokens of the whole image, of the slices (0, 0 where there are none), and of each slice."""
@@ -67,8 +79,14 @@ class MiniCPMRules(Rules):
         shape = self.shape(whole, slices, each)
         seen = f"{slices[1]} x {slices[0]} slices of {each[1]} x {each[0]}, " if slices[0] else ""
         said = f"{f'{size[0]}x{size[1]}: ' if size else ''}{seen}the whole as {whole[1]} x {whole[0]}, {shape.n} tokens"
-        patches = whole[0] * merge_of(self.mode), whole[1] * merge_of(self.mode)
-        return Views(shape, whole, len(shape.planes), patches, len(shape.planes[0]), said, size)
+        return self._seen(shape, said, size)
+
+    def _seen(self, shape: VisualShape, says: str, size: Size | None) -> Views:
+        """The views of an image, the whole first."""
+        merge = merge_of(self.mode)
+        patches, *also = [(plane.rows * merge, plane.columns * merge) for plane in shape.planes]
+        whole = shape.planes[0]
+        return Views(shape, (whole.rows, whole.columns), len(shape.planes), patches, len(whole), says, size, also=tuple(also))
 
     def typical(self) -> list[Views]:
         return [self.of_size(self.example_size)]
@@ -82,12 +100,21 @@ class MiniCPMRules(Rules):
         return [self.unknown(n, self.typical()[0], f"{n} tokens")]
 
     def smaller(self, image: Views, unit: Grid) -> Views:
-        return replace(image, shape=scaled(image.shape, unit), unit=unit)
+        return self._seen(scaled(image.shape, unit), image.says, None)
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        """Tokens of more or fewer patches, and fewer slices; of equal counts the model's own mode with most slices comes first."""
+        most = self.settings.get("max_slice_nums") or MOST_SLICES
+        modes = sorted(MODES, key=lambda mode: mode != self.mode)
+        return [{MODE: mode, "max_slice_nums": slices} for mode in modes for slices in range(most, 0, -1)]
+
+    def call_under(self, setting: Settings) -> dict[str, Any]:
+        return {MODE: setting[MODE]} if MODE in setting else {}
 
 
 def merge_of(mode: str) -> int:
     """Patches along a side of a token."""
-    return 2 if mode == "4x" else 4
+    return MODES.get(mode, 4)
 
 
 def nearest(length: float, divisor: int) -> int:
@@ -155,12 +182,12 @@ class MiniCPMAdapter(GenericAdapter, MiniCPMRules):
 
     def __init__(self, model: Any):
         super().__init__(model)
-        self.gives, self.parts = MiniCPMRules.gives, MiniCPMRules.parts
+        self.gives, self.parts, self.counts_by_rule = MiniCPMRules.gives, MiniCPMRules.parts, True
 
     def _shapes(self, modality: str, inputs: dict[str, Any]) -> list[VisualShape]:
         if modality == "video":
             return super()._shapes(modality, inputs)
-        merge = merge_of(inputs.get("downsample_mode") or self.config.downsample_mode)
+        merge = merge_of(inputs.get(MODE) or self.config.downsample_mode)
         sizes = iter([(int(h) // merge, int(w) // merge) for h, w in inputs["target_sizes"].tolist()])
         token, out = self.placeholders[modality], list[VisualShape]()
         for ids in inputs["input_ids"].tolist():
@@ -185,7 +212,7 @@ class MiniCPMAdapter(GenericAdapter, MiniCPMRules):
     def _whole_or_smaller(self, index: int, items: Sequence[Item], grid: Grid | None) -> Encoding:
         """One item alone, its crops made smaller where there is a grid for its first."""
         item, call = items[index], dict(items[index].arguments["call"])
-        merge = merge_of(call.get("downsample_mode") or self.config.downsample_mode)
+        merge = merge_of(call.get(MODE) or self.config.downsample_mode)
         before = sum(len(other.shape.planes) for other in items[:index])
         sizes = call["target_sizes"][before : before + len(item.shape.planes)]
         start = int(call["target_sizes"][:before].prod(1).sum()) * self.patch
@@ -259,7 +286,9 @@ def _slices_after(ids: list[int], runs: list[tuple[int, int]]) -> list[bool]:
 
 
 class MiniCPMV46Rules(MiniCPMRules):
-    """MiniCPM-V 4.6."""
+    """MiniCPM-V 4.6, whose forward knows no ``logits_to_keep``."""
+
+    heads_all = True
 
 
 class MiniCPMV46Adapter(MiniCPMAdapter, MiniCPMV46Rules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +33,7 @@ class Mistral3Rules(QwenVLRules):
     marks = True
     packed = True
     counting: ClassVar[tuple[str, ...]] = ("size",)
+    control = "size (longest_edge of a picture)"
 
     @property
     def merge(self) -> int:
@@ -71,6 +72,10 @@ class Mistral3Rules(QwenVLRules):
         ratio = max(side / limit for side, limit in zip(size, limits))
         width, height = (math.floor(side / ratio) if ratio > 1 else side for side in size)
         return step * math.ceil(width / step), step * math.ceil(height / step)
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        longest = max((self.settings.get("size") or {}).values(), default=MOST_PIXELS)
+        return [{"size": {"longest_edge": side * self.step}} for side in range(min(longest // self.step, k), 0, -1)]
 
     def resize_step(self, settings: Settings) -> int:
         """Pixels of which both sides of a resized image are multiples. Its processor takes a token's, whatever its file says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,13 +14,17 @@ from mllm_efficient.lazy import torch
 from mllm_efficient.tokens import Grid, Plane, VisualShape
 
 from ..base import Adapter, Encoding, Item, smaller_pixels
+from ..controls import PIXELS, pixel_controls
 from ..pictures import OF_PIXELS
 from ..rules import Rules, Settings, Size, Views
 from ..sizes import ProjectorSize, Tower
 from ..tower.packed import watched_last, window_order
+from ..tower.sparse import run_on
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mllm_efficient.plans import Plan
 
 GRID_OF = {"image": "image_grid_thw", "video": "video_grid_thw"}
 PIXELS_OF = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -39,6 +43,7 @@ class QwenVLRules(Rules):
     positions = "keep"
     mrope = True
     counting: ClassVar[tuple[str, ...]] = OF_PIXELS
+    control = PIXELS
     pixels: ClassVar[tuple[int, int]] = (3136, 12845056)
 
     @property
@@ -99,6 +104,10 @@ class QwenVLRules(Rules):
     def smaller(self, image: Views, unit: Grid) -> Views:
         return self._at(unit, None)
 
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        fewest, _ = pixel_limits(self.pixels, self.settings)
+        return pixel_controls(k, self.step**2, fewest)
+
 
 class Qwen2VLRules(QwenVLRules):
     """Qwen2-VL names its width ``embed_dim`` and gives the language model's as ``hidden_size``."""
@@ -117,6 +126,8 @@ class Qwen2VLRules(QwenVLRules):
 class Qwen25VLRules(QwenVLRules):
     """Qwen2.5-VL: most blocks of the tower attend in windows, and its MLPs have a gate."""
 
+    drops_patches = True
+
     @functools.cached_property
     def tower_size(self) -> Tower:
         vision = self.config.vision_config
@@ -130,6 +141,7 @@ class Qwen3VLRules(QwenVLRules):
     """Qwen3-VL: the first decoder layers add features of their own, which follow the kept tokens."""
 
     deepstack = True
+    drops_patches = True
     pixels = (65536, 16777216)
 
 
@@ -231,6 +243,24 @@ class QwenVLAdapter(Adapter, QwenVLRules):
             return self._encodings(run_model(), shapes)
         out, attention, keys = watched_last(self.model.model.visual, run_model, needs)
         return self._beside(self._encodings(out, shapes), attention, keys)
+
+    def token_pixels(self, item: Item) -> Tensor:
+        """(N, D) the pixels of each token, row by row."""
+        return item.arguments[PIXELS_OF[item.shape.modality]].unflatten(0, (-1, self.merge**2)).flatten(1)
+
+    def reduce_in_tower(self, method: Any, items: list[Item], plans: Sequence[Plan]) -> list[Encoding]:
+        """Every image of which a plan says what stays by the tower on these patches alone, the others by the stock one."""
+        whole = [i for i, planned in enumerate(plans) if not planned.stay]
+        done = dict(zip(whole, self.encode([items[i] for i in whole])))
+        return [done[i] if i in done else self._on_some(item, planned) for i, (item, planned) in enumerate(zip(items, plans))]
+
+    def _on_some(self, item: Item, planned: Plan) -> Encoding:
+        kept, modality = torch.tensor(planned.stay), item.shape.modality
+        pixels, grids = item.arguments[PIXELS_OF[modality]], item.arguments[GRID_OF[modality]]
+        stay = torch.zeros(item.shape.n, dtype=torch.bool)
+        stay[kept] = True
+        out = run_on(self.model.model.visual, pixels, grids, stay.to(pixels.device))
+        return Encoding(out.pooler_output, planned.seen, tuple(getattr(out, "deepstack_features", None) or ()), kept=kept)
 
     def _encodings(self, out: Any, shapes: list[VisualShape]) -> list[Encoding]:
         layers = getattr(out, "deepstack_features", None) or []

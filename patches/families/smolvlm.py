@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class SmolVLMRules(InternVLRules):
     gives = frozenset({"text", "grid"})
     marks = True
     counting = ("size", "max_image_size", "do_image_splitting")
+    control = "size (longest_edge of a picture before it is split)"
 
     @functools.cached_property
     def tower_size(self) -> Tower:
@@ -75,6 +76,13 @@ class SmolVLMRules(InternVLRules):
 
     def smaller(self, image: Views, unit: Grid) -> Views:
         return replace(super().smaller(image, unit), shape=self.shape(image.views, unit, rows_of(image.shape)))
+
+    def controls(self, size: Size, k: int) -> Iterable[Settings]:
+        if self.settings.get("do_image_splitting") is False:
+            return
+        tile = (self.settings.get("max_image_size") or {}).get("longest_edge") or self.view_size[0]
+        longest = (self.settings.get("size") or {}).get("longest_edge") or 4 * tile
+        yield from ({"size": {"longest_edge": tiles * tile}} for tiles in range(math.ceil(longest / tile), 0, -1))
 
 
 def _longest(size: Size, longest: int) -> Size:

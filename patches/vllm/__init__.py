@@ -16,8 +16,14 @@ SERVED = {
     "LlavaOnevisionForConditionalGeneration": "models:CompressedLlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
     "Qwen3VLForConditionalGeneration": "qwen:CompressedQwen3VL",
+    "Qwen3_5ForConditionalGeneration": "qwen:CompressedQwen35",
+}
+BACKEND = {  # what vLLM runs by transformers itself: every family without a class here
+    "TransformersMultiModalForCausalLM": "generic:TransformersMultiModalForCausalLM",
+    "TransformersMultiModalMoEForCausalLM": "generic:TransformersMultiModalMoEForCausalLM",
 }
 PROJECTOR = "visual_projector"  # of a trained method, beside the model's own; in the config what builds it
+MIDDLEWARE = "mllm_efficient.patches.vllm.naming.Named"  # says over HTTP why a picture could not be used, and the method
 PREFIX = "MllmEfficient"  # of the architecture's name in an exported folder, which a vLLM without the plugin refuses
 
 
@@ -32,6 +38,10 @@ def register() -> None:
     if numbers > TESTED:
         newest = ".".join(map(str, TESTED))
         init_logger("vllm.mllm_efficient").warning("vLLM %s is newer than %s, the newest that mllm-efficient knows", __version__, newest)
-    for name, own in SERVED.items():
+    for name, where in (SERVED | BACKEND).items():
         for registered in (name, PREFIX + name):
-            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{own}")
+            ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{where}")
+    from .configuring import settle
+
+    own = [registered for name in SERVED | BACKEND for registered in (name, PREFIX + name)]
+    settle(own, set(ModelRegistry.get_supported_archs()) - set(own))

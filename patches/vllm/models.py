@@ -6,10 +6,9 @@ and hands back as many rows. vLLM would cut a longer answer off without a word, 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,16 +19,15 @@ from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 
 from ..base import Encoding
 from . import PROJECTOR
-from .settings import REQUEST, Settings, is_projector, settings_of, untested
-from .shapes import Shapes
+from .alone import Image, each_alone
+from .front import FIELD, CompressedInfo, CompressedProcessor, Planned, length
+from .settings import is_projector, untested
+from .tower import GIVEN, require_watchable, watching
 
 try:
     from vllm.logger import init_logger
     from vllm.model_executor.models import llava, llava_next, llava_onevision
     from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.multimodal.inputs import MultiModalFieldConfig
-    from vllm.multimodal.parse import ImageEmbeddingItems
-    from vllm.multimodal.processing import PromptReplacement
 
     OF_LLAVA = (llava._build_llava_or_pixtral_hf_info, llava._build_llava_or_pixtral_hf_processor)
 except (ImportError, AttributeError) as error:
@@ -39,140 +37,17 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 logger = init_logger("vllm.mllm_efficient")
-FIELD = "visual_tokens_asked"  # of each image: the count that its request asked for, 0 for none
-
-
-if TYPE_CHECKING:
-    Stock = Any  # the class of vLLM that a mix-in stands over
-else:
-    Stock = object
-
-
-class Planned(Stock):
-    """What the front end and the model both know of a model's config."""
-
-    @functools.cached_property
-    def settings(self) -> Settings | None:
-        return settings_of(self.hf)
-
-    @functools.cached_property
-    def shapes(self) -> Shapes:
-        return Shapes(self.hf)
-
-    @property
-    def hf(self) -> Any:
-        raise TypeError(f"{type(self).__name__} must define hf")
-
-    def planned(self, method: Compressor, height: int, width: int) -> Plan:
-        return self.shapes.plan(method, int(height), int(width))
-
-
-def length(plan: Plan) -> int:
-    """Rows that an image has in the prompt."""
-    return plan.kept + plan.separators
-
-
-# ------------------------------------------------------------------------------------------------------- front end
-
-
-class CompressedInfo(Planned):
-    """Over a ``ProcessingInfo`` of vLLM, which ``plain`` names: token counts, and an identity of images that holds the settings."""
-
-    plain: type
-
-    @property
-    def hf(self) -> Any:
-        return self.get_hf_config()
-
-    @property
-    def image_token(self) -> int:
-        return self.hf.image_token_index
-
-    @property
-    def model_id(self) -> str:
-        name = super().model_id
-        return name if self.settings is None else f"{name}#{self.settings.fingerprint}"
-
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        if self.settings is None:
-            return super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        return self.count(self.settings.method, image_height, image_width)
-
-    def count(self, method: Compressor, height: int, width: int) -> int:
-        return length(self.planned(method, height, width))
-
-    def get_image_size_with_most_features(self, **limits: Any) -> Any:
-        return self.plain(self.ctx).get_image_size_with_most_features(**limits)  # the tower sees it whole
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        if self.settings is None or not self.settings.allowed:
-            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
-        size = self.get_image_size_with_most_features()
-        methods = [self.settings.method, *(self.settings.of_request(n) for n in self.settings.allowed)]
-        most = {"image": max(self.count(m, size.height, size.width) for m in methods)}
-        if "video" in self.get_supported_mm_limits():
-            most["video"] = self.get_max_video_tokens(seq_len, mm_counts)
-        return most
-
-
-def stock_kwargs(given: Mapping[str, object]) -> dict[str, object]:
-    """A request's settings without ours."""
-    return {k: v for k, v in given.items() if k != REQUEST}
-
-
-class CompressedProcessor(Stock):
-    """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed.
-
-    one_each: what the processor makes one of for each image.
-    """
-
-    one_each = "pixel_values"
-
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        """With names that clients give to images made ours: vLLM would take them for the image's hash as they are."""
-        settings, names = self.info.settings, inputs.mm_uuid_items
-        if settings is not None and names:
-            own = {
-                modality: [None if name is None else f"{name}#{settings.fingerprint}" for name in given]
-                for modality, given in names.items()
-            }
-            inputs = dataclasses.replace(inputs, mm_uuid_items=own)
-        return super().apply(inputs, timing_ctx)
-
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        if self.info.settings is None:
-            return super()._apply_hf_processor_main(mm_items, hf_kwargs)
-        asked: Any = hf_kwargs.get(REQUEST)
-        self.info.settings.of_request(asked)
-        out = super()._apply_hf_processor_main(mm_items, stock_kwargs(hf_kwargs))
-        if self.one_each in out:
-            out[FIELD] = torch.full((len(out[self.one_each]),), asked or 0)
-        return out
-
-    def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
-        """Placeholders of an image."""
-        size = mm_items["image"].get_image_size(index)
-        return self.info.count(method, size.height, size.width)
-
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:
-        fields = super()._get_mm_fields_config(hf_inputs, stock_kwargs(hf_processor_mm_kwargs))
-        return {**fields, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)} if FIELD in hf_inputs else fields
-
-    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any) -> Sequence[Any]:
-        settings, token = self.info.settings, self.info.image_token
-        stock = super()._get_prompt_updates(mm_items, stock_kwargs(hf_processor_mm_kwargs), out_mm_kwargs)
-        if settings is None or "image" not in mm_items or isinstance(mm_items["image"], ImageEmbeddingItems):
-            return stock
-        method = settings.of_request(hf_processor_mm_kwargs.get(REQUEST))
-
-        def replacement(index: int) -> list[int]:
-            return [token] * self.rows(method, mm_items, out_mm_kwargs, index)
-
-        images = PromptReplacement(modality="image", target=[token], replacement=replacement)
-        return [images, *(u for u in stock if u.modality != "image")]
 
 
 # ----------------------------------------------------------------------------------------------------------- model
+
+
+Mark = tuple[int, int]  # of an image: the count that its request asked for, 0 for none, and its fingerprint
+
+
+def marked(marks: Any, images: int) -> list[Mark]:
+    """The marks of so many images; none are given for what vLLM makes up to measure memory."""
+    return [(0, 0)] * images if marks is None else [(int(asked), int(mark)) for asked, mark in (m.tolist() for m in marks)]
 
 
 class CompressedModel(Planned):
@@ -185,6 +60,9 @@ class CompressedModel(Planned):
         method = self.settings.method
         self.shapes.check(method)
         self.require(method)
+        self.watched = bool(GIVEN & set(method.needs))
+        if self.watched:
+            require_watchable(vllm_config, method.name)
         unknown = untested(vllm_config)
         if unknown:
             logger.warning("visual tokens: no test of mllm-efficient has run with %s: compare answers first", ", ".join(unknown))
@@ -219,46 +97,51 @@ class CompressedModel(Planned):
         return self.shapes.adapter.side**2 * (1 + max(height * width for height, width in self.hf.image_grid_pinpoints) // side**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(FIELD, None)
+        marks = kwargs.pop(FIELD, None)
         if self.settings is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         others = {k: v for k, v in kwargs.items() if k not in ("pixel_values", "image_sizes")}
         out: list[torch.Tensor] = []
-        for pixels, sizes, counts in self._batches(kwargs["pixel_values"], kwargs.get("image_sizes"), asked):
-            out += self._compressed(pixels, sizes, counts)
+        for pixels, sizes, own in self._batches(
+            kwargs["pixel_values"], kwargs.get("image_sizes"), marked(marks, len(kwargs["pixel_values"]))
+        ):
+            out += self._compressed(pixels, sizes, own)
         if any(v is not None for v in others.values()):
             out += list(super().embed_multimodal(**others))
         return tuple(out)
 
-    def _batches(self, pixels: Any, sizes: Any, asked: Any) -> Iterator[tuple[Any, Any, list[int]]]:
+    def _batches(self, pixels: Any, sizes: Any, marks: list[Mark]) -> Iterator[tuple[Any, Any, list[Mark]]]:
         """The images in parts that the tower takes at once: with few tokens each, the scheduler sends many of them together."""
-        counts = [0] * len(pixels) if asked is None else [int(n) for n in asked]
         together = max(1, self.room // self._largest())
         for low in range(0, len(pixels), together):
             part = slice(low, low + together)
-            yield pixels[part], None if sizes is None else sizes[part], counts[part]
+            yield pixels[part], None if sizes is None else sizes[part], marks[part]
 
-    def _compressed(self, pixels: Any, sizes: Any, counts: Sequence[int]) -> list[torch.Tensor]:
+    def _compressed(self, pixels: Any, sizes: Any, marks: Sequence[Mark]) -> list[torch.Tensor]:
         assert self.settings is not None
         where = [(0, 0)] * len(pixels) if sizes is None else [(int(h), int(w)) for h, w in sizes.tolist()]
-        methods = [self.settings.of_request(n or None) for n in counts]
+        methods = [self.settings.of_request(asked or None) for asked, _ in marks]
         plans = [self.planned(m, h, w) for m, (h, w) in zip(methods, where)]
-        image_input = self._parse_and_validate_image_input(pixel_values=pixels, **({} if sizes is None else {"image_sizes": sizes}))
+        beside: dict[str, torch.Tensor] = {}
         if is_projector(self.settings):
-            rows = self._projected(pixels, plans)
+            features = self._projected(pixels, plans)
         else:
-            features = list(self._process_image_input(image_input))
-            for plan, f in zip(plans, features):
-                if len(f) != plan.shape.length:
-                    raise CountMismatchError(f"vLLM gave {len(f)} rows for an image that has {plan.shape.length} in transformers")
-            rows = [
-                rows_of(method, plan, Encoding(f, plan.shape), Context(generator_for(method, 0)))
-                for method, plan, f in zip(methods, plans, features)
-            ]
-        for plan, got in zip(plans, rows):
-            if len(got) != length(plan):
-                raise CountMismatchError(f"{len(got)} rows for an image whose prompt has room for {length(plan)}")
-        return rows
+            given = self._parse_and_validate_image_input(pixel_values=pixels, **({} if sizes is None else {"image_sizes": sizes}))
+            strategy = self.hf.vision_feature_select_strategy
+            with watching(self.vision_tower, strategy, beside) if self.watched else contextlib.nullcontext():
+                features = list(self._process_image_input(given))
+
+        def rows(i: int) -> torch.Tensor:
+            if is_projector(self.settings):
+                return features[i]
+            if len(features[i]) != plans[i].shape.length:
+                raise CountMismatchError(f"vLLM gave {len(features[i])} rows for an image that has {plans[i].shape.length} in transformers")
+            own: dict[str, Any] = {name: values[i] for name, values in beside.items()}
+            encoding = Encoding(features[i], plans[i].shape, **own)
+            return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0)))
+
+        width = self.hf.get_text_config().hidden_size
+        return each_alone([Image(mark, f, length(plan), width) for (_, mark), f, plan in zip(marks, features, plans)], rows)
 
     def _projected(self, pixels: Any, plans: Sequence[Plan]) -> list[torch.Tensor]:
         """Each view of each image through the trained projector at its own side."""

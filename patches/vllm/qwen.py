@@ -17,11 +17,13 @@ from mllm_efficient.compressors.base import Compressor, generator_for
 from mllm_efficient.errors import CountMismatchError, MllmEfficientError, UnsupportedModelError
 
 from ..base import Encoding
-from .models import FIELD, MULTIMODAL_REGISTRY, CompressedInfo, CompressedModel, CompressedProcessor
+from .alone import Image, each_alone
+from .front import FIELD, CompressedInfo, CompressedProcessor, Stock
+from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
 from .settings import KEY, settings_of
 
 try:
-    from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
+    from vllm.model_executor.models import qwen2_5_vl, qwen3_5, qwen3_vl
 except ImportError as error:
     raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
 
@@ -68,6 +70,12 @@ class QwenInfo(CompressedInfo):
 class QwenProcessor(CompressedProcessor):
     one_each = "image_grid_thw"
 
+    def uncompressed(self, images: Any, index: int) -> int:
+        size = images.get_image_size(index)
+        return self.info.plain(self.info.ctx).get_num_image_tokens(
+            image_width=size.width, image_height=size.height, image_processor=self.info.get_image_processor(), mm_kwargs={}
+        )
+
     def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
         _, height, width = out_mm_kwargs["image"][index]["image_grid_thw"].data.tolist()
         merge = self.info.shapes.adapter.merge
@@ -77,42 +85,120 @@ class QwenProcessor(CompressedProcessor):
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-class CompressedQwen(CompressedModel):
-    """Over a Qwen-VL of vLLM."""
+def with_places(method: Compressor | None, plan: Any, features: torch.Tensor, width: int, rows: int, columns: int) -> torch.Tensor:
+    """(K, D + COLUMNS) of an image of rows x columns tokens: what stays of features (N, D) and where it was.
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        if settings_of(vllm_config.model_config.hf_config) is not None:
-            if not asks_again():
-                raise UnsupportedModelError(f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so Qwen-VL needs a GPU")
-            images = vllm_config.model_config.get_multimodal_config()
-            if images.video_pruning_rate not in (None, 0, NOTHING):
-                raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
-            images.video_pruning_rate = NOTHING
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+    method: None leaves the image as it is. width: of the features proper; what follows them in a row is of deep layers.
+    """
+    if len(features) != rows * columns:
+        raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
+    place = torch.arange(len(features), device=features.device)
+    at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
+    places = at.to(features.dtype)
+    if method is None:
+        return torch.cat([features, places], dim=1)
+    deep = (features[:, width:],) if features.shape[1] > width else ()
+    encoding = Encoding(features[:, :width], plan.shape, deep)
+    return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
 
-    def require(self, method: Compressor) -> None:
+
+def keep_places(vllm_config: Any) -> None:
+    """Makes vLLM ask a model with M-RoPE for positions again. Raises where it cannot, and where videos would be pruned beside it."""
+    if not asks_again():
+        raise UnsupportedModelError(
+            f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so models with M-RoPE (Qwen-VL, GLM-V) need a GPU"
+        )
+    images = vllm_config.model_config.get_multimodal_config()
+    if images.video_pruning_rate not in (None, 0, NOTHING):
+        raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
+    images.video_pruning_rate = NOTHING
+
+
+class PlacesKept(Stock):
+    """Over a model of vLLM with M-RoPE: the rows that stay keep their positions.
+
+    mrope: whether the model has them; merge: patches along a side of a token.
+    """
+
+    mrope: bool = True
+    supports_multimodal_pruning = True
+
+    @property
+    def image_token(self) -> int:
+        return self.hf.image_token_id
+
+    def require_places(self, method: Compressor, name: str) -> None:
+        """Raises for a method that leaves tokens without a place of their own."""
         if method.merges:
             raise UnsupportedModelError(
                 f"{KEY}: {method.name} merges tokens, which then have no M-RoPE position: divprune or uniform select"
             )
         if method.positions == "renumber":
-            raise UnsupportedModelError(
-                f"{KEY}: positions=renumber is not served on {type(self).__name__}: leave it out, tokens keep theirs"
-            )
+            raise UnsupportedModelError(f"{KEY}: positions=renumber is not served on {name}: leave it out, tokens keep theirs")
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
+        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
+        if self.settings is None or not self.mrope:
+            return super().get_mrope_input_positions(input_tokens, mm_features)
+        parts, done, now = [], 0, 0
+        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
+            embeds = feature.mm_position.extract_embeds_range()  # (first, last) of each run
+            begin, end = embeds[0][0], embeds[-1][1] + 1
+            text = begin - done
+            _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.flatten().tolist())
+            parts += [torch.arange(now, now + text), torch.full((end - begin,), now + text)]
+            done = end
+            now += text + max(height, width) // self.merge
+        parts.append(torch.arange(now, now + len(input_tokens) - done))
+        positions = torch.cat(parts).expand(3, -1).contiguous()
+        return positions, now + len(input_tokens) - done - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self, input_ids: Any, multimodal_embeddings: Sequence[torch.Tensor], mrope_positions: torch.Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        """Rows and columns of the tokens from ``num_computed_tokens`` on that these embeddings are for, which lose their columns."""
+        if self.settings is None or not self.mrope:
+            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+        positions = mrope_positions.clone()
+        delta = int(positions.max()) + 1 - positions.shape[1]
+        if multimodal_embeddings:
+            at = torch.cat([e[:, -COLUMNS:] for e in multimodal_embeddings]).to(positions.device, positions.dtype)
+            ids = torch.as_tensor(input_ids, device=positions.device)
+            places = (ids == self.image_token).nonzero()[:, 0]
+            places = places[places >= num_computed_tokens][: len(at)]
+            begin = positions[0, places]  # which this never changes: an image has one time step
+            positions[1, places] = begin + BASE * at[:, 0] + at[:, 1]
+            positions[2, places] = begin + BASE * at[:, 2] + at[:, 3]
+        return [e[:, :-COLUMNS] for e in multimodal_embeddings], positions, delta
+
+
+class CompressedQwen(PlacesKept, CompressedModel):
+    """Over a Qwen-VL of vLLM."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        if settings_of(vllm_config.model_config.hf_config) is not None:
+            keep_places(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    @property
+    def merge(self) -> int:
+        return self.shapes.adapter.merge
+
+    def require(self, method: Compressor) -> None:
+        self.require_places(method, type(self).__name__)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
+        marks, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
         if self.settings is None or grids is None:
             return super(CompressedModel, self).embed_multimodal(**kwargs)
         name = "pixel_values" if kwargs.get("pixel_values") is not None else "image_embeds"
         sizes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-        counts = [0] * len(sizes) if asked is None else [int(n) for n in asked]
+        own = marked(marks, len(sizes))
         out: list[torch.Tensor] = []
         for part, rows in self._parts(sizes, 1 if name == "pixel_values" else self.shapes.adapter.merge**2):
             given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
             features = self._process_image_input(given)
-            for f, size, count in zip(features, sizes[part], counts[part]):
-                out.append(self._compressed_image(f, size, count, made=name == "image_embeds"))
+            out += self._compressed_images(features, sizes[part], own[part], made=name == "image_embeds")
         return tuple(out)
 
     def _parts(self, sizes: Sequence[tuple[int, int, int]], patches_each: int) -> Iterator[tuple[slice, slice]]:
@@ -127,58 +213,24 @@ class CompressedQwen(CompressedModel):
             yield slice(low, high), slice(sum(rows[:low]), sum(rows[:high]))
             low = high
 
-    def _compressed_image(self, features: torch.Tensor, size: tuple[int, int, int], count: int, made: bool) -> torch.Tensor:
-        """(K, D + deep layers + COLUMNS) of an image. made: it came as embeddings, which stay as they are."""
+    def _compressed_images(
+        self, features: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int, int]], marks: Sequence[tuple[int, int]], made: bool
+    ) -> list[torch.Tensor]:
+        """(K, D + deep layers + COLUMNS) of each image. made: they came as embeddings, which stay as they are."""
         assert self.settings is not None
-        merge, width = self.shapes.adapter.merge, self.hf.get_text_config().hidden_size
-        rows, columns = size[1] // merge, size[2] // merge
-        if len(features) != rows * columns:
-            raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
-        place = torch.arange(len(features), device=features.device)
-        at = torch.stack([part for v in (place // columns, place % columns) for part in (v // BASE, v % BASE)], dim=1)
-        places = at.to(features.dtype)
-        if made:
-            return torch.cat([features, places], dim=1)
-        method = self.settings.of_request(count or None)
-        plan = self.shapes.plan_of_grid(method, rows, columns)
-        encoding = Encoding(features[:, :width], plan.shape, (features[:, width:],))
-        kept = layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,))
-        if len(kept[0]) != plan.kept:
-            raise CountMismatchError(f"{len(kept[0])} rows for an image whose prompt has room for {plan.kept}")
-        return torch.cat(kept, dim=1)
+        merge = self.shapes.adapter.merge
+        grids = [(height // merge, width // merge) for _, height, width in sizes]
+        methods = [self.settings.of_request(asked or None) for asked, _ in marks]
+        plans = [self.shapes.plan_of_grid(method, *grid) for method, grid in zip(methods, grids)]
+        images = [
+            Image(mark, f, rows * columns if made else plan.kept, f.shape[1] + COLUMNS)
+            for (_, mark), f, plan, (rows, columns) in zip(marks, features, plans, grids)
+        ]
+        return each_alone(images, lambda i: self._compressed_image(features[i], grids[i], None if made else methods[i], plans[i]))
 
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
-        if self.settings is None:
-            return super().get_mrope_input_positions(input_tokens, mm_features)
-        parts, done, now = [], 0, 0
-        for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
-            text = feature.mm_position.offset - done
-            _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.tolist())
-            parts += [torch.arange(now, now + text), torch.full((feature.mm_position.length,), now + text)]
-            done = feature.mm_position.offset + feature.mm_position.length
-            now += text + max(height, width) // self.shapes.adapter.merge
-        parts.append(torch.arange(now, now + len(input_tokens) - done))
-        positions = torch.cat(parts).expand(3, -1).contiguous()
-        return positions, now + len(input_tokens) - done - len(input_tokens)
-
-    def recompute_mrope_positions(
-        self, input_ids: Any, multimodal_embeddings: Sequence[torch.Tensor], mrope_positions: torch.Tensor, num_computed_tokens: int
-    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
-        """Rows and columns of the tokens from ``num_computed_tokens`` on that these embeddings are for, which lose their columns."""
-        if self.settings is None:
-            return super().recompute_mrope_positions(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
-        positions = mrope_positions.clone()
-        delta = int(positions.max()) + 1 - positions.shape[1]
-        if multimodal_embeddings:
-            at = torch.cat([e[:, -COLUMNS:] for e in multimodal_embeddings]).to(positions.device, positions.dtype)
-            ids = torch.as_tensor(input_ids, device=positions.device)
-            places = (ids == self.hf.image_token_id).nonzero()[:, 0]
-            places = places[places >= num_computed_tokens][: len(at)]
-            begin = positions[0, places]  # which this never changes: an image has one time step
-            positions[1, places] = begin + BASE * at[:, 0] + at[:, 1]
-            positions[2, places] = begin + BASE * at[:, 2] + at[:, 3]
-        return [e[:, :-COLUMNS] for e in multimodal_embeddings], positions, delta
+    def _compressed_image(self, features: torch.Tensor, grid: tuple[int, int], method: Compressor | None, plan: Any) -> torch.Tensor:
+        """One of these. method: None leaves the image as it is."""
+        return with_places(method, plan, features, self.hf.get_text_config().hidden_size, *grid)
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int | None]:
         if self.settings is None or modality != "image" or mm_kwargs is None:
@@ -216,3 +268,12 @@ class Qwen3VLProcessor(QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen3VLInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
 class CompressedQwen3VL(CompressedQwen, qwen3_vl.Qwen3VLForConditionalGeneration):
     """Qwen3-VL, whose deep layers' features follow the rows."""
+
+
+class Qwen35Info(QwenInfo, qwen3_5.Qwen3_5ProcessingInfo):
+    plain = qwen3_5.Qwen3_5ProcessingInfo
+
+
+@MULTIMODAL_REGISTRY.register_processor(Qwen3VLProcessor, info=Qwen35Info, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder)
+class CompressedQwen35(CompressedQwen, qwen3_5.Qwen3_5ForConditionalGeneration):
+    """Qwen3.5: Qwen3-VL without deep layers, most layers of linear attention."""

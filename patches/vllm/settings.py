@@ -16,6 +16,7 @@ from mllm_efficient.trained.files import SERVED as KEY  # in the model's config 
 REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
 OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
+OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def settings_of(config: Any) -> Settings | None:
     elif not isinstance(given, str):
         raise MllmEfficientError(f"{KEY} must be a specification such as 'divprune:tokens=64' or an object, not {given!r}")
     method = build(given)
-    require_served(method)
+    require_served(method, getattr(config, "model_type", ""))
     if not isinstance(allowed, (list, tuple)) or not all(isinstance(a, int) and not isinstance(a, bool) and a > 0 for a in allowed):
         raise MllmEfficientError(f"{KEY}: {ALLOWED} must be a list of counts, such as [64, 144], not {allowed!r}")
     out = Settings(method, tuple(allowed))
@@ -63,15 +64,15 @@ def settings_of(config: Any) -> Settings | None:
     return out
 
 
-def require_served(method: Compressor) -> None:
-    """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can."""
-    why = _why_not(method)
+def require_served(method: Compressor, kind: str = "llava") -> None:
+    """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can. kind: the model's type."""
+    why = _why_not(method, OF_TOWER.get(kind, frozenset()))
     if why is not None:
-        raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {', '.join(servable())} can be served")
+        raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {', '.join(servable(kind))} can be served")
 
 
-def servable() -> list[str]:
-    """The names of this package's methods that can be served as they are by default."""
+def servable(kind: str = "llava") -> list[str]:
+    """The names of this package's methods that can be served as they are by default, on models of a type."""
     built = []
     for name in sorted(BUILTIN):
         cls: Any = get_method(name)
@@ -80,12 +81,12 @@ def servable() -> list[str]:
             method = cls(**({"tokens": 64} if "tokens" in known else {}), **({"weights": "random"} if cls.trained else {}))
         except MllmEfficientError:  # needs a setting of its own, and none of those is served
             continue
-        built += [name] if method.name != "none" and _why_not(method) is None else []
+        built += [name] if method.name != "none" and _why_not(method, OF_TOWER.get(kind, frozenset())) is None else []
     return built
 
 
-def _why_not(method: Compressor) -> str | None:
-    """Why a method cannot be served; None where it can."""
+def _why_not(method: Compressor, of_tower: frozenset[str]) -> str | None:
+    """Why a method cannot be served; None where it can. of_tower: what the model's tower is read for."""
     why: str | None
     if len(method.parts) > 1:
         why = "runs several methods one after the other, and vLLM one"
@@ -101,10 +102,13 @@ def _why_not(method: Compressor) -> str | None:
         )
     elif method.as_resizer is not None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
+    elif method.sets_processor:
+        why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
-    elif set(method.needs) - OF_IMAGES:
-        why = f"needs {', '.join(sorted(set(method.needs) - OF_IMAGES))}, which vLLM does not give"
+    elif set(method.needs) - OF_IMAGES - of_tower:
+        lacking = ", ".join(sorted(set(method.needs) - OF_IMAGES - of_tower))
+        why = f"needs {lacking}, which is read in vLLM's towers of LLaVA-1.5 alone"
     elif method.positions == "keep":
         why = "with positions='keep' leaves gaps between positions, which vLLM has on Qwen-VL alone and there by itself: leave it out"
     elif method.newline == "keep":
@@ -129,6 +133,6 @@ def untested(config: Any) -> list[str]:
         "LoRA of tower and connector": lora is not None and lora.enable_tower_connector_lora,
         "an external KV connector": config.kv_transfer_config is not None,
         "an external encoder cache": config.ec_transfer_config is not None,
-        "speculative decoding": config.speculative_config is not None,
+        "speculative decoding": config.speculative_config is not None and getattr(config.speculative_config, "method", "") != "ngram",
     }
     return [name for name, used in found.items() if used]

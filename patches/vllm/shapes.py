@@ -14,6 +14,9 @@ from mllm_efficient.compressors.base import Compressor
 
 from ..base import Item
 
+# What vLLM takes for granted of a family, whatever the model's own config says.
+AS_SERVED = {"llava_onevision": {"vision_aspect_ratio": "anyres_max_9"}}
+
 
 class Shapes:
     """Plans for images of one model. config: of transformers; the model is built on the meta device, without weights."""
@@ -25,6 +28,8 @@ class Shapes:
 
         small = copy.deepcopy(config)
         small.get_text_config().num_hidden_layers = 1  # nothing runs
+        for name, value in AS_SERVED.get(small.model_type, {}).items():
+            setattr(small, name, value)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(small)
         self.adapter: Any = adapter_for(model)

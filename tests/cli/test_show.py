@@ -19,7 +19,9 @@ from transformers import BatchFeature
 
 import mllm_efficient as me
 from mllm_efficient.cli import main, show
+from mllm_efficient.compressors.words import title
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.eval.drawn import run_method
 from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.media import figure as figures
 from mllm_efficient.media import overlay as viz
@@ -264,7 +266,7 @@ def test_saving_replaces_a_file_makes_folders_and_leaves_nothing_else(tmp_path):
     assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == ["x.png"]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for path, says in [("x.pdf", "does not end in .png"), ("folder.png", "is a folder"), ("file/x.png", "not a folder")]:
+    for path, says in [("x.gif", "does not end in .png, .pdf, .svg"), ("folder.png", "is a folder"), ("file/x.png", "not a folder")]:
         with pytest.raises(MllmEfficientError, match=says):
             figures.save(figure, tmp_path / path)
 
@@ -366,7 +368,7 @@ def test_bad_input_is_one_line(capsys, scene, tmp_path):
     for i, size in enumerate([(20, 20), (20, 24)]):
         Image.new("RGB", size).save(mixed / f"{i}.png")
     for argv, says in [
-        ((*good, "--output", tmp_path / "o.pdf"), ".png"),
+        ((*good, "--output", tmp_path / "o.gif"), ".png"),
         ((*good, "--output", tmp_path), ".png"),
         (good, "--output"),
         (("--image", scene, *to), "--method"),
@@ -459,7 +461,7 @@ def report_of(monkeypatch):
         monkeypatch.setattr("mllm_efficient.apply.prepare.prepare", lambda *a, **k: SimpleNamespace(report=report, staging=None))
         monkeypatch.setattr("mllm_efficient.patches.adapter_for", lambda model: adapter)
         loaded = Loaded(SimpleNamespace(device="cpu", dtype=torch.bfloat16), processor, ModelOptions())
-        (result,) = show._run(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
+        (result,) = run_method(loaded, me.DivPrune(tokens=2), "What is this?", pictures, video=video)
         return result, processor.calls, placed
 
     return run
@@ -485,7 +487,8 @@ def test_frames_reported_one_by_one_are_put_together(report_of, stills):
     assert (result.full, result.kept) == (8, 5)
 
 
-def test_merged_tokens_without_a_place_are_refused(report_of, stills):
+def test_merged_tokens_without_a_place_and_without_parts_are_refused(report_of, stills, monkeypatch):
+    monkeypatch.setattr("mllm_efficient.apply.membership.areas", lambda *a, **k: [None])
     report = ImageReport(0, 8, 3, None, planes=(Plane(2, 2), Plane(2, 2)), kept_planes=(Plane(1, 3, placed=False),))
     with pytest.raises(MllmEfficientError, match="without a place"):
         report_of(stills[:1], report)
@@ -513,6 +516,49 @@ def test_a_prompt_with_placeholders_of_its_own_must_have_as_many_as_are_given():
 
 
 def test_titles_name_the_settings_beside_the_budget():
-    assert show.title(me.build("divprune:keep=0.1,metric=l2")) == "DivPrune (metric=l2)"
-    assert show.title(me.build("random:tokens=9")) == "Random" and show.title(me.build("none")) == "No compression"
+    assert title(me.build("divprune:keep=0.1,metric=l2")) == "DivPrune (metric=l2)"
+    assert title(me.build("random:tokens=9")) == "Random" and title(me.build("none")) == "Uncompressed"
     assert viz.Result("A", 2880, 56, ()).counts == "56 of 2,880 tokens (1.9%)"
+
+
+def test_several_methods_never_fail_as_a_whole(capsys, scene, tmp_path):
+    """What cannot be drawn or run is named, the others are drawn; merged tokens as areas of what they are made of."""
+    methods = ["divmerge:keep=0.25", "tome:keep=0.25", "tome:keep=0.25,at=tower", "fastv:keep=0.1", "cdpruner:keep=0.25"]
+    given = [word for spec in methods for word in ("--method", spec)]
+    for ending, start in ((".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")):
+        output = tmp_path / f"o{ending}"
+        argv = [
+            "show",
+            "--image",
+            str(scene),
+            "--prompt",
+            "What colour is it?",
+            *given,
+            "--output",
+            str(output),
+            "--json",
+            "--device",
+            "cpu",
+        ]
+        assert main(argv) == 1
+        out, err = capsys.readouterr()
+        rows = {row["method"].split(",relevance")[0]: row for row in json.loads(out)["rows"]}
+        assert list(rows) == ["divmerge:keep=0.25", "tome:keep=0.25", "cdpruner:keep=0.25"] and output.read_bytes().startswith(start)
+        assert "not drawn: tome:keep=0.25,at=tower: it merges" in err and "not drawn: fastv:keep=0.1: fastv: a layer average" in err
+    assert len(set(rows["tome:keep=0.25"]["areas"])) == 36 and rows["tome:keep=0.25"]["indices"] is None
+    kept = rows["divmerge:keep=0.25"]
+    assert [kept["areas"][i] for i in kept["indices"]] == list(range(36)) and rows["cdpruner:keep=0.25"]["areas"] is None
+    assert "What colour is it?" in (tmp_path / "o.svg").read_text()  # which one of the methods looks at
+    assert main(["show", "--image", str(scene), "--method", "fastv:keep=0.1", "--output", str(tmp_path / "n.png"), "--device", "cpu"]) == 2
+    assert not (tmp_path / "n.png").exists()
+
+
+def test_areas_have_their_mean_colour_and_an_outline_of_their_own():
+    picture = np.zeros((32, 48, 3), np.uint8)
+    picture[:, :16], picture[:, 16:32], picture[:, 32:] = (200, 0, 0), (100, 0, 0), (0, 0, 90)
+    plane = Plane(2, 3)
+    drawn = viz.render(picture, [plane], areas=[0, 0, 1, 0, 0, -1])
+    assert (drawn[4:28, 4:28] == (150, 0, 0)).all() and (drawn[4:12, 36:44] == (0, 0, 90)).all()  # over both columns of the first area
+    assert (drawn[4:28, 31] != (150, 0, 0)).any(-1).all() and (drawn[20:, 36:].mean(-1) > 150).all()  # an outline; what went is faded
+    framed = viz.render(picture, [plane], [4], areas=[0, 0, 1, 0, 0, -1])
+    assert (framed != drawn).any(-1)[16:, 16:32].any() and not (framed != drawn).any(-1)[:, :16].any()

@@ -24,7 +24,9 @@ CLASSES = {name: me.get_method(name) for name in me.list_methods() if me.get_met
 SELECTORS = [name for name, cls in CLASSES.items() if issubclass(cls, me.Selector)]
 MERGERS = [name for name, cls in CLASSES.items() if issubclass(cls, me.Merger)]
 RESIZERS = [name for name, cls in CLASSES.items() if issubclass(cls, Resizer)]
-BUDGETED = [name for name in CLASSES if name != "none"]  # the baseline keeps everything and takes no budget
+# Of these the baseline keeps everything, and the other what a picture's pixels say.
+WITHOUT_BUDGET = {"none": [{}, {"positions": "keep"}], "pixelprune": [{}, {"tau": 0.1}, {"positions": "keep"}]}
+BUDGETED = [name for name in CLASSES if name not in WITHOUT_BUDGET]
 WITHOUT_NEEDS = [name for name in SELECTORS if not CLASSES[name].needs]
 
 BUDGETS = (
@@ -61,8 +63,8 @@ ALWAYS_SAID = {"cdpruner": {"relevance": "llm"}}  # settings that a method names
 
 def settings_of(name: str) -> list[dict]:
     """Settings to try a method with: every kind of budget, and what is its own."""
-    if name == "none":
-        return [{}, {"positions": "keep"}]
+    if name in WITHOUT_BUDGET:
+        return WITHOUT_BUDGET[name]
     return [*BUDGETS, *([] if CLASSES[name].merges else [KEEPS_POSITIONS]), *OWN.get(name, ())]
 
 

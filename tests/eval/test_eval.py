@@ -250,11 +250,12 @@ def test_region_of_a_family_is_found_in_every_view(name, views):
     for (rows, columns), cells in zip(views, quarters):
         wanted |= {start + r * columns + c for r, c in cells}
         start += rows * columns
-    shares = evaluation._region(evaluation.samples[0], [image])
+    processor = evaluation.loaded.processor.image_processor
+    shares = evaluation._region(evaluation.samples[0], [image], processor)
     assert shares == {"region_share": len(wanted) / image.full, "region_kept": 1.0}
     only = sorted(wanted)[:2] + sorted(set(range(image.full)) - wanted)[:2]
     kept = dataclasses.replace(image, kept=4, indices=torch.tensor(only))
-    assert evaluation._region(evaluation.samples[0], [kept]) == {"region_share": 0.5, "region_kept": 2 / len(wanted)}
+    assert evaluation._region(evaluation.samples[0], [kept], processor) == {"region_share": 0.5, "region_kept": 2 / len(wanted)}
 
 
 # ---------------------------------------------------------------------------------------------- answers in a model's own words

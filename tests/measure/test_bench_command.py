@@ -8,15 +8,18 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 import mllm_efficient as me
 from mllm_efficient.apply.stopwatch import Stopwatch
 from mllm_efficient.cli import main
 from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.measure import random_model, selection
+from mllm_efficient.measure.depth import shallower
+from mllm_efficient.measure.flops import cost
 from mllm_efficient.measure.machine import busy, machine
 from mllm_efficient.measure.overhead import overhead_row
-from mllm_efficient.measure.shapes import shape_config, shape_names
+from mllm_efficient.measure.shapes import shape_config, shape_names, shape_of
 from mllm_efficient.measure.timing import clock_for
 from mllm_efficient.measure.workload import Workload, make_inputs, text_ids
 from mllm_efficient.patches import adapter_for, transformers_version
@@ -88,6 +91,38 @@ def test_random_weights_are_seeded_finite_and_tied(shape, monkeypatch):
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
     flat = one.lm_head.weight.flatten()
     assert torch.equal(flat[:101], flat[101:202])
+
+
+@pytest.mark.parametrize("name", [name for name in shape_names() if name not in ("bench-0.3b", "llava-1.5-13b", "lightonocr-1b")])
+def test_a_shape_of_fewer_layers_is_a_model_of_the_same_widths(name):
+    if name == "gemma-4-e4b" and transformers_version() < (5, 24):
+        return  # Gemma 4 is of transformers 5.24
+    whole = random_model.config_of(name)
+    for layers in (1, 2, 6):
+        config = shallower(whole, layers)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+        own, full = shape_of(model.config, name), shape_of(whole, name)
+        assert own.decoder.layers == layers and own.tower.layers == min(layers, full.tower.layers)
+        assert (own.decoder.width, own.decoder.vocabulary, own.tower.width) == (
+            full.decoder.width,
+            full.decoder.vocabulary,
+            full.tower.width,
+        )
+        counted = [cost(s, image_size=None if s.rules.fixed_count else (448, 448)).total for s in (own, full)]
+        assert counted[0] < counted[1]
+    with pytest.raises(me.MllmEfficientError, match=rf"the language model has {full.decoder.layers}, so give 1 to"):
+        shallower(whole, full.decoder.layers + 1)
+
+
+def test_bench_of_fewer_layers(shape, capsys):
+    argv = ["bench", "--model", str(shape), "--random-weights", "--layers", "1", "--json", *SMALL]
+    assert main(argv) == 0
+    few = json.loads(capsys.readouterr().out)
+    assert main([a for a in argv if a not in ("--layers", "1")]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert 0 < few["rows"][0]["kv_cache_mb"] < whole["rows"][0]["kv_cache_mb"] and "--layers 1" in few["meta"]["command"]
+    assert "--layers has no effect without --random-weights" in fails(capsys, "--layers", "1")
 
 
 def test_random_weights_take_dtype_and_attention(shape):
@@ -183,7 +218,8 @@ def test_bench_prints_the_ceiling_first(capsys, shape):
     out, err = capsys.readouterr()
     assert out.splitlines()[0].startswith("prefill is ") and "with all visual tokens free you gain at most" in out.splitlines()[0]
     assert "divprune keeps 9 of 36 tokens per image (removes 75.0%)" in err and "beside them random:tokens=9, resize:tokens=9" in err
-    assert [line.split()[0] for line in out.splitlines()[4:8]] == ["none", "divprune:tokens=9", "random:tokens=9", "resize:tokens=9"]
+    lines = out.splitlines()[[set(line.strip()) == {"─"} for line in out.splitlines()].index(True) + 1 :]
+    assert [line.split()[0] for line in lines[:4]] == ["none", "divprune:tokens=9", "random:tokens=9", "resize:tokens=9"]
 
 
 def test_bench_json_and_file_hold_the_same(capsys, shape, tmp_path):
@@ -281,7 +317,8 @@ def test_the_overhead_command(capsys, shape):
 def test_the_cost_of_methods_is_over_the_product_of_one_run(capsys, monkeypatch):
     """Every method on the same tokens at the shapes' budgets, in turn with the product."""
     monkeypatch.setattr(selection.cost_of_methods, "__defaults__", (lambda: None, ((40, 16, 5, (5, 8)), (30, 8, 4, (5, 6)))))
-    specs = [n for n in BUILTIN if me.get_method(n).kind == "pre_llm" and n not in ("none", "resize", "flowcut")]  # it works in the tower
+    no_product = ("none", "resize", "native", "flowcut", "pixelprune")  # they set the processor, or work in the tower or before it
+    specs = [n for n in BUILTIN if me.get_method(n).kind == "pre_llm" and n not in no_product]
     assert main(["bench", "--selection", "--repeats", "2", "--warmup", "0", "--json", *(w for s in specs for w in ("--method", s))]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(r["method"], r["n"], r["k"]) for r in rows] == [(s, n, k) for n, k in ((40, 5), (30, 4)) for s in specs]

@@ -76,8 +76,10 @@ def methods_to_try(keep: float) -> list[str]:
     out = []
     for name in me.list_methods():
         cls = me.get_method(name)
-        spec = "none" if name == "none" else f"{name}:keep={keep}"
-        if cls.kind == "pre_llm" and not cls.trained and set(cls.needs) <= {"text", "grid"} and not me.build(spec).in_tower:
+        spec = name if name in ("none", "pixelprune") else f"{name}:keep={keep}"
+        if cls.kind != "pre_llm" or cls.trained or cls.sets_processor or me.build(spec).in_tower:
+            continue
+        if set(cls.needs) <= {"text", "grid"}:
             out.append(spec)
     return out
 

@@ -19,7 +19,7 @@ from mllm_efficient.patches import adapter_for, transformers_version
 from mllm_efficient.patches.facts import FACTS
 from mllm_efficient.tokens import Mark, Plane, VisualShape
 
-from ..families import FAMILIES, MARKED, VOCABULARY, make, noise, tiny
+from ..families import EVERY, FAMILIES, MARKED, VOCABULARY, make, noise, tiny
 from ..families_reference import greedy, logits, visuals
 from .test_families import sequence
 
@@ -448,6 +448,21 @@ def test_positions_on_the_canvas_stay_those_of_the_whole_prompt(spec, row):
 
 RUNS = FACTS["llama4"].broken != transformers_version()
 X, Y, WHOLE = 20, 21, 22  # ids that stand for the text between tiles
+
+
+@pytest.mark.parametrize("size", [(48, 48), (70, 50), (30, 30)], ids=str)
+@pytest.mark.parametrize("spec", ["none", "divprune:tokens=7", "random:tokens=9", "resize:tokens=7", "native:tokens=16", "native:tokens=9"])
+@pytest.mark.parametrize("version", ["4.6", "4.7"])
+def test_minicpm_costs_what_torch_counts(version, spec, size):
+    """Crops of different sizes, patches merged between two layers of the tower (not in 4x), a head over the whole prompt in 4.6."""
+    if version == "4.7" and (size == (30, 30) or spec.startswith(("random", "resize"))):
+        return  # of 4.6 alone; its calls do not say the grid of a smaller picture
+    model = tiny(MINICPM) if version == "4.6" else minicpm_47()
+    shape = shape_of(model.config, version, EVERY[MINICPM].settings)
+    how = {"text_tokens": 60, "image_size": size, "new_tokens": 3}
+    found = count(model, shape, me.build(spec), **how)
+    closed = cost(shape, method=spec, marks=None if spec == "none" else found.marks, **how)
+    assert (found.vision, found.compress, found.prefill, found.decode) == (closed.vision, closed.compress, closed.prefill, closed.decode)
 
 
 def flat(parts: list[list[int]]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ BUDGETS = ("divprune:tokens=9", "divprune:keep=0.3", "uniform:keep=0.5", "pool:k
 
 
 def settings(given):
-    return settings_of(type("Config", (), {KEY: given})())
+    return settings_of(SimpleNamespace(**{KEY: given}))
 
 
 # ----------------------------------------------------------------------------------------------- settings, without vLLM
@@ -69,6 +68,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
         ("resize:tokens=64", "resize makes the picture itself smaller"),
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
         ("divprune:tokens=64,newline=keep", "leaves newline columns"),
+        ("cdpruner:tokens=9", "looks at the question"),
         ("none@tokenflex", "is the baseline of trained weights"),
         ("divprune:tokens=64 | fastv:ratio=0.5", "runs several methods one after the other, and vLLM one"),
         ({"method": "divprune", "tokens": 64, "kep": 1}, "no parameter 'kep'"),
@@ -140,7 +140,10 @@ def test_counts_from_sizes_alone_are_those_of_transformers(name):
 
 def test_an_exported_folder_is_the_model_in_transformers(tmp_path, capsys):
     assert main(["export", "--method", "divprune:tokens=36", "--allowed-tokens", "16,72", "--output-dir", str(tmp_path / "d")]) == 0
-    assert capsys.readouterr().out == f"vllm serve {tmp_path / 'd'}\n"
+    serve, why, without_a_gpu = capsys.readouterr().out.splitlines()
+    assert serve.startswith(f"vllm serve {tmp_path / 'd'} --enable-prompt-tokens-details --middleware mllm_efficient.")
+    assert serve.endswith("--trust-request-mm-kwargs") and "without a GPU" in why
+    assert without_a_gpu.startswith(f"VLLM_CPU_KVCACHE_SPACE=4 {serve} --dtype bfloat16 ") and "--enforce-eager" in without_a_gpu
     config = json.loads((tmp_path / "d" / "config.json").read_text())
     assert config["architectures"] == ["MllmEfficientLlavaForConditionalGeneration"]
     assert config[KEY] == {**me.DivPrune(tokens=36).to_dict(), "allowed_tokens": [16, 72]}
@@ -195,9 +198,10 @@ def test_the_towers_weights_are_named_as_vllm_looks_for_them(tmp_path, make_llav
 # --------------------------------------------------------------------------------------------------------- the engine
 
 
-def engine(model, calls, timeout=300, environment=None, asks_again=False, **settings):
+def engine(model, calls, timeout=300, environment=None, asks_again=False, breaks=False, **settings):
     """Answers of a fresh engine to calls. One of several ranks starts processes of its own, and so is none of a fork."""
-    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls, "asks_again": asks_again}
+    job = {"model": str(model), "engine": {"distributed_executor_backend": "uni", **settings}, "calls": calls}
+    job |= {"asks_again": asks_again, "breaks": breaks}
     if "tensor_parallel_size" not in settings:
         return forked("engine", job, environment, timeout)
     run = subprocess.run(
@@ -263,10 +267,15 @@ def test_greedy_answers_equal_transformers(questions):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["pool:tokens=36", "tome:tokens=36", "divmerge:keep=0.25"])
+@pytest.mark.parametrize("spec", ["pool:tokens=36", "tome:tokens=36", "divmerge:keep=0.25", "visionzip:tokens=36", "scope:tokens=36"])
 def test_other_methods_with_prompts_cut_inside_an_image(questions, spec):
-    """Chunked prefill of 24 tokens, fewer than an image has."""
-    (found,) = engine(builtin_folder(), [call(questions, n=60)], hf_overrides={KEY: spec}, max_num_batched_tokens=24)
+    """Chunked prefill of 24 tokens, fewer than an image has. The last two ask the tower for attention, and the first of them for keys.
+
+    The last is decoded speculatively, by what its prompt and answer repeat.
+    """
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    more = {"speculative_config": ngram} if spec == "scope:tokens=36" else {}
+    (found,) = engine(builtin_folder(), [call(questions, n=60)], hf_overrides={KEY: spec}, max_num_batched_tokens=24, **more)
     assert found["answers"] == of_transformers(questions, spec, 60)
 
 
@@ -324,144 +333,6 @@ def test_families_with_tiles_and_two_images(name, tmp_path):
             inputs.pop("token_type_ids", None)
             ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
             assert processor.decode(ids, skip_special_tokens=True).strip() == answer
-
-
-# ----------------------------------------------------------------------------------------------------------- the server
-
-
-@pytest.fixture(scope="module")
-def serving(tmp_path_factory):
-    """``vllm serve`` on an exported folder; an OpenAI client."""
-    import socket
-    import time
-
-    from openai import OpenAI
-
-    folder = tmp_path_factory.mktemp("served") / "model"
-    assert main(["export", "--method", "divprune:tokens=36", "--allowed-tokens", "16,36,72", "--output-dir", str(folder)]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["serve", folder, "--dtype", "float32", "--max-model-len", 1024, "--max-num-seqs", 16, "--enforce-eager", "--port", port]
-    command += ["--enable-prompt-tokens-details", "--trust-request-mm-kwargs", "--served-model-name", "tiny"]
-    log = folder.with_name("log.txt")
-    environment = {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [str(Path(sys.executable).with_name("vllm")), *map(str, command)],
-            stdout=out,
-            stderr=out,
-            env=environment,
-            start_new_session=True,
-        )
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
-    try:
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-3000:]
-            try:
-                client.models.list()
-                break
-            except Exception:
-                time.sleep(1)
-        yield client, log
-    finally:
-        import signal
-
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def ask(client, sample, tokens=None):
-    import base64
-    import io
-
-    data = io.BytesIO()
-    sample.picture(144).save(data, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question.text}]
-    extra = {"add_special_tokens": True}  # as the processor in transformers does; vLLM leaves that to the chat template
-    if tokens is not None:
-        extra["mm_processor_kwargs"] = {"visual_tokens": tokens}
-    return client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": content}], temperature=0, max_tokens=8, extra_body=extra
-    )
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_server_says_what_it_kept_and_lives_on_after_a_bad_request(serving, questions):
-    from openai import BadRequestError
-
-    client, log = serving
-    assert "visual tokens: divprune, 144 -> 36 per image" in log.read_text()
-    chosen = [s for s, *_ in questions[1][:5]]
-    expected = of_transformers(questions, "divprune:tokens=36", 5)
-    for sample, answer in zip(chosen, expected):
-        reply = ask(client, sample)
-        assert reply.choices[0].message.content.strip() == answer
-        assert reply.usage.prompt_tokens_details.multimodal_tokens == {"image": 36}
-    assert ask(client, chosen[0], 16).usage.prompt_tokens_details.multimodal_tokens == {"image": 16}
-    for wrong in (17, 5000, "abc", -1):
-        with pytest.raises(BadRequestError, match="16, 36, 72 are allowed"):
-            ask(client, chosen[0], wrong)
-    assert ask(client, chosen[0]).choices[0].message.content.strip() == expected[0]
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_200_requests_at_once_with_mixed_budgets_are_not_mixed_up(serving, questions):
-    from concurrent.futures import ThreadPoolExecutor
-
-    client, _ = serving
-    jobs = [(s, (16, 36, 72)[i % 3]) for i, (s, *_) in enumerate(questions[1][:200])]
-    with ThreadPoolExecutor(200) as pool:
-        replies = list(pool.map(lambda job: ask(client, *job), jobs))
-    said = [r.choices[0].message.content.strip() for r in replies]
-    assert said == [answer_of_transformers(questions, f"divprune:tokens={k}", i) for i, (_, k) in enumerate(jobs)]
-    assert [r.usage.prompt_tokens_details.multimodal_tokens["image"] for r in replies] == [k for _, k in jobs]
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_the_server_is_evaluated_by_the_same_tasks(serving, capsys):
-    """``eval --server``: the score of the method in transformers, and the tokens that the server says it kept."""
-    url = str(serving[0].base_url).rstrip("/")
-    assert main(["eval", "--tasks", "me_builtin", "--server", url, "--limit", "70", "--batch-size", "8", "--json"]) == 0
-    there = json.loads(capsys.readouterr().out)["rows"][0]
-    assert main(["eval", "--tasks", "me_builtin", "--method", "divprune:tokens=36", "--limit", "70", "--json"]) == 0
-    here = next(r for r in json.loads(capsys.readouterr().out)["rows"] if r["method"].startswith("divprune"))
-    assert (there["metric"], there["score"], there["visual_tokens_kept"]) == (here["metric"], here["score"], 36)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_the_server_is_loaded_by_bench(serving, capsys):
-    """``bench --server``: the same server as two arms, one of which is then told to compress nothing more than the other."""
-    url = str(serving[0].base_url).rstrip("/")
-    arguments = [
-        "--image-size",
-        "144x144",
-        "--concurrency",
-        "2",
-        "--requests",
-        "4",
-        "--repeats",
-        "2",
-        "--warmup",
-        "0",
-        "--output-tokens",
-        "4",
-    ]
-    assert main(["bench", "--server", f"a={url}", "--server", f"b={url}", *arguments, "--text-tokens", "8", "--json"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert [(r["method"], r["arm"], r["requests_per_s"]["n"], r["visual_tokens_kept"]) for r in found["rows"]] == [
-        ("a", "baseline", 2, None), ("b", "method", 2, None)
-    ]  # fmt: skip
-    assert found["rows"][0]["prompt_tokens"] == found["rows"][1]["prompt_tokens"]
-    assert "b: its prompts are as long as the baseline's, so it compresses nothing" in err
-    assert main(["bench", "--server", url]) == 2
-    assert "give --image-size" in capsys.readouterr().err
 
 
 @needs_vllm

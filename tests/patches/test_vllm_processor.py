@@ -22,12 +22,12 @@ from ..vllm_models import model_of, needs_vllm, processor_of, saved_processor_of
 pytestmark = [needs_vllm, pytest.mark.slow]
 
 
-def can_be_served(name):
+def can_be_served(name, kind="llava"):
     cls = me.get_method(name)
     if name == "none" or cls.trained:
         return False
     try:
-        require_served(cls(tokens=9))
+        require_served(cls(tokens=9), kind)
     except (me.UnsupportedModelError, me.BadBudgetError):  # some methods take no budget
         return False
     return True
@@ -42,9 +42,9 @@ def front_end(jobs, environment=None):
     return forked("front_end", jobs, environment, timeout=600)
 
 
-def settings_tried():
+def settings_tried(kind="llava"):
     """Every method and kind of budget, each as an object that allows one other count."""
-    return [{"method": name, **budget, "allowed_tokens": [6]} for name in METHODS for budget in BUDGETS]
+    return [{"method": name, **budget, "allowed_tokens": [6]} for name in METHODS if can_be_served(name, kind) for budget in BUDGETS]
 
 
 def build(settings, tokens=None):
@@ -98,7 +98,7 @@ def test_tiles(name, tmp_path):
     pairs = [*paths, [*paths[0], *paths[-1]]]
     prompts = ["user : " + "<image> " * len(p) + "what ? assistant :" for p in pairs]
     calls = [{"prompt": t, "images": p, "tokens": n} for n in (None, 6) for t, p in zip(prompts, pairs)]
-    tried = settings_tried()
+    tried = settings_tried(name)
     found = front_end([{"model": str(folder), "settings": s, "calls": calls} for s in tried])
     for number, settings in enumerate(tried):
         answers = found[number * len(calls) : (number + 1) * len(calls)]

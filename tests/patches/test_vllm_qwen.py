@@ -14,6 +14,7 @@ import mllm_efficient as me
 from mllm_efficient.loading.models import Loaded, ModelOptions
 from mllm_efficient.trained.export import export
 
+from .. import vllm_families
 from ..families import ASPECTS, noise
 from ..vllm_models import model_of, needs_vllm, saved_processor_of
 from .test_vllm import KEY, engine
@@ -56,11 +57,30 @@ def call(served, tokens=None, new=8):
 
 def test_greedy_answers_equal_transformers(served):
     """At the server's budget, at a request's, and again out of the prefix cache."""
-    found = engine(served[1], [call(served), call(served, 6), call(served)], asks_again=True, enable_prefix_caching=True, block_size=32)
+    calls = [
+        call(served),
+        call(served, 6),
+        call(served),
+        {**call(served), "prompts": served[2][-1:], "images": served[3][-1:], "pruner": True},
+    ]
+    found = engine(served[1], calls, asks_again=True, enable_prefix_caching=True, block_size=32)
     expected = [a for a, _ in of_transformers(served, "divprune:keep=0.4")]
     assert found[0]["answers"] == expected and found[2]["answers"] == expected
     assert found[1]["answers"] == [a for a, _ in of_transformers(served, "divprune:tokens=6")]
     assert len(set(expected)) > 3  # the pictures matter
+    require_positions_by_the_pruner(served, found[3])
+
+
+def require_positions_by_the_pruner(served, found):
+    """What vLLM's class for GPUs (Model Runner V2) gets of the model: the positions that ``prepare`` keeps."""
+    model, folder, prompts, paths = served
+    pictures = [Image.open(p).convert("RGB") for p in paths[-1]]
+    inputs = transformers.AutoProcessor.from_pretrained(folder)(text=prompts[-1:], images=pictures, return_tensors="pt")
+    prepared = me.prepare(model, "divprune:keep=0.4", **inputs).model_kwargs
+    assert found["ids"] == prepared["input_ids"][0].tolist()
+    assert found["positions"] == prepared["position_ids"][-3:, 0].tolist()
+    assert found["delta"] == int(prepared["position_ids"][-3:].max()) + 1 - len(found["ids"])
+    assert len(found["rows"]) == 2 and found["alike"]
 
 
 def test_prompts_cut_inside_an_image(served):
@@ -114,3 +134,25 @@ def test_without_settings_nothing_changes(served, tmp_path):
 def test_what_is_refused(served, settings, more, says):
     with pytest.raises(AssertionError, match=says):
         engine(served[1], [call(served)], hf_overrides={KEY: settings}, **more)
+
+
+def test_layers_of_linear_attention(tmp_path):
+    """Qwen3.5, in bfloat16, without which vLLM runs no linear attention on CPUs."""
+    family = vllm_families.Served(vllm_families.qwen3_5_config, vllm_families.qwen3_5, IMAGE, noise=0.05)
+    model, folder = family.model().bfloat16(), tmp_path / "model"
+    export(Loaded(model, family.processor(), ModelOptions(model="tiny")), me.DivPrune(keep=0.4), folder)
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, path in enumerate(paths):
+        noise(i, 60 + 20 * i, 60).save(path)
+    prompts = [f"user : {IMAGE} what is the big ring ? assistant :"] * 3
+    call = {"prompts": prompts, "images": [[p] for p in paths], "tokens": None, "new": 4}
+    (found,) = engine(folder, [call], asks_again=True, dtype="bfloat16")
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    with me.compressed(model, "divprune:keep=0.4"), torch.no_grad():
+        for prompt, path, answer, length in zip(prompts, paths, found["answers"], found["prompt_tokens"]):
+            inputs = processor(text=[prompt], images=[Image.open(path).convert("RGB")], return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            (image,) = me.last_report(model).images
+            assert length == inputs["input_ids"].shape[1] - image.full + image.kept
+            assert processor.decode(ids, skip_special_tokens=True).strip() == answer
+    assert len(set(found["answers"])) > 1  # the pictures matter

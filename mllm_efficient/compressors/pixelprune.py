@@ -1,0 +1,99 @@
+"""PixelPrune: tokens whose pixels a neighbour's say already, dropped before the vision tower. Nothing of the picture is lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
+from ..lazy import torch
+from ..plans import Plan
+from ..registry import register
+from ..tokens import CompressedTokens, Grid, Plane, VisualShape, VisualTokens
+from .base import BUDGET_FIELDS, Compressor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..family import Family
+
+
+@register("pixelprune")
+@dataclass(frozen=True, kw_only=True)
+class PixelPrune(Compressor):
+    """Drops what can be said of a picture without it: tokens whose pixels are those of the token to the left or above.
+
+    Source: PixelPrune (arXiv 2604.00886). Rule: the pixels of a token are predicted from its neighbours' by the edge rule of LOCO-I: those
+    above where the token to the upper left is the same as the left one and another than the one above, else those to the left (in the first
+    row those to the left, in the first column those above; the first token stays). It is dropped if no pixel differs from that by more
+    than ``tau``. Kept tokens are in their places, in the tower (which runs on them alone, with their own rotary positions) and in the
+    language model. With tau = 0 the whole picture can be rebuilt from them.
+    tau: in the values that the model is given, after normalisation. Takes no budget: how many stay depends on the pixels, so FLOPs are
+    not known before. Each frame of a video by itself. O(pixels) and one wait for a GPU, before the tower.
+    """
+
+    paper: ClassVar[str] = "arXiv 2604.00886"
+
+    keep: float | None = 1.0
+    tau: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(getattr(self, name) != (1.0 if name == "keep" else None) for name in BUDGET_FIELDS):
+            raise BadBudgetError("pixelprune takes no budget: how many tokens stay depends on the picture")
+        if (self.per, self.newline) != ("image", None):
+            raise BadSettingError("pixelprune takes no budget, so per= and newline= have no effect: leave them out")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 <= self.tau < math.inf:
+            raise BadSettingError(f"pixelprune: tau={self.tau!r} is not a difference of pixels from 0 up")
+        super().__post_init__()
+
+    @property
+    def in_tower(self) -> bool:
+        return True
+
+    def compress(self, v: VisualTokens, k: int) -> CompressedTokens:
+        raise UnsupportedModelError("pixelprune looks at pixels before a model's tower, and here are tokens alone")
+
+    def plan(self, adapter: Family, item: Any) -> Plan:
+        """Raises ``BadBudgetError`` for an item of which only the size is known."""
+        shape: VisualShape = item.shape
+        if not getattr(item, "arguments", None):
+            raise BadBudgetError("pixelprune: how many tokens stay depends on the pixels, and here is a size alone")
+        pixels: Tensor = adapter.token_pixels(item)  # type: ignore[attr-defined]
+        parts = pixels.split([len(plane) for plane in shape.planes])
+        stay = torch.cat([~predicted(p.view(plane.rows, plane.columns, -1), self.tau) for p, plane in zip(parts, shape.planes)])
+        if stay.all():
+            return self.untouched_plan(shape)
+        kept = tuple(stay.nonzero()[:, 0].tolist())
+        return Plan(shape, len(kept), after=VisualShape((Plane(1, len(kept), placed=False),), shape.modality), stay=kept)
+
+    def grids_left(self, planned: Plan) -> tuple[Grid, ...] | None:
+        return super().grids_left(planned) if planned.untouched else None
+
+    def describe(self, shape: VisualShape | None, adapter: Family) -> str:
+        return f"pixelprune drops the tokens whose pixels a neighbour's say (tau={self.tau:g}), before the tower"
+
+    def check_parts(self, adapter: Family) -> None:
+        super().check_parts(adapter)
+        if not adapter.drops_patches:
+            raise UnsupportedModelError(
+                f"pixelprune drops patches before the tower of Qwen2.5-VL or Qwen3-VL, which {adapter.name} has not: use a method that "
+                "works after it"
+            )
+
+    def check_budget(self, adapter: Family, usual: VisualShape) -> None:
+        """There is none."""
+
+
+def predicted(pixels: Tensor, tau: float) -> Tensor:
+    """(rows * columns,) whether each token of pixels (rows, columns, D) is what its neighbours say."""
+    across, down = _same(pixels[:, 1:], pixels[:, :-1], tau), _same(pixels[1:], pixels[:-1], tau)
+    out = torch.zeros(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+    out[0, 1:], out[1:, 0] = across[0], down[:, 0]
+    edge = down[:, :-1] & ~across[:-1]  # of the tokens from the second row and column on: upper left like left, unlike above
+    out[1:, 1:] = torch.where(edge, down[:, 1:], across[1:])
+    return out.flatten()
+
+
+def _same(a: Tensor, b: Tensor, tau: float) -> Tensor:
+    return ((a - b).abs() <= tau).all(-1)

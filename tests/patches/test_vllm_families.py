@@ -1,0 +1,86 @@
+"""Families without a class in the plugin, which vLLM runs by transformers: answers equal transformers' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import mllm_efficient as me
+
+from ..families import ASPECTS, MARKED, noise
+from ..vllm_families import NOT_ON_CPUS, SERVED
+from ..vllm_models import needs_vllm
+from .test_vllm import KEY, engine
+
+pytestmark = [needs_vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Paths: every shape alone, and two in a prompt."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [str(folder / f"{i}.png") for i in range(len(ASPECTS))]
+    for i, (width, height) in enumerate(ASPECTS.values()):
+        noise(i, 2 * width, 2 * height).save(paths[i])
+    return [[p] for p in paths] + [[paths[0], paths[3]]]
+
+
+def prompts(family, pictures):
+    return ["user : " + " and ".join([family.image] * len(p)) + " what is the big ring ? assistant :" for p in pictures]
+
+
+def of_transformers(model, folder, family, pictures, spec):
+    """Answers and the tokens of every prompt."""
+    processor, out = transformers.AutoProcessor.from_pretrained(folder), []
+    with me.compressed(model, spec), torch.no_grad():
+        for prompt, paths in zip(prompts(family, pictures), pictures):
+            inputs = processor(text=[prompt], images=[[Image.open(p).convert("RGB") for p in paths]], return_tensors="pt")
+            inputs = as_served(inputs, model.config.model_type)
+            ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            images = me.last_report(model).images
+            kept = sum(i.kept for i in images) - sum(i.full for i in images)
+            out.append((processor.decode(ids, skip_special_tokens=True).strip(), inputs["input_ids"].shape[1] + kept))
+    return [list(column) for column in zip(*out)]
+
+
+def as_served(inputs, kind):
+    """Without the breaks after rows, which go where a budget is shared by rows: how many tokens a row keeps depends on the picture."""
+    if kind == "mistral3":
+        stays = inputs["input_ids"][0] != MARKED["[IMG_BREAK]"]
+        return {**inputs, "input_ids": inputs["input_ids"][:, stays], "attention_mask": inputs["attention_mask"][:, stays]}
+    return inputs
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_answers_equal_transformers(name, pictures, tmp_path):
+    family = SERVED[name]
+    model, folder = family.model(), tmp_path / "model"
+    model.save_pretrained(folder)
+    family.processor().save_pretrained(folder)
+    call = {"prompts": prompts(family, pictures), "images": pictures, "tokens": None, "new": 6}
+    given = {**me.build(family.spec).to_dict(), "allowed_tokens": [3]}
+    found = engine(
+        folder, [call, {**call, "tokens": 3}], asks_again=True, hf_overrides={KEY: given}, model_impl="transformers",
+        max_num_batched_tokens=32, max_num_seqs=4,
+    )  # fmt: skip
+    asked = family.spec.replace("keep=0.4", "tokens=3")
+    for answer, spec in zip(found, (family.spec, asked)):
+        answers, lengths = of_transformers(model, folder, family, pictures, spec)
+        assert "error" not in answer, answer["error"]
+        assert answer["prompt_tokens"] == lengths
+        assert answer["answers"] == answers
+    assert len(set(found[0]["answers"])) > 3  # the pictures matter
+
+
+@pytest.mark.parametrize("name", NOT_ON_CPUS)
+def test_what_vllm_does_not_do_on_cpus_is_refused(name, pictures, tmp_path):
+    family, says = NOT_ON_CPUS[name]
+    family.model().save_pretrained(tmp_path)
+    family.processor().save_pretrained(tmp_path)
+    call = {"prompts": prompts(family, pictures), "images": pictures, "tokens": None, "new": 6}
+    with pytest.raises(AssertionError, match=says):
+        engine(tmp_path, [call], hf_overrides={KEY: family.spec}, model_impl="transformers")
+    with pytest.raises(AssertionError, match="vLLM runs Gemma3ForConditionalGeneration by a class of its own"):
+        engine(tmp_path, [call], hf_overrides={KEY: family.spec})
