@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.embedded import model_name
 from mllm_efficient.errors import BadSettingError, MllmEfficientError, did_you_mean
-from mllm_efficient.loading.models import BUILTIN, Loaded, ModelOptions, builtin_folder
+from mllm_efficient.loading.models import BUILTIN, Loaded, ModelOptions
 from mllm_efficient.progress import Progress
 from mllm_efficient.registry import runnable
 
@@ -231,9 +232,9 @@ def lent(model: Any, processor: Any, seed: int = 0) -> Iterator[Loaded]:
 
 
 def _name(model: Any) -> str:
-    """``builtin``, the folder or hub id that a model came from, or its class."""
+    """An embedded model's name, the folder or hub id that a model came from, or its class."""
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return BUILTIN if Path(name) == builtin_folder() else name
+    return model_name(name)
 
 
 def require_runnable(loaded: Loaded, methods: Sequence[Compressor]) -> list[str]:

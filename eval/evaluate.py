@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.loading.models import BUILTIN, Loaded
+from mllm_efficient.embedded import is_embedded
+from mllm_efficient.loading.models import Loaded
 from mllm_efficient.progress import SILENT, Progress
 from mllm_efficient.tables import Table
 
@@ -75,7 +76,7 @@ def benchmark_table(rows: Sequence[dict[str, Any]], meta: dict[str, Any], catego
     hard = [HARD] if any(r.get("hard_n") is not None for r in rows) else []
     floors = ", ".join(f"{name} {f['floor']:.1f} (at most {f['upper']:.1f})" for name, f in meta.get("blind_floor", {}).items())
     blind = [f"Answers learnt without images score: {floors}."] if floors else []
-    notes = [*blind, *hard, SCORES, *([TURNS] if meta["turns"] > 1 else []), *([TINY] if meta["model"] == BUILTIN else [])]
+    notes = [*blind, *hard, SCORES, *([TURNS] if meta["turns"] > 1 else []), *([TINY] if is_embedded(meta["model"]) else [])]
     return Table(header, lines, first=FIRST, note=" ".join(notes))
 
 

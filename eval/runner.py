@@ -17,7 +17,7 @@ from mllm_efficient.measure.workload import usual_size
 
 from .agreement import cut
 from .answers import NORMALISATION, judge
-from .builtin.suites import BUILTIN, AnySample, Suite
+from .builtin.suites import BUILTIN, AnySample, Suite, asked_size
 from .calibration import Watched
 from .harness import Harness, endings
 from .turns import FollowUp, converse, follow_ups
@@ -42,7 +42,7 @@ class Run(Harness):
     def prepare_samples(self) -> None:
         # models trained on the benchmark know its questions alone; others are told to answer with one word
         self.builtin = self.suite.spoken_by(self.loaded.processor.tokenizer)
-        self.size = min(usual_size(self.adapter))
+        self.size = asked_size(self.loaded.processor.tokenizer) or min(usual_size(self.adapter))
         self._processed: dict[Any, dict[str, Any]] = {}
         self._regions: dict[Any, Any] = {}
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_efficient.compressors.random import Random
+from mllm_efficient.embedded import is_embedded
 from mllm_efficient.errors import MllmEfficientError
-from mllm_efficient.loading.models import BUILTIN, Loaded
+from mllm_efficient.loading.models import Loaded
 from mllm_efficient.measure.bench import Settings
 from mllm_efficient.measure.machine import busy
 from mllm_efficient.progress import SILENT, Progress
@@ -153,7 +154,7 @@ def _run(
 
 def main_table_of(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> Table:
     """Everything of a cell in one line, with what the columns mean."""
-    tiny = f" {TINY}" if meta["model"] == BUILTIN else ""
+    tiny = f" {TINY}" if is_embedded(meta["model"]) else ""
     header, lines = main_table(rows, quartiles=False, asked=bool(meta["match"]))
     return Table(header, lines, first=FIRST, note=NOTES.get(meta["suite"], NOTES["builtin"]) + tiny)
 

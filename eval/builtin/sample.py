@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mllm_efficient.embedded import FIRST
 from mllm_efficient.errors import BadSettingError, did_you_mean
 from mllm_efficient.loading.models import ModelOptions, load
 
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
 SIDE = 144  # pixels: what the embedded model's tower sees
 
 
-def builtin(**options: Any) -> tuple[Any, Any]:
-    """The embedded model, a LLaVA-1.5 of 1.6 M parameters, and its processor, as transformers' classes.
+def builtin(name: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """An embedded model and its processor, as transformers' classes.
 
     Args:
+        name: None is a LLaVA-1.5 of 1.6 M parameters, "qwen" a Qwen3-VL of 2.0 M.
         options: fields of ``ModelOptions``: ``device``, ``dtype``, ``attn_implementation`` ...
 
     Returns:
         (model, processor), the model in eval mode on the CPU or, where there is one, the GPU.
+
+    Raises:
+        MllmEfficientError: there is no such model; the message names those there are.
     """
-    loaded = load(ModelOptions(**options))
+    loaded = load(ModelOptions(**({} if name is None else {"model": f"{FIRST}-{name}"}), **options))
     return loaded.model, loaded.processor
 
 

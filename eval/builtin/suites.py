@@ -10,8 +10,8 @@ import numpy as np
 
 from mllm_efficient.errors import MllmEfficientError
 
-from . import questions, suite
-from .architecture import VOCABULARY, WORDS
+from . import architecture, chat, questions, suite
+from .architecture import WORDS
 from .hard import forms, vocabulary
 from .hard import suite as hard
 from .hard.floor import floors
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
     from mllm_efficient.tokens import Plane
 
-TRAINED = (VOCABULARY,)  # the vocabularies of the embedded models, which are trained on these benchmarks alone
+# of the embedded models, which are trained on these benchmarks alone: vocabulary, and pixels of the first benchmark's square pictures
+TRAINED = (
+    (architecture.VOCABULARY, architecture.IMAGE_SIZE),
+    (chat.VOCABULARY, chat.IMAGE_SIZE),
+)
 VIDEO = "video"  # the category of videos
 
 
@@ -83,7 +87,7 @@ class Suite:
     def spoken_by(self, tokenizer: Any) -> bool:
         """Whether a tokenizer is that of a model trained on this benchmark, which is asked the questions as they are."""
         known = tokenizer.get_vocab()
-        return known in TRAINED and self.words <= known.keys()
+        return any(known == own for own, _ in TRAINED) and self.words <= known.keys()
 
     def note(self, tokenizer: Any) -> str | None:
         """A line on words of the benchmark that a tokenizer does not have at all."""
@@ -126,6 +130,12 @@ BUILTIN = Suite(
 )
 HARD = Suite("builtin-hard", forms.CATEGORIES, frozenset(vocabulary()), hard.samples, floors)
 SUITES = {s.name: s for s in (BUILTIN, HARD)}
+
+
+def asked_size(tokenizer: Any) -> int | None:
+    """Pixels of the first benchmark's square pictures, as an embedded model is asked it; None for any other model."""
+    known = tokenizer.get_vocab()
+    return next((size for own, size in TRAINED if known == own), None)
 
 
 def embedded_suite(name: str | None) -> Suite:

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_efficient.embedded import is_embedded
 from mllm_efficient.tables import Table, flat
 
 from ..agreement_rows import length_table
@@ -35,7 +36,7 @@ def conditions(run: Finished) -> str:
 
 
 def is_tiny(run: Finished) -> bool:
-    return any(m["model"] == "builtin" for m in run.metas)
+    return any(is_embedded(m["model"]) for m in run.metas)
 
 
 def tables(run: Finished) -> list[tuple[list[str], list[list[str]]]]:

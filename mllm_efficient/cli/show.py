@@ -59,8 +59,9 @@ def show(
     pictures = [(Path(name_of(path)), load_image(path, image_range)) for path in image or ()]
     clip = load_frames(video, frames, image_range) if video is not None else ([], [])
 
+    from ..embedded import is_embedded
     from ..eval.drawn import run_method
-    from ..loading.models import BUILTIN, environment, load
+    from ..loading.models import environment, load
     from ..report import by_layer
 
     loaded = load(settings)
@@ -83,7 +84,7 @@ def show(
     if not rows:
         raise next(iter(failed.values()))
     model = settings.model
-    name = "Embedded model" if model == BUILTIN else Path(model).resolve().name if Path(model).is_dir() else model
+    name = "Embedded model" if is_embedded(model) else Path(model).resolve().name if Path(model).is_dir() else model
     figures.save(figures.figure(subjects, dim=dim, caption=f"{name}: {legend(subjects)}." if caption is None else caption), output)
     if json:
         meta = {**environment(loaded), "methods": [m.to_dict() for m in methods], "prompt": prompt, "frames": clip[1] or None}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..embedded import embedded
+from ..embedded import FIRST, model_source
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..patches.pictures import merged, read_settings
 from . import lora as adapters
@@ -23,7 +23,7 @@ from .prompts import PLAIN, TEMPLATE, has_template, model_inputs, note, question
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-BUILTIN = "builtin"
+BUILTIN = FIRST
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 SAMPLED = 4096  # values of a tensor that go into a model's digest
@@ -33,8 +33,9 @@ SAMPLED = 4096  # values of a tensor that go into a model's digest
 class ModelOptions:
     """The options every model command takes.
 
-    model: a folder, hub id or "builtin"; of a folder with an adapter (LoRA) its base is loaded and the adapter put on it. adapter:
-    such a folder, for ``model``. processor_kwargs: settings of the image processor, such as ``{"max_pixels": 1003520}``.
+    model: a folder, hub id or an embedded model's name ("builtin", "builtin-qwen"); of a folder with an adapter (LoRA) its base is loaded
+    and the adapter put on it. adapter: such a folder, for ``model``. processor_kwargs: settings of the image processor, such as
+    ``{"max_pixels": 1003520}``.
     """
 
     model: str = BUILTIN
@@ -117,14 +118,14 @@ class Loaded:
 
 
 def builtin_folder() -> Path:
-    """The embedded model's folder inside the package."""
-    return embedded("model")
+    """The first embedded model's folder inside the package."""
+    return Path(model_source(BUILTIN))
 
 
 def require_options(options: ModelOptions) -> tuple[str, str | None]:
     """Where the model and its adapter are read from. Raises ``MllmEfficientError`` for whatever can be known without torch."""
     base, adapter = adapters.resolved(options.model, options.adapter)
-    source = str(builtin_folder()) if base == BUILTIN else base
+    source = model_source(base)
     looks_local = source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
     if looks_local:
         source = str(Path(source).expanduser())
@@ -142,7 +143,7 @@ def require_options(options: ModelOptions) -> tuple[str, str | None]:
 
 
 def load(options: ModelOptions) -> Loaded:
-    """Loads a model by folder, hub id or ``builtin``. Raises ``MllmEfficientError`` with one line on any failure."""
+    """Loads a model by folder, hub id or an embedded one's name. Raises ``MllmEfficientError`` with one line on any failure."""
     source, adapter = require_options(options)
     device = pick_device(options)
     import torch
@@ -252,7 +253,7 @@ def fingerprint(loaded: Loaded) -> str:
     if commit:
         return str(commit)
     base, _ = adapters.resolved(loaded.options.model, loaded.options.adapter)
-    folder = builtin_folder() if base == BUILTIN else Path(base).expanduser()
+    folder = Path(model_source(base)).expanduser()
     digest = hashlib.sha256()
     for file in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
         if file.is_file():

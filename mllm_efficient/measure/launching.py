@@ -21,9 +21,10 @@ import torch
 
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
+from ..embedded import model_source
 from ..errors import MllmEfficientError, UnsupportedModelError
 from ..loading.lora import is_adapter
-from ..loading.models import BUILTIN, ModelOptions, builtin_folder
+from ..loading.models import ModelOptions
 from ..trained.files import SERVED as KEY
 from .arms import BASELINE, METHOD
 from .serving import Load, Served
@@ -63,7 +64,7 @@ class Launch:
         self.options, self.random, self.images = options, random_weights, images
         if is_adapter(options.model):
             raise UnsupportedModelError(f"{options.model} is an adapter, and servers are started with whole weights: merge it first")
-        self.source = str(builtin_folder()) if options.model == BUILTIN else options.model
+        self.source = model_source(options.model)
         self.config = self._config()
         name = (getattr(self.config, "architectures", None) or [type(self.config).__name__])[0]
         if name not in SERVED:

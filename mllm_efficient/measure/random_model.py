@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
+from ..embedded import model_source
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..loading.lora import base_of_folder, without_base
 from ..loading.models import (
-    BUILTIN,
     DTYPES,
     Loaded,
     ModelOptions,
-    builtin_folder,
     environment,
     pick_device,
     quantization_config,
@@ -31,14 +30,13 @@ BLOCK = 2**22 - 3  # values drawn for a tensor; a larger one repeats them, at a 
 
 
 def config_of(source: str) -> Any:
-    """The transformers config of a shape's name, of ``builtin``, of a config.json or of a folder that has one."""
+    """The transformers config of a shape's name, of an embedded model, of a config.json or of a folder that has one."""
     from transformers import AutoConfig
 
     from ..patches import FAMILIES
 
     given, source = source, base_of_folder(source) or source
-    if source == BUILTIN:
-        source = str(builtin_folder())
+    source = model_source(source)
     try:
         if source in shape_names():
             config = AutoConfig.for_model(**shape_config(source))

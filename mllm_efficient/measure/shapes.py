@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..embedded import FOLDERS, model_source
 from ..errors import MllmEfficientError, UnsupportedModelError, did_you_mean
 from ..parsing import read_json
 from ..patches.pictures import FILES, merged, read_object, read_settings, settings_of
@@ -89,14 +90,13 @@ def with_settings(shape: ModelShape, given: Mapping[str, Any]) -> ModelShape:
 
 def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelShape:
     from ..loading.lora import base_of_folder, without_base
-    from ..loading.models import BUILTIN, builtin_folder
 
     given, model = model, base_of_folder(model) or model
     if model in _shipped():
         if revision or trust_remote_code:
             raise MllmEfficientError(f"{model} is a shipped shape: --revision and --trust-remote-code have no effect on it")
         return shape_of(shape_config(model), model)
-    folder = builtin_folder() if model == BUILTIN else Path(model).expanduser()
+    folder = Path(model_source(model)).expanduser()
     if folder.is_dir():
         if revision:
             raise MllmEfficientError(f"--revision has no effect on the folder {folder}: leave it out")
@@ -111,7 +111,7 @@ def _load(model: str, revision: str | None, trust_remote_code: bool) -> ModelSha
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         hint = did_you_mean(model, _shipped())
         raise MllmEfficientError(
-            f"no shape or folder {model!r}{hint} (shapes: {', '.join(_shipped())}; or a folder, a hub id, builtin){away}"
+            f"no shape or folder {model!r}{hint} (shapes: {', '.join(_shipped())}; or a folder, a hub id, {', '.join(FOLDERS)}){away}"
         )
     from transformers import AutoConfig
 

@@ -13,9 +13,10 @@ import torch
 
 from ..apply.plan import check
 from ..compressors.projector import Projector
+from ..embedded import is_embedded
 from ..errors import MllmEfficientError
 from ..loading.lora import base_of_folder
-from ..loading.models import BUILTIN, Loaded, ModelOptions, load, require_supported
+from ..loading.models import Loaded, ModelOptions, load, require_supported
 from ..records import read_all
 from ..records.files import fail
 from ..registry import get_method
@@ -54,7 +55,7 @@ def records_of(recipe: Recipe, stage: StageConfig, keep: bool = True, look: bool
     """
     data = data_of(recipe, stage)
     if data.builtin is not None:
-        folder, natural = Path(recipe.output_dir).parent / "data" if keep else None, recipe.model != BUILTIN
+        folder, natural = Path(recipe.output_dir).parent / "data" if keep else None, not is_embedded(recipe.model)
         records: Sequence[Any] = builtin_records(data.builtin, data.scenes, data.questions, folder, natural, recipe.seed)
     else:
         assert data.path is not None

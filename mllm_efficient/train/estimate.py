@@ -55,9 +55,9 @@ def _processor(recipe: Recipe) -> tuple[Any, str | None]:
     """The model's processor, and what stands in for it where there is none."""
     from transformers import AutoConfig
 
-    from ..loading.models import BUILTIN, builtin_folder
+    from ..embedded import model_source
 
-    source = str(builtin_folder()) if recipe.model == BUILTIN else recipe.model
+    source = model_source(recipe.model)
     try:
         config = AutoConfig.from_pretrained(source)
         processor = open_processor(source, config)

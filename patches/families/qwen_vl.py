@@ -85,7 +85,8 @@ class QwenVLRules(Rules):
         return Views(self.shape("image", 1, grid), grid, 1, patches, rows * columns, f"{given}{seen}: {rows * columns} tokens", size)
 
     def typical(self) -> list[Views]:
-        return [self._at((24, 24), None)]
+        side = 24 * self.step
+        return [self._at(grid_of((side, side), self.step, pixel_limits(self.pixels, self.settings), self.name), None)]
 
     def of_size(self, size: Size) -> Views:
         """The nearest multiple of a token on both sides, scaled to the processor's limits."""
