@@ -30,7 +30,7 @@ def builtin(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     Raises:
         MllmEfficientError: there is no such model; the message names those there are.
     """
-    loaded = load(ModelOptions(**({} if name is None else {"model": f"{FIRST}-{name}"}), **options))
+    loaded = load(ModelOptions(FIRST if name is None else f"{FIRST}-{name}", **options))
     return loaded.model, loaded.processor
 
 
