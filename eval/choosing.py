@@ -102,7 +102,7 @@ def draw(p: np.ndarray, line: Sequence[int], seed: int | Sequence[int] = 0) -> l
     ends = np.where(np.abs(ends - np.round(ends)) < 1e-9, np.round(ends), ends)
     start = np.random.default_rng(seed).random()
     taken = np.floor(ends - start) > np.floor(np.concatenate([[0.0], ends[:-1]]) - start)
-    return sorted(line[i] for i in np.flatnonzero(taken))
+    return sorted(line[int(i)] for i in np.flatnonzero(taken))
 
 
 def estimate(values: Any, foretold: Any, p: Any, foretold_of_all: Any, n: int) -> Estimated:

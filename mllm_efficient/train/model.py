@@ -223,7 +223,8 @@ def _for_rows(encoded: Encoded, ids: Tensor, adapter: Any, records: list[int]) -
     for found in locate(ids.cpu(), adapter.placeholders, encoded.items):
         of[found.row].append(found.index)
     every = [i for record in records for i in of[record]]
-    return Encoded(*([part[i] for i in every] for part in (encoded.items, encoded.encodings, encoded.made_for)))
+    items, encodings, made_for = ([part[i] for i in every] for part in (encoded.items, encoded.encodings, encoded.made_for))
+    return Encoded(items, encodings, made_for)
 
 
 def _reduced(turns: Tensor, prepared: Prepared) -> Tensor:
