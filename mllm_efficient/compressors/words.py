@@ -29,7 +29,7 @@ SHARED = {
     "layer": "the decoder layer from which on tokens are dropped", "debias": "takes the linear trend over places out of the attention",
     "seed": "of what is drawn, together with the image's key",
     "metric": "distance between tokens: cosine, l2, l1 or whitened (cosine without what they have in common)",
-    "groups": "of channels that metric=whitened works in; left out: of 64 channels each",
+    "groups": "of channels that metric=whitened works in; left out: of 16 channels each",
     "order": "raster, or picked: the order of choice", "weights": "folder or hub id of trained weights; random: drawn, for timing alone",
     "op": "avg, max, gem (generalised mean) or ggem (one for each group of channels)", "mode": "op by its earlier name",
     "p": "the power of gem, or of each group of ggem such as 1/3/5; left out: 3",

@@ -240,6 +240,14 @@ def test_settings_of_a_call_and_precision_miss(tiny_llava, make_batch):
     assert answered(model, inputs)[1] == 0 and torch.equal(answered(model, inputs)[0], found[0][0])
 
 
+def test_what_was_made_in_inference_mode_is_found_outside_of_it(tiny_llava, make_batch):
+    model, inputs = me.wrap(tiny_llava, "divprune:tokens=9", cache=CACHE), make_batch("one image")
+    with torch.inference_mode():
+        first = model.generate(**inputs, **NEW)
+    assert torch.equal(model.generate(**inputs, **NEW), first)
+    assert me.last_report(model).vision_cache.runs == 0
+
+
 def test_later_turns_find_the_pictures_of_earlier_ones(tiny_llava, make_batch):
     first, both = make_batch("one image"), make_batch("two images")
     model = me.wrap(tiny_llava, "divprune:tokens=9", cache=CACHE)

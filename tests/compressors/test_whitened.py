@@ -88,7 +88,7 @@ def test_nan_raises_and_half_precision_is_worked_on_in_float32():
 
 
 def test_groups():
-    assert [groups_of(576, 4096, None, ""), groups_of(144, 1024, None, ""), groups_of(20, 1024, None, "")] == [64, 16, 128]
+    assert [groups_of(576, 4096, None, ""), groups_of(144, 1024, None, ""), groups_of(20, 1024, None, "")] == [256, 64, 128]
     assert groups_of(2, 7, None, "") == 7 and groups_of(9, 12, 3, "") == 3
     with pytest.raises(me.MllmEfficientError, match="groups=5 does not divide the 32 channels"):
         me.build("divprune:tokens=9,metric=whitened,groups=5").select(tokens(36, 32))
