@@ -230,10 +230,8 @@ class QwenVLAdapter(Adapter, QwenVLRules):
         grids = item.arguments[GRID_OF[modality]].clone()
         grids[:, 0] = 1
         shape = self.shape(modality, 1, (planes[0].rows, planes[0].columns))
-        return [
-            Item({PIXELS_OF[modality]: part, GRID_OF[modality]: grids}, shape)
-            for part in item.arguments[PIXELS_OF[modality]].chunk(len(planes))
-        ]
+        parts = item.arguments[PIXELS_OF[modality]].chunk(len(planes))
+        return [Item({PIXELS_OF[modality]: part, GRID_OF[modality]: grids}, shape) for part in parts]
 
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
         return self.shape(item.shape.modality, len(item.shape.planes), grid)
