@@ -30,7 +30,8 @@ def builtin(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     Raises:
         MllmEfficientError: there is no such model; the message names those there are.
     """
-    loaded = load(ModelOptions(**({} if name is None else {"model": f"{FIRST}-{name}"}), **options))
+    own: dict[str, Any] = {} if name is None else {"model": f"{FIRST}-{name}"}
+    loaded = load(ModelOptions(**own, **options))
     return loaded.model, loaded.processor
 
 
