@@ -99,7 +99,7 @@ def grounded(seen: Sequence[Seen], rng: np.random.Generator, behind: str = "") -
         other = _another(s, rng)
         out += [f"is there {s.name}{behind}? yes", f"is there {other}{behind}? {'yes' if other in names else 'no'}"]
     out += _beside([s for s in seen if s.names[0][0] == "word" and names.count(s.name) == 1], seen, behind)
-    return [(GROUND, question, answer) for question, answer in (line.rsplit(" ", 1) for line in out)]
+    return [(GROUND, question, answer) for question, _, answer in (line.rpartition(" ") for line in out)]
 
 
 def _another(s: Seen, rng: np.random.Generator) -> str:
