@@ -99,6 +99,8 @@ class Adapter(Rules):
         off, and (views, K) which tokens stayed, None where they were merged. item: one of those whose views they are."""
         raise TypeError(f"{type(self).__name__} must define inside")
 
+    items_apart = True  # whether an item's arguments are its own, so that it can be encoded without the others of a call
+
     def frames_apart(self, item: Item) -> list[Item]:
         """The parts of an item that the tower sees apart from each other; the item itself where it sees all of it together."""
         return [item]

@@ -23,6 +23,7 @@ from ..report import CacheUse
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 STATE_OF_PEFT = ("_disable_adapters", "active_adapters", "merged_adapters", "scaling")  # of an adapted layer, beside its tensors
+PLAIN = (str, int, float, bool, type(None), torch.Size)  # arguments that their repr tells apart
 OFFLOADED = "cache= needs the weights of the vision side on a device, and some are offloaded: load the model without, or leave cache= out"
 
 
@@ -49,7 +50,7 @@ class VisionCache:
         return VisionCache, (self.limit,)  # a copy of the model fills its own
 
     def encoded(self, parts: Sequence[Part], run: Callable[[Any], Any]) -> tuple[list[Any], CacheUse]:
-        """The encodings of parts, and how they were come by. run: the encoding of one part's item."""
+        """The encodings of parts, and how they were come by: copies, which a method may write into. run: that of one part's item."""
         found, runs = dict[str, Any](), 0
         for part in parts:
             if part.key in found:
@@ -59,7 +60,7 @@ class VisionCache:
                 known = self._put(part.key, run(part.item))
                 runs += 1
             found[part.key] = known
-        return [found[part.key] for part in parts], CacheUse(len(parts) - runs, runs, self.bytes, self.limit)
+        return [_alone(found[part.key])[0] for part in parts], CacheUse(len(parts) - runs, runs, self.bytes, self.limit)
 
     def _get(self, key: str) -> Any:
         with self._lock:
@@ -88,9 +89,11 @@ def bytes_of(limit: int | str) -> int:
 
 
 def made_for(adapter: Any, limit: int | str | None) -> VisionCache | None:
-    """A cache for a model, None where none is asked for. Raises as ``bytes_of`` and ``state_of``."""
+    """A cache for a model, None where none is asked for. Raises as ``bytes_of``, ``state_of``, and for images not seen alone."""
     if limit is None:
         return None
+    if not adapter.items_apart:
+        raise UnsupportedModelError(f"cache= needs images that are encoded one by one, and {adapter.name} takes those of a call together")
     cache = VisionCache(limit)
     state_of(adapter)  # so that weights that cannot be read are refused here
     return cache
@@ -148,8 +151,10 @@ def _add(out: Any, name: str, value: Any) -> None:
         out.update(f"{name} {len(value)}".encode())
         for one in value:
             _add(out, name, one)
-    else:
+    elif isinstance(value, PLAIN):
         out.update(f"{name} {value!r}".encode())
+    else:
+        raise UnsupportedModelError(f"cache= cannot tell values of {name} apart, a {type(value).__name__}: leave cache= out")
 
 
 def _alone(encoding: Any) -> tuple[Any, int]:
@@ -170,7 +175,8 @@ def _python_state(module: Any) -> Any:
     """What of a module changes its output and is no tensor. Keys of hooks are never given twice in a process."""
     adapted = [repr(getattr(module, name)) for name in STATE_OF_PEFT] if hasattr(module, "_disable_adapters") else None
     hooks = [key for there in (module._forward_hooks, module._forward_pre_hooks) for key, hook in [*there.items()] if not _watches(hook)]
-    return hooks, adapted
+    own = [repr(module.__dict__[name]) for name in ("forward", "__call__") if name in module.__dict__]
+    return type(module).__qualname__, own, hooks, adapted
 
 
 def _watches(hook: Any) -> bool:
@@ -179,7 +185,7 @@ def _watches(hook: Any) -> bool:
 
 
 def _contents(tensors: Iterable[Tensor]) -> list[Any]:
-    """Of each tensor its kind, version and a sum of its bits in which rows count differently. The host waits once for each device."""
+    """Of each tensor its kind, version and a sum of its bits in which places count differently. The host waits once for each device."""
     known, sums = list[Any](), dict[torch.device, list[Tensor]]()
     for tensor in tensors:
         if tensor.is_meta:
@@ -195,7 +201,9 @@ def _contents(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def _sum_of_bits(bits: Tensor, rows: int) -> Tensor:
-    """A whole number of bytes (n,), in steps of eight where they go up in rows."""
+    """A whole number of bytes (n,), in words of eight where they go up in rows: of every row and of every column of words its sum, times an
+    odd number of its own."""
     wide = len(bits) % (8 * rows) == 0 and bits.data_ptr() % 8 == 0 and bits.storage_offset() % 8 == 0
-    of_rows = (bits.view(torch.int64) if wide else bits).view(rows, -1).sum(1, dtype=torch.int64)
-    return (of_rows * torch.arange(1, 2 * rows, 2, device=bits.device)).sum()
+    words = (bits.view(torch.int64) if wide else bits).view(rows, -1)
+    sums = torch.cat([words.sum(axis, dtype=torch.int64) for axis in (1, 0)])
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=bits.device)).sum()

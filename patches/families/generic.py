@@ -32,6 +32,8 @@ class GenericAdapter(Adapter):
     facts: the row.
     """
 
+    items_apart = False
+
     def __init__(self, model: Any):
         super().__init__(model)
         self.encode_keys = tuple(dict.fromkeys(name for modality in PIXELS for name in self._arguments(modality)))

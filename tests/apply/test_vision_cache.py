@@ -11,8 +11,9 @@ import torch
 
 import mllm_efficient as me
 from mllm_efficient.apply.encode import encode
-from mllm_efficient.apply.vision_cache import VisionCache, bytes_of, state_of
+from mllm_efficient.apply.vision_cache import Part, VisionCache, bytes_of, state_of
 from mllm_efficient.patches import adapter_for
+from mllm_efficient.patches.base import Encoding
 
 from ..families import EVERY, PROMPTS, TILE, make, process, tiny
 
@@ -133,6 +134,21 @@ def rows_swapped(model):
     weight.data.copy_(weight.data.flip(0))  # the same numbers
 
 
+def columns_swapped(model):
+    weight = model.model.multi_modal_projector.linear_2.weight
+    weight.data.copy_(weight.data.unflatten(1, (-1, 4)).flip(1).flatten(1))  # in words of more than eight bytes
+
+
+def other_forward(model):
+    projector = model.model.multi_modal_projector
+    stock = projector.forward
+    projector.forward = lambda features: stock(features) + 1
+
+
+def other_activation(model):
+    model.model.multi_modal_projector.act = torch.nn.Tanh().eval()
+
+
 def new_tensor(model):
     model.model.multi_modal_projector.linear_1.bias.data = model.model.multi_modal_projector.linear_1.bias.data + 1
 
@@ -145,7 +161,10 @@ def hook(model):
     model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: output * 2)
 
 
-@pytest.mark.parametrize("change", [optimizer_step, loaded, through_data, rows_swapped, new_tensor, other_layer, hook])
+@pytest.mark.parametrize(
+    "change",
+    [optimizer_step, loaded, through_data, rows_swapped, columns_swapped, other_forward, other_activation, new_tensor, other_layer, hook],
+)
 def test_a_changed_model_misses(tiny_llava, make_batch, change):
     model, inputs = me.wrap(tiny_llava, "divprune:tokens=9", cache=CACHE), make_batch("one image")
     before, runs = answered(model, inputs)
@@ -154,6 +173,30 @@ def test_a_changed_model_misses(tiny_llava, make_batch, change):
     after, runs = answered(model, inputs)
     assert runs == 1 and not torch.equal(before, after)
     assert torch.equal(after, fresh(model, inputs))
+
+
+def test_a_bias_in_another_order_is_another(tiny_llava):
+    bias = tiny_llava.model.multi_modal_projector.linear_1.bias
+    bias.data.copy_(torch.arange(len(bias)))
+    adapter = adapter_for(tiny_llava)
+    before = state_of(adapter)
+    bias.data.copy_(bias.data.flip(0))
+    assert state_of(adapter) != before
+
+
+def test_what_a_method_writes_into_its_features_is_not_kept():
+    cache, part = VisionCache(CACHE), Part(None, "one")
+    for runs in (1, 0, 0):
+        (made,), use = cache.encoded([part], lambda item: Encoding(torch.ones(3, 2), None, deep=(torch.ones(3, 2),)))
+        assert use.runs == runs and torch.equal(made.features, torch.ones(3, 2)) and torch.equal(made.deep[0], torch.ones(3, 2))
+        made.features.mul_(2)
+        made.deep[0].mul_(2)
+
+
+def test_images_that_are_not_encoded_alone_are_refused():
+    """MiniCPM-V's adapter is of the kind that all types of the table of facts share."""
+    with pytest.raises(me.UnsupportedModelError, match="takes those of a call together"):
+        me.wrap(tiny("minicpmv4_6"), "none", cache=CACHE)
 
 
 def test_what_changes_in_the_decoder_alone_still_finds(tiny_llava, make_batch):
