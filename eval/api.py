@@ -223,12 +223,13 @@ def lent(model: Any, processor: Any, seed: int = 0) -> Iterator[Loaded]:
         raise MllmEfficientError("the processor is missing: give what AutoProcessor.from_pretrained() makes for the model")
     if is_wrapped(model):
         raise MllmEfficientError("the model is wrapped, and methods are compared on the model as it came: me.unwrap(model) first")
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a model may have parts in one and parts in the other
     model.eval()
     try:
         yield Loaded(model, processor, ModelOptions(_name(model), seed=seed), in_memory=True)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _name(model: Any) -> str:

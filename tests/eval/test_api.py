@@ -132,10 +132,13 @@ def test_a_wrapped_model_is_refused_and_the_mode_is_put_back(builtin):
         me.evaluate(model, processor, limit=7)
     with pytest.raises(me.MllmEfficientError, match="no model of transformers"):
         me.bench("builtin", processor)
+    parts = list(model.modules())
     model.train()
+    model.lm_head.eval()  # as a part that is frozen
+    before = [part.training for part in parts]
     try:
         me.evaluate(model, processor, limit=7)
-        assert model.training
+        assert [part.training for part in parts] == before and {True, False} == set(before)
     finally:
         model.eval()
 
