@@ -10,6 +10,7 @@ import pytest
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
+from mllm_efficient.eval.arguments import budgets
 from mllm_efficient.eval.record import schema
 
 METHODS = ["divprune:keep=0.25", "random:keep=0.25"]
@@ -116,14 +117,41 @@ def test_what_has_no_effect_is_refused(builtin, tmp_path):
         ({"against": "pool:keep=0.5"}, "not among the methods"),
         ({"tasks": ["gqa"], "datroot": 1}, "did you mean 'data_root'"),
         ({"methods": ["divprun"]}, "did you mean 'divprune'"),
+        ({"methods": "divprun"}, "unknown method 'divprun'.*did you mean 'divprune'"),
+        ({"image_range": "auto"}, "image_range= has no effect on the embedded benchmark"),
+        ({"image_range": "ful", "data": "r.jsonl"}, "image_range='ful' is not one of 'full', 'auto'"),
+        ({"turns": 0}, "turns=0 is not one of 1, 2"),
+        ({"limit": 0}, "limit=0 is not a whole number from 1"),
+        ({"limit": -3}, "limit=-3 is not a whole number from 1"),
+        ({"batch_size": 0}, "batch_size=0 is not a whole number from 1"),
+        ({"batch_size": True}, "batch_size=True is not a whole number from 1"),
+        ({"data": "r.jsonl", "max_new_tokens": 0}, "max_new_tokens=0 is not a whole number from 1"),
+        ({"tasks": "gqa", "limit": 1.5}, "limit=1.5 is not a whole number from 1"),
     ]:
         with pytest.raises(me.MllmEfficientError, match=says):
             me.evaluate(*builtin, **{"methods": METHODS, "limit": 7, **wrong})
-    for wrong, says in [({"keep": [0.5], "tokens": [3]}, "keep and tokens"), ({"keep": [2.0]}, "outside"), ({"match": "x"}, "match='x'")]:
+    for wrong, says in [
+        ({"keep": [0.5], "tokens": [3]}, "keep and tokens"), ({"keep": [2.0]}, "outside"), ({"match": "x"}, "match='x'"),
+        ({"image_range": "auto"}, "image_range= has no effect"), ({"batch_size": -1}, "batch_size=-1"), ({"repeats": 0}, "repeats=0"),
+        ({"split": "train"}, "split='train'"), ({"warmup": -1}, "warmup=-1 is not a whole number from 0"),
+    ]:  # fmt: skip
         with pytest.raises(me.MllmEfficientError, match=says):
             me.sweep(*builtin, ["divprune"], **wrong)
-    with pytest.raises(me.BadSettingError, match="whole number from 1"):
-        me.bench(*builtin, batch_size=0)
+    for wrong in ({"batch_size": 0}, {"repeats": 0}, {"max_batch": 0}):
+        with pytest.raises(me.BadSettingError, match="whole number from 1"):
+            me.bench(*builtin, **wrong)
+    with pytest.raises(me.BadSettingError, match="images=0 is not a whole number from 1"):
+        me.flops(images=0)
+
+
+def test_one_budget_is_a_list_of_one():
+    assert budgets(0.5, None) == budgets([0.5, 0.5], None) == ["keep=0.5"] and budgets(None, 9) == ["tokens=9"]
+    assert budgets(None, None) == []
+
+
+@pytest.mark.parametrize("one", ["divprune:keep=0.25", {"method": "divprune", "keep": 0.25}, me.DivPrune(keep=0.25)])
+def test_a_method_alone_is_a_list_of_one(one):
+    assert me.flops("llava-1.5-7b", one).rows == me.flops("llava-1.5-7b", [one]).rows
 
 
 def test_a_wrapped_model_is_refused_and_the_mode_is_put_back(builtin):
