@@ -184,6 +184,28 @@ def test_weights_that_changed_are_other_weights(builtin, evaluated):
     assert me.evaluate(copy.deepcopy(model), processor, limit=7).meta["weights"] == evaluated.meta["weights"]
 
 
+def test_every_value_and_how_a_model_generates_is_part_of_its_weights():
+    from mllm_efficient.loading.models import Loaded, ModelOptions, fingerprint
+
+    model, processor = me.builtin(device="cpu")  # one of its own: it is changed
+    loaded = Loaded(model, processor, ModelOptions("builtin"), in_memory=True)
+    first = fingerprint(loaded)
+    assert fingerprint(loaded) == first
+    values = max(model.parameters(), key=lambda p: p.numel()).data.view(-1)
+    for place in (1, len(values) // 2 + 1, len(values) - 1):
+        before = values[place].item()
+        values[place] = before + 1
+        assert fingerprint(loaded) != first, f"value {place}"
+        values[place] = before
+    a, b = values[1].item(), values[2].item()
+    values[1], values[2] = b, a
+    assert a != b and fingerprint(loaded) != first, "two values that changed places"
+    values[1], values[2] = a, b
+    assert fingerprint(loaded) == first
+    model.generation_config.repetition_penalty = 1.5
+    assert fingerprint(loaded) != first
+
+
 # ------------------------------------------------------------------------------------------------ results
 
 
