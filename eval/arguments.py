@@ -63,7 +63,7 @@ def budgets(keep: float | Sequence[float] | None, tokens: Many | None) -> list[s
     if keep is not None and tokens is not None:
         raise BadSettingError("keep and tokens are two ways to say one thing: give one of them")
     name, given = ("keep", keep) if tokens is None else ("tokens", tokens)
-    values = () if given is None else given if isinstance(given, Sequence) else [given]
+    values: Sequence[Any] = () if given is None else given if isinstance(given, Sequence) else [given]
     for value in values:
         Budget(**{name: value})
     return list(dict.fromkeys(f"{name}={value}" for value in values))

@@ -50,7 +50,8 @@ def choose(
     from ..records import read
     from ..writing import write_text
 
-    budget, explore, seed = (usual if given is None else given for given, usual in ((budget, 50), (explore, choosing.EXPLORE), (seed, 0)))
+    budget, seed = 50 if budget is None else budget, 0 if seed is None else seed
+    explore = choosing.EXPLORE if explore is None else explore
     arms, requests, answered = choosing.read_run(run, [record.id for record in read(data)])
     if not requests:
         raise MllmEfficientError(f"{data}: every request with an image has an answer already, so there is nothing to label")
