@@ -15,20 +15,33 @@ from mllm_efficient.loading.models import BUILTIN, Loaded, ModelOptions
 from mllm_efficient.progress import Progress
 from mllm_efficient.registry import runnable
 
+from .arguments import (
+    Many,
+    Method,
+    Methods,
+    budgets,
+    listed,
+    many,
+    one_of,
+    or_usual,
+    require_effect,
+    require_sources,
+    require_whole,
+    several,
+    unusual_range,
+)
 from .builtin import is_public
 from .results import Results
 
 if TYPE_CHECKING:
     from .lmms.run import TaskOptions
 
-Method = str | dict[str, Any] | Compressor
-Many = int | Sequence[int]
 SPLITS = ("test", "val")
 OF_TASKS = ("data_root", "include", "on_error", "cache", "image_padding", "prompt_format", "reference", "coco_instances")
 
 
 def evaluate(
-    model: Any, processor: Any, methods: Sequence[Method] = (), *, suite: str | None = None, tasks: Sequence[str] | None = None,
+    model: Any, processor: Any, methods: Methods = (), *, suite: str | None = None, tasks: Sequence[str] | None = None,
     data: str | Path | None = None, categories: Sequence[str] | None = None, split: str | None = None, turns: int | None = None,
     limit: int | None = None, batch_size: int | None = None, max_new_tokens: int | None = None, against: Method | None = None,
     image_range: str = "full", output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
@@ -37,7 +50,7 @@ def evaluate(
 
     Args:
         model, processor: as transformers has them, not wrapped; they are left as they were.
-        methods: specifications such as "divprune:keep=0.25", dicts, or objects such as ``me.DivPrune(keep=0.25)``.
+        methods: specifications such as "divprune:keep=0.25", dicts, or objects such as ``me.DivPrune(keep=0.25)``; or one alone.
         suite: "builtin" (the default), "builtin-hard": embedded benchmarks; or public ones by name ("quick", "ocr" ...).
         tasks: instead, tasks of lmms-eval. data: instead, a file of requests of one's own, answered as by the uncompressed model.
         categories: of an embedded benchmark; None asks all that the model takes.
@@ -53,9 +66,13 @@ def evaluate(
         MllmEfficientError: an argument that is unknown, has no effect, or that the model cannot run; before anything is answered.
     """
     public = is_public(tasks, suite)
-    _require_sources(suite=suite, tasks=tasks, data=data)
-    _require_effect(public, data, of_tasks, categories=categories, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens)
-    specs = [built(m) for m in methods]
+    require_sources(suite=suite, tasks=tasks, data=data)
+    require_whole(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    require_effect(
+        public, data, of_tasks, categories=categories, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens,
+        image_range=unusual_range(image_range),
+    )  # fmt: skip
+    specs = [built(m) for m in many(methods)]
     how: dict[str, Any] = {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)}
     with lent(model, processor, seed) as loaded:
         if public:
@@ -69,8 +86,8 @@ def evaluate(
         if data is None:
             from .evaluate import BATCH, on_benchmark
 
-            how |= {"split": one_of("split", split or "test", SPLITS), "turns": one_of("turns", turns or 1, (1, 2))}
-            return on_benchmark(loaded, chosen, suite=suite, categories=_listed(categories), batch_size=batch_size or BATCH, **how)
+            how |= {"split": one_of("split", or_usual(split, "test"), SPLITS), "turns": one_of("turns", or_usual(turns, 1), (1, 2))}
+            return on_benchmark(loaded, chosen, suite=suite, categories=listed(categories), batch_size=batch_size or BATCH, **how)
         from .evaluate import DATA_BATCH, on_requests
         from .requests import read_requests
 
@@ -88,21 +105,8 @@ def _on_tasks(loaded: Loaded, asked: TaskOptions, methods: Sequence[Compressor],
     return found
 
 
-def _require_effect(public: bool, data: Any, of_tasks: dict[str, Any], **given: Any) -> None:
-    """Raises for an argument that has no effect on what is asked."""
-    source = "public tasks" if public else "data" if data is not None else "the embedded benchmark"
-    without = {
-        "public tasks": ("categories", "split", "turns", "against"),
-        "data": ("categories", "split", "turns"),
-        "the embedded benchmark": ("max_new_tokens",),
-    }
-    for name in (*without[source], *(() if public else of_tasks)):
-        if given.get(name, of_tasks.get(name)) is not None:
-            raise BadSettingError(f"{name}= has no effect on {source}: leave it out")
-
-
 def sweep(
-    model: Any, processor: Any, methods: Sequence[Method], *, keep: Sequence[float] | None = None, tokens: Sequence[int] | None = None,
+    model: Any, processor: Any, methods: Methods, *, keep: float | Sequence[float] | None = None, tokens: Many | None = None,
     suite: str | None = None, tasks: Sequence[str] | None = None, data: str | Path | None = None,
     categories: Sequence[str] | None = None, split: str | None = None, limit: int | None = None, batch_size: int | None = None,
     max_new_tokens: int | None = None, image_range: str = "full", max_drop: float = 1.0, match: str | None = None, timed: bool = True,
@@ -128,26 +132,31 @@ def sweep(
     from .sweeping import Plan, asker
     from .sweeping import sweep as run
 
-    _require_sources(suite=suite, tasks=tasks, data=data)
+    require_sources(suite=suite, tasks=tasks, data=data)
     public = is_public(tasks, suite)
-    _require_effect(public, data, of_tasks, categories=categories, split=split, max_new_tokens=max_new_tokens)
-    specs = [m if isinstance(m, str) else built(m).spec() for m in methods]
+    require_whole(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, repeats=repeats)
+    require_whole(0, warmup=warmup)
+    require_effect(
+        public, data, of_tasks, categories=categories, split=split, max_new_tokens=max_new_tokens, image_range=unusual_range(image_range)
+    )
+    specs = [m if isinstance(m, str) else built(m).spec() for m in many(methods)]
     one_of("match", match, (None, "flops"))
     wanted = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks) if public else None
     ask = asker(
-        wanted, None if data is None else Path(data), suite=suite, categories=_listed(categories), split=split or "test",
-        limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, image_range=image_range, progress=_progress(progress),
+        wanted, None if data is None else Path(data), suite=suite, categories=listed(categories),
+        split=one_of("split", or_usual(split, "test"), SPLITS), limit=limit, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, image_range=image_range, progress=_progress(progress),
     )  # fmt: skip
     settings = Settings(Workload(image_size, 1, text_tokens, output_tokens), (1,), repeats, warmup, seed)
     head = {"command": None, "limit": limit, "max_drop": max_drop}
-    plan = Plan(specs, _budgets(keep, tokens), ask, settings, timed, match, head)
+    plan = Plan(specs, budgets(keep, tokens), ask, settings, timed, match, head)
     with lent(model, processor, seed) as loaded, contextlib.ExitStack() as kept:
         folder = output_dir or kept.enter_context(tempfile.TemporaryDirectory())
         return run(loaded, plan, Path(folder), _progress(progress))
 
 
 def bench(
-    model: Any, processor: Any, methods: Sequence[Method] = (), *, batch_size: Many = 1, image_size: tuple[int, int] | None = None,
+    model: Any, processor: Any, methods: Methods = (), *, batch_size: Many = 1, image_size: tuple[int, int] | None = None,
     images: int = 1, text_tokens: int = 64, output_tokens: int = 32, repeats: int = 10, warmup: int = 2, max_batch: int | None = None,
     seed: int = 0, progress: bool = False,
 ) -> Results:  # fmt: skip
@@ -165,8 +174,10 @@ def bench(
 
     from .timings import bench_of
 
-    chosen = [built(m) for m in methods]
-    sizes = tuple(dict.fromkeys(_several("batch_size", batch_size, 1)))
+    chosen = [built(m) for m in many(methods)]
+    require_whole(repeats=repeats, max_batch=max_batch)
+    require_whole(0, warmup=warmup)
+    sizes = tuple(dict.fromkeys(several("batch_size", batch_size, 1)))
     settings = Settings(Workload(image_size, images, text_tokens, output_tokens), sizes, repeats, warmup, seed, max_batch)
     with lent(model, processor, seed) as loaded:
         require_runnable(loaded, chosen)
@@ -174,7 +185,7 @@ def bench(
 
 
 def flops(
-    model: Any = BUILTIN, methods: Sequence[Method] = (), *, text_tokens: Many = 64, visual_tokens: Many | None = None,
+    model: Any = BUILTIN, methods: Methods = (), *, text_tokens: Many = 64, visual_tokens: Many | None = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None, images: int = 1, new_tokens: int = 0, batch_size: int = 1,
     convention: str = "exact", processor: Any = None,
 ) -> Results:  # fmt: skip
@@ -192,14 +203,16 @@ def flops(
 
     from .costs import Prompts, flops_of, zipped
 
-    chosen = [built(m) for m in methods]
+    chosen = [built(m) for m in many(methods)]
+    require_whole(images=images, batch_size=batch_size)
+    require_whole(0, new_tokens=new_tokens)
     if isinstance(model, str | Path):
         shape = load_shape(str(model))
     else:
         shape = shape_of(model.config, _name(model), None if processor is None else image_settings(processor))
     sizes: Any = image_size if image_size is None or isinstance(image_size[0], Sequence) else [image_size]
-    visuals = None if visual_tokens is None else _several("visual_tokens", visual_tokens, 1)
-    pairs = zipped(_several("text_tokens", text_tokens, 0), visuals, sizes)
+    visuals = None if visual_tokens is None else several("visual_tokens", visual_tokens, 1)
+    pairs = zipped(several("text_tokens", text_tokens, 0), visuals, sizes)
     prompts = Prompts(pairs, images, new_tokens, batch_size, convention)
     return flops_of(shape, chosen, prompts, settings=ModelOptions(shape.name))
 
@@ -223,12 +236,13 @@ def lent(model: Any, processor: Any, seed: int = 0) -> Iterator[Loaded]:
         raise MllmEfficientError("the processor is missing: give what AutoProcessor.from_pretrained() makes for the model")
     if is_wrapped(model):
         raise MllmEfficientError("the model is wrapped, and methods are compared on the model as it came: me.unwrap(model) first")
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a model may have parts in one and parts in the other
     model.eval()
     try:
         yield Loaded(model, processor, ModelOptions(_name(model), seed=seed), in_memory=True)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _name(model: Any) -> str:
@@ -273,50 +287,12 @@ def task_options(
     unknown = sorted(set(more) - set(OF_TASKS))
     if unknown:
         raise BadSettingError(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0], OF_TASKS)}")
-    names, usual = task_names(None if tasks is None else ",".join(tasks), suite)
+    names, usual = task_names(listed(tasks), suite)
     paths: dict[str, Any] = {name: Path(more.pop(name)) for name in ("data_root", "cache", "coco_instances") if more.get(name) is not None}
     return TaskOptions(
         names, even(names, limit or usual, suite), batch_size or 1, max_new_tokens=max_new_tokens, image_range=image_range,
         **paths, **more,
     )  # fmt: skip
-
-
-def _require_sources(**given: Any) -> None:
-    """Raises where a suite, tasks and data are given together."""
-    there = [name for name, value in given.items() if value is not None]
-    if len(there) > 1:
-        raise BadSettingError(f"{' and '.join(there)} say each what is asked: give one of them")
-
-
-def one_of(name: str, value: Any, among: Sequence[Any]) -> Any:
-    """The value. Raises ``BadSettingError`` for one that is not among some."""
-    if value not in among:
-        raise BadSettingError(f"{name}={value!r} is not one of {', '.join(map(repr, among))}")
-    return value
-
-
-def _several(name: str, value: Many, least: int) -> list[int]:
-    values = list(value) if isinstance(value, Sequence) else [value]
-    if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < least for v in values):
-        raise BadSettingError(f"{name}={value!r} is not a whole number from {least} or a list of such")
-    return values
-
-
-def _budgets(keep: Sequence[float] | None, tokens: Sequence[int] | None) -> list[str]:
-    """``keep=[0.5]`` as ``["keep=0.5"]``; each is tried as a budget."""
-    from mllm_efficient.budget import Budget
-
-    if keep is not None and tokens is not None:
-        raise BadSettingError("keep and tokens are two ways to say one thing: give one of them")
-    for value in keep or ():
-        Budget(keep=value)
-    for value in tokens or ():
-        Budget(tokens=value)
-    return list(dict.fromkeys([*(f"keep={k}" for k in keep or ()), *(f"tokens={t}" for t in tokens or ())]))
-
-
-def _listed(categories: Sequence[str] | None) -> str | None:
-    return None if categories is None else categories if isinstance(categories, str) else ",".join(categories)
 
 
 def _progress(shown: bool) -> Progress:

@@ -172,7 +172,7 @@ def estimates(path: Path) -> list[dict[str, Any]]:
     ]
     if wrong or not lines:
         raise MllmEfficientError(f"{path} line {wrong[0] if wrong else 1} is none that choose wrote")
-    empty = [r["id"] for r in lines if not r.get("answer")]
+    empty = [r["id"] for r in lines if r.get("answer") in (None, "", [])]
     if empty:
         raise MllmEfficientError(f"{path}: {len(empty)} of {len(lines)} have no answer yet, the first is {empty[0]!r}")
     p, n = [r["probability"] for r in lines], lines[0]["of"]
@@ -193,7 +193,7 @@ def estimates(path: Path) -> list[dict[str, Any]]:
 
 def _right(line: dict[str, Any], arm: str) -> float:
     answer, expected = line["answers"][arm], line["answer"]
-    return float(answer is not None and matches(answer, [expected] if isinstance(expected, str) else [str(e) for e in expected]))
+    return float(answer is not None and matches(answer, [str(e) for e in (expected if isinstance(expected, list) else [expected])]))
 
 
 def _interval(said: Estimated, labels: int) -> list[float] | None:

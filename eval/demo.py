@@ -14,6 +14,7 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.words import title
 from mllm_efficient.errors import BadBudgetError, MllmEfficientError
 from mllm_efficient.loading.models import Loaded, require_supported
+from mllm_efficient.measure.native import asked
 from mllm_efficient.measure.workload import Workload
 from mllm_efficient.registry import list_methods, runnable, with_budget
 
@@ -69,16 +70,17 @@ class Demo:
         if not question or len(question) > LONGEST:
             raise MllmEfficientError(f"the question has {len(question)} characters: from 1 to {LONGEST} can be asked")
         check(self.adapter, method)
-        inputs = self.loaded.inputs([self.loaded.prompt(question, 1)], [picture])
-        with self._alone, compressed(self.loaded.model, method):
+        way = asked(self.loaded, method, [[picture]])
+        inputs = way.loaded.inputs([self.loaded.prompt(question, 1)], [picture])
+        with self._alone, compressed(self.loaded.model, way.method):
             start = time.perf_counter()
             out = self.loaded.model.generate(
                 **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, return_dict_in_generate=True
             )  # fmt: skip
             seconds = time.perf_counter() - start
-        new, report = out.sequences[0, inputs["input_ids"].shape[1] :], out.compression
+        new, made, report = out.sequences[0, inputs["input_ids"].shape[1] :], out.compression, way.told(out.compression)
         text = self.loaded.processor.decode(new, skip_special_tokens=True).strip()
-        words = max(1, inputs["input_ids"].shape[1] - report.visual_tokens_full - report.separators_full)
+        words = max(1, inputs["input_ids"].shape[1] - made.visual_tokens_full - made.separators_full)
         ratio = self._flops_ratio(picture.size, words, max(1, len(new)), method)
         return Answer(title(method), text, report.visual_tokens_kept, report.visual_tokens_full, seconds, ratio)
 
@@ -92,10 +94,11 @@ class Demo:
 
     def compare(self, picture: Image, question: str, names: Sequence[str], keep: float) -> tuple[Answer, list[Answer | str]]:
         """The uncompressed model's answer, and that of each method at the budget, or why it has none."""
+        base = self.ask(picture, question, runnable("none"))  # raises for what is wrong with the question, whatever the method
         found: list[Any] = []
         for name in names:
             try:
                 found.append(self.ask(picture, question, with_budget(name, keep=keep)))
-            except BadBudgetError as error:
+            except MllmEfficientError as error:
                 found.append(str(error))
-        return self.ask(picture, question, runnable("none")), found
+        return base, found

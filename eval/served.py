@@ -21,7 +21,7 @@ from .agreement_rows import Compared
 from .answers import NORMALISATION, matches, normalise
 from .lmms.asking import RECORD, Content
 from .lmms.server import ServerAsker, ServerCell, served
-from .record.bench_file import write_json
+from .record.bench_file import SERVERS, write_json
 from .record.samples import fingerprint_of
 from .requests import Request
 from .results import EVALUATE, Results
@@ -56,7 +56,7 @@ def on_servers(
     records = ask(cells, requests, batch_size=batch_size, max_new_tokens=max_new_tokens)
     rows = rows_of(records, cells, seed)
     meta = {
-        **served(cells), "suite": "data", "data": str(data), "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        **served(cells), "suite": SERVERS, "data": str(data), "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
         "normalisation": NORMALISATION, "questions": len(requests), "meaning": MEANING, "worst": worst_of(records),
         "questions_fingerprint": fingerprint_of({"ids": sorted(r.digest for r in requests)}),
         "interval": "95%, 2000 paired resamples of requests", "methods": [],

@@ -104,7 +104,10 @@ def test_the_wheel_is_small_and_holds_exactly_the_package(wheel):
     for name, folder in FOLDERS.items():
         inside = name.replace(".", "/")
         for file in (ROOT / folder).rglob("*"):
-            if file.suffix in (".py", ".yaml", ".safetensors", ".jinja", ".json", ".md", ".typed") and "__pycache__" not in file.parts:
+            if (
+                file.suffix in (".py", ".yaml", ".safetensors", ".jinja", ".json", ".jsonl", ".md", ".typed")
+                and "__pycache__" not in file.parts
+            ):
                 assert f"{inside}/{file.relative_to(ROOT / folder).as_posix()}" in names
     assert all(n.startswith("mllm_efficient/") and "__pycache__" not in n for n in names)
 

@@ -16,6 +16,7 @@ from mllm_efficient.writing import write_text, writing
 from .samples import SAMPLES_FILE, fingerprint_of, read_lines
 
 BENCH_FILE, LOCK_FILE, BEGUN_FILE = "bench.jsonl", "sweep.lock", "unfinished.json"
+SERVERS = "servers"  # suite of answers that running servers gave to a user's own requests
 
 
 class BenchFile:

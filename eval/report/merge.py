@@ -11,7 +11,7 @@ from typing import Any
 from mllm_efficient.errors import MllmEfficientError
 
 from ..agreement_rows import cell_of
-from ..record.bench_file import unfinished
+from ..record.bench_file import SERVERS, unfinished
 from .recommend import recommend
 from .rows import row_of
 
@@ -74,6 +74,8 @@ class Finished:
         try:
             content = json.loads(file.read_text())
             rows, meta = content["rows"], content["meta"]
+            if meta.get("suite") == SERVERS:
+                raise MllmEfficientError(f"{folder} has answers of running servers, of which no report is made: {file.name} has their rows")
             if file.name == "results.json":
                 rows = of_eval(rows, meta)
             if rows[0]["role"] != "baseline":

@@ -14,25 +14,27 @@ from . import options
 def choose(
     data: Annotated[Path | None, typer.Option("--data", help="The requests that the run was asked, a JSON object a line.")] = None,
     run: Annotated[Path | None, typer.Option("--run", help="The folder of a finished eval --data or sweep --data.")] = None,
-    budget: Annotated[int, typer.Option("--budget", min=2, help="How many requests you can label.")] = 50,
+    budget: Annotated[int | None, typer.Option("--budget", min=2, help="How many requests you can label; 50.")] = None,
     explore: Annotated[
-        float,
-        typer.Option("--explore", min=0, max=1, help="Share of the budget that is drawn evenly; 0: differences alone, no accuracies."),
-    ] = 0.2,
+        float | None,
+        typer.Option("--explore", min=0, max=1, help="Share of the budget that is drawn evenly, 0.2; 0: differences alone, no accuracies."),
+    ] = None,
     labelled: Annotated[
         Path | None, typer.Option("--labelled", help="Instead: a file that choose wrote, its answers filled in; says what follows.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="The file to write, a record a line with an empty answer.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of what is drawn; 0.")] = None,
     json: options.Json = False,
 ) -> None:
     """Which of your requests to label, so that few labels say most about what methods cost in accuracy; and what the labels say."""
-    from ..eval import choosing
-
     if labelled is not None:
-        for name, value in (("--data", data), ("--run", run), ("--output", output)):
+        for name, value in (
+            ("--data", data), ("--run", run), ("--output", output), ("--budget", budget), ("--explore", explore), ("--seed", seed),
+        ):  # fmt: skip
             if value is not None:
                 raise MllmEfficientError(f"{name} has no effect with --labelled: leave it out")
+        from ..eval import choosing
+
         rows = choosing.estimates(labelled)
         if json:
             options.print_json(rows, {"labelled": str(labelled)})
@@ -44,9 +46,12 @@ def choose(
         return
     if data is None or run is None:
         raise MllmEfficientError("choose needs --data and --run, or --labelled")
+    from ..eval import choosing
     from ..records import read
     from ..writing import write_text
 
+    budget, seed = 50 if budget is None else budget, 0 if seed is None else seed
+    explore = choosing.EXPLORE if explore is None else explore
     arms, requests, answered = choosing.read_run(run, [record.id for record in read(data)])
     if not requests:
         raise MllmEfficientError(f"{data}: every request with an image has an answer already, so there is nothing to label")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..eval.demo import Answer, Demo
 
 HOST, UPLOAD = "127.0.0.1", "10mb"
+FORGET = (3600, 3600)  # seconds: how often files of the page are looked at, and how old those are that are deleted
 SCENES = 6
 ENDINGS = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"]
 # Nothing is asked of the network, whatever the page's template names: scripts, fonts and pictures come from this server alone.
@@ -70,7 +71,7 @@ def build(gradio: Any, demo: Demo, model: str) -> Any:
     """The page's blocks."""
     names = [name for name in demo.methods() if name not in ("none", "proportional", "dpn")]
     usual = [n for n in ("divprune", "random") if n in names] + names
-    with gradio.Blocks(title="mllm-efficient", analytics_enabled=False) as page:
+    with gradio.Blocks(title="mllm-efficient", analytics_enabled=False, delete_cache=FORGET) as page:
         gradio.Markdown(
             f"## Fewer visual tokens, side by side\nModel: **{'the embedded one (a tiny self-test)' if model == 'builtin' else model}**"
         )

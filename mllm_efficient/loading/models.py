@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 BUILTIN = FIRST
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
-SAMPLED = 4096  # values of a tensor that go into a model's digest
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,10 @@ def require_supported(loaded: Loaded):
 
 
 def fingerprint(loaded: Loaded) -> str:
-    """What identifies the weights: commit of the hub, or a hash over the local folder's files; of a model in memory over its tensors."""
+    """What identifies the weights: commit of the hub, or a hash over the local folder's files.
+
+    Of a model in memory: a hash over its tensors and how it generates.
+    """
     if loaded.in_memory:
         return _digest_of_tensors(loaded.model)
     commit = getattr(loaded.model.config, "_commit_hash", None)
@@ -264,15 +268,23 @@ def fingerprint(loaded: Loaded) -> str:
 
 
 def _digest_of_tensors(model: Any) -> str:
-    """A hash over name, shape and dtype of every tensor and ``SAMPLED`` of its values, evenly spread."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
-        if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
-            tensor = tensor.dequantize()
-        flat = tensor.detach().reshape(-1)
-        digest.update(flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A hash over name, shape, dtype and every bit of every tensor, and over how the model generates."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing holds no lock: a few tensors at a time
+        parts = list(pool.map(_digest_of_tensor, *zip(*sorted(model.state_dict().items()))))
+    generation = getattr(model, "generation_config", None)
+    said = {} if generation is None else generation.to_diff_dict()
+    said = {name: value for name, value in said.items() if name not in ("transformers_version", "_from_model_config")}
+    return hashlib.sha256("".join([*parts, json.dumps(said, sort_keys=True, default=str)]).encode()).hexdigest()[:16]
+
+
+def _digest_of_tensor(name: str, tensor: Any) -> str:
+    import torch
+
+    if hasattr(tensor, "dequantize") and type(tensor).__module__.startswith("torchao"):
+        tensor = tensor.dequantize()
+    digest = hashlib.sha256(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def release() -> str:

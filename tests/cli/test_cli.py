@@ -166,11 +166,13 @@ def test_a_users_file_brings_a_method(capsys, scene, tmp_path):
     assert "norm_cli keeps 20 of 144" in capsys.readouterr().err
 
 
-def test_help_and_methods_import_no_torch():
+def test_help_methods_and_refusals_import_no_torch():
     code = (
         "import sys\nfrom mllm_efficient.cli import main\n"
         "for argv in (['methods'], ['--help'], ['eval', '--help'], ['generate', '--help']):\n"
-        "    assert main(argv) == 0\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), argv"
+        "    assert main(argv) == 0\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), argv\n"
+        "for argv in (['choose'], ['choose', '--labelled', 'x', '--seed', '0']):\n"
+        "    assert main(argv) == 2\n    assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), argv"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,12 +10,15 @@ import time
 import urllib.request
 
 import pytest
+from PIL import Image
 
 import mllm_efficient as me
 from mllm_efficient.cli import demo as page
 from mllm_efficient.cli import main
 from mllm_efficient.eval.demo import Demo
-from mllm_efficient.loading.models import ModelOptions, load
+from mllm_efficient.loading.models import Loaded, ModelOptions, load
+
+from ..families import EVERY, tiny
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -44,6 +47,24 @@ def test_what_cannot_be_is_said_beside_what_can(demo):
     for wrong in ("", " " * 9, "x" * 501):
         with pytest.raises(me.MllmEfficientError, match="from 1 to 500 can be asked"):
             demo.ask(image, wrong, me.DivPrune(keep=0.5))
+
+
+def test_native_is_compared_on_its_own_inputs():
+    """A method that sets the processor: its tokens are those of the smaller inputs, against those of the processor as it came."""
+    loaded = Loaded(tiny("qwen2_5_vl"), EVERY["qwen2_5_vl"].processor("left"), ModelOptions("qwen2_5_vl"))
+    small = Demo(loaded, 2)
+    assert "native" in small.methods()
+    picture = Image.effect_noise((96, 64), 90).convert("RGB")
+    base, (native, other) = small.compare(picture, "what", ["native", "random"], 0.3)
+    assert (base.kept, base.full, native.kept, native.full, other.kept) == (40, 40, 8, 40, 12)
+    table, *drawn = page.compared(small, picture, "what", 0.3, ("native", "random"))
+    assert "8 of 40" in table and "12 of 40" in table and all(d is not None for d in drawn)
+
+
+def test_a_method_that_cannot_run_leaves_the_other(demo):
+    image, question = me.sample(0)
+    base, (one, other) = demo.compare(image, question, ["native", "divprune"], 0.25)
+    assert isinstance(one, str) and "native" in one and other.kept == 36 and base.kept == 144
 
 
 def test_it_offers_what_the_model_runs(demo):
@@ -129,8 +150,9 @@ def test_the_page_answers_moves_and_refuses(served, tmp_path):
     assert asked and all(url.startswith((served, "data:", "blob:")) for url in asked), "the network was asked"
 
 
-def test_the_page_is_for_this_machine_alone():
+def test_the_page_is_for_this_machine_alone_and_forgets(demo):
     gradio = pytest.importorskip("gradio", reason="the page needs gradio (extra demo)")
+    assert page.build(gradio, demo, "builtin").delete_cache == (3600, 3600), "uploaded pictures are kept"
     how = page.how(gradio)
     assert (how["server_name"], how["share"], how["max_file_size"]) == ("127.0.0.1", False, "10mb")
     assert "default-src 'self'" in how["head"] and not any("google" in str(font).lower() for font in how["theme"]._font)

@@ -10,6 +10,7 @@ import pytest
 
 import mllm_efficient as me
 from mllm_efficient.cli import main
+from mllm_efficient.eval.arguments import budgets
 from mllm_efficient.eval.record import schema
 
 METHODS = ["divprune:keep=0.25", "random:keep=0.25"]
@@ -116,14 +117,41 @@ def test_what_has_no_effect_is_refused(builtin, tmp_path):
         ({"against": "pool:keep=0.5"}, "not among the methods"),
         ({"tasks": ["gqa"], "datroot": 1}, "did you mean 'data_root'"),
         ({"methods": ["divprun"]}, "did you mean 'divprune'"),
+        ({"methods": "divprun"}, "unknown method 'divprun'.*did you mean 'divprune'"),
+        ({"image_range": "auto"}, "image_range= has no effect on the embedded benchmark"),
+        ({"image_range": "ful", "data": "r.jsonl"}, "image_range='ful' is not one of 'full', 'auto'"),
+        ({"turns": 0}, "turns=0 is not one of 1, 2"),
+        ({"limit": 0}, "limit=0 is not a whole number from 1"),
+        ({"limit": -3}, "limit=-3 is not a whole number from 1"),
+        ({"batch_size": 0}, "batch_size=0 is not a whole number from 1"),
+        ({"batch_size": True}, "batch_size=True is not a whole number from 1"),
+        ({"data": "r.jsonl", "max_new_tokens": 0}, "max_new_tokens=0 is not a whole number from 1"),
+        ({"tasks": "gqa", "limit": 1.5}, "limit=1.5 is not a whole number from 1"),
     ]:
         with pytest.raises(me.MllmEfficientError, match=says):
             me.evaluate(*builtin, **{"methods": METHODS, "limit": 7, **wrong})
-    for wrong, says in [({"keep": [0.5], "tokens": [3]}, "keep and tokens"), ({"keep": [2.0]}, "outside"), ({"match": "x"}, "match='x'")]:
+    for wrong, says in [
+        ({"keep": [0.5], "tokens": [3]}, "keep and tokens"), ({"keep": [2.0]}, "outside"), ({"match": "x"}, "match='x'"),
+        ({"image_range": "auto"}, "image_range= has no effect"), ({"batch_size": -1}, "batch_size=-1"), ({"repeats": 0}, "repeats=0"),
+        ({"split": "train"}, "split='train'"), ({"warmup": -1}, "warmup=-1 is not a whole number from 0"),
+    ]:  # fmt: skip
         with pytest.raises(me.MllmEfficientError, match=says):
             me.sweep(*builtin, ["divprune"], **wrong)
-    with pytest.raises(me.BadSettingError, match="whole number from 1"):
-        me.bench(*builtin, batch_size=0)
+    for wrong in ({"batch_size": 0}, {"repeats": 0}, {"max_batch": 0}):
+        with pytest.raises(me.BadSettingError, match="whole number from 1"):
+            me.bench(*builtin, **wrong)
+    with pytest.raises(me.BadSettingError, match="images=0 is not a whole number from 1"):
+        me.flops(images=0)
+
+
+def test_one_budget_is_a_list_of_one():
+    assert budgets(0.5, None) == budgets([0.5, 0.5], None) == ["keep=0.5"] and budgets(None, 9) == ["tokens=9"]
+    assert budgets(None, None) == []
+
+
+@pytest.mark.parametrize("one", ["divprune:keep=0.25", {"method": "divprune", "keep": 0.25}, me.DivPrune(keep=0.25)])
+def test_a_method_alone_is_a_list_of_one(one):
+    assert me.flops("llava-1.5-7b", one).rows == me.flops("llava-1.5-7b", [one]).rows
 
 
 def test_a_wrapped_model_is_refused_and_the_mode_is_put_back(builtin):
@@ -132,10 +160,13 @@ def test_a_wrapped_model_is_refused_and_the_mode_is_put_back(builtin):
         me.evaluate(model, processor, limit=7)
     with pytest.raises(me.MllmEfficientError, match="no model of transformers"):
         me.bench("builtin", processor)
+    parts = list(model.modules())
     model.train()
+    model.lm_head.eval()  # as a part that is frozen
+    before = [part.training for part in parts]
     try:
         me.evaluate(model, processor, limit=7)
-        assert model.training
+        assert [part.training for part in parts] == before and {True, False} == set(before)
     finally:
         model.eval()
 
@@ -151,6 +182,28 @@ def test_weights_that_changed_are_other_weights(builtin, evaluated):
         next(other.parameters()).add_(1e-3)
     assert me.evaluate(other, processor, limit=7).meta["weights"] != evaluated.meta["weights"]
     assert me.evaluate(copy.deepcopy(model), processor, limit=7).meta["weights"] == evaluated.meta["weights"]
+
+
+def test_every_value_and_how_a_model_generates_is_part_of_its_weights():
+    from mllm_efficient.loading.models import Loaded, ModelOptions, fingerprint
+
+    model, processor = me.builtin(device="cpu")  # one of its own: it is changed
+    loaded = Loaded(model, processor, ModelOptions("builtin"), in_memory=True)
+    first = fingerprint(loaded)
+    assert fingerprint(loaded) == first
+    values = max(model.parameters(), key=lambda p: p.numel()).data.view(-1)
+    for place in (1, len(values) // 2 + 1, len(values) - 1):
+        before = values[place].item()
+        values[place] = before + 1
+        assert fingerprint(loaded) != first, f"value {place}"
+        values[place] = before
+    a, b = values[1].item(), values[2].item()
+    values[1], values[2] = b, a
+    assert a != b and fingerprint(loaded) != first, "two values that changed places"
+    values[1], values[2] = a, b
+    assert fingerprint(loaded) == first
+    model.generation_config.repetition_penalty = 1.5
+    assert fingerprint(loaded) != first
 
 
 # ------------------------------------------------------------------------------------------------ results

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllm_efficient.cli import main
+from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.eval.builtin.choosing import study
 from mllm_efficient.eval.choosing import Answered, draw, estimate, estimates, line_up, probabilities
 
@@ -144,6 +145,27 @@ def test_the_command_writes_what_to_label_and_reads_the_labels(finished, tmp_pat
     )
     assert main(["choose", "--labelled", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][1]["requests"] == 6
+
+
+@pytest.mark.parametrize("answer, right", [(3, [1, 0]), (0, [0, 1]), (False, [0, 0]), ("3", [1, 0]), ([3, "0"], [1, 1]), ([0], [0, 1])])
+def test_a_label_may_be_a_number_or_several(tmp_path, answer, right):
+    line = {"id": "a", "answer": answer, "probability": 1.0, "answers": {"none": "3", "m": "0"}, "of": 1, "votes": {"none": 0.5, "m": 0.5}}
+    (tmp_path / "l.jsonl").write_text(json.dumps({**line, "explore": 0.2}) + "\n")
+    assert [row["accuracy"] for row in estimates(tmp_path / "l.jsonl")] == [100.0 * r for r in right]
+
+
+@pytest.mark.parametrize("answer", [None, "", []])
+def test_what_is_no_label(tmp_path, answer):
+    line = {"id": "a", "answer": answer, "probability": 1.0, "answers": {"none": "3"}, "of": 1, "votes": {"none": 1.0}, "explore": 0.2}
+    (tmp_path / "l.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(MllmEfficientError, match="1 of 1 have no answer yet"):
+        estimates(tmp_path / "l.jsonl")
+
+
+@pytest.mark.parametrize("given_", [["--budget", "50"], ["--explore", "0"], ["--seed", "0"]])
+def test_what_has_no_effect_on_labels_is_refused(tmp_path, capsys, given_):
+    assert main(["choose", "--labelled", str(tmp_path / "absent.jsonl"), *given_]) == 2
+    assert f"{given_[0]} has no effect with --labelled: leave it out" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_line(finished, tmp_path, capsys):

@@ -38,6 +38,10 @@ def test_servers_are_held_against_the_first(requests, tmp_path, capsys):
         assert "a server may have changed" in capsys.readouterr().err
         assert main(["eval", "--data", str(requests), *given, "--limit", "2"]) == 0
         assert "same words" in capsys.readouterr().out
+    for command in (["report", str(tmp_path / "run")], ["choose", "--data", str(requests), "--run", str(tmp_path / "run")]):
+        assert main(command) == 2
+        said = capsys.readouterr().err.strip()
+        assert "has answers of running servers" in said and len(said.splitlines()) == 1
     rows = {r["method"]: r for r in found["rows"]}
     assert list(rows) == ["full", "same", "other"] and [r["role"] for r in rows.values()] == ["baseline", "method", "method"]
     assert [r["exact_match"] for r in rows.values()] == [100, 0, 0] and [r["normalised_match"] for r in rows.values()] == [100, 100, 0]
