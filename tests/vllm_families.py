@@ -189,7 +189,6 @@ SERVED = {
     "aya_vision": Served(aya_config, aya_vision),
     "cohere2_vision": Served(of("cohere2_vision"), cohere2_vision, "<IMG_CONTEXT>", "divprune:keep=0.4,per=tile"),
     "glm46v": Served(of("glm46v"), glm, FRAMED),
-    "glm_ocr": Served(of("glm_ocr"), glm, FRAMED),
     "idefics3": Served(of("idefics3"), idefics3, spec="divprune:keep=0.4,per=tile"),
     "internvl": Served(of("internvl"), internvl, "<IMG_CONTEXT>"),
     "lighton_ocr": Served(lighton_config, lighton_ocr),
@@ -197,5 +196,6 @@ SERVED = {
     "qwen2_vl": Served(of("qwen2_vl"), qwen2_vl, FRAMED),
     "vipllava": Served(vipllava_config, vipllava),
 }
+ALIKE = {"lighton_ocr": "mistral3"}  # whose engines do the same as another's: theirs are not started
 # What vLLM's runner for CPUs does not do as transformers, whether compressed or not.
 NOT_ON_CPUS = {"gemma3": (Served(of("gemma3"), gemma3, "<img>"), "tokens of an image see each other")}

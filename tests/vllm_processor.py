@@ -2,7 +2,8 @@
 
 A job: ``model`` (a folder), ``settings`` (or null), ``calls``. A call: ``prompt``, ``images`` (paths), ``tokens`` (of the request, or
 null), ``names`` (that a client gives to its images, or null). Of each: the length of every image's placeholder and its hash, or ``error``.
-With ``video`` one is offered instead.
+With ``video`` one is offered instead; with ``warm_up`` there is the server's own instead of a request. With ``counted`` no request is
+made: the method that is named for the model and the counters there are.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ def counts(jobs: list[dict]) -> list[dict]:
         config = ModelConfig(job["model"], dtype="float32", max_model_len=1024, hf_overrides=overrides, limit_mm_per_prompt={"image": 2})
         processor = MULTIMODAL_REGISTRY.create_processor(config)
         for call in job["calls"]:
+            if call.get("warm_up"):
+                processor.get_dummy_mm_inputs({"image": 1})
+                continue
+            if call.get("counted"):
+                out.append(counted(config))
+                continue
             if call.get("video"):
                 try:
                     processor.info.parse_mm_data(
@@ -48,3 +55,17 @@ def counts(jobs: list[dict]) -> list[dict]:
                 {"lengths": [p.length for p in places], "hashes": done["mm_hashes"]["image"], "prompt": len(done["prompt_token_ids"])}
             )
     return out
+
+
+def counted(config) -> dict:
+    """What ``/v1/models`` and ``/metrics`` say of a model; a counter that is not there is null."""
+    from prometheus_client import REGISTRY
+
+    from mllm_efficient.patches.vllm import metrics
+
+    method = metrics.SERVED.get(config.served_model_name)
+    labels = {"model_name": config.served_model_name, "method": method}
+    return {
+        "method": method,
+        "counts": [REGISTRY.get_sample_value(f"{n}_total", labels) for n in (metrics.FULL, metrics.KEPT, metrics.IMAGES)],
+    }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_efficient.compressors.none import NoCompression
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.measure.arms import BASELINE, METHOD
+from mllm_efficient.measure.probing import KEY
 from mllm_efficient.patches.pictures import read_object
 
 from ..sweep import Cell
@@ -23,7 +24,6 @@ from .asking import RAISE, Answer, Asker, Content, before, line
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-KEY = "OPENAI_API_KEY"
 TIMEOUT = 600.0  # seconds for one answer
 
 

@@ -104,15 +104,14 @@ def run_servers(
 def _found(servers: Sequence[str], model: str | None, tokenizer: str | None, image_size: tuple[int, int], images: int) -> list[Any]:
     """Arms of running servers, the first of which is the baseline."""
     import json
-    import urllib.request
 
     from ..eval.lmms.server import server_cells
-    from ..measure.probing import visual_tokens
+    from ..measure.probing import answer, visual_tokens
     from ..measure.serving import Served
 
     arms = []
     for cell in server_cells(servers, model):
-        with urllib.request.urlopen(f"{cell.url.rstrip('/')}/models", timeout=60) as reply:
+        with answer(f"{cell.url.rstrip('/')}/models") as reply:
             about = next(m for m in json.load(reply)["data"] if m["id"] == cell.model)
         own, url = tokenizer or about.get("root") or cell.model, cell.url.rstrip("/").removesuffix("/v1")
         full, kept = visual_tokens(url, cell.model, image_size, images)

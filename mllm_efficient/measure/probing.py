@@ -13,6 +13,7 @@ from typing import Any
 
 FULL, KEPT = "mllm_efficient:visual_tokens_full_total", "mllm_efficient:visual_tokens_kept_total"
 TIMEOUT = 600.0  # seconds
+KEY = "OPENAI_API_KEY"  # variable of the environment: what a server that asks for a key is given, as by the OpenAI client
 
 
 def visual_tokens(url: str, model: str, image_size: tuple[int, int], images: int) -> tuple[int | None, int | None]:
@@ -30,6 +31,15 @@ def visual_tokens(url: str, model: str, image_size: tuple[int, int], images: int
     return grown.get(FULL, kept if after == before else None), kept
 
 
+def answer(url: str, body: Any = None) -> Any:
+    """A server's answer, to be closed; to a POST where there is a body. Raises ``OSError`` for one of an error."""
+    headers = {"Content-Type": "application/json"} if body is not None else {}
+    if key := os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT)
+
+
 def _usage(url: str, model: str, image_size: tuple[int, int], images: int) -> dict[str, Any]:
     """Of a request for one token; empty where the server refuses it."""
     from PIL import Image
@@ -42,15 +52,14 @@ def _usage(url: str, model: str, image_size: tuple[int, int], images: int) -> di
         parts.append({"type": "image_url", "image_url": {"url": address}})
     content = [*parts, {"type": "text", "text": "What is it?"}]
     body = {"model": model, "max_tokens": 1, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+    with contextlib.suppress(OSError, ValueError), answer(f"{url}/v1/chat/completions", body) as reply:
         return dict(json.load(reply).get("usage") or {})
     return {}
 
 
 def _counted(url: str, model: str) -> dict[str, float]:
     """The plugin's counters of a model; empty where there are none."""
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT) as reply:
+    with contextlib.suppress(OSError), answer(f"{url}/metrics") as reply:
         text = reply.read().decode(errors="replace")
         found = re.findall(r'^(mllm_efficient:visual_tokens_\w+)\{[^}]*model_name="([^"]*)"[^}]*\} (\S+)$', text, re.MULTILINE)
         return {name: float(value) for name, named, value in found if named == model and name in (FULL, KEPT)}

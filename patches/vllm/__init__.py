@@ -1,4 +1,9 @@
-"""Fewer image tokens in vLLM, as a plugin (entry point ``vllm.general_plugins``). Nothing of vLLM is patched.
+"""Fewer image tokens in vLLM, as a plugin (entry point ``vllm.general_plugins``). No code of vLLM is changed; what is registered:
+
+* the families of ``SERVED`` and ``BACKEND``, in vLLM's registry of models: subclasses of its own, under its names and under ours;
+* for every architecture, in ``MODELS_CONFIG_MAP``, what is called with a server's configuration: vLLM's own step if there is one, then
+  ours (``configuring``). Where settings are given it sets ``scheduler_cls``, unless that is set, and where they cannot be served it raises;
+* on models with M-RoPE and settings, ``video_pruning_rate``, to a rate that removes nothing (``qwen``).
 
 ``vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"visual_token_compression": "divprune:tokens=64"}'``
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_efficient.compressors.math.finite import ADVICE
-from mllm_efficient.errors import CountMismatchError, NotFiniteError
+from mllm_efficient.errors import CountMismatchError, MllmEfficientError, NotFiniteError
 
 from . import failures
 
@@ -18,6 +18,7 @@ try:
 except ImportError:  # the arithmetic is tested without vLLM
     from logging import getLogger as init_logger
 
+UNTOLD = "internal error, see the server's log"
 logger = init_logger("vllm.mllm_efficient")
 
 
@@ -39,7 +40,7 @@ def each_alone(images: Sequence[Image], rows: Callable[[int], Tensor]) -> list[T
 
     rows: makes those of the i-th. The CPU waits for the device twice, whatever the number of images.
     """
-    why: dict[int, str] = {}
+    why: dict[int, Exception] = {}
     made: dict[int, Tensor] = {}
     for i, good in enumerate(_finite([image.features for image in images])):
         try:
@@ -51,13 +52,16 @@ def each_alone(images: Sequence[Image], rows: Callable[[int], Tensor]) -> list[T
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever it is, it is of this image
-            why[i] = f"{type(error).__name__}: {error}"
+            why[i] = error
     for i, good in zip(made, _finite(list(made.values()))):
         if not good and i not in why:
-            why[i] = f"NotFiniteError: its merged features hold NaN or infinity: {ADVICE}"
-    for i, reason in why.items():
+            why[i] = NotFiniteError(f"its merged features hold NaN or infinity: {ADVICE}")
+    for i, fault in why.items():
+        reason = f"{type(fault).__name__}: {fault}"
         logger.error("visual tokens: an image cannot be used, its request ends with an error: %s", reason)
-        failures.note(images[i].mark, f"the picture cannot be used: {reason}")
+        # The note goes to a client: what others' errors say may be of the server's own affairs.
+        said = reason if isinstance(fault, MllmEfficientError) else UNTOLD
+        failures.note(images[i].mark, f"the picture cannot be used: {said}")
         made[i] = images[i].features.new_zeros(images[i].room, images[i].width)
     return [made[i] for i in range(len(images))]
 

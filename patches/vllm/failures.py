@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 FOLDER = "MLLM_EFFICIENT_VLLM_FAILURES"  # variable of the environment, for the processes that a server starts
 MOST = 4096  # files in a folder: the oldest half goes where there are more
 REQUESTS = "requests"
+# What vLLM makes of a client's id X (``X-Request-Id``): "chatcmpl-X", "_0" or "-0" of several prompts, eight digits of its own; before it
+# "0_" of several answers.
+NAMED = r"(?:\d+_)?(?:chatcmpl|cmpl|generate-tokens)-{}(?:[-_]\d+)?(?:-[0-9a-f]{{8}})?"
 
 
 def folder() -> Path | None:
@@ -51,15 +55,15 @@ def note_request(request_id: str, why: str) -> None:
     """Notes why a request ends with an error."""
     where = folder()
     if where is not None:
-        _write(where / REQUESTS / request_id.replace("/", "_"), why)
+        _write(where / REQUESTS / _file_name(request_id), why)
 
 
-def of_request(part: str) -> str | None:
-    """Why the request whose id holds ``part`` ended with an error; None where none of it is known."""
-    where = folder()
+def of_request(given: str) -> str | None:
+    """Why the request ended with an error that a client gave this id; None where none of it is known."""
+    where, name = folder(), re.compile(NAMED.format(re.escape(_file_name(given))))
     with contextlib.suppress(OSError):
         for path in [] if where is None else (where / REQUESTS).iterdir():
-            if part in path.name:
+            if name.fullmatch(path.name):
                 return path.read_text()
     return None
 
@@ -87,6 +91,10 @@ class Reader:
                     if name.isdigit() and int(name) not in self.known:
                         self.known[int(name)] = (where / name).read_text()
         return self.known
+
+
+def _file_name(request_id: str) -> str:
+    return request_id.replace("/", "_")
 
 
 def _write(path: Path, text: str) -> None:

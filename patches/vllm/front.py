@@ -5,6 +5,7 @@ A request that cannot be served is refused here (HTTP 400): behind the front end
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -38,6 +39,7 @@ else:
     Stock = object
 
 FIELD = "visual_tokens_mark"  # of each image (2,): the count that its request asked for, 0 for none, and a name for what failures say
+COUNTED = contextvars.ContextVar("counted", default=True)  # whether images are a request's: not those of the server's own warm-up
 
 
 class Planned(Stock):
@@ -138,6 +140,19 @@ class CompressedProcessor(Stock):
 
     one_each = "pixel_values"
 
+    def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(info, *args, **kwargs)
+        if info.settings is not None:
+            _ = info.tally  # so that the counters are there, and the method is known, before the first picture
+
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Of pictures that nobody sent, so they are not counted."""
+        before = COUNTED.set(False)
+        try:
+            return super().get_dummy_mm_inputs(*args, **kwargs)
+        finally:
+            COUNTED.reset(before)
+
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """With names that clients give to images made ours: vLLM would take them for the image's hash as they are."""
         settings, names = self.info.settings, inputs.mm_uuid_items
@@ -151,7 +166,8 @@ class CompressedProcessor(Stock):
             }
             inputs = dataclasses.replace(inputs, mm_uuid_items=own)
         out = super().apply(inputs, timing_ctx)
-        self._count(inputs, out)
+        if COUNTED.get():
+            self._count(inputs, out)
         return out
 
     def _require_known(self, inputs: Any) -> None:

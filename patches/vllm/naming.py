@@ -80,7 +80,7 @@ def _identified(scope: Any) -> tuple[Any, str]:
     """The request with an id, by which vLLM then calls it, and the id."""
     given = next((value for name, value in scope["headers"] if name.lower() == HEADER), None)
     if given:
-        return scope, given.decode(errors="replace")
+        return scope, given.decode("latin-1")  # as vLLM reads it
     made = uuid.uuid4().hex
     return {**scope, "headers": [*scope["headers"], (HEADER, made.encode())]}, made
 

@@ -106,6 +106,8 @@ def _why_not(method: Compressor, of_tower: frozenset[str]) -> str | None:
         why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
+    elif nowhere := set(method.needs) - OF_IMAGES - frozenset().union(*OF_TOWER.values()):
+        why = f"needs {', '.join(sorted(nowhere))}, which is read in none of vLLM's towers"
     elif set(method.needs) - OF_IMAGES - of_tower:
         lacking = ", ".join(sorted(set(method.needs) - OF_IMAGES - of_tower))
         why = f"needs {lacking}, which is read in vLLM's towers of LLaVA-1.5 alone"

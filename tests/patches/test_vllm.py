@@ -69,6 +69,7 @@ def test_a_request_may_ask_for_what_is_allowed_alone(asked):
         ("divprune:tokens=64,positions=keep", "leaves gaps between positions"),
         ("divprune:tokens=64,newline=keep", "leaves newline columns"),
         ("cdpruner:tokens=9", "looks at the question"),
+        ("vscan:tokens=9", "vscan needs early_attention, which is read in none of vLLM's towers; apet, divmerge"),
         ("none@tokenflex", "is the baseline of trained weights"),
         ("divprune:tokens=64 | fastv:ratio=0.5", "runs several methods one after the other, and vLLM one"),
         ({"method": "divprune", "tokens": 64, "kep": 1}, "no parameter 'kep'"),

@@ -29,8 +29,13 @@ def shared(monkeypatch, tmp_path):
     monkeypatch.setenv(failures.FOLDER, str(tmp_path))
 
 
-def test_an_image_that_fails_becomes_zeros_and_a_note(shared):
-    """Every way to fail: features that are not finite, a method that raises, a wrong count, merged rows that overflow."""
+def test_an_image_that_fails_becomes_zeros_and_a_note(shared, monkeypatch):
+    """Every way to fail: features that are not finite, a method that raises, a wrong count, merged rows that overflow.
+
+    The note, which a client sees, has the words of this package's errors alone; the log has all.
+    """
+    logged: list[str] = []
+    monkeypatch.setattr(alone.logger, "error", lambda text, *values: logged.append(text % values))
     good, broken = torch.ones(6, 4), torch.ones(6, 4)
     broken[2, 1] = float("inf")
     features = [good, broken, good, good, good]
@@ -45,7 +50,14 @@ def test_an_image_that_fails_becomes_zeros_and_a_note(shared):
     assert torch.equal(out[0], good[:3]) and all(torch.equal(o, torch.zeros(3, 4)) for o in out[1:])
     known = failures.Reader().read()
     assert sorted(known) == [11, 12, 13, 14] and failures.number() == 4
-    assert "NaN or infinity" in known[11] and "by nothing" in known[12] and "(2, 4) rows" in known[13] and "merged" in known[14]
+    assert (
+        "NaN or infinity" in known[11]
+        and known[12].endswith(alone.UNTOLD)
+        and "by nothing" not in known[12]
+        and "(2, 4) rows" in known[13]
+        and "merged" in known[14]
+    )
+    assert any("ZeroDivisionError: by nothing" in line for line in logged) and len(logged) == 4
 
 
 def test_memory_that_is_not_there_is_no_fault_of_a_picture(shared):
@@ -66,8 +78,24 @@ def test_notes_are_kept_once_and_not_without_end(shared, monkeypatch):
         failures.note(i, "more")
         reader.read()
     assert failures.number() <= 8 and sorted(reader.known) == list(range(1, 40))
-    failures.note_request("chatcmpl-abc-1", "because")
-    assert failures.of_request("abc") == "because" and failures.of_request("xyz") is None
+
+
+@pytest.mark.parametrize(
+    "given, noted",
+    [
+        ("abc", "chatcmpl-abc"),
+        ("abc", "chatcmpl-abc-1f00ab2c"),  # as vLLM makes it its own
+        ("abc", "cmpl-abc-0-1f00ab2c"),  # of several prompts
+        ("abc", "chatcmpl-abc_1-1f00ab2c"),
+        ("abc", "1_chatcmpl-abc-1f00ab2c"),  # of several answers
+        ("a/b c.*", "chatcmpl-a/b c.*-1f00ab2c"),
+    ],
+)
+def test_a_client_is_told_the_reason_of_its_own_request(shared, given, noted):
+    failures.note_request(noted, "because")
+    assert failures.of_request(given) == "because"
+    for other in ("1", "a", "b", "abc-1f00", "chatcmpl", "xyz", "", "."):
+        assert failures.of_request(other) is None
 
 
 def test_nothing_is_noted_where_nothing_is_shared(monkeypatch):

@@ -135,3 +135,12 @@ def test_names_that_clients_give_to_images_do_not_mix_budgets(picture):
     jobs[0]["calls"] = [call, {**call, "tokens": 16}]
     found = front_end(jobs)
     assert [a["lengths"] for a in found] == [[36], [16], [16]] and unique(found)
+
+
+def test_requests_are_counted_and_the_warm_up_of_the_server_is_not(picture):
+    """The method is named, and the counters are there, from the start."""
+    request, counted = {"prompt": PROMPT, "images": [picture]}, {"counted": True}
+    calls = [counted, {"warm_up": True}, counted, request, {"warm_up": True}, counted]
+    first, warm, _, then = front_end([{"model": str(builtin_folder()), "settings": "divprune:tokens=36", "calls": calls}])
+    assert first == warm == {"method": "divprune", "counts": [0, 0, 0]}
+    assert then == {"method": "divprune", "counts": [144, 36, 1]}
