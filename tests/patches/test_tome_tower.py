@@ -210,11 +210,12 @@ def test_what_cannot_be_is_one_line(make_llava, make_batch, tmp_path, capsys):
     assert "does not work on tokens before the language model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", ["tower", "projector"])
-def test_show_does_not_draw_tokens_without_a_place(picture, tmp_path, capsys, at):
+def test_show_draws_what_merges_behind_the_tower_and_names_what_merges_inside(picture, tmp_path, capsys):
     picture(3).save(tmp_path / "a.png")
-    argv = ["show", "--image", str(tmp_path / "a.png"), "--method", f"tome:tokens=36,at={at}", "--output", str(tmp_path / "b.png")]
-    assert main(argv) == 2 and "without a place on the picture" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    argv = ["show", "--image", str(tmp_path / "a.png"), "--output", str(tmp_path / "b.png"), "--method"]
+    assert main([*argv, "tome:tokens=36,at=tower"]) == 2
+    assert "without a place on the picture" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    assert main([*argv, "tome:tokens=36,at=projector"]) == 0 and (tmp_path / "b.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ what it costs
