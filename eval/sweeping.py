@@ -148,8 +148,17 @@ def _run(
     }  # fmt: skip
     header, lines = asked.table(scores, {r["method"] for r in rows if r["score"] is not None})
     public = meta["suite"] == "tasks"
-    categories = [Table(header, lines, left=3 if public else 1, first=("score", "macro", "tokens"))] if header else []
+    categories = [Table(header, lines, left=3 if public else 1, first=("score", "macro", "tokens"), note=_legend(public))] if header else []
     return Results(SWEEP, rows, meta, (main_table_of(rows, meta), *categories, *lengths(rows)), tuple(failures(rows)))
+
+
+def _legend(public: bool) -> str:
+    """What the columns of public tasks mean."""
+    if not public:
+        return ""
+    from .lmms.evaluate import LEGEND
+
+    return LEGEND
 
 
 def main_table_of(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> Table:
