@@ -47,6 +47,14 @@ BUDGETS = st.one_of(
 )  # fmt: skip
 
 
+def takes_none(cls: Any) -> bool:
+    """Whether a method is made without a budget."""
+    try:
+        return bool(cls())
+    except (me.MllmEfficientError, TypeError):
+        return False
+
+
 def methods(names: Sequence[str]) -> st.SearchStrategy[Any]:
     """Methods of these names with a few drawn settings; ``none`` on the weights of a trained one, too."""
 
@@ -59,7 +67,7 @@ def methods(names: Sequence[str]) -> st.SearchStrategy[Any]:
         cls: Any = me.get_method(name)
         known = [f.name for f in dataclasses.fields(cls) if f.name in DRAWN]
         given = draw(st.sets(st.sampled_from(known), max_size=3)) | ({"weights"} if "weights" in known else set())
-        budget = {} if getattr(cls, "routes", False) or getattr(cls, "weighs", False) or given & {"ratio", "ratios"} else draw(BUDGETS)
+        budget = {} if getattr(cls, "routes", False) or takes_none(cls) or given & {"ratio", "ratios"} else draw(BUDGETS)
         try:
             return cls(**budget, **{field: draw(DRAWN[field]) for field in sorted(given)})
         except me.MllmEfficientError:
