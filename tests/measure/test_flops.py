@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from mllm_efficient.patches.rules import FAMILIES as TABLE
 from mllm_efficient.tokens import VisualShape
 
 from ..families import ALIKE, ASPECTS, EVERY, FAMILIES, aspect_batch, make, tiny
-from ..pairs import two_by_two
+from ..pairs import pairwise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = (
@@ -178,28 +179,14 @@ def test_a_method_costs_what_torch_counts(spec):
     assert (computed > 0) == multiplies
 
 
-@two_by_two
-@pytest.mark.parametrize(
-    "call", [{"new_tokens": 3}, {"batch_size": 2}, {"images": 2, "batch_size": 2}], ids=["decode", "batch", "pictures"]
-)
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "none",
-        "divprune:tokens=7",
-        "resize:keep=0.25",
-        "pool:keep=0.25",
-        "random:keep=0.3,merge=mean",
-        "cdpruner:tokens=7",
-        "mmtok:tokens=7",
-        "hawk:tokens=7",
-    ],
-)
-@pytest.mark.parametrize("family", [*FAMILIES, *ALIKE])
+CALLS = {"decode": {"new_tokens": 3}, "batch": {"batch_size": 2}, "pictures": {"images": 2, "batch_size": 2}}
+FEW = ("none", "divprune:tokens=7")  # for families that are like another, whose tower's costs are theirs
+REAL = (*FEW, "resize:keep=0.25", "pool:keep=0.25", "random:keep=0.3,merge=mean", "cdpruner:tokens=7", "mmtok:tokens=7", "hawk:tokens=7")
+
+
+@pytest.mark.parametrize("family, spec, call", pairwise([*product(FAMILIES, REAL, CALLS), *product(ALIKE, FEW, CALLS)]))
 def test_a_real_call_costs_what_torch_counts(family, spec, call):
     """Every phase, with the CPU's attention kernel, for which torch has no formula of its own."""
-    if family in ALIKE and spec not in ("none", "divprune:tokens=7"):
-        return  # the tower's are those of the family that it is like
     model = tiny(family)
     shape = shape_of(model.config, family)
     if not set(me.build(spec).needs) <= shape.rules.gives:
@@ -207,9 +194,9 @@ def test_a_real_call_costs_what_torch_counts(family, spec, call):
             cost(shape, method=spec)
         return
     known = {"image_size": (96, 60)} if EVERY[family].mrope else {"image_size": (70, 50)} if EVERY[family].tiled else {}
-    found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **call)
+    found = counter.count(model, shape, me.build(spec), text_tokens=9, **known, **CALLS[call])
     left = {"marks": found.marks} if EVERY[family].marked else {}  # which rows have tokens left is the method's choice
-    closed = cost(shape, text_tokens=9, method=spec, **known, **call, **left)
+    closed = cost(shape, text_tokens=9, method=spec, **known, **CALLS[call], **left)
     fewer = spec.startswith("cdpruner")  # on a CPU, which looks at few tokens again
     assert 0 < found.compress <= closed.compress if fewer else found.compress == closed.compress
     for phase in ("vision", "prefill", "decode", *(() if fewer else ("total",))):

@@ -176,15 +176,16 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode, name, spec", pairwise(product(MODES, FAMILIES, RULES[:2])))
-def test_every_mode_equals_plain_greedy(mode, name, spec):
+# In a chunked prefill the plain model's tokens of an image that is seen both ways do not see those of a later chunk.
+POSSIBLE = [case for case in product(MODES, FAMILIES, RULES[:2]) if case[0] != "chunked prefill" or not FAMILIES[case[1]].typed]
 
+
+@pytest.mark.parametrize("mode, name, spec", pairwise(POSSIBLE))
+def test_every_mode_equals_plain_greedy(mode, name, spec):
     rows = FAMILIES[name].mixed
     if mode == "several answers" and name == "glm46v":  # of several images, the plain model gives an answer the first one twice
         rows = tuple(row for row in rows if row != "two images")
     model, inputs = me.wrap(tiny(name), spec), make(name, *rows)
-    if mode == "chunked prefill" and FAMILIES[name].typed:
-        return  # the plain model's tokens of an image do not see those of a later chunk
     if mode == "chunked prefill" and transformers_version() < (5, 23):
         with pytest.raises(me.MllmEfficientError, match="5.23"):
             answer(model, inputs, **MODES[mode])

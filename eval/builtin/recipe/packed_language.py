@@ -108,7 +108,7 @@ class PackedLanguage(nn.Module):
 
     def prefix(self, inputs: Any) -> Prefix:
         """What the model's family makes of pictures."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define prefix")
 
     def turned_heads(self, h: Tensor, projection: Any, own: Any, cos: Tensor, sin: Tensor) -> Tensor:
         """Queries or keys (B, heads, L, HEAD); own: their norm, where the layer has one."""
