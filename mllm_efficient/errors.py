@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class MllmEfficientError(ValueError):
@@ -60,3 +62,12 @@ def quoted(value: object, length: int = 80) -> str:
         return shortened(repr(value), length)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list in itself
         return f"a {type(value).__name__} that is too long to show"
+
+
+def run_as_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """Ends the process with what ``main`` gives for its arguments; an error of this package is one line on stderr and exit code 2."""
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except MllmEfficientError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

@@ -9,14 +9,13 @@ least-squares slope of the answers over the truth (1 is a model that counts, 0 o
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.errors import MllmEfficientError, run_as_command
 from mllm_efficient.parsing import finished_lines
 
 
@@ -58,8 +57,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(sys.argv[1:]))
-    except MllmEfficientError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_as_command(main)

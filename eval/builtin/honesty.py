@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.errors import MllmEfficientError, run_as_command
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.registry import build
 
@@ -59,8 +59,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(sys.argv[1:]))
-    except MllmEfficientError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_as_command(main)

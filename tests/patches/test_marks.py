@@ -17,7 +17,6 @@ from mllm_efficient.measure.flops import cost
 from mllm_efficient.measure.keeping import marks_left
 from mllm_efficient.measure.shapes import shape_of
 from mllm_efficient.patches import adapter_for, transformers_version
-from mllm_efficient.patches.facts import FACTS
 from mllm_efficient.tokens import Mark, Plane, VisualShape
 
 from ..families import EVERY, FAMILIES, MARKED, VOCABULARY, make, noise, tiny
@@ -445,22 +444,14 @@ def test_positions_on_the_canvas_stay_those_of_the_whole_prompt(spec, row):
     assert not torch.equal(places[1, 0], places[2, 0]) and any(i.separators_full for i in prepared.report.images)
 
 
-# ------------------------------------------------------------------------------------------------ Llama 4
-
-RUNS = FACTS["llama4"].broken != transformers_version()
-X, Y, WHOLE = 20, 21, 22  # ids that stand for the text between tiles
-
-
 ON_BOTH = ("none", "divprune:tokens=7", "native:tokens=16", "native:tokens=9")  # calls of 4.7 do not say the grid of a smaller picture
+OF_MINICPM = [
+    *product(["4.6"], [*ON_BOTH, "random:tokens=9", "resize:tokens=7"], [(48, 48), (70, 50), (30, 30)]),
+    *product(["4.7"], ON_BOTH, [(48, 48), (70, 50)]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "version, spec, size",
-    [
-        *product(["4.6"], [*ON_BOTH, "random:tokens=9", "resize:tokens=7"], [(48, 48), (70, 50), (30, 30)]),
-        *product(["4.7"], ON_BOTH, [(48, 48), (70, 50)]),
-    ],
-)
+@pytest.mark.parametrize("version, spec, size", OF_MINICPM)
 def test_minicpm_costs_what_torch_counts(version, spec, size):
     """Crops of different sizes, patches merged between two layers of the tower (not in 4x), a head over the whole prompt in 4.6."""
     model = tiny(MINICPM) if version == "4.6" else minicpm_47()
@@ -469,134 +460,3 @@ def test_minicpm_costs_what_torch_counts(version, spec, size):
     found = count(model, shape, me.build(spec), **how)
     closed = cost(shape, method=spec, marks=None if spec == "none" else found.marks, **how)
     assert (found.vision, found.compress, found.prefill, found.decode) == (closed.vision, closed.compress, closed.prefill, closed.decode)
-
-
-def flat(parts: list[list[int]]) -> list[int]:
-    return [column for part in parts for column in part]
-
-
-def llama4(row: str) -> tuple[Any, dict[str, Any], list[tuple[list[list[int]], list[tuple[int, tuple[list[int], ...]]]]]]:
-    """A tiny model, a call, and of each picture the columns of its tiles and its marks, each with what it needs."""
-    import transformers
-
-    from mllm_efficient.patches.checkup import _models
-
-    torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**_models()["llama4"]["config"])).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * 0.2)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    ids, pictures = [1, 30, 31], []
-    for rows, columns in {"tiled": [(2, 2)], "touching": [(1, 2), (0, 0), (2, 1)], "one tile": [(0, 0)]}[row]:
-        ids, tiles, marks = [*ids, 6], [], []
-        for _ in range(rows):
-            for c in range(columns):
-                tiles.append(list(range(len(ids), len(ids) + 9)))
-                ids += [4] * 9 + [X if c < columns - 1 else Y]
-        for i, tile in enumerate(tiles):
-            row_start, in_row = i // columns * columns, i % columns
-            later, whole_row = flat(tiles[i + 1 : row_start + columns]), flat(tiles[row_start : row_start + columns])
-            needs = (tile, later) if in_row < columns - 1 else (whole_row,)
-            marks.append((tile[-1] + 1, needs))
-        ids.append(WHOLE)
-        tiles.append(list(range(len(ids), len(ids) + 9)))
-        if rows:
-            marks.append((tiles[-1][0] - 1, (tiles[-1],)))
-        ids += [4] * 9 + [7]
-        pictures.append((tiles, marks))
-    ids += [33, 34, 35]
-    pixels = torch.randn(sum(len(tiles) for tiles, _ in pictures), 3, 24, 24)
-    return (
-        model,
-        {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), "pixel_values": pixels},
-        pictures,
-    )
-
-
-@pytest.mark.skipif(RUNS, reason="this version of transformers runs Llama 4")
-def test_llama4_that_raises_by_itself_is_one_clear_line():
-    model, inputs, _ = llama4("tiled")
-    with pytest.raises(AttributeError):
-        model(input_ids=inputs["input_ids"][:, :3])
-    for call in (lambda: me.wrap(model, "uniform:keep=0.5"), lambda: me.prepare(model, "uniform:keep=0.5", **inputs)):
-        with pytest.raises(me.UnsupportedModelError, match="every call of it raises in transformers .* itself") as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
-@pytest.mark.parametrize("row", ["tiled", "touching", "one tile"])
-@pytest.mark.parametrize(
-    "spec", ["uniform:keep=0.3", "divprune:keep=0.1", "random:keep=0.5,per=tile", "divprune:keep=0.1,newline=keep", "pool:keep=0.5"]
-)
-def test_llama4_equals_the_slow_reference(spec, row):
-    model, inputs, pictures = llama4(row)
-    prepared = me.prepare(model, spec, **inputs)
-    keep, visual = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool), inputs["input_ids"][0] == 4
-    method, made = me.build(spec), model.get_image_features(inputs["pixel_values"], return_dict=True).last_hidden_state
-    embeds = model.get_input_embeddings()(inputs["input_ids"])[0].clone()
-    embeds[visual] = model.multi_modal_projector(made.flatten(0, 1))
-    for image, (tiles, marks) in zip(prepared.report.images, pictures, strict=True):
-        columns = torch.tensor(flat(tiles))
-        assert image.separators_full == len(marks) and len(image.planes) == len(tiles) and image.full == len(columns)
-        if method.merges:
-            continue
-        keep[columns] = False
-        keep[columns[image.indices]] = True
-        there = set(columns[image.indices].tolist())
-        for column, needs in marks:
-            keep[column] = method.newline == "keep" or all(there & set(need) for need in needs)
-        assert image.separators_kept == sum(int(keep[column]) for column, _ in marks)
-    with torch.no_grad():
-        given = model(**prepared.model_kwargs).logits[0]
-        if not method.merges:
-            assert torch.equal(prepared.visual_keep_mask[0], keep)
-            wanted = model.language_model(inputs_embeds=embeds[keep][None], use_cache=False).logits[0]
-            torch.testing.assert_close(given, wanted, atol=1e-4, rtol=1e-4)
-        before = model(**inputs).logits
-        assert torch.equal(model(**me.prepare(model, "uniform:keep=1", **inputs).model_kwargs).logits, before)
-    me.wrap(model, spec)
-    assert torch.equal(
-        answer(model, inputs), model.generate(**prepared.model_kwargs, **NEW)[:, prepared.model_kwargs["input_ids"].shape[1] :]
-    )
-
-
-@pytest.mark.parametrize("most", [1, 4, 16])
-def test_canvases_of_llama4_are_those_of_its_processor(most):
-    pytest.importorskip("torchvision", reason="the processor of Llama 4 needs torchvision")
-    from transformers.image_utils import SizeDict
-    from transformers.models.llama4.image_processing_llama4 import find_supported_resolutions, get_best_fit
-
-    found = torch.tensor(find_supported_resolutions(most, SizeDict(height=336, width=336)))
-    rules = llama4_rules()
-    assert [(r * 336, c * 336) for r, c in llama4_canvases(most)] == [tuple(one) for one in found.tolist()]
-    for size in ((336, 336), (1, 1), (1000, 700), (337, 336), (5000, 400), (400, 5000), (672, 672), (900, 900)):
-        for largest in (False, True):
-            wanted = (get_best_fit(size[::-1], found, resize_to_max_canvas=largest) // 336).tolist()
-            settings = {"max_patches": most, "resize_to_max_canvas": largest, "size": {"height": 336, "width": 336}}
-            assert list(rules.tiling(size, settings)) == wanted, (size, largest)
-
-
-def llama4_rules() -> Any:
-    from mllm_efficient.measure.shapes import Plain
-    from mllm_efficient.patches.rules import rules_class
-
-    vision = {"image_size": 336, "patch_size": 14, "pixel_shuffle_ratio": 0.5}
-    return rules_class("llama4")("llama4", Plain({"vision_config": vision, "text_config": {"model_type": "llama4_text"}}))
-
-
-def llama4_canvases(most: int) -> list:
-    from mllm_efficient.patches.families.llama4 import canvases
-
-    return canvases(most)
-
-
-def test_a_picture_of_llama4_has_the_tokens_of_its_processors_prompt():
-    rules = llama4_rules()
-    for size, (rows, columns) in (((336, 336), (1, 1)), ((672, 672), (2, 2)), ((1000, 336), (1, 3)), ((336, 700), (3, 1))):
-        shape = rules.of_size(size).shape
-        tiles = rows * columns + (rows * columns > 1)
-        assert shape.n == 144 * tiles and shape.marked == (0 if tiles == 1 else rows * columns + 1)
-    with pytest.raises(me.UnsupportedModelError, match="FLOPs are not known"):
-        rules.tower_size  # noqa: B018

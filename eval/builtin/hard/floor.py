@@ -9,12 +9,11 @@ interval, for all categories at once. ``chance`` is the score of drawing among t
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.errors import MllmEfficientError, run_as_command
 from mllm_efficient.stats import TAIL, proportion
 
 from .forms import CATEGORIES, Question
@@ -95,8 +94,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main(sys.argv[1:]))
-    except MllmEfficientError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    run_as_command(main)
