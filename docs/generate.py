@@ -127,7 +127,7 @@ def runs(method: Any, rules: Any) -> bool:
 
 def facts_table() -> str:
     rows = []
-    for name, fact in FACTS.items():
+    for name, fact in sorted(FACTS.items()):
         if name in FAMILIES:
             continue
         remarks = [
