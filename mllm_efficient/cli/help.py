@@ -20,7 +20,7 @@ GROUPS = {
         "processor_kwargs", "max_new_tokens",
     ),
     "What is asked": (
-        "suite", "tasks", "data", "categories", "split", "turns", "limit", "batch_size", "data_root", "coco_instances", "include_path",
+        "suite", "tasks", "data", "categories", "split", "turns", "corrupt", "limit", "batch_size", "data_root", "coco_instances", "include_path",
         "on_error", "cache", "reference", "against", "max_drop", "run", "budget", "explore", "labelled",
     ),
     "What is timed or counted": (
