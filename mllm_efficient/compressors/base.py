@@ -46,7 +46,8 @@ class Compressor:
     from (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
     places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike. routes:
     whether it decides image by image what is done. sets_processor: whether it is a setting of the model's own image processor, which
-    commands make (``measure.native``) and no wrapped model can. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
+    commands make (``measure.native``) and no wrapped model can. by_pixels: whether how many tokens stay is known from a picture's pixels
+    alone, and not from its size. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
     after image; a subclass that chooses in another way says so anew. says_counts: whether it says how many tokens each that is left holds.
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
@@ -67,6 +68,7 @@ class Compressor:
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     sets_processor: ClassVar[bool] = False
+    by_pixels: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
     says_counts: ClassVar[bool] = False
 

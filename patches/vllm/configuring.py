@@ -10,8 +10,8 @@ from typing import Any
 
 from mllm_efficient.errors import UnsupportedModelError
 
-from . import failures
-from .settings import KEY
+from . import BACKEND, PREFIX, failures
+from .settings import KEY, settings_of
 
 ADVICE = "add --model-impl transformers, or serve a folder that mllm-efficient export wrote"
 SCHEDULER = "mllm_efficient.patches.vllm.scheduler.scheduler"
@@ -53,8 +53,19 @@ def _over(known: Any, name: str, served: bool) -> Any:
                 return
             if not served:
                 raise UnsupportedModelError(f"{KEY}: vLLM runs {name} by a class of its own, which keeps all tokens: {ADVICE}")
+            require_class(vllm_config.model_config.hf_config, name)
             failures.share()
             if vllm_config.scheduler_config.scheduler_cls is None:
                 vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
     return Settled
+
+
+def require_class(config: Any, name: str) -> None:
+    """Raises for a method that looks at pixels where vLLM has transformers run a model, which gets whole pictures."""
+    settings = settings_of(config)
+    if settings is not None and settings.method.by_pixels and name.removeprefix(PREFIX) in BACKEND:
+        raise UnsupportedModelError(
+            f"{KEY}: {settings.method.name} looks at pixels, which vLLM's own classes of Qwen2.5-VL and Qwen3-VL are served with: leave "
+            "--model-impl transformers out"
+        )
