@@ -28,7 +28,7 @@ class PixelPrune(Compressor):
     above where the token to the upper left is the same as the left one and another than the one above, else those to the left (in the first
     row those to the left, in the first column those above; the first token stays). It is dropped if no pixel differs from that by more
     than ``tau``. Kept tokens are in their places, in the tower (which runs on them alone, with their own rotary positions) and in the
-    language model. With tau = 0 the whole picture can be rebuilt from them.
+    language model; a method that selects may follow and choose among them (``pixelprune | divprune:keep=0.25``). With tau = 0 the whole picture can be rebuilt from them.
     tau: in the values that the model is given, after normalisation (in vLLM of the model's dtype). Takes no budget: how many stay depends
     on the pixels, so FLOPs are not known before. Each frame of a video by itself. O(pixels) and one wait for a GPU, before the tower.
     """
