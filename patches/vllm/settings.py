@@ -109,6 +109,10 @@ def _why_not(method: Compressor, kind: str) -> str | None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
     elif method.sets_processor:
         why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
+    elif getattr(method, "age", None) is not None or getattr(method, "dedup", False):
+        why = (
+            f"looks at other pictures of the prompt ({'dedup' if method.by_pixels else 'age'}=), and vLLM keeps an image's tokens by itself"
+        )
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
     elif nowhere := set(method.needs) - OF_IMAGES - frozenset().union(*OF_TOWER.values()):
