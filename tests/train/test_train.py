@@ -92,7 +92,8 @@ def log_of(folder, stage="full"):
     ("start=/nowhere", "settings have no effect with start"),
     ("start=/nowhere;settings={}", "no config.json there"),
     ("stages.1.batch_size=64", "24 records are fewer than one step takes, 64"),
-    ("settings={layers: conv}", "layers swiglu or mlp"),
+    ("settings={layers: conv}", "layers='conv' of a TokenFLEX projector: swiglu, mlp"),
+    ("settings={mixer: rafts}", "mixer='rafts' of a TokenFLEX projector: none, pool, raft"),
     ("settings={width: 3}", "no setting width"),
     ("counts={169: 1}", "169 is more than the 144"),
 ])  # fmt: skip
