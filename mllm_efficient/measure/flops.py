@@ -222,6 +222,7 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
+        project += other.mixing_flops(model.projector.inputs, picture.patches, None if kept.side is None else n)
     elif kept is not None and kept.rounds and method is not None:
         inside = next(stage for stage in stages_of(method) if stage.in_tower)
         return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
