@@ -45,8 +45,9 @@ OF_TASKS = ("data_root", "include", "on_error", "cache", "image_padding", "promp
 def evaluate(
     model: Any, processor: Any, methods: Methods = (), *, suite: str | None = None, tasks: Sequence[str] | None = None,
     data: str | Path | None = None, categories: Sequence[str] | None = None, split: str | None = None, turns: int | None = None,
-    limit: int | None = None, batch_size: int | None = None, max_new_tokens: int | None = None, against: Method | None = None,
-    image_range: str = "full", output_dir: str | Path | None = None, seed: int = 0, progress: bool = False, **of_tasks: Any,
+    corrupt: Sequence[str] | None = None, limit: int | None = None, batch_size: int | None = None, max_new_tokens: int | None = None,
+    against: Method | None = None, image_range: str = "full", output_dir: str | Path | None = None, seed: int = 0,
+    progress: bool = False, **of_tasks: Any,
 ) -> Results:  # fmt: skip
     """How good the answers of a model are under methods, the uncompressed model first.
 
@@ -57,6 +58,7 @@ def evaluate(
         tasks: instead, tasks of lmms-eval. data: instead, a file of requests of one's own, answered as by the uncompressed model.
         categories: of an embedded benchmark; None asks all that the model takes.
         split: of it, "test" or "val". turns: 2 asks every question of it a second time.
+        corrupt: its questions also about pictures with "noise", "blur", "jpeg", "watermark", "patch" (``eval.builtin.corruptions``).
         limit: questions, requests, or samples of each task. batch_size: 32, of ``data`` 8, of tasks 1.
         max_new_tokens: of ``data`` and of tasks that name none. against: a method that every row is compared with.
         image_range: of pictures with more than 8 bits, "full" or "auto".
@@ -71,8 +73,8 @@ def evaluate(
     require_sources(suite=suite, tasks=tasks, data=data)
     require_whole(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
     require_effect(
-        public, data, of_tasks, categories=categories, split=split, turns=turns, against=against, max_new_tokens=max_new_tokens,
-        image_range=unusual_range(image_range),
+        public, data, of_tasks, categories=categories, split=split, turns=turns, corrupt=corrupt, against=against,
+        max_new_tokens=max_new_tokens, image_range=unusual_range(image_range),
     )  # fmt: skip
     specs = [built(m) for m in many(methods)]
     how: dict[str, Any] = {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)}
@@ -86,9 +88,11 @@ def evaluate(
         how |= {"against": named_among(chosen, against), "limit": limit}
         require_runnable(loaded, chosen)
         if data is None:
+            from .builtin.corruptions import corruptions_of
             from .evaluate import BATCH, on_benchmark
 
             how |= {"split": one_of("split", or_usual(split, "test"), SPLITS), "turns": one_of("turns", or_usual(turns, 1), (1, 2))}
+            how["corrupt"] = corruptions_of(listed(corrupt), how["turns"])
             return on_benchmark(loaded, chosen, suite=suite, categories=listed(categories), batch_size=batch_size or BATCH, **how)
         from .evaluate import DATA_BATCH, on_requests
         from .requests import read_requests

@@ -45,8 +45,8 @@ def require_effect(public: bool, data: Any, of_tasks: dict[str, Any], **given: A
     """Raises for an argument that has no effect on what is asked."""
     source = "public tasks" if public else "data" if data is not None else "the embedded benchmark"
     without = {
-        "public tasks": ("categories", "split", "turns", "against"),
-        "data": ("categories", "split", "turns"),
+        "public tasks": ("categories", "split", "turns", "corrupt", "against"),
+        "data": ("categories", "split", "turns", "corrupt"),
         "the embedded benchmark": ("max_new_tokens", "image_range"),
     }
     for name in (*without[source], *(() if public else of_tasks)):

@@ -20,6 +20,7 @@ from .record.bench_file import write_json
 from .record.samples import fingerprint_of
 from .requests import Request
 from .results import EVALUATE, Results
+from .robustness import corrupted_rows, corrupted_table, under, with_corrupted
 from .runner import Run
 from .sweep import flops_ratios
 from .table import rows_of, text_table
@@ -47,18 +48,24 @@ FIRST_OF_DATA = ("tokens", "same words", "same answer", "right", "KL nats")
 def on_benchmark(
     loaded: Loaded, methods: Sequence[Compressor], *, suite: str | None = None, categories: str | None = None,
     split: str = "test", turns: int = 1, limit: int | None = None, batch_size: int = 32,
-    against: str | None = None, output_dir: Path | None = None, progress: Progress = SILENT,
+    corrupt: Sequence[str] = (), against: str | None = None, output_dir: Path | None = None, progress: Progress = SILENT,
 ) -> Results:  # fmt: skip
-    """Accuracy of methods, of which the first is the baseline, on an embedded benchmark. categories: ``a,b`` of it, None for all."""
+    """Accuracy of methods, of which the first is the baseline, on an embedded benchmark. categories: ``a,b`` of it, None for all.
+
+    corrupt: every question also about its pictures under each of these corruptions.
+    """
     embedded = embedded_suite(suite)
     asked = embedded.asks(categories, loaded.processor, progress.say)
     questions = embedded.samples(split, limit, asked)
-    run = Run(loaded, questions, methods, batch_size=batch_size, output_dir=output_dir, turns=turns, suite=embedded)
-    paired = len(run.asked) - len(questions)
+    every = with_corrupted(questions, corrupt)
+    run = Run(loaded, every, methods, batch_size=batch_size, output_dir=output_dir, turns=turns, suite=embedded)
+    paired = len(run.asked) - len(every)
     more = f", {paired} of them also as a second turn" if turns > 1 else ""
+    more += f", each under {', '.join(corrupt)} too" if corrupt else ""
     progress.say(f"{len(questions)} questions x {len(run.arms)} arms (with the no-image floor){more}")
     records = answered(run, progress)
-    rows = rows_of(records, methods, asked, against=against, seed=loaded.options.seed)
+    rows = rows_of(under(records, None), methods, asked, against=against, seed=loaded.options.seed)
+    more_rows = corrupted_rows(records, methods, asked, corrupt, against=against, seed=loaded.options.seed)
     meta = {
         **run.config, "split": split, "turns": turns, "questions": len(questions), "second_turns": paired,
         "questions_fingerprint": fingerprint_of({"ids": sorted(s.id for s in questions)}),
@@ -67,7 +74,8 @@ def on_benchmark(
         "flops": flops_ratios(loaded, methods),
         **embedded.blind(questions),
     }  # fmt: skip
-    return _kept(Results(EVALUATE, rows, meta, (benchmark_table(rows, meta, asked),), failures(records)), output_dir)
+    tables = [benchmark_table(rows, meta, asked), *([corrupted_table([*rows, *more_rows], corrupt)] if corrupt else [])]
+    return _kept(Results(EVALUATE, [*rows, *more_rows], meta, tuple(tables), failures(records)), output_dir)
 
 
 def benchmark_table(rows: Sequence[dict[str, Any]], meta: dict[str, Any], categories: Sequence[str]) -> Table:

@@ -18,6 +18,7 @@ from mllm_efficient.measure.workload import usual_size
 
 from .agreement import cut
 from .answers import NORMALISATION, judge
+from .builtin.corruptions import CORRUPTIONS, TILE, Corrupted
 from .builtin.suites import BUILTIN, AnySample, Suite, asked_size
 from .calibration import Watched
 from .harness import Harness, endings
@@ -56,6 +57,9 @@ class Run(Harness):
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
         size = self.size if self.suite is BUILTIN else "own"
         how = {"image_size": size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        there = dict.fromkeys(s.corruption for s in self.samples if isinstance(s, Corrupted))
+        if there:
+            how["corruptions"] = {name: CORRUPTIONS[name] for name in sorted(there)} | ({"tile": TILE} if "patch" in there else {})
         return {"suite": self.suite.name, **form, **how, **environment(self.loaded)}
 
     @property
@@ -75,7 +79,9 @@ class Run(Harness):
     def head(self, arm: str, sample: AnySample | FollowUp) -> dict[str, Any]:
         q = sample.question
         head = {"method": arm, "id": sample.id, "image": sample.image, "task": sample.task, "question": q.text, "expected": q.answer}
-        return head | ({"turns": 2, "first": sample.first.question.text} if isinstance(sample, FollowUp) else {})
+        if isinstance(sample, FollowUp):
+            return head | {"turns": 2, "first": sample.first.question.text}
+        return head | ({"corruption": sample.corruption} if isinstance(sample, Corrupted) else {})
 
     def __post_init__(self) -> None:
         super().__post_init__()

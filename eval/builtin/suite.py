@@ -65,8 +65,11 @@ class Sample:
 
         planes: the rectangles that the tokens form, placed on the picture, which is the only one of the prompt.
         """
-        boxes = [(b.top / UNITS, b.left / UNITS, b.bottom / UNITS, b.right / UNITS) for b in self.question.region]
-        return np.concatenate([cells_over(plane, boxes).ravel() for plane in planes])
+        return np.concatenate([cells_over(plane, self.boxes()).ravel() for plane in planes])
+
+    def boxes(self, number: int = 0) -> list[tuple[float, float, float, float]]:
+        """What the answer depends on, (top, left, bottom, right) in fractions of the picture."""
+        return [(b.top / UNITS, b.left / UNITS, b.bottom / UNITS, b.right / UNITS) for b in self.question.region]
 
 
 @functools.lru_cache(maxsize=64)

@@ -50,6 +50,7 @@ RECORD = _fields(
     "region_kept? | number | share of what the question is about that is kept",
     "confidence? | number | geometric mean of the probabilities of the answer's tokens, 0 to 1",
     "text? | string | the whole text, where answer is a part of it",
+    "corruption? | string | of its pictures, with --corrupt",
     "turns? | integer | 2: asked as the second of a conversation", "first? | string | the first question of it",
     "first_answer? | string | and its answer",
     "token_ids? | list | of the answer", "exact_match? | boolean | answered to the letter as by the uncompressed model",
@@ -83,6 +84,9 @@ EVALUATE = _fields(
     "region_kept? | number | share of what the question is about that is kept",
     "first_turn? | number | of second turns: the method's score on the same questions asked alone",
     "turn_difference? | number | second turn - first, in points", "turn_interval? | pair | of that",
+    "corruption? | string | of the pictures, with --corrupt; the baseline is none under the same one",
+    "clean? | number | of corrupted pictures: the method's score on them as they are",
+    "clean_difference? | number | score - clean, paired, in points", "clean_interval? | pair | of that",
     "against? | string | the method that --against names", "against_difference? | number | score - its score",
     "against_interval? | pair | of that", "by_length? | object | agreement by tokens of the uncompressed model's answer",
 ) | SCORES | OVERALL  # fmt: skip

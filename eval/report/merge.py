@@ -96,7 +96,8 @@ def of_eval(rows: Sequence[dict[str, Any]], meta: dict[str, Any]) -> list[dict[s
     costs = (meta.get("flops") or {}).get("ratios", {})
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row.get("turns", 1) == 1 and row.get("primary", True):  # second turns and further metrics are no categories
+        # second turns, corrupted pictures and further metrics are no categories
+        if row.get("turns", 1) == 1 and row.get("primary", True) and row.get("corruption") is None:
             by_method.setdefault(row["method"], []).append(row)
     out = []
     for method, own in by_method.items():

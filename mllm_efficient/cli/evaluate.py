@@ -33,6 +33,9 @@ def evaluate(
     turns: Annotated[
         int, typer.Option("--turns", min=1, max=2, help="2: every question also as the second of a conversation about its image.")
     ] = 1,
+    corrupt: Annotated[
+        str | None, typer.Option("--corrupt", help="Every question of it also under each of these: noise,blur,jpeg,watermark,patch.")
+    ] = None,
     limit: options.Limit = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Default 32; with --data 8; with --tasks 1.")] = None,
     max_new_tokens: options.MaxNewTokens = None,
@@ -79,7 +82,10 @@ def evaluate(
             "--cache": cache, "--image-padding": image_padding, "--prompt-format": prompt_format, "--reference": reference,
             **({} if data is not None and server else {"--server": server, "--server-model": server_model}),
         },
-        {"--data": data, "--split": split, "--categories": categories, "--against": against, "--turns": turns if turns > 1 else None},
+        {
+            "--data": data, "--split": split, "--categories": categories, "--against": against, "--turns": turns if turns > 1 else None,
+            "--corrupt": corrupt,
+        },
     )  # fmt: skip
     if public:
         from .launching import check_launch
@@ -102,11 +108,13 @@ def evaluate(
     if data is not None and server:
         from .served import on_running
 
-        given = {"--method": method, "--against": against, "--suite": suite, "--split": split, "--categories": categories}
+        given = {
+            "--method": method, "--against": against, "--suite": suite, "--split": split, "--categories": categories, "--corrupt": corrupt,
+        }  # fmt: skip
         found = on_running(settings, server, server_model, data, given, limit, batch_size, max_new_tokens, output_dir, image_range, turns)
         return options.finish(found, json, columns)
     chosen = [options.one_method("none"), *(options.one_method(m) for m in method or ())]
-    check_source(data, suite, split, max_new_tokens, turns, categories)
+    corrupted = check_source(data, suite, split, max_new_tokens, turns, categories, corrupt)
     if data is None and image_range != "full":
         raise MllmEfficientError("--image-range has no effect on the embedded benchmark, whose pictures have 8 bits: leave it out")
     options.check_columns(columns, "eval")
@@ -132,7 +140,7 @@ def evaluate(
     if data is not None and requests is not None:
         found = on_requests(loaded, chosen, requests, data, batch_size=batch_size or DATA_BATCH, max_new_tokens=max_new_tokens, **how)
     else:
-        where: dict[str, Any] = {"suite": suite, "categories": categories, "split": split or "test", "turns": turns}
+        where: dict[str, Any] = {"suite": suite, "categories": categories, "split": split or "test", "turns": turns, "corrupt": corrupted}
         found = on_benchmark(loaded, chosen, **where, batch_size=batch_size or BATCH, **how)
     return options.finish(found, json, columns)
 
@@ -154,19 +162,24 @@ def check_tasks_options(public: bool, of_tasks: dict[str, Any], of_others: dict[
 
 
 def check_source(
-    data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1, categories: str | None = None
-) -> None:  # fmt: skip
-    """Raises for a benchmark's options beside ``--data``, for ``--data``'s without it, and for unknown values."""
+    data: Path | None, suite: str | None, split: str | None, max_new_tokens: int | None, turns: int = 1, categories: str | None = None,
+    corrupt: str | None = None,
+) -> tuple[str, ...]:  # fmt: skip
+    """Raises for a benchmark's options beside ``--data``, for ``--data``'s without it, and for unknown values. Returns the corruptions."""
     if data is not None:
         for name, given, instead in (
             ("--suite", suite is not None, "leave it out"), ("--split", split is not None, "leave it out"),
             ("--categories", categories is not None, "leave it out"),
-            ("--turns", turns > 1, "put earlier turns into messages"),
+            ("--turns", turns > 1, "put earlier turns into messages"), ("--corrupt", corrupt is not None, "leave it out"),
         ):  # fmt: skip
             if given:
                 raise MllmEfficientError(f"{name} has no effect with --data: {instead}")
-        return
+        return ()
     if split not in (None, "test", "val"):
         raise MllmEfficientError(f"unknown split {split!r}: test, or val for tuning")
     if max_new_tokens is not None:
         raise MllmEfficientError("--max-new-tokens has no effect on the embedded benchmark, whose answers are words: leave it out")
+
+    from ..eval.builtin.corruptions import corruptions_of
+
+    return corruptions_of(corrupt, turns)

@@ -83,9 +83,18 @@ class HardSample:
         for plane in planes:
             first = (plane.frame or 0) * each if self.video else number
             seen = range(first, first + (each if self.video else 1))
-            boxes = [self.item.pictures[i].fraction(box) for i in seen for box in self.question.regions[i]]
+            boxes = [box for i in seen for box in self._boxes(i)]
             out.append(cells_over(plane, boxes).ravel())
         return np.concatenate(out)
+
+    def boxes(self, number: int = 0) -> list[tuple[float, float, float, float]]:
+        """What the answer depends on in an image (in all frames of the video), (top, left, bottom, right) in fractions of it."""
+        if self.instead is not None:
+            return []
+        return [box for i in (range(len(self.item.pictures)) if self.video else (number,)) for box in self._boxes(i)]
+
+    def _boxes(self, number: int) -> list[tuple[float, float, float, float]]:
+        return [self.item.pictures[number].fraction(box) for box in self.question.regions[number]]
 
 
 @functools.lru_cache(maxsize=64)
