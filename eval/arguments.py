@@ -15,7 +15,8 @@ from mllm_efficient.media.images import RANGES
 Method = str | dict[str, Any] | Compressor
 Methods = Method | Sequence[Method]
 Many = int | Sequence[int]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def named_as_arguments(*more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
