@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_efficient.apply.conversation import items_of
 from mllm_efficient.apply.encode import Encoded
 from mllm_efficient.apply.prepare import Prepared, prepare
 from mllm_efficient.apply.prompt import types_with_text
@@ -145,7 +146,7 @@ class Agreement(Harness):
         if key not in self._inputs:
             loaded = self.seen_under(method, batch).loaded
             inputs = loaded.inputs([self._prompt[r.id] for r in batch], [r.pictures() for r in batch])
-            self._inputs[key] = inputs, self.adapter.items(inputs)
+            self._inputs[key] = inputs, items_of(self.adapter, inputs)
         return self._inputs[key]
 
     def _prepared(self, method: Compressor, batch: Sequence[Request], answers: Tensor | None = None) -> tuple[Prepared, Tensor]:

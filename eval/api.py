@@ -22,6 +22,7 @@ from .arguments import (
     budgets,
     listed,
     many,
+    named_as_arguments,
     one_of,
     or_usual,
     require_effect,
@@ -40,6 +41,7 @@ SPLITS = ("test", "val")
 OF_TASKS = ("data_root", "include", "on_error", "cache", "image_padding", "prompt_format", "reference", "coco_instances")
 
 
+@named_as_arguments(*OF_TASKS)
 def evaluate(
     model: Any, processor: Any, methods: Methods = (), *, suite: str | None = None, tasks: Sequence[str] | None = None,
     data: str | Path | None = None, categories: Sequence[str] | None = None, split: str | None = None, turns: int | None = None,
@@ -109,6 +111,7 @@ def _on_tasks(loaded: Loaded, asked: TaskOptions, methods: Sequence[Compressor],
     return found
 
 
+@named_as_arguments(*OF_TASKS)
 def sweep(
     model: Any, processor: Any, methods: Methods, *, keep: float | Sequence[float] | None = None, tokens: Many | None = None,
     suite: str | None = None, tasks: Sequence[str] | None = None, data: str | Path | None = None,
@@ -159,6 +162,7 @@ def sweep(
         return run(loaded, plan, Path(folder), _progress(progress))
 
 
+@named_as_arguments()
 def bench(
     model: Any, processor: Any, methods: Methods = (), *, batch_size: Many = 1, image_size: tuple[int, int] | None = None,
     images: int = 1, text_tokens: int = 64, output_tokens: int = 32, repeats: int = 10, warmup: int = 2, max_batch: int | None = None,
@@ -188,6 +192,7 @@ def bench(
         return bench_of(loaded, chosen, settings, progress=_progress(progress))
 
 
+@named_as_arguments()
 def flops(
     model: Any = BUILTIN, methods: Methods = (), *, text_tokens: Many = 64, visual_tokens: Many | None = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None, images: int = 1, new_tokens: int = 0, batch_size: int = 1,

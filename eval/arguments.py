@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from mllm_efficient.compressors.base import Compressor
-from mllm_efficient.errors import BadSettingError
+from mllm_efficient.errors import BadSettingError, MllmEfficientError
 from mllm_efficient.media.images import RANGES
 
 Method = str | dict[str, Any] | Compressor
 Methods = Method | Sequence[Method]
 Many = int | Sequence[int]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named_as_arguments(*more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a command in Python: an error of what lies below that names ``--an-option`` names ``an_option`` instead. more: what
+    ``**kwargs`` may hold."""
+
+    def decorated(run: Callable[P, R]) -> Callable[P, R]:
+        names = {f"--{name.replace('_', '-')}": name for name in (*inspect.signature(run).parameters, *more)}
+        names["--method"] = names["--methods"]
+
+        @functools.wraps(run)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return run(*args, **kwargs)
+            except MllmEfficientError as error:
+                said = re.sub(r"--[a-z]+(-[a-z]+)*", lambda found: names.get(found[0], found[0]), str(error))
+                if said != str(error):
+                    error.args = (said,)
+                raise
+
+        return called
+
+    return decorated
 
 
 def require_effect(public: bool, data: Any, of_tasks: dict[str, Any], **given: Any) -> None:

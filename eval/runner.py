@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mllm_efficient.apply.conversation import items_of
 from mllm_efficient.apply.prepare import Prepared, prepare
 from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import MllmEfficientError
@@ -154,7 +155,7 @@ class Run(Harness):
         """The batch's shorter prompts; a picture goes through the tower once for all methods that see it alike."""
         asked, own = self.seen_under(method, batch), method.spec() if method.sets_processor else None
         keys = [key for s in batch for key in s.keys]  # a batch is of images or of videos
-        encoded = self.vision.encoded(asked.method, self.adapter.items(inputs), [(own, key) for key in keys])
+        encoded = self.vision.encoded(asked.method, items_of(self.adapter, inputs), [(own, key) for key in keys])
         rest = {k: v for k, v in inputs.items() if k not in self.adapter.encode_keys}
         return asked.shown(prepare(self.loaded.model, asked.method, encoded=encoded, image_keys=keys, **rest))
 

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video of a call: its own part of the vision arguments, and the shape of its tokens."""
+    """One image or video of a call: its own part of the vision arguments, and the shape of its tokens.
+
+    before, age: what it knows of its prompt (``apply.conversation``): the last image of its shape before it; later turns with images.
+    """
 
     arguments: dict[str, Any]
     shape: VisualShape
+    before: Item | None = None
+    age: int = 0
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,19 @@ def _gemma4_heads(text: Any, layer: int) -> tuple[int, int]:
     return text.global_head_dim, fewer or text.num_key_value_heads
 
 
+def llama4_layers(text: Any) -> tuple[Layer, ...]:
+    """Llama 4's: dense layers, and layers of experts, of which transformers runs all on every token and multiplies most by zero."""
+    d = text.hidden_size
+    wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    sparse = 3 * d * text.intermediate_size * (text.num_local_experts + 1) + d * text.num_local_experts
+    mlps = [sparse if i in text.moe_layers else 3 * d * text.intermediate_size_mlp for i in range(text.num_hidden_layers)]
+    return tuple(Layer(2 * d * (wide + narrow) + mlp, wide, 2 * narrow) for mlp in mlps)
+
+
 UNLIKE: dict[str, Callable[[Any], tuple[Layer, ...]]] = {
     "qwen3_5_text": delta_net_layers,
     "qwen3_5_moe_text": delta_net_layers,
     "glm4v_moe_text": glm_moe_layers,
     "gemma4_text": gemma4_layers,
+    "llama4_text": llama4_layers,
 }

@@ -15,7 +15,7 @@ MLP_MATRICES = {
     "glm4v_text": 3, "glm4v_moe_text": 3, "glm_ocr_text": 3, "gemma3_text": 3, "gemma4_text": 3,
     "llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "gemma": 3, "gemma2": 3, "phi3": 3, "cohere2": 3,
     "qwen2_vl_text": 3, "qwen2_5_vl_text": 3, "qwen3_vl_text": 3, "phi": 2, "gpt_neox": 2, "qwen3_5_text": 3, "qwen3_5_moe_text": 3,
-    "cohere": 3, "ernie4_5": 3, "glm": 3, "glm4": 3, "granite": 3, "helium": 3, "olmo2": 3, "smollm3": 3,
+    "llama4_text": 3, "cohere": 3, "ernie4_5": 3, "glm": 3, "glm4": 3, "granite": 3, "helium": 3, "olmo2": 3, "smollm3": 3,
 }  # fmt: skip
 # whose layers have a sliding window if the configuration names one
 SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "gemma4_text", "cohere2")
@@ -134,7 +134,7 @@ class ProjectorSize:
     ``copies`` of it (deepstack).
 
     gated: one half of the hidden width gates the other, so that the second matrix takes half of it (SwiGLU). before: multiply-adds of
-    a token in what comes before both matrices.
+    a token in what comes before both matrices. inside: of a token that the model's forward takes, in its own matrix in front of the layers.
     """
 
     inputs: int
@@ -143,6 +143,7 @@ class ProjectorSize:
     copies: int = 1
     gated: bool = False
     before: int = 0
+    inside: int = 0
 
 
 def decoder_of(config: Any, name: str) -> Decoder:
@@ -168,6 +169,8 @@ def mlp_width(text: Any) -> int:
     """Of a dense MLP, or of all experts together that a token goes to."""
     if not hasattr(text, "num_experts_per_tok"):
         return int(text.intermediate_size)
+    if text.model_type == "llama4_text":
+        return int((text.num_experts_per_tok + 1) * text.intermediate_size)
     shared = getattr(text, "n_shared_experts", 0) * text.moe_intermediate_size or text.shared_expert_intermediate_size
     return int(text.num_experts_per_tok * text.moe_intermediate_size + shared)
 
@@ -177,6 +180,8 @@ def _windows(text: Any) -> tuple[int, ...]:
     kind, layers = text.model_type, text.num_hidden_layers
     if kind.startswith("qwen"):
         window = text.sliding_window if getattr(text, "use_sliding_window", False) else None
+    elif kind == "llama4_text":
+        window = text.attention_chunk_size
     else:
         window = text.sliding_window if kind in SLIDING else None
     if not window:
@@ -184,9 +189,9 @@ def _windows(text: Any) -> tuple[int, ...]:
     types = getattr(text, "layer_types", None)
     if types is None and kind.startswith("qwen"):
         types = ["sliding_attention" if i >= text.max_window_layers else "full_attention" for i in range(layers)]
-    elif types is None and kind in ("gemma2", "gemma3_text", "gemma4_text", "cohere2"):
+    elif types is None and kind in ("gemma2", "gemma3_text", "gemma4_text", "cohere2", "llama4_text"):
         raise MissingSetting("'layer_types'")
-    windows = tuple(window if types is None or types[i] == "sliding_attention" else 0 for i in range(layers))
+    windows = tuple(window if types is None or types[i] in ("sliding_attention", "chunked_attention") else 0 for i in range(layers))
     return windows if any(windows) else ()
 
 

@@ -15,6 +15,7 @@ from ..compressors.base import Compressor
 from ..compressors.composed import before_of, inside_of, stages_of
 from ..compressors.none import NoCompression
 from ..compressors.reducer import Reducer
+from .conversation import ends_of, in_conversation
 from .encode import has_pixels, require_encoding, require_installed
 from .labels import entering, of_text, stays_long
 from .locate import PlacedImage, locate, visual_in
@@ -192,6 +193,7 @@ def place_images(call: Call) -> list[PlacedImage]:
     new = {"input_ids": call.ids_cpu[:, call.start :], "attention_mask": call.mask_cpu[:, call.start :]}
     items = call.encoded.items if call.encoded else call.adapter.items({**call.vision, **new})
     placed = locate(new["input_ids"], call.adapter.placeholders, items)
+    placed = in_conversation(placed, new["input_ids"], ends_of(call.adapter.model))
     keys = call.image_keys
     require(keys is None or len(keys) == len(placed), f"{len(keys or ())} image_keys for {len(placed)} images")
     if call.encoded is not None:

@@ -230,6 +230,8 @@ def _assemble(method: Compressor, p: Plan, encoding: Any, parts: list[Part]) -> 
         rows = [r[order.to(r.device)] for r in rows]
     merged = _merged_planes(parts) if indices is None else None
     done = CompressedImage(rows[0], tuple(rows[1:]), keep, indices, merged, groups=_groups(shape, parts, indices))
+    if p.stay:
+        return _of_those_that_stay(p, done)
     return done if p.after is None else _after_projector(p, done)
 
 
@@ -283,6 +285,14 @@ def _after_projector(p: Plan, s: CompressedImage) -> CompressedImage:
     keep[keep.clone()] = s.keep
     merged = p.seen.planes if s.kept_planes is None else s.kept_planes
     return replace(s, keep=keep, indices=None, kept_planes=merged, of_merged=s.indices)
+
+
+def _of_those_that_stay(p: Plan, s: CompressedImage) -> CompressedImage:
+    """What was chosen among the tokens that the tower ran on, as tokens of the whole item."""
+    assert s.indices is not None
+    stay, keep = torch.tensor(p.stay), torch.zeros(p.shape.length, dtype=torch.bool)
+    keep[p.shape.token_slots[stay[s.keep]]] = True
+    return replace(s, keep=keep, indices=stay[s.indices])
 
 
 def _merged_planes(parts: list[Part]) -> tuple[Plane, ...]:

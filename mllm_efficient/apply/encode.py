@@ -15,6 +15,7 @@ from ..registry import runnable
 from ..report import CacheUse
 from ..trained.folder import held, module_of, require_held
 from .active import active_on
+from .conversation import items_of
 from .plan import plan
 from .prompt import require
 from .vision_cache import Part, VisionCache, key_of, state_of, together, usable
@@ -51,7 +52,7 @@ def encode(model: Any, compressor: Any, **inputs: Any) -> Encoded:
     from ..patches import adapter_for
 
     adapter, method = adapter_for(model), runnable(compressor)
-    return encode_items(adapter, method, adapter.items(inputs))
+    return encode_items(adapter, method, items_of(adapter, inputs))
 
 
 def encode_items(adapter: Any, method: Compressor, items: list[Any]) -> Encoded:
@@ -148,4 +149,4 @@ def has_pixels(inputs: dict[str, Any]) -> bool:
 
 def keeps_all(adapter: Any, method: Any, inputs: dict[str, Any]) -> bool:
     """Whether a method leaves the images of a call as they are, so that the call needs no change."""
-    return all(plan(adapter, runnable(method), item).untouched for item in adapter.items(inputs))
+    return all(plan(adapter, runnable(method), item).untouched for item in items_of(adapter, inputs))

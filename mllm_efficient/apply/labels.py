@@ -19,6 +19,7 @@ from ..compressors.composed import before_of, inside_of
 from ..compressors.none import NoCompression
 from ..errors import CountMismatchError
 from .active import method_of
+from .conversation import items_of
 from .encode import has_pixels
 from .locate import locate, visual_in
 from .plan import Plan
@@ -101,7 +102,7 @@ def mask_labels(model: Any, batch: Mapping[str, Any]) -> Tensor:
     if method is None or ids is None or not has_pixels(dict(batch)):
         return labels
     adapter, mask = adapter_for(model), batch.get("attention_mask")
-    items = adapter.items(dict(batch))
+    items = items_of(adapter, dict(batch))
     if leaves_alone(method, (method.plans(adapter, item)[-1] for item in items)):
         return labels
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

@@ -46,15 +46,14 @@ class Compressor:
     from (``CompressedTokens.places``), so that it can keep that one's position. channelwise: whether it merges every channel by itself, by
     places, attention and keys alone, so that features which some models add in later layers (deepstack) can be merged alike. routes:
     whether it decides image by image what is done. sets_processor: whether it is a setting of the model's own image processor, which
-    commands make (``measure.native``) and no wrapped model can. shares_work: whether ``compress_batch`` is cheaper on a GPU than image
-    after image; a subclass that chooses in another way says so anew. says_counts: whether it says how many tokens each that is left holds.
-    counts_by_content: whether it is known only behind the tower how many tokens stay (``ByContent``).
+    commands make (``measure.native``) and no wrapped model can. by_pixels: whether pixels alone say how many tokens stay. shares_work:
+    whether ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew. says_counts:
+    whether it says how many tokens each that is left holds. counts_by_content: whether the
+    tower must run before it is known how many stay (``ByContent``).
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
-    CLIP model's folder or hub id), weights (a folder or hub id of trained weights).
-
-    What a kind of method means for an image's plan, for a model and in words are methods of that kind: ``plan``, ``check``, ``describe``
-    and their parts. Everything named ``adapter`` is a ``patches.base.Adapter``, or the rules of a model's shape.
+    CLIP model's folder or hub id), weights (a folder or hub id of trained weights). What a kind of method means for an image's plan, for
+    a model and in words are methods of that kind. Everything named ``adapter`` is a ``patches.base.Adapter``, or a shape's rules.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +67,7 @@ class Compressor:
     channelwise: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     sets_processor: ClassVar[bool] = False
+    by_pixels: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
     says_counts: ClassVar[bool] = False
     counts_by_content: ClassVar[bool] = False
@@ -236,7 +236,7 @@ class Compressor:
     # ------------------------------------------------------------------------------ what it will do to an image
 
     def plan(self, adapter: Family, item: Any) -> Plan:
-        """What becomes of an item of the adapter, before any pixel is looked at. Raises ``BadBudgetError`` where it cannot be done."""
+        """What becomes of an item of the adapter, before its tower runs. Raises ``BadBudgetError`` where it cannot be done."""
         shape: VisualShape = item.shape
         groups = groups_of(self, shape, self.wanted(shape, fixed=adapter.fixed_count))
         clamped = self.tokens is not None and any(self.tokens > g.n for g in groups)
@@ -315,7 +315,7 @@ class Compressor:
         return {"method": self.name, **{name: value for name, (value, default) in settings.items() if value != default}}
 
     def spec(self) -> str:
-        """The method as a specification string, ``divprune:keep=0.1``, of which ``me.build`` makes an equal one."""
+        """The method as a specification, ``divprune:keep=0.1``, of which ``me.build`` makes an equal one."""
         return write(self.name, {k: v for k, v in self.to_dict().items() if k != "method"}, text_fields(type(self)))
 
 

@@ -48,6 +48,10 @@ class ByContent(Selector):
             raise BadSettingError(f"{self.name}: spend={self.spend!r} is not 'set': leave it out to give every picture its own budget")
         if self.spend is not None and self.radius is not None:
             raise BadSettingError(f"{self.name}: spend= shares a budget out, and radius= has none: leave one of them out")
+        if self.age is not None and self.counts_by_content:
+            raise BadSettingError(
+                f"{self.name}: age= lowers the budget of every picture, and radius= and spend= give by content: leave it out"
+            )
         if self.spend is not None and self.fraction == 1:
             raise BadSettingError(f"{self.name}: spend= has no effect where every token stays: leave it out")
 

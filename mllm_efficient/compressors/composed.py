@@ -12,7 +12,7 @@ from ..errors import BadBudgetError, MllmEfficientError, UnsupportedModelError
 from ..plans import Plan
 from ..tokens import VisualShape
 from .base import RANDOM, Compressor
-from .fit import OF_TOWER, require_counts
+from .fit import OF_TOWER, require_chooser, require_counts
 from .kinds import JOIN, ORDER, PRE_LLM
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Compressor):
-    """At most one method of each kind, in the order projector, pre_llm, in_llm.
+    """At most one method of each kind, in the order projector, pre_llm, in_llm, and one that looks at pixels before the second.
 
     Each has a budget of its own, of what the one before it leaves. ``me.build("tokenflex:tokens=144 | divprune:keep=0.5")``
     makes one. name and kind are those of the stages together; needs, per and newline are those of the ``pre_llm`` stage.
@@ -40,7 +40,7 @@ class Composed(Compressor):
             "merges": any(stage.merges for stage in self.stages),
             "trained": any(stage.trained for stage in self.stages),
         }
-        of_tokens = next((stage for stage in self.stages if stage.kind == PRE_LLM), None)
+        of_tokens = next((stage for stage in reversed(self.stages) if stage.kind == PRE_LLM), None)
         if of_tokens is not None:
             of_whole |= {"per": of_tokens.per, "newline": of_tokens.newline}
         for name, value in of_whole.items():
@@ -50,8 +50,8 @@ class Composed(Compressor):
         """Raises for stages that cannot run one after the other in any model."""
         if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
             raise MllmEfficientError("a composition has two stages or more, in the order projector, pre_llm, in_llm: me.build makes one")
-        for kind in {stage.kind for stage in self.stages}:
-            same = [stage.name for stage in self.stages if stage.kind == kind]
+        for place in {_place(stage) for stage in self.stages}:
+            same, kind = [stage.name for stage in self.stages if _place(stage) == place], ORDER[place[0]]
             if len(same) > 1:
                 raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
         alone = [stage.name for stage in self.stages if stage.sets_processor]
@@ -109,8 +109,17 @@ class Composed(Compressor):
         """The plan after each stage, all of the item's own shape."""
         out = [self.stages[0].plan(adapter, item)]
         for before, stage in zip(self.stages, self.stages[1:]):
-            out.append(stage.plan_after(adapter, item, before, out[-1]))
+            done = out[-1]
+            if before.by_pixels and stage.kind == PRE_LLM and done.untouched:
+                out.append(stage.plan(adapter, item))
+            else:
+                out.append(dataclasses.replace(stage.plan_after(adapter, item, before, done), stay=done.stay))
         return out
+
+    def position_rule(self, adapter: Family) -> str:
+        """That of the last stage that chooses tokens before the decoder, where there are two."""
+        two = [stage for stage in self.stages if stage.kind == PRE_LLM]
+        return two[1].position_rule(adapter) if len(two) == 2 else super().position_rule(adapter)
 
     def plan(self, adapter: Family, item: Any) -> Plan:
         return self.plans(adapter, item)[-1]
@@ -123,6 +132,9 @@ class Composed(Compressor):
             self._check_in_llm(adapter, self.as_reducer)
         if self.as_projector is not None and self.stages[1].as_reducer is None:
             self._check_after(self.as_projector, self.stages[1])
+        for before, stage in zip(self.stages, self.stages[1:]):
+            if before.by_pixels and stage.kind == PRE_LLM:
+                require_chooser(stage, before)
         usual = adapter.usual()
         if usual is not None:
             self.plan(adapter, adapter.item_of(usual))
@@ -168,8 +180,9 @@ def compose(stages: list[Compressor]) -> Compressor:
     return parts[0] if len(parts) == 1 else Composed(stages=tuple(parts))
 
 
-def _place(stage: Compressor) -> int:
-    return ORDER.index(stage.kind) if stage.kind in ORDER else len(ORDER)
+def _place(stage: Compressor) -> tuple[int, bool]:
+    """Of its kind, and what looks at pixels before what looks at tokens."""
+    return ORDER.index(stage.kind) if stage.kind in ORDER else len(ORDER), not stage.by_pixels
 
 
 def stages_of(method: Compressor) -> tuple[Compressor, ...]:

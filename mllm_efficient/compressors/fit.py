@@ -83,3 +83,15 @@ def require_counts(method: Reducer, before: Compressor | None) -> None:
             f"{method.name} weighs tokens by how many were merged into each, and nothing before it says how many: "
             f"put a method that selects and merges before it, as in 'divmerge:keep=0.1 | {method.name}'"
         )
+
+
+def require_chooser(method: Compressor, before: Compressor) -> None:
+    """A method can choose among the tokens that one before the tower leaves, which fill no grid and saw each other alone."""
+    lacking = sorted(set(method.needs) - {"text"})
+    if lacking:
+        raise UnsupportedModelError(f"{method.name} needs {', '.join(lacking)} of the whole picture, of which {before.name} leaves a part")
+    if method.merges or method.says_counts or method.in_tower or method.as_resizer is not None:
+        raise UnsupportedModelError(f"after {before.name} a method can choose tokens, and {method.name} makes new ones: use one of them")
+    if method.per != "image" or before.positions is not None:
+        given = f"{method.name}: per={method.per!r}" if method.per != "image" else f"{before.name}: positions={before.positions!r}"
+        raise UnsupportedModelError(f"{given} has no effect where {method.name} follows {before.name}: leave it out")

@@ -64,6 +64,10 @@ class Projector(Compressor):
         """FLOPs of making n tokens, matrix products alone."""
         raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
 
+    def mixing_flops(self, inputs: int, grid: tuple[int, int], n: int | None) -> int:
+        """FLOPs of what is done to a view's features on their grid before they become n tokens, or one each (None)."""
+        return 0
+
     @property
     def as_projector(self) -> Projector:
         return self

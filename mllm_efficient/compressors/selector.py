@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadBudgetError, BadSettingError, CountMismatchError
@@ -33,18 +33,39 @@ class Selector(Compressor):
     their positions are as without merging. Features that a model adds in later layers (deepstack) are averaged over the same groups
     with the same weights: what a token stands for is the same in every layer. O((N - K) K D) more, and (N - K) x K numbers.
     Sources: VScan (arXiv 2505.22654), ApET (arXiv 2602.19870).
+
+    age: of an image the budget is multiplied by it for every later turn of its prompt that has images: with ``keep=0.5,age=0.5`` the newest
+    keep half, those of the turn before a quarter. Turns end with the tokens that end an answer of the model. A turn that goes on from a
+    cache leaves the images in it as they are.
     """
 
     merge: str | None = None
+    age: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.age is not None and (isinstance(self.age, bool) or not isinstance(self.age, (int, float)) or not 0 < self.age < 1):
+            raise BadSettingError(
+                f"{self.name}: age={self.age!r} is not a fraction between 0 and 1, what a budget is multiplied by each turn"
+            )
         if self.merge is None:
             return
         if self.merge not in merging.RULES:
             raise BadSettingError(f"{self.name}: merge={self.merge!r} is not one of {merging.RULES}")
         if type(self).compress is not Selector.compress:
             raise BadSettingError(f"{self.name} has a compress of its own, so merge= would have no effect: leave it out")
+
+    def plan(self, adapter: Family, item: Any) -> Plan:
+        turns = getattr(item, "age", 0)
+        return super().plan(adapter, item) if self.age is None or not turns else self.aged(turns).plan(adapter, item)
+
+    def aged(self, turns: int) -> Selector:
+        """The method for an image after which so many turns brought others."""
+        assert self.age is not None
+        share, of_age = self.age**turns, dict[str, Any](age=None, prune=None)
+        if self.tokens is not None:
+            return replace(self, **of_age, tokens=max(1, round(self.tokens * share)))
+        return replace(self, **of_age, keep=(self.fraction or 0) * share)
 
     def score(self, v: VisualTokens) -> Tensor:
         """One score per token, (N,); the highest stay, ties go to the lowest index."""

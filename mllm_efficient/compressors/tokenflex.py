@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..errors import MllmEfficientError
+from ..errors import MllmEfficientError, did_you_mean
 from ..registry import register
 from ..trained.files import RANDOM, open_folder
+from .mixing import SIDE, mixer_flops, pooling_flops
 from .projector import Projector
+
+SETTINGS = ("expansion", "pooling", "layers", "mixer", "mixer_side", "queries")
 
 
 @register("tokenflex")
@@ -25,13 +28,26 @@ class TokenFlex(Projector):
     def module(self, inputs: int, outputs: int, **config: Any) -> Any:
         from ..trained.projector import TokenFlexProjector
 
-        unknown = sorted(set(config) - {"expansion", "pooling", "layers"})
+        unknown = sorted(set(config) - set(SETTINGS))
         if unknown:
-            raise MllmEfficientError(f"a TokenFLEX projector has no setting {', '.join(unknown)}: expansion, pooling and layers are some")
+            raise MllmEfficientError(
+                f"a TokenFLEX projector has no setting {', '.join(unknown)}{did_you_mean(unknown[0], SETTINGS)}: "
+                f"it has {', '.join(SETTINGS)}"
+            )
         return TokenFlexProjector(inputs, outputs, **config)
 
     def projector_flops(self, inputs: int, outputs: int, n: int) -> int:
-        sizes = {} if self.weights in (None, RANDOM) else open_folder(str(self.weights)).config["sizes"]
+        sizes = self._sizes
         if sizes.get("layers") == "mlp":
             return 2 * n * outputs * (inputs + outputs)
         return 2 * n * int(sizes.get("expansion", 3)) * inputs * (2 * inputs + outputs)
+
+    def mixing_flops(self, inputs: int, grid: tuple[int, int], n: int | None) -> int:
+        sizes = self._sizes
+        mixed = mixer_flops(sizes.get("mixer", "none"), inputs, grid, int(sizes.get("mixer_side", SIDE)))
+        return mixed + (0 if n is None else pooling_flops(sizes.get("pooling", "bilinear"), inputs, grid, n))
+
+    @property
+    def _sizes(self) -> dict[str, Any]:
+        """What the folder says of its projector; nothing of random weights and of those that ship."""
+        return {} if self.weights in (None, RANDOM) else open_folder(str(self.weights)).config["sizes"]

@@ -76,6 +76,7 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known image.
     """
+    from ..apply.conversation import items_of
     from ..apply.encode import Encoded, encode_items, encoding_key
     from ..apply.prepare import prepare
     from ..patches import adapter_for
@@ -89,7 +90,7 @@ def count(
     if meta and adapter.reads_values:
         raise MllmEfficientError(f"the tower of {shape.name} reads values, and a model without weights has none: count a model of a folder")
     inputs, method = _asked(adapter, shape, method, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
-    items = adapter.items(inputs)
+    items = items_of(adapter, inputs)
     prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
     if meta and inside is not None and inside.has_router:
         raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")

@@ -120,7 +120,7 @@ def cost(
         vision = _seeing_flops(model, compressor, kept, batch_size)
         compress = _before_flops(model, before, kept, [p.shape.n for p in pictures], text_tokens) if before is not None else 0
         compress += choosing_flops(decoder, inside, kept, text_tokens) if inside is not None else 0
-        prefill = prefill_flops(decoder, lengths, lengths[-1] if rules.heads_all else 1)
+        prefill = prefill_flops(decoder, lengths, lengths[-1] if rules.heads_all else 1) + 2 * tokens * model.projector.inside
         decode = sum(decode_flops(decoder, [n + i for n in lengths]) for i in range(new_tokens - 1))
     else:
         prefill = prefill_macs(decoder, lengths, convention)
@@ -164,11 +164,12 @@ def _lengths(model: ModelShape, kept: Sequence[Kept], text: int, visual_per_laye
 
 def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], tokens: Sequence[int], text: int) -> int:
     """The products of a method that runs before the decoder. tokens: N of each image."""
-    width = model.tower.width // model.tower.heads if "keys" in method.needs else model.decoder.width
+    features = model.projector.outputs if model.projector.inside else model.decoder.width
+    width = model.tower.width // model.tower.heads if "keys" in method.needs else features
     of_tokens = stages_of(method)[-1]
     layers = 1 + model.rules.deep_layers if of_tokens.merges else 1  # those of later layers are merged as the features are
     total = layers * sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
-    total += sum(of_tokens.merge_flops(n, model.decoder.width, k) for one in kept for n, k in one.groups)
+    total += sum(of_tokens.merge_flops(n, features, k) for one in kept for n, k in one.groups)
     total += sum(of_tokens.text_flops(n, model.decoder.width, text, model.decoder) for one in kept for n, _ in one.groups)
     if "clip_text" in method.needs and any(one.groups for one in kept):
         total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
@@ -221,6 +222,7 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
     if other is not None and kept is not None:
         n = picture.projected if kept.side is None else kept.side**2
         project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
+        project += other.mixing_flops(model.projector.inputs, picture.patches, None if kept.side is None else n)
     elif kept is not None and kept.rounds and method is not None:
         inside = next(stage for stage in stages_of(method) if stage.in_tower)
         return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)

@@ -15,6 +15,7 @@ PARTS = ("projector", "router", "language_model", "lora", "vision_tower")
 OBJECTIVES = ("answers", "distil")
 LOSSES = ("hinge", "expected", "removed", "released")
 ESTIMATORS = ("scaling", "straight_through", "gumbel", "reinforce")
+SAMPLINGS = ("shares", "flops")
 ON_BAD = ("stop", "skip")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -48,6 +49,15 @@ def _check_counts(recipe: Recipe, cls: type[Projector]) -> None:
         cls(tokens=count)  # raises for what is no square
         if share <= 0:
             raise MllmEfficientError(f"counts.{count}={share}: a positive weight is wanted")
+    if recipe.sampling not in SAMPLINGS:
+        raise MllmEfficientError(f"counts.sampling={recipe.sampling}: one of {', '.join(SAMPLINGS)}")
+    if recipe.distill < 0:
+        raise MllmEfficientError(f"settings.distill={recipe.distill}: at least 0")
+    idle = [name for name, on in (("counts.sampling", recipe.sampling != "shares"), ("settings.distill", recipe.distill)) if on]
+    if idle and len(recipe.counts) < 2:
+        raise MllmEfficientError(f"{idle[0]} has no effect on a single count")
+    if recipe.distill and all(stage.objective != "answers" for stage in recipe.stages):
+        raise MllmEfficientError("settings.distill has no effect: no stage learns answers")
 
 
 def _check_names(recipe: Recipe) -> None:
@@ -110,6 +120,9 @@ def _check_routed(recipe: Recipe) -> None:
     routing = recipe.routing
     if recipe.counts:
         raise MllmEfficientError(f"counts have no effect: the router of {recipe.method} says how many tokens stay")
+    if recipe.sampling != "shares" or recipe.distill:
+        name = "settings.distill" if recipe.distill else "counts.sampling"
+        raise MllmEfficientError(f"{name} is of projectors, whose counts are drawn, and {recipe.method} has a router")
     if routing.loss not in LOSSES or routing.estimator not in ESTIMATORS:
         raise MllmEfficientError(f"routing: loss is one of {', '.join(LOSSES)} and estimator one of {', '.join(ESTIMATORS)}")
     if routing.weight < 0 or routing.target < 0 or routing.samples < 1:

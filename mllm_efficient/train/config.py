@@ -95,8 +95,11 @@ class Recipe:
     routing: how a router learns. start: a
     trained folder whose weights to go on from. shape: a shipped shape that --dry-run takes the model's sizes from, where the
     model is not at hand. bf16: autocast. max_length: tokens of a conversation before compression;
-    turns that go beyond are left out. independent_turns: every turn sees the images and itself alone, so that one
-    sequence stands for many conversations. processor_kwargs: of the image processor, such as {max_pixels: 1003520}.
+    turns that go beyond are left out. sampling (``counts.sampling``): "shares" draws counts as ``counts`` says, "flops" draws groups
+    of counts with about equal FLOPs evenly, and within a group by its shares. distill (``settings.distill``): of a projector, the
+    weight of a consistency loss, by which a count learns from the largest one's answers where these are right.
+    independent_turns: every turn sees the images and itself alone, so that one sequence stands for many conversations.
+    processor_kwargs: of the image processor, such as {max_pixels: 1003520}.
     """
 
     model: str
@@ -105,6 +108,8 @@ class Recipe:
     data: DataConfig
     stages: tuple[StageConfig, ...]
     counts: dict[int, float] = field(default_factory=dict)
+    sampling: str = "shares"
+    distill: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     start: str | None = None

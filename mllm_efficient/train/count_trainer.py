@@ -16,6 +16,7 @@ from .config import DataConfig, StageConfig
 from .feed import SKIPPED
 from .model import TrainingModel
 from .routing import routing_log
+from .sampling import ramped
 
 WEIGHTS = "model.safetensors"
 
@@ -26,9 +27,12 @@ class CountTrainer(Trainer):
     Without counts it logs what a router did instead.
     """
 
-    def __init__(self, *args: Any, counts: dict[int, float], stage: StageConfig, data: DataConfig, seed: int, **kwargs: Any):
+    def __init__(
+        self, *args: Any, counts: dict[int, float], stage: StageConfig, data: DataConfig, seed: int, distill: float = 0.0,
+        **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.counts, self.stage, self.data, self.draw_seed = counts, stage, data, seed
+        self.counts, self.stage, self.data, self.draw_seed, self.distill = counts, stage, data, seed, distill
         self.model_accepts_loss_kwargs = False
         self.seen: dict[int, torch.Tensor] = {}  # by count: sum of losses, batches, answer tokens guessed, answer tokens
         self.routed: torch.Tensor | None = None  # the sum of ``routing_sums``
@@ -46,13 +50,19 @@ class CountTrainer(Trainer):
         chosen = np.random.default_rng([self.draw_seed, *self.micro]).choice(len(weights), p=weights / weights.sum())
         return list(self.counts)[chosen]
 
+    def teacher(self, count: int | None) -> tuple[int, float] | None:
+        """The largest count and the weight by which this one learns from it; None where it does not."""
+        if not self.distill or count is None or count == max(self.counts):
+            return None
+        return max(self.counts), ramped(self.distill, self.state.global_step, self.state.max_steps)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         inputs, count = dict(inputs), self.draw()
         if SKIPPED in inputs:
             self.skipped = self.skipped + inputs.pop(SKIPPED).sum().to(self.skipped.device)
         seed = [self.draw_seed, *self.micro, self.args.process_index]
         try:
-            out = model(self.stage.objective, count, inputs, self.stage.routing, seed)
+            out = model(self.stage.objective, count, inputs, self.stage.routing, seed, self.teacher(count))
         except NotFiniteError as error:
             raise MllmEfficientError(f"stage {self.stage.name}, step {self.micro[0] + 1}: the training diverged: {error}") from error
         if self.stage.objective == "answers" and not int(out["asked"]):

@@ -23,6 +23,7 @@ from ..errors import MllmEfficientError, UnsupportedModelError
 from ..patches.rules import ROUTER
 from .config import RoutingConfig
 from .routing import log_odds, mean_levels, reinforced, routing_loss, routing_sums
+from .sampling import consistency
 
 PROJECTOR = "multi_modal_projector"
 NONE = NoCompression()
@@ -101,17 +102,18 @@ class TrainingModel(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(
-        self, objective: str, count: int | None, batch: dict[str, Any], routing: str = "learned", seed: Sequence[int] | None = None
-    ) -> dict[str, Tensor]:
+        self, objective: str, count: int | None, batch: dict[str, Any], routing: str = "learned", seed: Sequence[int] | None = None,
+        teacher: tuple[int, float] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """``loss`` of a batch, and ``right`` and ``asked``: answer tokens guessed and in all.
 
         count: visual tokens per tile, of a projector. routing: of a method that routes, whose sums are ``routed``; seed: of the
-        kernels that it draws, another for every step and process.
+        kernels that it draws, another for every step and process. teacher: a larger count, and how much ``consistency`` with it weighs.
         """
         projector = self.method.as_projector
         if projector is not None:
             method = replace(projector, tokens=count)
-            return self.distil(method, batch) if objective == "distil" else self.answers(method, batch)
+            return self.distil(method, batch) if objective == "distil" else self.answers(method, batch, teacher)
         return self.answers_routed(self.routed_as[routing], batch, seed)
 
     def distil(self, method: Projector, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -132,8 +134,20 @@ class TrainingModel(nn.Module):
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "right": zero, "asked": zero}
 
-    def answers(self, method: Projector, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Cross-entropy of the answers, the mean over their tokens."""
+    def answers(self, method: Projector, batch: dict[str, Any], teacher: tuple[int, float] | None = None) -> dict[str, Tensor]:
+        """Cross-entropy of the answers, the mean over their tokens, and consistency with the same weights at a larger count."""
+        chosen, wanted = self._answered(method, batch)
+        loss = F.cross_entropy(chosen, wanted) if len(wanted) else chosen.float().sum() * 0
+        if teacher is not None and len(wanted):
+            with torch.no_grad():
+                larger, _ = self._answered(replace(method, tokens=teacher[0]), batch)
+            loss = loss + teacher[1] * consistency(chosen, larger, wanted)
+        if not has_pixels(batch):  # every process must have a gradient for the projector
+            loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
+        return {"loss": loss, "right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
+
+    def _answered(self, method: Projector, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits (A, V) and tokens (A,) of the answers, under a projector at its count."""
         batch = dict(batch)
         turns = batch.pop("turns", None)
         prepared = prepare(self.host, method, **batch)
@@ -142,10 +156,7 @@ class TrainingModel(nn.Module):
         if turns is not None:
             call |= independent(_reduced(turns, prepared), call["attention_mask"], self.outside[0])
         chosen, wanted, _ = self._asked(call, labels)
-        loss = F.cross_entropy(chosen, wanted) if len(wanted) else chosen.float().sum() * 0
-        if not has_pixels(batch):  # every process must have a gradient for the projector
-            loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
-        return {"loss": loss, "right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
+        return chosen, wanted
 
     def answers_routed(self, method: Reducer, batch: dict[str, Any], seed: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Cross-entropy of the answers and the routing loss; every turn is a prompt of its own where the batch has ``turns``."""

@@ -46,4 +46,7 @@ def lasting(recipe: Recipe) -> dict[str, Any]:
         for name in ("on_bad", "image_range"):  # which recipes did not have at first
             if data[name] == getattr(DataConfig, name):
                 del data[name]
+    for name in ("sampling", "distill"):  # nor these
+        if every[name] == getattr(Recipe, name):
+            del every[name]
     return {k: v for k, v in every.items() if k not in ("output_dir", "shape", "device", "workers", "logging_steps")}

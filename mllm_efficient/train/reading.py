@@ -15,6 +15,7 @@ from .check_recipe import check
 from .config import Recipe
 
 LARGEST = 2**63 - 1
+BELONG = (("counts", "sampling"), ("settings", "distill"))  # settings of the training that are written among others
 
 
 def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -40,6 +41,10 @@ def read(path: Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         except MllmEfficientError as error:
             raise MllmEfficientError(f"{shortened(override)!r}: {error}") from None
         _put(content, key.strip().split("."), read, shortened(override))
+    for section, name in BELONG:
+        if isinstance(content.get(section), dict) and name in content[section]:
+            content[section] = dict(content[section])
+            content[name] = content[section].pop(name)
     recipe = _make(Recipe, content, "")
     check(recipe)
     return recipe

@@ -29,6 +29,7 @@ from .feed import SKIPPED, feed
 from .model import TrainingModel
 from .publish import lasting, publish
 from .routing import routing_log
+from .sampling import likelihoods
 
 SETTLED = 256  # records
 LOG, FINAL, RECIPE = "log.jsonl", "final", "recipe.json"
@@ -129,7 +130,8 @@ def _run_stage(recipe: Recipe, stage: StageConfig, loaded: Loaded, model: Traini
     items, collate = _fed(recipe, stage, loaded, model, records)
     trainer = CountTrainer(
         model=model, args=arguments(recipe, stage, folder), train_dataset=items, data_collator=collate,
-        counts=recipe.counts, stage=stage, data=data_of(recipe, stage), seed=recipe.seed,
+        counts=likelihoods(recipe, loaded.model.config), stage=stage, data=data_of(recipe, stage), seed=recipe.seed,
+        distill=recipe.distill if stage.objective == "answers" else 0.0,
         callbacks=[LogFile(folder / LOG, stage.name), bar],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -8,9 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CountMismatchError, MllmEfficientError
+from ..compressors.mixing import MIXERS, POOLINGS, QUERIES, SIDE, SIDED
+from ..errors import CountMismatchError, MllmEfficientError, did_you_mean
+from . import mixers, poolings
 
-POOLINGS = ("bilinear", "adaptive")
 LAYERS = ("swiglu", "mlp")
 
 
@@ -22,21 +23,30 @@ class TokenFlexProjector(nn.Module):
 
     Args:
         inputs, outputs: widths of the tower and of the language model. expansion: of the hidden width, times ``inputs``.
-        pooling: "bilinear" as the released model does it, "adaptive" is the framework's adaptive average pooling, as the
-            paper's text has it. Both are the same where ``side`` divides the grid.
+        pooling: "bilinear" as the released model does it ("avg" is another name), "adaptive" is the framework's adaptive average
+            pooling, as the paper's text has it. Both are the same where ``side`` divides the grid. Learned ones are "tap", "attsets",
+            "ggem", "regional_gem" and "prefix", ordered tokens of which any number of ``queries`` (64) can be asked for (``poolings``).
+        mixer: what the grid goes through before it is pooled: "none", "pool", "raft", "strip", "shift", "csw" or "dwconv" (``mixers``).
+        mixer_side: of the grid that "raft" and "strip" have weights for, 12; other grids are resampled, or clipped at its end.
         layers: "swiglu"; "mlp" is LLaVA's own linear-gelu-linear without a norm, hidden as wide as ``outputs``: a control.
 
     Source: TokenFLEX (arXiv 2504.03154), layer by layer as in the same team's released Ristretto model.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, expansion: int = 3, pooling: str = "bilinear", layers: str = "swiglu"):
+    def __init__(
+        self, inputs: int, outputs: int, *, expansion: int = 3, pooling: str = "bilinear", layers: str = "swiglu", mixer: str = "none",
+        mixer_side: int | None = None, queries: int | None = None,
+    ):  # fmt: skip
         super().__init__()
+        pooling = "bilinear" if pooling == "avg" else pooling
         if not isinstance(expansion, int) or isinstance(expansion, bool) or expansion < 1:
             raise MllmEfficientError(f"expansion={expansion!r} of a TokenFLEX projector: a whole number from 1")
-        if pooling not in POOLINGS or layers not in LAYERS:
-            raise MllmEfficientError(f"a TokenFLEX projector has pooling {' or '.join(POOLINGS)} and layers {' or '.join(LAYERS)}")
+        for what, value, known in (("pooling", pooling, POOLINGS), ("layers", layers, LAYERS), ("mixer", mixer, MIXERS)):
+            if value not in known:
+                raise MllmEfficientError(f"{what}={value!r} of a TokenFLEX projector: {', '.join(known)}{did_you_mean(str(value), known)}")
         self.config: dict[str, Any] = {"expansion": expansion, "pooling": pooling, "layers": layers}
         self.inputs, self.outputs, self.pooling = inputs, outputs, pooling
+        self._before(mixer, mixer_side, queries)
         if layers == "swiglu":
             hidden = expansion * inputs
             self.norm = nn.LayerNorm(inputs)
@@ -44,14 +54,32 @@ class TokenFlexProjector(nn.Module):
         else:
             self.linear_1, self.linear_2 = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
 
+    def _before(self, mixer: str, mixer_side: int | None, queries: int | None) -> None:
+        """Builds what is in front of the layers: a mixer and a learned pooling, if there are any."""
+        for what, value, used in (("mixer_side", mixer_side, mixer in SIDED), ("queries", queries, self.pooling == "prefix")):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise MllmEfficientError(f"{what}={value!r} of a TokenFLEX projector: a whole number from 1")
+            if value is not None and not used:
+                raise MllmEfficientError(
+                    f"{what}={value} has no effect: it is of {'mixer=raft and strip' if what == 'mixer_side' else 'pooling=prefix'}"
+                )
+        self.mixer = self.pooler = None
+        if mixer != "none":
+            self.mixer = mixers.MIXERS[mixer](self.inputs, mixer_side or SIDE)
+            self.config |= {"mixer": mixer} | ({"mixer_side": mixer_side or SIDE} if mixer in SIDED else {})
+        if self.pooling in poolings.POOLERS:
+            self.pooler = poolings.POOLERS[self.pooling](self.inputs, queries or QUERIES)
+            self.config |= {"queries": queries or QUERIES} if self.pooling == "prefix" else {}
+
     def pool(self, features: Tensor, side: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """(B, rows * columns, D) -> (B, side * side, D), row by row."""
-        rows, columns = grid or _square(features.shape[1])
-        if rows * columns != features.shape[1]:
-            raise CountMismatchError(f"{features.shape[1]} features are no grid of {rows} x {columns}")
+        """(B, rows * columns, D) -> (B, side * side, D), row by row, or of ordered tokens the first ones."""
         if side < 1:
             raise CountMismatchError(f"side={side}: at least 1")
-        plane = features.transpose(1, 2).unflatten(2, (rows, columns))
+        plane = self.mixed(features, grid)
+        rows, columns = plane.shape[2:]
+        if self.pooler is not None:
+            pooled: Tensor = self.pooler(plane, side)
+            return pooled
         if self.pooling == "adaptive":
             return F.adaptive_avg_pool2d(plane, side).flatten(2).transpose(1, 2)
         high, wide = (math.ceil(n / side) * side for n in (rows, columns))
@@ -59,12 +87,29 @@ class TokenFlexProjector(nn.Module):
             plane = F.interpolate(plane, (high, wide), mode="bilinear", align_corners=True)
         return F.avg_pool2d(plane, (high // side, wide // side)).flatten(2).transpose(1, 2)
 
-    def forward(self, features: Tensor, side: int | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def mixed(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, rows * columns, D) -> (B, D, rows, columns), through the mixer if there is one."""
+        rows, columns = grid or _square(features.shape[1])
+        if rows * columns != features.shape[1]:
+            raise CountMismatchError(f"{features.shape[1]} features are no grid of {rows} x {columns}")
+        plane = features.transpose(1, 2).unflatten(2, (rows, columns))
+        return plane if self.mixer is None else self.mixer(plane)
+
+    def forward(
+        self, features: Tensor, side: int | None = None, grid: tuple[int, int] | None = None, count: int | None = None
+    ) -> Tensor:  # fmt: skip
         """(B, N, inputs) -> (B, side * side, outputs). grid: (rows, columns) of N, a square if left out.
 
-        Without a side every feature becomes a token: N of them.
+        Without a side every feature becomes a token: N of them. count: of ordered tokens (pooling="prefix"), the first so many.
         """
-        x = features if side is None else self.pool(features, side, grid)
+        if count is not None:
+            if not isinstance(self.pooler, poolings.Prefix) or side is not None:
+                raise CountMismatchError(f"count={count} is of ordered tokens, pooling='prefix', and without a side")
+            x = self.pooler.first(self.mixed(features, grid), count)
+        elif side is not None:
+            x = self.pool(features, side, grid)
+        else:
+            x = features if self.mixer is None else self.mixed(features, grid).flatten(2).transpose(1, 2)
         if self.config["layers"] == "mlp":
             return self.linear_2(F.gelu(self.linear_1(x)))
         x = self.norm(x)

@@ -14,7 +14,7 @@ from mllm_efficient.tokens import Grid, Mark, Plane, VisualShape
 
 from ..base import runs_in
 from ..rules import Settings, Size, Views
-from ..sizes import ProjectorSize, Tower
+from ..sizes import ProjectorSize
 from .internvl import InternVLAdapter, InternVLRules
 
 if TYPE_CHECKING:
@@ -32,12 +32,11 @@ class Llama4Rules(InternVLRules):
     counting = ("max_patches", "resize_to_max_canvas")
 
     @functools.cached_property
-    def tower_size(self) -> Tower:
-        raise UnsupportedModelError(f"FLOPs are not known for {self.name}, whose projector and experts run inside its forward")
-
-    @functools.cached_property
     def projector_size(self) -> ProjectorSize:
-        raise UnsupportedModelError(f"FLOPs are not known for {self.name}, whose projector and experts run inside its forward")
+        """The adapter at the tower's end, then the matrix that the model's forward multiplies the tokens that are left with."""
+        vision = self.config.vision_config
+        inside = vision.vision_output_dim * self.decoder_size.width
+        return ProjectorSize(vision.intermediate_size, vision.projector_input_dim, vision.projector_output_dim, inside=inside)
 
     @property
     def tower_blocks(self) -> int:
@@ -155,14 +154,12 @@ class Llama4Adapter(InternVLAdapter, Llama4Rules):
         return ragged_output(features, "last_hidden_state")
 
     def place(self, planes: tuple[Plane, ...], size: tuple[int, int], image_processor: Any) -> tuple[Plane, ...]:
-        """Tiles row by row on a canvas that the picture does not fill; the last sees the whole picture."""
-        if len(planes) == 1:
-            return planes
+        """Tiles row by row on a canvas that the picture does not fill; the last of several sees the whole picture."""
         settings = {name: getattr(image_processor, name, None) for name in self.counting}
         side = self.tile_size({"size": {name: image_processor.size[name] for name in ("height", "width")}})
         rows, columns = self.tiling(size, settings)
-        if rows * columns != len(planes) - 1:
-            raise CountMismatchError(f"a picture of {size[0]} x {size[1]} has {columns} x {rows} tiles, and {len(planes) - 1} were given")
+        if rows * columns + (rows * columns > 1) != len(planes):
+            raise CountMismatchError(f"a picture of {size[0]} x {size[1]} has {columns} x {rows} tiles, and {len(planes)} views were given")
         limits = (side[0] * columns, side[1] * rows)
         if not settings["resize_to_max_canvas"]:
             limits = min(max(size[0], side[0]), limits[0]), min(max(size[1], side[1]), limits[1])

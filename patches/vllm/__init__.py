@@ -48,5 +48,5 @@ def register() -> None:
             ModelRegistry.register_model(registered, f"mllm_efficient.patches.vllm.{where}")
     from .configuring import settle
 
-    own = [registered for name in SERVED | BACKEND for registered in (name, PREFIX + name)]
-    settle(own, set(ModelRegistry.get_supported_archs()) - set(own))
+    own, whole = ([registered for name in names for registered in (name, PREFIX + name)] for names in (SERVED | BACKEND, BACKEND))
+    settle(own, set(ModelRegistry.get_supported_archs()) - set(own), whole)

@@ -11,16 +11,16 @@ from typing import Any
 from mllm_efficient.errors import UnsupportedModelError
 
 from . import failures
-from .settings import KEY
+from .settings import KEY, settings_of
 
 ADVICE = "add --model-impl transformers, or serve a folder that mllm-efficient export wrote"
 SCHEDULER = "mllm_efficient.patches.vllm.scheduler.scheduler"
 
 
-def settle(architectures: Sequence[str], others: Iterable[str]) -> None:
+def settle(architectures: Sequence[str], others: Iterable[str], whole: Sequence[str] = ()) -> None:
     """Registers what vLLM calls with the configuration of a model of these architectures, before it starts any process.
 
-    others: those that vLLM runs without this package.
+    others: those that vLLM runs without this package. whole: those among the first that get whole pictures, whatever is in them.
     """
     from vllm.logger import init_logger
 
@@ -33,11 +33,11 @@ def settle(architectures: Sequence[str], others: Iterable[str]) -> None:
     for name in (*architectures, *others):
         known: Any = MODELS_CONFIG_MAP.get(name)
         if not getattr(known, "of_mllm_efficient", False):
-            MODELS_CONFIG_MAP[name] = _over(known, name, name in architectures)
+            MODELS_CONFIG_MAP[name] = _over(known, name, name in architectures, name in whole)
 
 
-def _over(known: Any, name: str, served: bool) -> Any:
-    """vLLM's own part of a configuration, if there is one, and ours after it. served: whether a class of this package runs it."""
+def _over(known: Any, name: str, served: bool, whole: bool) -> Any:
+    """vLLM's own part of a configuration, if there is one, and ours after it. served, whole: as ``settle`` has them."""
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     base: Any = VerifyAndUpdateConfig if known is None else known
@@ -53,8 +53,20 @@ def _over(known: Any, name: str, served: bool) -> Any:
                 return
             if not served:
                 raise UnsupportedModelError(f"{KEY}: vLLM runs {name} by a class of its own, which keeps all tokens: {ADVICE}")
+            if whole:
+                refuse_pixels(vllm_config.model_config.hf_config)
             failures.share()
             if vllm_config.scheduler_config.scheduler_cls is None:
                 vllm_config.scheduler_config.scheduler_cls = SCHEDULER
 
     return Settled
+
+
+def refuse_pixels(config: Any) -> None:
+    """Raises for a method that looks at pixels: vLLM has transformers run the model, which gets whole pictures."""
+    settings = settings_of(config)
+    if settings is not None and settings.method.by_pixels:
+        raise UnsupportedModelError(
+            f"{KEY}: {settings.method.name} looks at pixels, which vLLM's own classes of Qwen2.5-VL and Qwen3-VL are served with: leave "
+            "--model-impl transformers out"
+        )

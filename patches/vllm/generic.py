@@ -117,8 +117,9 @@ class CompressedTransformers(PlacesKept, CompressedModel):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         self.served = vllm_config.model_config
         self.mrope = bool(self.served.uses_mrope)
-        if self.mrope and settings_of(self.served.hf_config) is not None:
-            keep_places(vllm_config)
+        settings = settings_of(self.served.hf_config)
+        if self.mrope and settings is not None:
+            keep_places(vllm_config, settings.method)
         super(CompressedModel, self).__init__(vllm_config=vllm_config, prefix=prefix)
         if self.settings is None:
             return

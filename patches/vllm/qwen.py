@@ -2,11 +2,14 @@
 
 Which rows stay is known after the tower has run, and positions are made before. vLLM has a way for its own pruning of videos: rows carry
 columns after their features, and the model is asked for the positions again (``recompute_mrope_positions``). It is on where
-``video_pruning_rate`` is above 0; a rate that removes nothing is set here.
+``video_pruning_rate`` is above 0; a rate that removes nothing is set here. What the pixels say (``sparse``) is known before, and needs none
+of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +21,14 @@ from mllm_efficient.errors import CountMismatchError, MllmEfficientError, Unsupp
 
 from ..base import Encoding
 from .alone import Image, each_alone
-from .front import FIELD, CompressedInfo, CompressedProcessor, Stock
+from .front import COUNTED, FIELD, CompressedInfo, CompressedProcessor, Stock, stock_kwargs
 from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
 from .settings import KEY, settings_of
+from .sparse import STAY, cut, places_of, require_tower, run_on, split_of
 
 try:
     from vllm.model_executor.models import qwen2_5_vl, qwen3_5, qwen3_vl
+    from vllm.multimodal.inputs import MultiModalFieldConfig
 except ImportError as error:
     raise UnsupportedModelError(f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 have it") from error
 
@@ -57,7 +62,8 @@ class QwenInfo(CompressedInfo):
         return full if self.settings is None else self.kept(self.settings.method, full)
 
     def kept(self, method: Compressor, full: int) -> int:
-        return self.shapes.plan_of_grid(method, 1, full).kept
+        """Of so many tokens; the most there can be where the pixels say it."""
+        return full if method.by_pixels else self.shapes.plan_of_grid(method, 1, full).kept
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         if self.settings is None:
@@ -76,7 +82,23 @@ class QwenProcessor(CompressedProcessor):
             image_width=size.width, image_height=size.height, image_processor=self.info.get_image_processor(), mm_kwargs={}
         )
 
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        out, settings = super()._apply_hf_processor_main(mm_items, hf_kwargs), self.info.settings
+        if settings is not None and settings.method.by_pixels and "pixel_values" in out:
+            cut(self.info.shapes.adapter, settings.method, out, whole=not COUNTED.get())
+        return out
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:
+        fields = super()._get_mm_fields_config(hf_inputs, stock_kwargs(hf_processor_mm_kwargs))
+        if STAY not in hf_inputs:
+            return fields
+        tokens, patches = split_of(hf_inputs, self.info.shapes.adapter.merge)
+        pixels = MultiModalFieldConfig.flat_from_sizes("image", patches)
+        return {**fields, "pixel_values": pixels, STAY: MultiModalFieldConfig.flat_from_sizes("image", tokens, keep_on_cpu=True)}
+
     def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
+        if method.by_pixels:
+            return int(out_mm_kwargs["image"][index][STAY].data.sum())
         _, height, width = out_mm_kwargs["image"][index]["image_grid_thw"].data.tolist()
         merge = self.info.shapes.adapter.merge
         return self.info.shapes.plan_of_grid(method, height // merge, width // merge).kept
@@ -102,16 +124,18 @@ def with_places(method: Compressor | None, plan: Any, features: torch.Tensor, wi
     return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
 
 
-def keep_places(vllm_config: Any) -> None:
-    """Makes vLLM ask a model with M-RoPE for positions again. Raises where it cannot, and where videos would be pruned beside it."""
-    if not asks_again():
+def keep_places(vllm_config: Any, method: Compressor) -> None:
+    """Makes vLLM ask a model with M-RoPE for positions again, unless the front end knows them. Raises where it cannot, and where videos
+    would be pruned beside it."""
+    if not method.by_pixels and not asks_again():
         raise UnsupportedModelError(
             f"{KEY}: vLLM on CPUs never asks a model for M-RoPE positions again, so models with M-RoPE (Qwen-VL, GLM-V) need a GPU"
         )
     images = vllm_config.model_config.get_multimodal_config()
     if images.video_pruning_rate not in (None, 0, NOTHING):
         raise MllmEfficientError(f"{KEY} and --video-pruning-rate cannot both be given: videos are not served beside {KEY}")
-    images.video_pruning_rate = NOTHING
+    if not method.by_pixels:
+        images.video_pruning_rate = NOTHING
 
 
 class PlacesKept(Stock):
@@ -137,20 +161,23 @@ class PlacesKept(Stock):
             raise UnsupportedModelError(f"{KEY}: positions=renumber is not served on {name}: leave it out, tokens keep theirs")
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[torch.Tensor, int]:
-        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded."""
+        """Positions (3, L) of the text as if every image were whole; an image's tokens are all where it begins, until it is encoded, unless
+        their places are known before."""
         if self.settings is None or not self.mrope:
             return super().get_mrope_input_positions(input_tokens, mm_features)
+        known = self.settings.method.by_pixels
         parts, done, now = [], 0, 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
             embeds = feature.mm_position.extract_embeds_range()  # (first, last) of each run
             begin, end = embeds[0][0], embeds[-1][1] + 1
             text = begin - done
             _, height, width = (int(v) for v in feature.data["image_grid_thw"].data.flatten().tolist())
-            parts += [torch.arange(now, now + text), torch.full((end - begin,), now + text)]
+            image = places_of(feature.data, self.merge) if known else torch.zeros(3, end - begin, dtype=torch.long)
+            parts += [torch.arange(now, now + text).expand(3, -1), now + text + image]
             done = end
             now += text + max(height, width) // self.merge
-        parts.append(torch.arange(now, now + len(input_tokens) - done))
-        positions = torch.cat(parts).expand(3, -1).contiguous()
+        parts.append(torch.arange(now, now + len(input_tokens) - done).expand(3, -1))
+        positions = torch.cat(parts, dim=1)
         return positions, now + len(input_tokens) - done - len(input_tokens)
 
     def recompute_mrope_positions(
@@ -176,8 +203,9 @@ class CompressedQwen(PlacesKept, CompressedModel):
     """Over a Qwen-VL of vLLM."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        if settings_of(vllm_config.model_config.hf_config) is not None:
-            keep_places(vllm_config)
+        settings = settings_of(vllm_config.model_config.hf_config)
+        if settings is not None:
+            keep_places(vllm_config, settings.method)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     @property
@@ -186,32 +214,49 @@ class CompressedQwen(PlacesKept, CompressedModel):
 
     def require(self, method: Compressor) -> None:
         self.require_places(method, type(self).__name__)
+        if method.by_pixels:
+            require_tower(self.visual, method)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        marks, grids = kwargs.pop(FIELD, None), kwargs.get("image_grid_thw")
-        if self.settings is None or grids is None:
+        marks, stay, grids = kwargs.pop(FIELD, None), kwargs.pop(STAY, None), kwargs.get("image_grid_thw")
+        if self.settings is None or grids is None or (self.settings.method.by_pixels and stay is None):
             return super(CompressedModel, self).embed_multimodal(**kwargs)
         name = "pixel_values" if kwargs.get("pixel_values") is not None else "image_embeds"
         sizes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-        own = marked(marks, len(sizes))
-        out: list[torch.Tensor] = []
-        for part, rows in self._parts(sizes, 1 if name == "pixel_values" else self.shapes.adapter.merge**2):
+        own, merged = marked(marks, len(sizes)), self.merge**2
+        tokens, out = [t * h * w // merged for t, h, w in sizes], list[torch.Tensor]()
+        if stay is not None:
+            return tuple(self._on_patches(kwargs["pixel_values"], sizes, stay.split(tokens), own))
+        for part, rows in self._parts(tokens, merged if name == "pixel_values" else 1):
             given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
             features = self._process_image_input(given)
             out += self._compressed_images(features, sizes[part], own[part], made=name == "image_embeds")
         return tuple(out)
 
-    def _parts(self, sizes: Sequence[tuple[int, int, int]], patches_each: int) -> Iterator[tuple[slice, slice]]:
-        """Images, and their rows in the input, in parts that the tower takes at once: as many tokens as a batch of the scheduler."""
-        tokens = [t * h * w // self.shapes.adapter.merge**2 for t, h, w in sizes]
-        rows = [t * h * w // patches_each for t, h, w in sizes]
-        low = 0
-        while low < len(sizes):
+    def _parts(self, tokens: Sequence[int], rows_each: int) -> Iterator[tuple[slice, slice]]:
+        """Images, and their rows in the input, in parts that the tower takes at once: as many tokens as a batch of the scheduler.
+
+        tokens: of each image. rows_each: of a token.
+        """
+        ends, low = [0, *itertools.accumulate(tokens)], 0
+        while low < len(tokens):
             high = low + 1
-            while high < len(sizes) and sum(tokens[low : high + 1]) <= self.room:
+            while high < len(tokens) and ends[high + 1] - ends[low] <= self.room:
                 high += 1
-            yield slice(low, high), slice(sum(rows[:low]), sum(rows[:high]))
+            yield slice(low, high), slice(ends[low] * rows_each, ends[high] * rows_each)
             low = high
+
+    def _on_patches(self, pixels: Any, sizes: Sequence[Any], stay: Sequence[torch.Tensor], marks: Sequence[tuple[int, int]]) -> list[Any]:
+        """(K, D + deep layers) of each image by the tower on the patches that stay, whose places are known already."""
+        kept, out = [int(part.sum()) for part in stay], list[torch.Tensor]()
+        for part, rows in self._parts(kept, self.merge**2):
+            out += run_on(self.visual, pixels[rows], sizes[part], stay[part])
+        return each_alone([Image(mark, f, k, f.shape[1]) for (_, mark), f, k in zip(marks, out, kept)], out.__getitem__)
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """Captured towers take whole images, and would go past ``embed_multimodal``."""
+        stock = super(CompressedModel, self).get_encoder_cudagraph_config()
+        return stock if self.settings is None else dataclasses.replace(stock, modalities=[])
 
     def _compressed_images(
         self, features: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int, int]], marks: Sequence[tuple[int, int]], made: bool
@@ -237,7 +282,7 @@ class CompressedQwen(PlacesKept, CompressedModel):
             return super(CompressedModel, self).get_mm_lora_token_counts(
                 modality=modality, mm_kwargs=mm_kwargs, num_mm_embeds=num_mm_embeds
             )
-        patches = int(mm_kwargs["image_grid_thw"].data.prod())
+        patches = len(mm_kwargs["pixel_values"].data) if STAY in mm_kwargs else int(mm_kwargs["image_grid_thw"].data.prod())
         return patches, patches // self.shapes.adapter.merge**2
 
 

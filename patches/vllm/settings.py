@@ -16,6 +16,7 @@ from mllm_efficient.trained.files import SERVED as KEY  # in the model's config 
 REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
 OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
+OF_PIXELS = ("qwen2_5_vl", "qwen3_vl")  # model types whose towers of vLLM run on the patches that stay
 OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
 
 
@@ -66,7 +67,7 @@ def settings_of(config: Any) -> Settings | None:
 
 def require_served(method: Compressor, kind: str = "llava") -> None:
     """Raises ``UnsupportedModelError`` saying why a method cannot be served and which can. kind: the model's type."""
-    why = _why_not(method, OF_TOWER.get(kind, frozenset()))
+    why = _why_not(method, kind)
     if why is not None:
         raise UnsupportedModelError(f"{KEY}: {method.name} {why}; {', '.join(servable(kind))} can be served")
 
@@ -77,24 +78,28 @@ def servable(kind: str = "llava") -> list[str]:
     for name in sorted(BUILTIN):
         cls: Any = get_method(name)
         known = parameters(cls)
+        budget = {"tokens": 64} if "tokens" in known and not cls.by_pixels else {}
         try:
-            method = cls(**({"tokens": 64} if "tokens" in known else {}), **({"weights": "random"} if cls.trained else {}))
+            method = cls(**budget, **({"weights": "random"} if cls.trained else {}))
         except MllmEfficientError:  # needs a setting of its own, and none of those is served
             continue
-        built += [name] if method.name != "none" and _why_not(method, OF_TOWER.get(kind, frozenset())) is None else []
+        built += [name] if method.name != "none" and _why_not(method, kind) is None else []
     return built
 
 
-def _why_not(method: Compressor, of_tower: frozenset[str]) -> str | None:
-    """Why a method cannot be served; None where it can. of_tower: what the model's tower is read for."""
+def _why_not(method: Compressor, kind: str) -> str | None:
+    """Why a method cannot be served on models of a type; None where it can."""
     why: str | None
+    of_tower = OF_TOWER.get(kind, frozenset())
     if len(method.parts) > 1:
         why = "runs several methods one after the other, and vLLM one"
     elif method.as_reducer is not None:
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
     elif {"text", "clip_text"} & set(method.needs):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
-    elif method.in_tower:
+    elif method.by_pixels and kind not in OF_PIXELS:
+        why = f"looks at pixels, of which the towers of {' and '.join(OF_PIXELS)} alone run without those that go"
+    elif method.in_tower and not method.by_pixels:
         why = (
             "merges in the tower, which vLLM runs as it is: leave at= out"
             if method.merges
@@ -106,6 +111,10 @@ def _why_not(method: Compressor, of_tower: frozenset[str]) -> str | None:
         why = "with radius= or spend= decides how many tokens stay behind the tower, and vLLM reserves their places before"
     elif method.sets_processor:
         why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
+    elif getattr(method, "age", None) is not None or getattr(method, "dedup", False):
+        why = (
+            f"looks at other pictures of the prompt ({'dedup' if method.by_pixels else 'age'}=), and vLLM keeps an image's tokens by itself"
+        )
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
     elif nowhere := set(method.needs) - OF_IMAGES - frozenset().union(*OF_TOWER.values()):

@@ -123,7 +123,7 @@ def test_the_mlp_control_is_llavas_own_projector_on_pooled_features(tiny_llava):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: TokenFlexProjector(8, 8, pooling="max"), "pooling bilinear or adaptive"),
+    (lambda: TokenFlexProjector(8, 8, pooling="max"), "pooling=.max. of a TokenFLEX projector: bilinear, adaptive"),
     (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 35, 8), side=2), "35 features form no square"),
     (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 35, 8), side=2, grid=(5, 6)), "no grid of 5 x 6"),
     (lambda: TokenFlexProjector(8, 8)(torch.zeros(1, 36, 8), side=0), "at least 1"),

@@ -17,6 +17,7 @@ from mllm_efficient.measure.counter import count
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.trained import folder as trained
 from mllm_efficient.trained.base_model import base_of, differs
+from mllm_efficient.trained.install import installed
 
 from .test_tokenflex import (
     random_folder,
@@ -146,6 +147,44 @@ def test_flops_are_those_of_the_folders_own_layers(tiny_llava, tmp_path):
         random_folder(tmp_path / name, tiny_llava, **sizes)
         shape, method = shape_of(tiny_llava.config), me.TokenFlex(tokens=9, weights=str(tmp_path / name))
         assert cost(shape, method=method).vision == count(tiny_llava, shape, method).vision
+
+
+BEFORE = [{"mixer": m} for m in ("pool", "raft", "strip", "shift", "csw", "dwconv")]
+BEFORE += [{"pooling": p} for p in ("tap", "attsets", "ggem", "regional_gem", "prefix")] + [{"mixer": "csw", "pooling": "attsets"}]
+
+
+@pytest.mark.parametrize("settings", BEFORE, ids=lambda s: "-".join(s.values()))
+def test_mixers_and_poolings_are_saved_loaded_and_counted(tiny_llava, make_batch, tmp_path, settings):
+    module = random_folder(tmp_path, tiny_llava, **settings)
+    said = json.loads((tmp_path / "config.json").read_text())["sizes"]
+    assert all(said[key] == value for key, value in settings.items())
+    assert (said.get("mixer_side"), said.get("queries")) == (
+        12 if settings.get("mixer") in ("raft", "strip") else None, 64 if settings.get("pooling") == "prefix" else None,
+    )  # fmt: skip
+    shape, method = shape_of(tiny_llava.config), me.load(tmp_path)
+    for counted in (method, me.build(f"none@tokenflex:weights={tmp_path}")):
+        with installed(tiny_llava, counted):
+            assert cost(shape, method=counted).vision == count(tiny_llava, shape, counted).vision
+    with torch.no_grad():
+        me.wrap(tiny_llava, method)(**make_batch("one image"))
+    held = tiny_llava.model.multi_modal_projector
+    features = torch.randn(2, 36, 32)
+    with torch.no_grad():
+        assert torch.equal(held(features, side=3), module(features, side=3))
+    me.unwrap(tiny_llava)
+
+
+def test_a_folder_whose_settings_are_not_those_of_its_weights_is_one_line(tiny_llava, tmp_path):
+    random_folder(tmp_path, tiny_llava, mixer="raft")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for sizes, message in (
+        ({"mixer": "csw"}, "no tokenflex has these sizes"),
+        ({"mixer_side": 6}, "wrong size of mixer"),
+        ({"mix": 1}, "no setting mix"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "sizes": {**config["sizes"], **sizes}}))
+        with pytest.raises(me.MllmEfficientError, match=message):
+            me.wrap(tiny_llava, me.load(tmp_path))
 
 
 def test_all_tokens_on_its_weights_cost_its_projector():

@@ -114,7 +114,7 @@ def test_what_has_no_effect_is_refused(builtin, tmp_path):
         ({"suite": "quick", "turns": 2}, "turns= has no effect on public tasks"),
         ({"data_root": "x"}, "data_root= has no effect"),
         ({"split": "train"}, "split='train' is not one of 'test', 'val'"),
-        ({"against": "pool:keep=0.5"}, "not among the methods"),
+        ({"against": "pool:keep=0.5"}, "^against pool:keep=0.5 is not among the methods of this run: add methods pool:keep=0.5$"),
         ({"tasks": ["gqa"], "datroot": 1}, "did you mean 'data_root'"),
         ({"methods": ["divprun"]}, "did you mean 'divprune'"),
         ({"methods": "divprun"}, "unknown method 'divprun'.*did you mean 'divprune'"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 import mllm_efficient as me
+from mllm_efficient.measure import counter
+from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import transformers_version
 from mllm_efficient.patches.facts import FACTS
+from mllm_efficient.patches.families.llama4 import Llama4Adapter
+from mllm_efficient.tokens import Plane
 
 from ..families import VOCABULARY
 
@@ -116,6 +122,41 @@ def test_llama4_equals_the_slow_reference(spec, row):
     )
 
 
+@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("spec", ["divprune:keep=0.1", "pool:keep=0.5"])
+def test_llama4_in_a_batch_answers_as_one_by_one(spec, beams):
+    model, *rows = llama4("tiled")[0], *(llama4(row)[1] for row in ("tiled", "touching", "one tile"))
+    width = max(row["input_ids"].shape[1] for row in rows)
+    padded = {
+        name: torch.cat([pad(row[name], (width - row[name].shape[1], 0)) for row in rows]) for name in ("input_ids", "attention_mask")
+    }
+    me.wrap(model, spec)
+    wanted = torch.cat([model.generate(**row, **NEW, num_beams=beams)[:, row["input_ids"].shape[1] :] for row in rows])
+    given = model.generate(**padded, pixel_values=torch.cat([row["pixel_values"] for row in rows]), **NEW, num_beams=beams)
+    assert torch.equal(given[:, width:], wanted)
+
+
+@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+def test_a_loss_of_llama4_is_that_of_what_is_left_and_reaches_tower_and_projector():
+    model, inputs, _ = llama4("tiled")
+    labels = torch.where(torch.arange(inputs["input_ids"].shape[1]) < inputs["input_ids"].shape[1] - 3, -100, inputs["input_ids"])
+    prepared = me.prepare(model, "divprune:keep=0.2", **inputs)
+    with torch.no_grad():
+        logits = model(**prepared.model_kwargs).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[:-1], labels[prepared.visual_keep_mask][1:])
+    me.wrap(model.train(), "divprune:keep=0.2")
+    loss = model(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    for part in (
+        "vision_model.patch_embedding.linear",
+        "multi_modal_projector.linear_1",
+        "language_model.model.layers.1.feed_forward.router",
+    ):
+        assert any(w.grad is not None and w.grad.abs().max() > 0 for n, w in model.named_parameters() if part in n), part
+
+
 @pytest.mark.parametrize("most", [1, 4, 16])
 def test_canvases_of_llama4_are_those_of_its_processor(most):
     pytest.importorskip("torchvision", reason="the processor of Llama 4 needs torchvision")
@@ -152,5 +193,57 @@ def test_a_picture_of_llama4_has_the_tokens_of_its_processors_prompt():
         shape = rules.of_size(size).shape
         tiles = rows * columns + (rows * columns > 1)
         assert shape.n == 144 * tiles and shape.marked == (0 if tiles == 1 else rows * columns + 1)
-    with pytest.raises(me.UnsupportedModelError, match="FLOPs are not known"):
-        rules.tower_size  # noqa: B018
+
+
+@functools.cache
+def scout() -> Any:
+    return counter.build_on_meta(load_shape("llama-4-scout-109b"))
+
+
+@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [("random:keep=0.5,per=tile", (672, 672)), ("divmerge:keep=0.1", (1000, 336))],
+    ids=str,
+)
+def test_llama4_costs_what_torch_counts(spec, size):
+    """All experts, as transformers computes them, and the projection inside the model's forward."""
+    shape = load_shape("llama-4-scout-109b")
+    found = counter.count(scout(), shape, me.build(spec), image_size=size, new_tokens=3)
+    closed = cost(shape, method=spec, image_size=size, new_tokens=3, marks=found.marks)
+    assert (found.vision, found.compress, found.prefill, found.decode) == (closed.vision, closed.compress, closed.prefill, closed.decode)
+
+
+@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+def test_a_tiny_llama4_costs_what_torch_counts():
+    """Layers with experts in turn with dense ones, and a cache whose chunk is shorter than the prompt."""
+    model = llama4("tiled")[0]
+    shape = shape_of(model.config, "tiny")
+    assert len({layer.weights for layer in shape.decoder.each}) == 2 and shape.decoder.windows.count(64) == 3
+    found = counter.count(model, shape, me.build("none"), image_size=(48, 48), new_tokens=3, text_tokens=40)
+    closed = cost(shape, image_size=(48, 48), new_tokens=3, text_tokens=40)
+    assert (found.vision, found.prefill, found.decode) == (closed.vision, closed.prefill, closed.decode)
+
+
+@pytest.mark.parametrize("most, largest", [(4, False), (16, False), (16, True)])
+@pytest.mark.parametrize("size", [(700, 650), (300, 1000), (336, 168), (100, 90), (900, 336)], ids=str)
+def test_a_token_is_drawn_where_the_processor_took_its_pixels(size, most, largest):
+    """Of a picture whose colours say where a pixel is, each tile's pixels lie where ``place`` puts the tile; what is outside is padding."""
+    pytest.importorskip("torchvision", reason="the processor of Llama 4 needs torchvision")
+    import numpy as np
+    from PIL import Image
+    from transformers import Llama4ImageProcessor
+
+    wide, high = size
+    across, down = (np.arange(n, dtype=np.float32)[None] * 255 / (n - 1) for n in size)
+    picture = np.stack([across.repeat(high, 0), down.T.repeat(wide, 1), np.full((high, wide), 255)], -1).round().astype(np.uint8)
+    processor = Llama4ImageProcessor(max_patches=most, resize_to_max_canvas=largest)
+    tiles = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"].float() / 2 + 0.5
+    planes = tuple(Plane(12, 12, tile=i) for i in range(len(tiles)))
+    middles = (torch.arange(336) + 0.5) / 336
+    for tile, plane in zip(tiles, Llama4Adapter.place(llama4_rules(), planes, size, processor), strict=True):
+        top, left, bottom, right = plane.box
+        x, y = left + middles * (right - left), top + middles * (bottom - top)
+        inside = ((y < 0.98)[:, None] & (x < 0.98)[None]) & ((y > 0.02)[:, None] & (x > 0.02)[None])
+        assert (tile[0] - x[None])[inside].abs().max() < 0.02 and (tile[1] - y[:, None])[inside].abs().max() < 0.02
+        assert (tile[2][inside] > 0.99).all() and (tile[2][(y > 1.02)[:, None] | (x > 1.02)[None]] < 0.6).all()

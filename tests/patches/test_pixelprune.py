@@ -188,3 +188,60 @@ def test_what_it_cannot_do_is_refused():
     adapter = adapter_for(model)
     with pytest.raises(me.BadBudgetError, match="depends on the pixels"):
         me.PixelPrune().plan(adapter, adapter.of_size((64, 64)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_another_method_chooses_among_what_stays(name):
+    """As by hand: the tower on what stays, the method on its tokens, and what it chooses at its places in the whole picture."""
+    model, inputs = tiny(name), inputs_of(name, document())
+    adapter = adapter_for(model)
+    (item,) = adapter.items(inputs)
+    planned = me.PixelPrune().plan(adapter, item)
+    (found,) = adapter.reduce_in_tower(me.PixelPrune(), [item], [planned])
+    k = round(0.4 * planned.kept)
+    chosen = me.DivPrune(tokens=k).select(found.features)
+    prepared = me.prepare(model, "divprune:keep=0.4 | pixelprune", **inputs)
+    (image,) = prepared.report.images
+    assert (image.full, image.kept, image.indices.tolist()) == (item.shape.n, k, found.kept[chosen].tolist())
+    assert [stage["method"] for stage in prepared.report.stages] == ["pixelprune", "divprune"]
+    (_, features, deep), *_ = prepared.features
+    assert torch.equal(features, found.features[chosen]) and all(torch.equal(d, o[chosen]) for d, o in zip(deep, found.deep))
+    whole = me.prepare(model, "none", **inputs).model_kwargs["input_ids"][0]
+    columns = torch.ones(len(whole), dtype=torch.bool)
+    columns[(whole == EVERY[name].image_token).nonzero()[:, 0]] = False
+    columns[(whole == EVERY[name].image_token).nonzero()[:, 0][image.indices]] = True
+    assert torch.equal(prepared.model_kwargs["input_ids"][0], whole[columns])
+    plain = inputs_of(name, noise(0, 40, 40))  # nothing to drop: the second alone
+    alone, after = (
+        me.prepare(model, spec, **plain).report.images[0].indices for spec in ("divprune:keep=0.4", "pixelprune | divprune:keep=0.4")
+    )
+    assert torch.equal(alone, after)
+    all_of_it = me.prepare(model, "pixelprune | divprune:keep=1", **inputs).report.images[0].indices
+    assert all_of_it.tolist() == list(planned.stay)
+
+
+@torch.no_grad()
+def test_in_front_of_a_method_inside_the_decoder():
+    model, inputs = tiny("qwen2_5_vl"), inputs_of("qwen2_5_vl", document())
+    with me.compressed(model, "pixelprune | random:keep=0.5 | fastv:layer=1,keep=0.8"):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        (image,) = me.last_report(model).images
+    first = me.prepare(model, "pixelprune | random:keep=0.5", **inputs).report.images[0].kept
+    assert image.per_layer[0] == first > image.per_layer[-1]
+
+
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        ("pixelprune | visionzip:keep=0.5", "needs attention, keys of the whole picture, of which pixelprune leaves a part"),
+        ("pixelprune | divmerge:keep=0.5", "divmerge makes new ones"),
+        ("pixelprune:positions=keep | divprune:keep=0.5", "pixelprune: positions='keep' has no effect where divprune follows"),
+        ("pixelprune | divprune:keep=0.5,per=frame", "per='frame' has no effect"),
+    ],
+)
+def test_what_cannot_follow_is_refused(spec, says):
+    with pytest.raises(me.UnsupportedModelError, match=says):
+        me.wrap(tiny("qwen3_vl"), spec)
+    with pytest.raises(me.MllmEfficientError, match="of one kind"):
+        me.build("pixelprune | divprune:keep=0.5 | uniform:keep=0.5")

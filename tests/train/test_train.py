@@ -26,7 +26,9 @@ from mllm_efficient.train.count_trainer import CountTrainer
 from mllm_efficient.train.data import builtin_records
 from mllm_efficient.train.encoding import Collator
 from mllm_efficient.train.model import TrainingModel, independent
+from mllm_efficient.train.publish import lasting
 from mllm_efficient.train.reading import read
+from mllm_efficient.train.sampling import by_flops, consistency, likelihoods, ramped
 from mllm_efficient.train.trainer import run
 from mllm_efficient.trained import folder as trained
 from mllm_efficient.trained.install import install
@@ -92,8 +94,14 @@ def log_of(folder, stage="full"):
     ("start=/nowhere", "settings have no effect with start"),
     ("start=/nowhere;settings={}", "no config.json there"),
     ("stages.1.batch_size=64", "24 records are fewer than one step takes, 64"),
-    ("settings={layers: conv}", "layers swiglu or mlp"),
+    ("settings={layers: conv}", "layers='conv' of a TokenFLEX projector: swiglu, mlp"),
+    ("settings={mixer: rafts}", "mixer='rafts' of a TokenFLEX projector: none, pool, raft"),
     ("settings={width: 3}", "no setting width"),
+    ("settings.distill=-1", "settings.distill=-1.0: at least 0"),
+    ("settings.distill=much", "distill='much': a number is wanted"),
+    ("settings.distill=0.5;counts={36: 1}", "settings.distill has no effect on a single count"),
+    ("counts.sampling=even", "counts.sampling=even: one of shares, flops"),
+    ("counts={36: 1, sampling: flops}", "counts.sampling has no effect on a single count"),
     ("counts={169: 1}", "169 is more than the 144"),
 ])  # fmt: skip
 def test_a_recipe_that_is_wrong_is_one_line_and_exit_code_2(tmp_path, capsys, override, message):
@@ -194,6 +202,42 @@ def test_distil_is_zero_where_the_new_projector_is_the_old_one_pooled(tmp_path):
     assert float(model("distil", 36, batch)["loss"]) > 0.1
     model.trained_module.load_state_dict(model.outside[1][0].state_dict())
     assert float(model("distil", 144, batch)["loss"]) < 1e-10
+
+
+def test_a_count_learns_from_the_largest_where_that_is_right(tmp_path):
+    loaded, _, batch = builtin_batch(3)
+    model = build_model(recipe(tmp_path), loaded).eval()
+    alone, wide, both = model("answers", 9, batch), model("answers", 144, batch), model("answers", 9, batch, teacher=(144, 0.5))
+    student, wanted = model._answered(me.TokenFlex(tokens=9, weights="random"), batch)
+    teacher, _ = model._answered(me.TokenFlex(tokens=144, weights="random"), batch)
+    terms = [
+        sum(p * (p.log() - q.log()) for p, q in zip(t.double().softmax(0), s.double().softmax(0)))
+        for s, t, token in zip(student, teacher, wanted) if t.argmax() == token
+    ]  # fmt: skip
+    assert 0 < len(terms) == int(wide["right"]) < len(wanted)
+    torch.testing.assert_close((both["loss"] - alone["loss"]).double(), 0.5 * sum(terms) / len(terms), atol=1e-5, rtol=1e-4)
+    assert float(consistency(student.detach(), teacher, torch.full_like(wanted, 3))) == 0
+    given = torch.autograd.grad(consistency(student, teacher, wanted), (student, teacher), allow_unused=True)
+    assert given[0].abs().sum() > 0 and given[1] is None  # the teacher learns nothing
+    assert [round(ramped(0.5, step, 100), 2) for step in (0, 2, 4, 50)] == [0.1, 0.3, 0.5, 0.5]
+
+
+def test_distilling_and_sampling_by_flops_train_and_are_remembered(tmp_path):
+    final = run(recipe(tmp_path, "settings.distill=0.5", "counts={36: 0.3, 9: 0.2, 4: 0.1, 1: 0.4, sampling: flops}"))
+    said = json.loads((final / "config.json").read_text())
+    assert (said["recipe"]["distill"], said["recipe"]["sampling"]) == (0.5, "flops") and "distill" not in said["sizes"]
+    plain = lasting(recipe(tmp_path))
+    assert "distill" not in plain and "sampling" not in plain
+
+
+def test_groups_of_about_equal_flops_are_equally_likely():
+    shares = {144: 0.5, 1: 1.0, 4: 3.0, 9: 1.0, 100: 1.0}
+    likely = by_flops(shares, {count: 1000.0 + 10 * count for count in shares})  # 5% of the range is 71.5: 1 and 4 are one group
+    assert likely == {1: 0.0625, 4: 0.1875, 9: 0.25, 100: 0.25, 144: 0.25}
+    drawn = likelihoods(
+        read(RECIPES / "tokenflex_builtin.yaml", ["counts={144: 1, 4: 1, 1: 3, sampling: flops}"]), load(ModelOptions()).model.config
+    )
+    assert drawn == {1: 0.375, 4: 0.125, 144: 0.5}
 
 
 def test_a_batch_without_images_has_a_gradient_for_the_projector(tmp_path):
