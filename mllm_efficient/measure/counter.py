@@ -92,14 +92,12 @@ def count(
     inputs, method = _asked(adapter, shape, method, _images(shape, visual_tokens, image_size, images), text_tokens, batch_size, processor)
     items = items_of(adapter, inputs)
     prompt = {name: inputs[name] for name in ("input_ids", adapter.typed) if name in inputs}
-    if meta and inside is not None and inside.has_router:
-        raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
     hooks = installed(model, method) if inside is not None else contextlib.nullcontext()
     with torch.no_grad(), hooks, OneDevice() if meta else contextlib.nullcontext():
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
-            _require_no_text(method)
+            _require_no_values(method)
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
         unknown = Uncounted()
@@ -140,7 +138,11 @@ def _images(shape: ModelShape, visual_tokens: int | None, image_size: Size | Non
     return found
 
 
-def _require_no_text(method: Compressor) -> None:
+def _require_no_values(method: Compressor) -> None:
+    """Raises for a method that decides by what a model without weights has not."""
+    inside = inside_of(method)
+    if inside is not None and inside.has_router:
+        raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
     if {"text", "clip_text"} & set(method.needs):
         raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
 
