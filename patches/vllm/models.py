@@ -53,7 +53,7 @@ class Mark(NamedTuple):
 def marked(marks: Any, images: int, questions: Any = None) -> list[Mark]:
     """The marks of so many images; none are given for what vLLM makes up to measure memory."""
     words = [None] * images if questions is None else list(questions)
-    return [Mark()] * images if marks is None else [Mark(*m.tolist(), text) for m, text in zip(marks, words, strict=True)]
+    return [Mark()] * images if marks is None else [Mark(int(m[0]), int(m[1]), text) for m, text in zip(marks, words, strict=True)]
 
 
 class CompressedModel(Planned):
