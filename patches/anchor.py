@@ -63,17 +63,18 @@ class Anchor:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """(B, H, N, d) of a prompt without padding."""
         n, first = query.shape[2], 2 * self.group
-        parts = [F.scaled_dot_product_attention(*(x[:, :, :first] for x in (query, key, value)), is_causal=True, scale=scale)]
+        q, k, v = (x[:, :, :first] for x in (query, key, value))
+        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)]
         for start in range(first, n, self.group):
             stop = min(start + self.group, n)
             keep = self.kept(query, key, start, stop, scale)
             count = keep.sum(-1, keepdim=True)
             index = keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : int(count.max())]
-            some = [self._gathered(x, index, start, stop) for x in (key, value)]
+            k, v = (self._gathered(x, index, start, stop) for x in (key, value))
             there = torch.arange(index.shape[-1], device=index.device) < count
             seen = torch.cat([there.new_ones(*there.shape[:2], self.group), there], -1)[:, :, None].expand(-1, -1, stop - start, -1)
             seen = torch.cat([seen, causal(stop - start, seen.device).expand(*seen.shape[:2], -1, -1)], -1)
-            parts.append(F.scaled_dot_product_attention(query[:, :, start:stop], *some, attn_mask=seen, scale=scale))
+            parts.append(F.scaled_dot_product_attention(query[:, :, start:stop], k, v, attn_mask=seen, scale=scale))
         return torch.cat(parts, 2)
 
     def _gathered(self, x: Tensor, index: Tensor, start: int, stop: int) -> Tensor:
@@ -107,8 +108,8 @@ class Anchor:
             return self.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
         out = torch.zeros_like(query)
         for row, (start, stop) in enumerate(spans):  # groups begin where a row does, so that padding changes no answer
-            one = (x[row : row + 1, :, start:stop] for x in (query, key, value))
-            out[row, :, start:stop] = self.attend(*one, scale)[0]
+            q, k, v = (x[row : row + 1, :, start:stop] for x in (query, key, value))
+            out[row, :, start:stop] = self.attend(q, k, v, scale)[0]
         return out.transpose(1, 2).contiguous(), None
 
 
