@@ -22,7 +22,7 @@ import mllm_efficient as me
 from mllm_efficient.patches.anchor import Anchor, causal
 
 PICTURES = (14, 56)
-SETTINGS = (Anchor(), Anchor(32, 4, 12.0), Anchor(32, 4, 4.0), Anchor(32, 4, 2.0), Anchor(32, 4, 0.0))
+SETTINGS = (Anchor(), Anchor(32, 4, 12.0), Anchor(32, 4, 4.0), Anchor(32, 4, 2.0))
 
 
 def layers(pictures: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -275,8 +275,8 @@ def lines(results: Path) -> Iterator[str]:
     worse = [(a, b) for a in tail for b in tail if a < b and interval((tail[b] - tail[a])[1:])[1] < 0]
     pairs, widest = QUERIES * (QUERIES - 1) // 2, -NormalDist().inv_cdf(TAIL_OF / (QUERIES * (QUERIES - 1) // 2))
     surely = [(a, b) for a, b in worse if (tail[a] - tail[b])[0] > widest * (tail[a] - tail[b])[1:].std()]
-    yield f"\nPairs of prefixes of which the longer is worse beyond its interval: {len(worse)} of {pairs} {worse[:8]}; "
-    yield f"of all pairs at once (Bonferroni): {len(surely)}\n"
+    yield f"\nPairs of which the longer prefix is worse beyond its interval: {len(worse)} of {pairs} {worse[:8]}"
+    yield f"(beyond one for all pairs at once, Bonferroni: {len(surely)})\n"
     yield "| tokens | ordered | plain | ordered - plain |\n|---|---|---|---|"
     for count in tail:
         plain = squares.get(count)
