@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 import mllm_efficient as me
 from mllm_efficient.loading.models import ModelOptions, load
-from mllm_efficient.patches.anchor import Anchor, causal, spans_of
+from mllm_efficient.patches.anchor import Anchor, causal, require_registered, spans_of
 
 H, D, SCALE = 2, 8, 0.5
 
@@ -133,9 +135,6 @@ def test_a_setting_that_is_wrong_is_one_line(settings):
 @pytest.fixture
 def registered():
     yield me.anchor_attention
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     for registry in (AttentionInterface, AttentionMaskInterface):
         registry._global_mapping.pop("anchor", None)
 
@@ -170,5 +169,7 @@ def test_a_model_is_loaded_with_it_and_runs_with_compressors(registered, make_ba
                 alone = logits(loaded.model, method, own.processor(images=[picture], text=[text], return_tensors="pt"))
                 torch.testing.assert_close(found[row], alone[0], atol=1e-4, rtol=1e-4)
     registered(block=4, step=2, theta=0.5)
+    require_registered("anchor")  # what is registered stays
+    assert AttentionInterface()["anchor"] == Anchor(4, 2, 0.5)
     one = own.processor(images=[image], text=texts[:1], return_tensors="pt")
     assert loaded.model.generate(**one, max_new_tokens=3).shape[1] > one["input_ids"].shape[1]
