@@ -35,7 +35,7 @@ def corrupted_rows(
     ``clean`` is the method's own score on the pictures as they are, ``clean_difference`` what the corruption takes from it, paired by
     picture.
     """
-    out, clean = [], _by_arm(under(records, None))
+    out, clean = list[dict[str, Any]](), _by_arm(under(records, None))
     for corruption in corruptions:
         own = under(records, corruption)
         images = sorted({r["image"] for r in own})

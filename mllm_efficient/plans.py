@@ -69,7 +69,8 @@ class Plan:
     columns and separators that are left. all_marks: whether the text between placeholders stays wherever its row or tile has gone;
     else what is left of it depends on which tokens are. untouched: every token and separator stays as it is. clamped: more tokens were
     asked than there are. stages: of an in-decoder method (layer, tokens from there on); per_layer: its tokens at every layer, of
-    which kept is the mean, rounded; entering: separators that the first layer sees.
+    which kept is the mean, rounded; entering: separators that the first layer sees. open: how many tokens each group keeps is decided
+    when they are there; its kept is what it may be at most, or on average.
     """
 
     shape: VisualShape
@@ -87,6 +88,7 @@ class Plan:
     entering: int = 0
     rounds: tuple[tuple[int, ...], ...] = ()
     stay: tuple[int, ...] = ()
+    open: bool = False
 
     @property
     def seen(self) -> VisualShape:

@@ -60,11 +60,11 @@ class Corrupted:
 
     @property
     def task(self) -> str:
-        return self.sample.task  # type: ignore[no-any-return]
+        return self.sample.task
 
     @property
     def video(self) -> bool:
-        return self.sample.video  # type: ignore[no-any-return]
+        return self.sample.video
 
     @property
     def keys(self) -> list[str]:
@@ -72,13 +72,13 @@ class Corrupted:
         return names if self.corruption != "patch" else [f"{name}{self._place(i)}" for i, name in enumerate(names)]
 
     def sizes(self, size: int) -> list[tuple[int, int]]:
-        return self.sample.sizes(size)  # type: ignore[no-any-return]
+        return self.sample.sizes(size)
 
     def boxes(self, number: int = 0) -> Boxes:
-        return self.sample.boxes(number)  # type: ignore[no-any-return]
+        return self.sample.boxes(number)
 
     def region(self, planes: Sequence[Plane], number: int = 0) -> np.ndarray:
-        return self.sample.region(planes, number)  # type: ignore[no-any-return]
+        return self.sample.region(planes, number)
 
     def pictures(self, size: int) -> list[Image]:
         from PIL import Image
@@ -141,7 +141,7 @@ def noise(picture: np.ndarray, key: str) -> np.ndarray:
     """Approximately Gaussian: a sum of four bytes, centred, times ``NOISE`` / 256, for every channel of every pixel."""
     halves = stream(key).block((picture.size + 1) // 2).astype("<u8", copy=False).view("<u4")[: picture.size]
     bytes_of = [(halves >> np.uint32(shift) & np.uint32(255)).astype(np.int32) for shift in (0, 8, 16, 24)]
-    grain = (sum(bytes_of) - 510) * NOISE // 256
+    grain = (np.sum(bytes_of, axis=0) - 510) * NOISE // 256
     return np.clip(picture.astype(np.int32) + grain.reshape(picture.shape), 0, 255).astype(np.uint8)
 
 
@@ -152,7 +152,7 @@ def blur(picture: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         sides = [(BLUR, BLUR) if i == axis else (0, 0) for i in range(3)]
         wide, n = np.pad(out, sides, mode="edge"), out.shape[axis]
-        sums = sum(w * wide.take(range(i, i + n), axis) for i, w in enumerate(weights))
+        sums = np.sum([w * wide.take(range(i, i + n), axis) for i, w in enumerate(weights)], axis=0)
         out = (sums + (1 << 2 * BLUR - 1)) >> 2 * BLUR
     return out.astype(np.uint8)
 
@@ -201,7 +201,7 @@ def patched(picture: np.ndarray, place: int, tile: str = TILE) -> np.ndarray:
 def free_place(boxes: Boxes, key: str) -> int:
     """The place that covers least of the boxes; of several any, by the key."""
     order = stream(key).shuffled(range(PLACES * PLACES))
-    return min(order, key=lambda place: round(covered(place, boxes), 9))  # type: ignore[no-any-return]
+    return min(order, key=lambda place: round(covered(place, boxes), 9))
 
 
 def covered(place: int, boxes: Boxes) -> float:

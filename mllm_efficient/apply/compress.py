@@ -62,8 +62,9 @@ class CompressedImage:
 
 def compress_images(
     method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any], contexts: Sequence[Context]
-) -> tuple[list[CompressedImage], float]:
-    """Every item compressed as on its own, and the seconds that took (``Stopwatch``), for which the CPU waits once.
+) -> tuple[list[CompressedImage], float, list[Plan]]:
+    """Every item compressed as on its own, the seconds that took (``Stopwatch``), for which the CPU waits once, and the plans as they
+    were carried out, which differ where a plan was open.
 
     Raises ``NotFiniteError`` where NaN or infinity is among what a method works on; what it leaves alone may hold them.
     """
@@ -82,8 +83,14 @@ def compress_images(
     watch.read()
     parts = _indices_on_cpu(parts)
     seconds = clock.seconds()
+    plans = [_settled(method, p, part) if p.open else p for p, part in zip(plans, parts)]
     images = [_assemble(method, p, e, part) for p, e, part in zip(plans, encodings, parts)]
-    return [replace(image, all_marks=p.all_marks) for p, image in zip(plans, images)], seconds
+    return [replace(image, all_marks=p.all_marks) for p, image in zip(plans, images)], seconds, plans
+
+
+def _settled(method: Compressor, p: Plan, parts: list[Part]) -> Plan:
+    then: Plan = method.settled(p, [len(done) for _, done, _ in parts])  # type: ignore[attr-defined]
+    return then
 
 
 def rows_of(method: Compressor, p: Plan, encoding: Any, context: Context) -> Tensor:
@@ -125,7 +132,7 @@ def _compress(method: Compressor, plans: Sequence[Plan], encodings: Sequence[Any
     together = method.compress_all([part for _, part, _ in flat], [group.k for group, _, _ in flat])
     require(len(together) == len(flat), f"{method.name} gave {len(together)} results for {len(flat)} groups of tokens")
     done = iter(together)
-    return [[_part(method, *job, next(done)) for job in of_item] for of_item in jobs]
+    return [[_part(method, *job, next(done), p.open) for job in of_item] for p, of_item in zip(plans, jobs)]
 
 
 Job = tuple[Group, VisualTokens, list[Tensor]]
@@ -140,8 +147,9 @@ def jobs_of(p: Plan, encoding: Any, context: Context) -> list[Job]:
     return [(group, _of_group(tokens, group), [_pick(layer, group) for layer in deep]) for group in p.groups]
 
 
-def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Tensor], done: CompressedTokens) -> Part:
-    require(len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
+def _part(method: Compressor, group: Group, part: VisualTokens, layers: list[Tensor], done: CompressedTokens, counted: bool) -> Part:
+    """counted: whether the method says how many tokens are left."""
+    require(counted or len(done) == group.kept, f"{method.name} gave {len(done)} tokens where {group.kept} were asked")
     if done.groups is not None and done.weights is not None:
         groups, weights, k = done.groups, done.weights, len(done)
         return group, done, tuple(averaged(layer, groups.to(layer.device), weights.to(layer.device), k) for layer in layers)

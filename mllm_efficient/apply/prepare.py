@@ -85,13 +85,15 @@ class Compressed:
     """What the images of a call became before the decoder.
 
     encodings: what the model made of each, in prompt order. images: what is left of each; None where the prompt stays whole,
-    because tokens go inside the decoder alone. seconds: that compressing took. use: of the vision cache.
+    because tokens go inside the decoder alone. seconds: that compressing took. use: of the vision cache. plans: as they were carried out,
+    None where as they were made.
     """
 
     encodings: list[Any]
     images: list[CompressedImage] | None
     seconds: float = 0.0
     use: CacheUse | None = None
+    plans: list[ImagePlan] | None = None
 
 
 def prepare(
@@ -165,14 +167,16 @@ def encode_and_compress(call: Call, placed: list[PlacedImage], plans: list[Image
         return Compressed(encodings, None, use=encoded.use)
     fresh = call.in_llm is None or call.past is None or not placed
     require(fresh, "new images on a cache that holds a conversation: start with an empty cache")
-    images, seconds = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts_of(call, placed))
-    return Compressed(encodings, images, seconds, encoded.use)
+    images, seconds, done = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts_of(call, placed))
+    then = [p if d is p.pre_llm else ImagePlan(d, d) for p, d in zip(plans, done)]  # a method that settles plans has no later stage
+    return Compressed(encodings, images, seconds, encoded.use, then)
 
 
 def assemble(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], compressed: Compressed) -> Prepared:
     """The arguments of the stock model: the prompt that is left, its positions and labels, and what the decoder is to do."""
     if compressed.images is None:
         return _for_decoder_alone(call, placed, plans, compressed)
+    plans = compressed.plans or plans
     layout = _layout_of(call, placed, compressed.images)
     rest = call.rest if call.loss_labels is None else {**call.rest, "labels": call.loss_labels}
     tensors = take_columns(layout, call.input_ids, call.mask, rest, _pad_id(call.adapter))

@@ -20,8 +20,8 @@ GROUPS = {
         "processor_kwargs", "max_new_tokens",
     ),
     "What is asked": (
-        "suite", "tasks", "data", "categories", "split", "turns", "limit", "batch_size", "data_root", "coco_instances", "include_path",
-        "on_error", "cache", "reference", "against", "max_drop", "run", "budget", "explore", "labelled",
+        "suite", "tasks", "data", "categories", "split", "turns", "corrupt", "limit", "batch_size", "data_root", "coco_instances",
+        "include_path", "on_error", "cache", "reference", "against", "max_drop", "run", "budget", "explore", "labelled",
     ),
     "What is timed or counted": (
         "image_size", "images", "text_tokens", "visual_tokens", "new_tokens", "output_tokens", "repeats", "warmup", "no_bench", "max_batch",

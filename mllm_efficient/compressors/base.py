@@ -16,7 +16,7 @@ from ..plans import Plan
 from ..spec import BASELINE_ON, text_fields, write
 from ..tokens import CompressedTokens, Grid, VisualShape, VisualTokens, grids_of
 from . import fit, sharing
-from .grouping import groups_of
+from .grouping import groups_of, plan_of
 from .kinds import IN_LLM, PRE_LLM, OldFamily, read_old_family
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Compressor:
     whether it decides image by image what is done. sets_processor: whether it is a setting of the model's own image processor, which
     commands make (``measure.native``) and no wrapped model can. by_pixels: whether pixels alone say how many tokens stay. shares_work:
     whether ``compress_batch`` is cheaper on a GPU than image after image; a subclass that chooses in another way says so anew. says_counts:
-    whether it says how many tokens each that is left holds.
+    whether it says how many tokens each that is left holds. counts_by_content: whether the
+    tower must run before it is known how many stay (``ByContent``).
 
     Settings that some methods declare and all can be asked for: order ("raster", or "picked" for the order of choice), seed, clip (a
     CLIP model's folder or hub id), weights (a folder or hub id of trained weights). What a kind of method means for an image's plan, for
@@ -69,6 +70,7 @@ class Compressor:
     by_pixels: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
     says_counts: ClassVar[bool] = False
+    counts_by_content: ClassVar[bool] = False
 
     keep: float | None = None
     tokens: int | None = None
@@ -237,13 +239,8 @@ class Compressor:
         """What becomes of an item of the adapter, before its tower runs. Raises ``BadBudgetError`` where it cannot be done."""
         shape: VisualShape = item.shape
         groups = groups_of(self, shape, self.wanted(shape, fixed=adapter.fixed_count))
-        kept = sum(g.kept for g in groups)
         clamped = self.tokens is not None and any(self.tokens > g.n for g in groups)
-        if kept == shape.n and self.full_is_identity:
-            return replace(self.untouched_plan(shape), clamped=clamped)
-        keeps_newlines = not self.merges and (self.newline == "keep" or kept == shape.n)
-        separators, every = shape.separators if keeps_newlines else 0, self.newline == "keep"
-        return Plan(shape, kept, groups, separators=separators, all_marks=every, clamped=clamped)
+        return plan_of(self, shape, groups, clamped)
 
     def plans(self, adapter: Any, item: Any) -> list[Plan]:
         """The plan after each of ``parts``, all of the item's own shape."""

@@ -57,6 +57,9 @@ class Composed(Compressor):
         alone = [stage.name for stage in self.stages if stage.sets_processor]
         if alone:
             raise UnsupportedModelError(f"{alone[0]} sets the model's own processor and runs no method: give it alone")
+        counting = [stage.name for stage in self.stages if stage.counts_by_content]
+        if counting:
+            raise UnsupportedModelError(f"{counting[0]} with radius= or spend= decides how many tokens stay as it runs: give it alone")
         trained = [stage.name for stage in self.stages if stage.installs is not None]
         if len(trained) > 1:
             raise UnsupportedModelError(f"{trained[0]} and {trained[1]} each bring trained weights: one of them can run")

@@ -12,10 +12,10 @@ from ..errors import BadSettingError, NotFiniteError
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
+from .by_content import ByContent
 from .math.finite import ADVICE
 from .math.precision import full_float32 as full_float32
 from .math.whitening import whitened, whitening_flops
-from .selector import Selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ METRICS = ("cosine", "l2", "l1", "whitened")
 
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Selector):
+class DivPrune(ByContent):
     """Max-min diversity of the projected tokens (Alvar et al., CVPR 2025, arXiv 2503.02175), without a query.
 
     First the token whose nearest neighbour is farthest, then repeatedly the token farthest from those chosen, by
@@ -39,6 +39,8 @@ class DivPrune(Selector):
     lowest index; a zero row is at cosine distance 1 from everything; a picked token is never picked again, so duplicates give
     K different indices. Distances are in float32 at least, whatever the dtype, autocast or TF32 setting. NaN or infinity in
     the features raises.
+
+    radius, spend: see ``ByContent``. The choice goes on to the last token then, which is O(N^2) and no product more.
 
     On a CUDA device all picks are one kernel, and the images of a call that are of one size share it. The last bit of a
     distance there may depend on how many images share a product, as the last bit of a feature does in the vision tower.
@@ -59,6 +61,8 @@ class DivPrune(Selector):
         if self.order == "picked" and self.positions == "keep":
             raise BadSettingError(f"{self.name}: order='picked' shuffles tokens, so positions='keep' has no meaning")
 
+        if self.radius is not None and self.metric != "cosine":
+            raise BadSettingError(f"{self.name}: radius= is a cosine distance, so metric={self.metric!r} has no meaning: leave it out")
         if self.groups is not None and (self.metric != "whitened" or isinstance(self.groups, bool) or self.groups < 1):
             raise BadSettingError(f"{self.name}: groups={self.groups!r} must be a whole number above 0, and needs metric=whitened")
 
@@ -78,6 +82,13 @@ class DivPrune(Selector):
     def select_batch(self, parts: list[VisualTokens], k: int) -> Tensor:
         """One product and one choice for all."""
         return farthest_first(self._distances(torch.stack([v.features for v in parts])), k)
+
+    def picks(self, v: VisualTokens, most: int) -> tuple[Tensor, Tensor]:
+        d = self._distances(v.features)
+        order = farthest_first(d.clone(), most)
+        rows = d[order][:, order]
+        before = torch.ones_like(rows, dtype=torch.bool).triu(1)  # [i, j]: i was chosen before j
+        return order, rows.masked_fill(~before, float("inf")).amin(0)
 
     def _distances(self, x: Tensor) -> Tensor:
         if self.metric == "whitened":

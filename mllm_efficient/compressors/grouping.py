@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..budget import apportion
-from ..plans import Group
+from ..plans import Group, Plan
 from ..tokens import Plane, VisualShape
 
 if TYPE_CHECKING:
@@ -25,6 +25,16 @@ def groups_of(method: Compressor, shape: VisualShape, k: int) -> tuple[Group, ..
         share = method.budget.count(len(plane), fixed=False)
         out.append(_of_plane(method, plane, corner, share))
     return tuple(out)
+
+
+def plan_of(method: Compressor, shape: VisualShape, groups: tuple[Group, ...], clamped: bool = False) -> Plan:
+    """The plan of a shape's groups, of which it is known how many tokens each keeps."""
+    kept = sum(g.kept for g in groups)
+    if kept == shape.n and method.full_is_identity:
+        return replace(method.untouched_plan(shape), clamped=clamped)
+    keeps_newlines = not method.merges and (method.newline == "keep" or kept == shape.n)
+    separators, every = shape.separators if keeps_newlines else 0, method.newline == "keep"
+    return Plan(shape, kept, groups, separators=separators, all_marks=every, clamped=clamped)
 
 
 def _of_image(method: Compressor, shape: VisualShape, k: int) -> tuple[Group, ...]:

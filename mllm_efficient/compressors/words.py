@@ -24,6 +24,8 @@ SHARED = {
     "per": "what the budget is for: image (or video), tile of a tiled image, frame of a video",
     "newline": "keep: newline and separator columns stay; left out: those of an image that loses tokens go",
     "merge": "what becomes of the other tokens: left out, they are dropped; mean, similarity: averaged into the kept one most like them",
+    "radius": "cosine distance within which every token has a kept one; as many stay as that takes, in place of a budget",
+    "spend": "set: the budgets of a call's pictures are shared out among them by content",
     "age": "what the budget is multiplied by for every later turn of the prompt with images, between 0 and 1; left out: not at all",
     "ratio": "share of the tokens that every stage leaves, in place of a budget",
     "ratios": "share of all tokens that is left after each stage, such as 0.5/0.25, in place of a budget",

@@ -108,6 +108,8 @@ def _why_not(method: Compressor, kind: str) -> str | None:
         )
     elif method.as_resizer is not None:
         why = "makes the picture itself smaller: mllm-efficient export writes a smaller LLaVA-1.5, elsewhere send a smaller picture"
+    elif method.counts_by_content:
+        why = "with radius= or spend= decides how many tokens stay behind the tower, and vLLM reserves their places before"
     elif method.sets_processor:
         why = "sets the model's own image processor: give vllm serve that setting as --mm-processor-kwargs"
     elif getattr(method, "age", None) is not None or getattr(method, "dedup", False):
