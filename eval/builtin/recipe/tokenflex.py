@@ -30,7 +30,7 @@ SEEDS = (0, 1, 2)
 QUESTIONS = 5000
 DRAWN = "{144: 0.5, 36: 0.3, 9: 0.2}"
 PAPER = "settings={layers: swiglu, pooling: bilinear}"
-ARMS = {
+ARMS: dict[str, tuple[str, ...]] = {
     "dynamic": (f"counts={DRAWN}", PAPER),
     **{f"fixed-{count}": (f"counts={{{count}: 1}}", PAPER) for count in COUNTS},
     "mlp-dynamic": (f"counts={DRAWN}", "settings={layers: mlp}"),
