@@ -6,8 +6,8 @@
 Every arm starts from the projector and language model that ship as ``tokenflex``, with what it adds drawn anew, and trains both
 for as many steps of 16 images x 6 questions, the count drawn evenly from 36, 16 and 9. The tower stays as it is, so that its
 features are computed once. ``plain`` trained for twice the steps (``plain-long``) bounds what more training time is worth. One
-seed of every arm; of the four that are best on validation questions, and of ``plain``, three. And ``tail``: the ordered tokens
-with a count drawn from 1 to 64, asked at every count.
+seed of every arm; of the four that are best on validation questions, and of ``plain``, three. ``distill`` is ``plain`` with the loss of
+``settings.distill=0.5``. And ``tail``: the ordered tokens with a count drawn from 1 to 64, asked at every count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,17 @@ from mllm_efficient.eval.builtin.architecture import GRID
 from mllm_efficient.eval.builtin.questions import CATEGORIES
 from mllm_efficient.eval.builtin.recipe.data import build
 from mllm_efficient.measure.flops import cost
+from mllm_efficient.stats import TAIL as TAIL_OF
 from mllm_efficient.stats import Hits, accuracy, draws, interval
 
 COUNTS, WIDTH = (36, 16, 9), 128  # of the tower
 SQUARES = tuple(side * side for side in range(1, GRID + 1))
 ARMS: dict[str, dict[str, Any]] = {
-    "plain": {}, "plain-long": {}, "tail": {"pooling": "prefix"},
+    "plain": {}, "plain-long": {}, "distill": {}, "tail": {"pooling": "prefix"},
     **{mixer: {"mixer": mixer} for mixer in MIXERS[1:]}, **{pooling: {"pooling": pooling} for pooling in POOLINGS[2:]},
 }  # fmt: skip
-CONTROLS = ("plain", "plain-long", "tail")
-ORDER = ("plain", *(a for a in ARMS if a not in CONTROLS), "tail", "plain-long")
+CONTROLS = ("plain", "plain-long", "distill", "tail")
+ORDER = ("plain", *(a for a in ARMS if a not in CONTROLS), "tail", "plain-long", "distill")
 STEPS, IMAGES, QUESTIONS = 120, 16, 6
 SCENES = {"train": 2000, "val": 200, "test": 600}
 TAIL = 300  # test scenes of the ordered tokens, which are asked at 64 counts
@@ -93,6 +95,8 @@ def projected(projector: Any, x: Any, count: int) -> Any:
 def train(arm: str, seed: int, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
+    from mllm_efficient.train.sampling import consistency, ramped
+
     x, arrays = features("train", folder)
     packed, projector = start(ARMS[arm], seed)
     language = list(packed.model.model.language_model.parameters())
@@ -108,16 +112,24 @@ def train(arm: str, seed: int, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
         optimizer, lambda s: min(1, (s + 1) / (0.05 * steps)) * 0.5 * (1 + np.cos(np.pi * s / steps))
     )
     rng, losses, began = np.random.default_rng([seed, 7]), [], time.process_time()
-    for _ in range(steps):
+    for step in range(steps):
         images = np.sort(rng.choice(len(x), IMAGES, replace=False))
         chosen = np.sort(rng.permuted(np.tile(np.arange(arrays["blocks"].shape[1]), (IMAGES, 1)), axis=1)[:, :QUESTIONS], 1)
         count = int(rng.integers(1, QUERIES + 1)) if arm == "tail" else int(rng.choice(COUNTS))
         blocks, meta = (
             torch.from_numpy(np.take_along_axis(arrays[k][images], chosen[..., None], 1).astype(np.int64)) for k in ("blocks", "meta")
         )
-        visual = projected(projector, torch.from_numpy(np.array(x[images])).float(), count)
+        features_of = torch.from_numpy(np.array(x[images])).float()
+        visual = projected(projector, features_of, count)
         blind, weight = torch.zeros(blocks.shape[:2], dtype=torch.bool), torch.ones(blocks.shape[:2])
-        loss, _ = packed.answer_loss(visual, blocks, meta[..., 0], torch.ones(IMAGES), blind, weight)
+        given = blocks, meta[..., 0], torch.ones(IMAGES), blind
+        loss, _ = packed.answer_loss(visual, *given, weight)
+        if arm == "distill" and count != max(COUNTS):
+            with torch.no_grad():
+                larger = packed.answer(projected(projector, features_of, max(COUNTS)), *given)[:, :, 0].flatten(0, 1)
+            own = packed.answer(visual, *given)[:, :, 0].flatten(0, 1)
+            wanted = blocks.gather(2, (meta[..., 0] + 1)[..., None]).flatten()
+            loss = loss + ramped(0.5, step, steps) * consistency(own, larger, wanted)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*projector.parameters(), *language], 1.0)
@@ -261,8 +273,10 @@ def lines(results: Path) -> Iterator[str]:
     tail = {int(c): resampled(h, part) for c, h in found["tail", 0]["test"].items()}
     squares = {c: resampled(found["plain", 0]["test"][str(c)][: len(part)], part) for c in SQUARES}
     worse = [(a, b) for a in tail for b in tail if a < b and interval((tail[b] - tail[a])[1:])[1] < 0]
-    pairs = QUERIES * (QUERIES - 1) // 2
-    yield f"\nPairs of prefixes of which the longer is worse beyond its interval: {len(worse)} of {pairs} {worse[:8]}\n"
+    pairs, widest = QUERIES * (QUERIES - 1) // 2, -NormalDist().inv_cdf(TAIL_OF / (QUERIES * (QUERIES - 1) // 2))
+    surely = [(a, b) for a, b in worse if (tail[a] - tail[b])[0] > widest * (tail[a] - tail[b])[1:].std()]
+    yield f"\nPairs of which the longer prefix is worse beyond its interval: {len(worse)} of {pairs} {worse[:8]}"
+    yield f"(beyond one for all pairs at once, Bonferroni: {len(surely)})\n"
     yield "| tokens | ordered | plain | ordered - plain |\n|---|---|---|---|"
     for count in tail:
         plain = squares.get(count)

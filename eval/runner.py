@@ -56,7 +56,7 @@ class Run(Harness):
     def config(self) -> dict[str, Any]:
         form = {"form": "short", "normalisation": "first word"} if self.builtin else {"form": "natural", "normalisation": NORMALISATION}
         size = self.size if self.suite is BUILTIN else "own"
-        how = {"image_size": size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        how: dict[str, Any] = {"image_size": size, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
         there = dict.fromkeys(s.corruption for s in self.samples if isinstance(s, Corrupted))
         if there:
             how["corruptions"] = {name: CORRUPTIONS[name] for name in sorted(there)} | ({"tile": TILE} if "patch" in there else {})

@@ -38,7 +38,7 @@ _HOME = {
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "evaluate": "eval.api", "sweep": "eval.api", "bench": "eval.api", "flops": "eval.api", "Results": "eval.results",
-    "doctor": "patches.checkup", "Checkup": "patches.checkup",
+    "anchor_attention": "patches.anchor", "doctor": "patches.checkup", "Checkup": "patches.checkup",
     "prepare": "apply.prepare", "Prepared": "apply.prepare",
     "wrap": "apply.wrap", "unwrap": "apply.wrap", "compressed": "apply.wrap", "is_wrapped": "apply.wrap",
     "mask_labels": "apply.labels", "from_pretrained": "trained.pretrained",
@@ -119,6 +119,7 @@ if TYPE_CHECKING:
     from .eval.builtin.sample import builtin as builtin
     from .eval.builtin.sample import sample as sample
     from .eval.results import Results as Results
+    from .patches.anchor import anchor_attention as anchor_attention
     from .patches.checkup import Checkup as Checkup
     from .patches.checkup import doctor as doctor
     from .registry import build as build

@@ -56,6 +56,7 @@ OTHER_WAY = {
     "compressors.tokenflex -> trained.files": "the sizes of a projector are in its folder",
     "compressors.tokenflex -> trained.projector": "the module of a trained method",
     "loading.lora -> patches.pictures": "reads settings of a model's folder",
+    "loading.models -> patches.anchor": "registers an attention function that a model is loaded with",
     "loading.models -> patches.pictures": "reads settings of a model's folder",
     "loading.models -> patches.vllm": "refuses a model that was exported for vLLM",
     "loading.processor -> patches.pictures": "reads settings of a model's folder",

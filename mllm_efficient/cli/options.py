@@ -29,7 +29,7 @@ Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Accelerate's device map, such as auto.")]
-Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2 ...")]
+Attention = Annotated[str | None, typer.Option("--attn-implementation", help="sdpa, eager, flash_attention_2, anchor (sparse prefill) ...")]
 Quantization = Annotated[str | None, typer.Option("--quantization", help="int8 or int4 weights (torchao).")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of torch and of the bootstrap; methods have their own.")]

@@ -34,8 +34,8 @@ class NoCompression(Selector):
             raise BadBudgetError("none keeps every token and takes no budget")
         if (self.per, self.newline) != ("image", None):
             raise BadSettingError("none keeps every token and newline column: per= and newline= have no effect")
-        if self.merge is not None:
-            raise BadSettingError("none keeps every token: merge= has no effect")
+        if (self.merge, self.age) != (None, None):
+            raise BadSettingError("none keeps every token: merge= and age= have no effect")
         super().__post_init__()
         if self.on is None:
             return

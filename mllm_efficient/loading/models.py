@@ -156,6 +156,9 @@ def load(options: ModelOptions) -> Loaded:
     common = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     settings: dict[str, Any] = {"dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)}
     if options.attn_implementation:
+        from ..patches.anchor import require_registered
+
+        require_registered(options.attn_implementation)
         settings["attn_implementation"] = options.attn_implementation
     if options.device_map:
         settings["device_map"] = options.device_map

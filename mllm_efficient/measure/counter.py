@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..apply.conversation import items_of
 from ..apply.locate import written
 from ..apply.signatures import with_cache
 from ..compressors.base import Compressor
@@ -76,7 +77,6 @@ def count(
 
     Raises ``MllmEfficientError`` for tokens that are of no known image.
     """
-    from ..apply.conversation import items_of
     from ..apply.encode import Encoded, encode_items, encoding_key
     from ..apply.prepare import prepare
     from ..patches import adapter_for

@@ -20,6 +20,7 @@ from ..loading.models import (
     pick_device,
     quantization_config,
 )
+from ..patches.anchor import require_registered
 from ..patches.pictures import SHARED, read_object
 from ..patches.rules import rules_class
 from .depth import shallower
@@ -108,6 +109,7 @@ def _build(config: Any, device: str, dtype: torch.dtype, options: ModelOptions) 
     from transformers import AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
+    require_registered(options.attn_implementation)
     more = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **more)

@@ -54,7 +54,7 @@ def _over(known: Any, name: str, served: bool, whole: bool) -> Any:
             if not served:
                 raise UnsupportedModelError(f"{KEY}: vLLM runs {name} by a class of its own, which keeps all tokens: {ADVICE}")
             if whole:
-                refuse_pixels(vllm_config.model_config.hf_config)
+                refuse_whole(vllm_config.model_config.hf_config)
             failures.share()
             if vllm_config.scheduler_config.scheduler_cls is None:
                 vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -62,11 +62,12 @@ def _over(known: Any, name: str, served: bool, whole: bool) -> Any:
     return Settled
 
 
-def refuse_pixels(config: Any) -> None:
-    """Raises for a method that looks at pixels: vLLM has transformers run the model, which gets whole pictures."""
+def refuse_whole(config: Any) -> None:
+    """Raises for a method that looks at pixels or at the question: vLLM has transformers run the model, which gets whole pictures alone."""
     settings = settings_of(config)
-    if settings is not None and settings.method.by_pixels:
+    if settings is not None and (settings.method.by_pixels or "text" in settings.method.needs):
+        looks = "pixels" if settings.method.by_pixels else "the question"
         raise UnsupportedModelError(
-            f"{KEY}: {settings.method.name} looks at pixels, which vLLM's own classes of Qwen2.5-VL and Qwen3-VL are served with: leave "
-            "--model-impl transformers out"
+            f"{KEY}: {settings.method.name} looks at {looks}, which vLLM's own classes alone are served with: leave --model-impl "
+            "transformers out"
         )

@@ -39,6 +39,7 @@ else:
     Stock = object
 
 FIELD = "visual_tokens_mark"  # of each image (2,): the count that its request asked for, 0 for none, and a name for what failures say
+QUESTION = "visual_tokens_question"  # of each image (T,): its prompt's text, for a method that looks at it; in the hash, too
 COUNTED = contextvars.ContextVar("counted", default=True)  # whether images are a request's: not those of the server's own warm-up
 
 
@@ -129,7 +130,7 @@ def fingerprint(image: Any, asked: int | None) -> int:
 
 def stock_kwargs(given: Mapping[str, object]) -> dict[str, object]:
     """A request's settings without ours."""
-    return {k: v for k, v in given.items() if k != REQUEST}
+    return {k: v for k, v in given.items() if k not in (REQUEST, QUESTION)}
 
 
 class CompressedProcessor(Stock):
@@ -165,10 +166,21 @@ class CompressedProcessor(Stock):
                 for modality, given in names.items()
             }
             inputs = dataclasses.replace(inputs, mm_uuid_items=own)
+        if "text" in settings.method.needs and inputs.mm_data_items.get("image"):
+            given = {**inputs.hf_processor_mm_kwargs, QUESTION: self._question(inputs.prompt)}
+            inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=given)
         out = super().apply(inputs, timing_ctx)
         if COUNTED.get():
             self._count(inputs, out)
         return out
+
+    def _question(self, prompt: Sequence[int]) -> list[int]:
+        """The tokens of a prompt that stand for no image. Raises ``CountMismatchError`` (HTTP 400) for one without."""
+        images = set(self.info.shapes.adapter.placeholders.values())
+        words = [int(token) for token in prompt if token not in images]
+        if words or not COUNTED.get():
+            return words or [0]
+        raise CountMismatchError(f"{self.info.settings.method.name} chooses by the text of the prompt, and this prompt has none")
 
     def _require_known(self, inputs: Any) -> None:
         """Raises for settings of the image processor, which would give an image other tokens than planned, and for broken embeddings."""
@@ -206,6 +218,8 @@ class CompressedProcessor(Stock):
             images = mm_items["image"]
             marks = [(asked or 0, fingerprint(images.get(i), asked)) for i in range(len(out[self.one_each]))]
             out[FIELD] = torch.tensor(marks, dtype=torch.long)
+            if QUESTION in hf_kwargs:
+                out[QUESTION] = [torch.tensor(hf_kwargs[QUESTION])] * len(marks)
         return out
 
     def rows(self, method: Compressor, mm_items: Any, out_mm_kwargs: Any, index: int) -> int:
@@ -220,7 +234,8 @@ class CompressedProcessor(Stock):
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:
         fields = super()._get_mm_fields_config(hf_inputs, stock_kwargs(hf_processor_mm_kwargs))
-        return {**fields, FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)} if FIELD in hf_inputs else fields
+        own = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (FIELD, QUESTION) if name in hf_inputs}
+        return {**fields, **own}
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any) -> Sequence[Any]:
         settings, token = self.info.settings, self.info.image_token

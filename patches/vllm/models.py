@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 from ..base import Encoding
 from . import PROJECTOR
 from .alone import Image, each_alone
-from .front import FIELD, CompressedInfo, CompressedProcessor, Planned, length
+from .front import FIELD, QUESTION, CompressedInfo, CompressedProcessor, Planned, length
 from .settings import is_projector, untested
 from .tower import GIVEN, require_watchable, watching
 
@@ -42,12 +42,18 @@ logger = init_logger("vllm.mllm_efficient")
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-Mark = tuple[int, int]  # of an image: the count that its request asked for, 0 for none, and its fingerprint
+class Mark(NamedTuple):
+    """Of an image: the count that its request asked for, 0 for none, its fingerprint, and where it matters its prompt's text (T,)."""
+
+    asked: int = 0
+    mark: int = 0
+    words: torch.Tensor | None = None
 
 
-def marked(marks: Any, images: int) -> list[Mark]:
+def marked(marks: Any, images: int, questions: Any = None) -> list[Mark]:
     """The marks of so many images; none are given for what vLLM makes up to measure memory."""
-    return [(0, 0)] * images if marks is None else [(int(asked), int(mark)) for asked, mark in (m.tolist() for m in marks)]
+    words = [None] * images if questions is None else list(questions)
+    return [Mark()] * images if marks is None else [Mark(int(m[0]), int(m[1]), text) for m, text in zip(marks, words, strict=True)]
 
 
 class CompressedModel(Planned):
@@ -97,13 +103,13 @@ class CompressedModel(Planned):
         return self.shapes.adapter.side**2 * (1 + max(height * width for height, width in self.hf.image_grid_pinpoints) // side**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        marks = kwargs.pop(FIELD, None)
+        marks, questions = kwargs.pop(FIELD, None), kwargs.pop(QUESTION, None)
         if self.settings is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         others = {k: v for k, v in kwargs.items() if k not in ("pixel_values", "image_sizes")}
         out: list[torch.Tensor] = []
         for pixels, sizes, own in self._batches(
-            kwargs["pixel_values"], kwargs.get("image_sizes"), marked(marks, len(kwargs["pixel_values"]))
+            kwargs["pixel_values"], kwargs.get("image_sizes"), marked(marks, len(kwargs["pixel_values"]), questions)
         ):
             out += self._compressed(pixels, sizes, own)
         if any(v is not None for v in others.values()):
@@ -120,7 +126,7 @@ class CompressedModel(Planned):
     def _compressed(self, pixels: Any, sizes: Any, marks: Sequence[Mark]) -> list[torch.Tensor]:
         assert self.settings is not None
         where = [(0, 0)] * len(pixels) if sizes is None else [(int(h), int(w)) for h, w in sizes.tolist()]
-        methods = [self.settings.of_request(asked or None) for asked, _ in marks]
+        methods = [self.settings.of_request(m.asked or None) for m in marks]
         plans = [self.planned(m, h, w) for m, (h, w) in zip(methods, where)]
         beside: dict[str, torch.Tensor] = {}
         if is_projector(self.settings):
@@ -138,10 +144,17 @@ class CompressedModel(Planned):
                 raise CountMismatchError(f"vLLM gave {len(features[i])} rows for an image that has {plans[i].shape.length} in transformers")
             own: dict[str, Any] = {name: values[i] for name, values in beside.items()}
             encoding = Encoding(features[i], plans[i].shape, **own)
-            return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0)))
+            return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0), self.embedded(marks[i].words)))
 
         width = self.hf.get_text_config().hidden_size
-        return each_alone([Image(mark, f, length(plan), width) for (_, mark), f, plan in zip(marks, features, plans)], rows)
+        return each_alone([Image(m.mark, f, length(plan), width) for m, f, plan in zip(marks, features, plans)], rows)
+
+    def embedded(self, words: torch.Tensor | None) -> torch.Tensor | None:
+        """(T, D) the words of a prompt as the language model has them."""
+        if words is None:
+            return None
+        model = self.get_language_model()
+        return model.embed_input_ids(words.to(next(model.parameters()).device))
 
     def _projected(self, pixels: Any, plans: Sequence[Plan]) -> list[torch.Tensor]:
         """Each view of each image through the trained projector at its own side."""

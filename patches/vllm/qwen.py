@@ -21,8 +21,8 @@ from mllm_efficient.errors import CountMismatchError, MllmEfficientError, Unsupp
 
 from ..base import Encoding
 from .alone import Image, each_alone
-from .front import COUNTED, FIELD, CompressedInfo, CompressedProcessor, Stock, stock_kwargs
-from .models import MULTIMODAL_REGISTRY, CompressedModel, marked
+from .front import COUNTED, FIELD, QUESTION, CompressedInfo, CompressedProcessor, Stock, stock_kwargs
+from .models import MULTIMODAL_REGISTRY, CompressedModel, Mark, marked
 from .settings import KEY, settings_of
 from .sparse import STAY, cut, places_of, require_tower, run_on, split_of
 
@@ -107,10 +107,12 @@ class QwenProcessor(CompressedProcessor):
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-def with_places(method: Compressor | None, plan: Any, features: torch.Tensor, width: int, rows: int, columns: int) -> torch.Tensor:
+def with_places(
+    method: Compressor | None, plan: Any, features: torch.Tensor, width: int, rows: int, columns: int, text: torch.Tensor | None = None
+) -> torch.Tensor:
     """(K, D + COLUMNS) of an image of rows x columns tokens: what stays of features (N, D) and where it was.
 
-    method: None leaves the image as it is. width: of the features proper; what follows them in a row is of deep layers.
+    method: None leaves the image as it is. width: of the features proper; what follows them is of deep layers. text: (T, D) of its prompt.
     """
     if len(features) != rows * columns:
         raise CountMismatchError(f"vLLM gave {len(features)} rows for an image of {rows} x {columns}")
@@ -121,7 +123,7 @@ def with_places(method: Compressor | None, plan: Any, features: torch.Tensor, wi
         return torch.cat([features, places], dim=1)
     deep = (features[:, width:],) if features.shape[1] > width else ()
     encoding = Encoding(features[:, :width], plan.shape, deep)
-    return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0)), beside=(places,)), dim=1)
+    return torch.cat(layers_of(method, plan, encoding, Context(generator_for(method, 0), text), beside=(places,)), dim=1)
 
 
 def keep_places(vllm_config: Any, method: Compressor) -> None:
@@ -218,12 +220,12 @@ class CompressedQwen(PlacesKept, CompressedModel):
             require_tower(self.visual, method)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        marks, stay, grids = kwargs.pop(FIELD, None), kwargs.pop(STAY, None), kwargs.get("image_grid_thw")
+        (marks, questions, stay), grids = (kwargs.pop(name, None) for name in (FIELD, QUESTION, STAY)), kwargs.get("image_grid_thw")
         if self.settings is None or grids is None or (self.settings.method.by_pixels and stay is None):
             return super(CompressedModel, self).embed_multimodal(**kwargs)
         name = "pixel_values" if kwargs.get("pixel_values") is not None else "image_embeds"
         sizes = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
-        own, merged = marked(marks, len(sizes)), self.merge**2
+        own, merged = marked(marks, len(sizes), questions), self.merge**2
         tokens, out = [t * h * w // merged for t, h, w in sizes], list[torch.Tensor]()
         if stay is not None:
             return tuple(self._on_patches(kwargs["pixel_values"], sizes, stay.split(tokens), own))
@@ -246,12 +248,12 @@ class CompressedQwen(PlacesKept, CompressedModel):
             yield slice(low, high), slice(ends[low] * rows_each, ends[high] * rows_each)
             low = high
 
-    def _on_patches(self, pixels: Any, sizes: Sequence[Any], stay: Sequence[torch.Tensor], marks: Sequence[tuple[int, int]]) -> list[Any]:
+    def _on_patches(self, pixels: Any, sizes: Sequence[Any], stay: Sequence[torch.Tensor], marks: Sequence[Mark]) -> list[Any]:
         """(K, D + deep layers) of each image by the tower on the patches that stay, whose places are known already."""
         kept, out = [int(part.sum()) for part in stay], list[torch.Tensor]()
         for part, rows in self._parts(kept, self.merge**2):
             out += run_on(self.visual, pixels[rows], sizes[part], stay[part])
-        return each_alone([Image(mark, f, k, f.shape[1]) for (_, mark), f, k in zip(marks, out, kept)], out.__getitem__)
+        return each_alone([Image(m.mark, f, k, f.shape[1]) for m, f, k in zip(marks, out, kept)], out.__getitem__)
 
     def get_encoder_cudagraph_config(self) -> Any:
         """Captured towers take whole images, and would go past ``embed_multimodal``."""
@@ -259,23 +261,25 @@ class CompressedQwen(PlacesKept, CompressedModel):
         return stock if self.settings is None else dataclasses.replace(stock, modalities=[])
 
     def _compressed_images(
-        self, features: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int, int]], marks: Sequence[tuple[int, int]], made: bool
+        self, features: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int, int]], marks: Sequence[Mark], made: bool
     ) -> list[torch.Tensor]:
         """(K, D + deep layers + COLUMNS) of each image. made: they came as embeddings, which stay as they are."""
         assert self.settings is not None
         merge = self.shapes.adapter.merge
         grids = [(height // merge, width // merge) for _, height, width in sizes]
-        methods = [self.settings.of_request(asked or None) for asked, _ in marks]
+        methods = [self.settings.of_request(m.asked or None) for m in marks]
         plans = [self.shapes.plan_of_grid(method, *grid) for method, grid in zip(methods, grids)]
         images = [
-            Image(mark, f, rows * columns if made else plan.kept, f.shape[1] + COLUMNS)
-            for (_, mark), f, plan, (rows, columns) in zip(marks, features, plans, grids)
+            Image(m.mark, f, rows * columns if made else plan.kept, f.shape[1] + COLUMNS)
+            for m, f, plan, (rows, columns) in zip(marks, features, plans, grids)
         ]
-        return each_alone(images, lambda i: self._compressed_image(features[i], grids[i], None if made else methods[i], plans[i]))
+        width = self.hf.get_text_config().hidden_size
 
-    def _compressed_image(self, features: torch.Tensor, grid: tuple[int, int], method: Compressor | None, plan: Any) -> torch.Tensor:
-        """One of these. method: None leaves the image as it is."""
-        return with_places(method, plan, features, self.hf.get_text_config().hidden_size, *grid)
+        def rows_of_image(i: int) -> torch.Tensor:
+            text = self.embedded(marks[i].words)
+            return with_places(None if made else methods[i], plans[i], features[i], width, *grids[i], text)
+
+        return each_alone(images, rows_of_image)
 
     def get_mm_lora_token_counts(self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int) -> tuple[int, int | None]:
         if self.settings is None or modality != "image" or mm_kwargs is None:

@@ -17,6 +17,7 @@ REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
 OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
 OF_PIXELS = ("qwen2_5_vl", "qwen3_vl")  # model types whose towers of vLLM run on the patches that stay
+OF_TEXT = ("llava", "llava_next", "llava_onevision", *OF_PIXELS)  # whose front end hands a prompt's text to the model
 OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
 
 
@@ -95,7 +96,7 @@ def _why_not(method: Compressor, kind: str) -> str | None:
         why = "runs several methods one after the other, and vLLM one"
     elif method.as_reducer is not None:
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
-    elif {"text", "clip_text"} & set(method.needs):
+    elif "clip_text" in method.needs or ("text" in method.needs and kind not in OF_TEXT):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
     elif method.by_pixels and kind not in OF_PIXELS:
         why = f"looks at pixels, of which the towers of {' and '.join(OF_PIXELS)} alone run without those that go"
@@ -117,10 +118,9 @@ def _why_not(method: Compressor, kind: str) -> str | None:
         )
     elif getattr(method, "on", None) is not None:
         why = "is the baseline of trained weights"
-    elif nowhere := set(method.needs) - OF_IMAGES - frozenset().union(*OF_TOWER.values()):
+    elif nowhere := set(method.needs) - OF_IMAGES - {"text"} - frozenset().union(*OF_TOWER.values()):
         why = f"needs {', '.join(sorted(nowhere))}, which is read in none of vLLM's towers"
-    elif set(method.needs) - OF_IMAGES - of_tower:
-        lacking = ", ".join(sorted(set(method.needs) - OF_IMAGES - of_tower))
+    elif lacking := ", ".join(sorted(set(method.needs) - OF_IMAGES - {"text"} - of_tower)):
         why = f"needs {lacking}, which is read in vLLM's towers of LLaVA-1.5 alone"
     elif method.positions == "keep":
         why = "with positions='keep' leaves gaps between positions, which vLLM has on Qwen-VL alone and there by itself: leave it out"

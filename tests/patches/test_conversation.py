@@ -140,6 +140,8 @@ def test_what_age_cannot_be():
     for age in (0, 1, True, -0.5, float("nan"), "half"):
         with pytest.raises(me.MllmEfficientError, match="age="):
             me.DivPrune(keep=0.5, age=age)
+    with pytest.raises(me.MllmEfficientError, match="age= have no effect"):
+        me.build("none:age=0.5")
     with pytest.raises(me.MllmEfficientError, match="dedup="):
         me.PixelPrune(dedup=1)
     assert me.build("divprune:keep=0.5,age=0.5").aged(2) == me.DivPrune(keep=0.125)

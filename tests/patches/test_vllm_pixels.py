@@ -95,6 +95,9 @@ def test_other_families_and_counts_that_requests_ask_for_are_refused_by_name():
             require_served(me.PixelPrune(), kind)
         assert "pixelprune" not in servable(kind)
     assert "pixelprune" in servable("qwen3_vl")
+    for method in (me.PixelPrune(dedup=True), me.DivPrune(keep=0.5, age=0.5)):
+        with pytest.raises(me.UnsupportedModelError, match="looks at other pictures of the prompt"):
+            require_served(method, "qwen3_vl")
     config = SimpleNamespace(model_type="qwen3_vl", **{KEY: {"method": "pixelprune", "allowed_tokens": [6]}})
     with pytest.raises(me.BadBudgetError, match="pixelprune takes no budget"):
         settings_of(config)

@@ -410,3 +410,13 @@ def test_a_setting_that_is_wrong_is_one_line(settings, message):
 def test_a_width_that_cannot_be_divided_is_one_line(settings, width, message):
     with pytest.raises(me.MllmEfficientError, match=message):
         TokenFlexProjector(width, 12, **settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_half_precision_projector_is_near_the_full_one(settings):
+    module, x = projector(**settings), torch.randn(2, 35, D, dtype=torch.float64)
+    with torch.no_grad():
+        full = module(x, side=3, grid=(5, 7))
+        half = module.bfloat16()(x.bfloat16(), side=3, grid=(5, 7))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), full, atol=0.1, rtol=0.1)

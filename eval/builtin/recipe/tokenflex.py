@@ -29,9 +29,10 @@ TESTED = (144, 64, 36, 25, 16, 9)
 SEEDS = (0, 1, 2)
 QUESTIONS = 5000
 DRAWN = "{144: 0.5, 36: 0.3, 9: 0.2}"
-ARMS = {
-    "dynamic": (f"counts={DRAWN}",),
-    **{f"fixed-{count}": (f"counts={{{count}: 1}}",) for count in COUNTS},
+PAPER = "settings={layers: swiglu, pooling: bilinear}"
+ARMS: dict[str, tuple[str, ...]] = {
+    "dynamic": (f"counts={DRAWN}", PAPER),
+    **{f"fixed-{count}": (f"counts={{{count}: 1}}", PAPER) for count in COUNTS},
     "mlp-dynamic": (f"counts={DRAWN}", "settings={layers: mlp}"),
 }
 RESULTS = Path("benchmarks/results/tokenflex")
