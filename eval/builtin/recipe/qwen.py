@@ -34,6 +34,11 @@ PHASES = (
         Drawn(("images",), 2, 0, 64, 8, 0.1), Drawn(("images",), 3, 0, 64, 6, 0.1),
         Drawn(("screens",), 2, 0, 144, 5, 0.11), Drawn(("screens",), 3, 0, 144, 3, 0.11),
     )),
+    Phase(1800, 2, 0.1, (
+        replace(LARGE, share=0.04), Drawn(ONE, 1, 0, 36, 16, 0.15), Drawn(ONE, 1, 36, 64, 12, 0.2), Drawn(ONE, 1, 64, 144, 6, 0.11),
+        Drawn(("images",), 2, 0, 64, 8, 0.14), Drawn(("images",), 3, 0, 64, 6, 0.14),
+        Drawn(("screens",), 2, 0, 144, 5, 0.11), Drawn(("screens",), 3, 0, 144, 3, 0.11),
+    )),
 )  # fmt: skip
 
 
