@@ -50,8 +50,8 @@ class Composed(Compressor):
         """Raises for stages that cannot run one after the other in any model."""
         if len(self.stages) < 2 or list(self.stages) != sorted(self.stages, key=_place):
             raise MllmEfficientError("a composition has two stages or more, in the order projector, pre_llm, in_llm: me.build makes one")
-        for place in {_place(stage) for stage in self.stages}:
-            same, kind = [stage.name for stage in self.stages if _place(stage) == place], ORDER[place[0]]
+        for kind, by_pixels in {(stage.kind, stage.by_pixels) for stage in self.stages}:
+            same = [stage.name for stage in self.stages if (stage.kind, stage.by_pixels) == (kind, by_pixels)]
             if len(same) > 1:
                 raise MllmEfficientError(f"{' and '.join(same)} are of one kind ({kind}): at most one of each can run")
         alone = [stage.name for stage in self.stages if stage.sets_processor]
