@@ -78,10 +78,16 @@ class Answers:
 # ---------------------------------------------------------------------------------------------------------------- asking
 
 
+def weights_of(model: str) -> str:
+    """The hash of an embedded model's weights."""
+    from mllm_efficient.embedded import model_source
+
+    return hashlib.sha256((Path(model_source(model)) / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def ask(model: str, suite: str, questions: int, folder: Path, batch_size: int) -> Answers:
     """Asks what is not recorded in ``folder`` yet."""
     from mllm_efficient.apply.plan import check
-    from mllm_efficient.embedded import model_source
     from mllm_efficient.errors import MllmEfficientError
     from mllm_efficient.eval.builtin.suites import embedded_suite
     from mllm_efficient.eval.runner import Run
@@ -96,7 +102,7 @@ def ask(model: str, suite: str, questions: int, folder: Path, batch_size: int) -
             flat = [(kind, rows, tuple(layer * 0 for layer in deep)) for kind, rows, deep in done.features or ()]
             return replace(done, features=flat or None)
 
-    weights = hashlib.sha256((Path(model_source(model)) / "model.safetensors").read_bytes()).hexdigest()[:12]
+    weights = weights_of(model)
     loaded, embedded = load(ModelOptions(model)), embedded_suite(suite)
     asked = embedded.samples("test", questions, embedded.asks(None, loaded.processor, print))
     adapter, methods, refused = require_supported(loaded), {BASELINE: runnable(BASELINE)}, dict[str, str]()
@@ -255,6 +261,12 @@ def best_table(all_answers: Sequence[Answers]) -> str:
     return lined(["best, and not shown to be worse", *(f"keep={keep}" for keep in KEEPS)], rows)
 
 
+def tables(found: Sequence[Answers]) -> list[str]:
+    """All of them, as Markdown."""
+    each = [methods_table(answers) for answers in found]
+    return [*each, positions_table(found), deepstack_table(found), agreement_table(found), best_table(found)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("ask", "table"))
@@ -273,9 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write(answers, args.results)
                 print(f"{answers.name}: {len(answers.right)} arms, {len(answers.refused)} refused", file=sys.stderr)
         return 0
-    found = read(args.results)
-    tables = [*(methods_table(answers) for answers in found), positions_table(found), deepstack_table(found)]
-    print("\n\n".join([*tables, agreement_table(found), best_table(found)]))
+    print("\n\n".join(tables(read(args.results))))
     return 0
 
 

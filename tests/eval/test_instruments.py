@@ -103,3 +103,13 @@ def test_models_that_rank_alike_and_the_other_way_round(instruments):
     assert tau[0] == 1 and tau[1] < -0.7
     best = instruments.best_table([one]).splitlines()[2]
     assert best.count("**") == 2 * len(instruments.KEEPS) and "random" not in best
+
+
+def test_the_published_tables_are_those_of_the_answers_of_the_weights_that_ship(instruments):
+    found = instruments.read(instruments.RESULTS)
+    assert [(a.model, a.suite) for a in found] == list(instruments.PAIRS)
+    published = (FILE.parents[1] / "docs" / "results.md").read_text()
+    made = instruments.tables(found)
+    assert len(made) == 7 and all(table in published for table in made)
+    for answers in found:
+        assert answers.weights == instruments.weights_of(answers.model), answers.name
