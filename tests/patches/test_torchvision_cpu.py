@@ -25,7 +25,8 @@ def installed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision_cpu, "_kept", [])
     monkeypatch.setattr(torch.library, "Library", Library)
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # so that what a test imports is taken out again, where there is none too
+    del sys.modules["torchvision"]
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if getattr(f, "__name__", "") == "PathFinder"])
 
