@@ -238,10 +238,14 @@ def test_adapters_of_peft_that_are_switched_miss(tiny_llava, make_batch):
         ask("scaled")
         model.merge_adapter()  # through weight.data
         ask("merged")
-        model.unmerge_adapter()
+        model.unmerge_adapter()  # which leaves the weights as they were but for rounding
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(before[name])
         for layer in layers:
             layer.set_scale("second", 1.0)
 
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     all_states(lambda name: unkept.update({name: expected()}))
     assert len({repr(logits[0, -1].tolist()) for logits in unkept.values()}) >= 4
     me.wrap(model, "divprune:tokens=9", cache=CACHE)
@@ -249,7 +253,7 @@ def test_adapters_of_peft_that_are_switched_miss(tiny_llava, make_batch):
     def check(name):
         for runs in (1, 0):
             logits, ran = answered(model, inputs)
-            torch.testing.assert_close(logits, unkept[name])
+            assert torch.equal(logits, unkept[name]), name
             seen.append(ran == runs)
 
     all_states(check)
