@@ -44,9 +44,11 @@ def ask(questions: int, folder: Path) -> dict[str, Any]:
             refused[spec] = str(error)
     asked = [s for s in samples("test") if s.image >= BEFORE][:questions]
     records = Run(loaded, asked, list(chosen.values()), 32, folder, floor=False).answer_all()
-    right = {}
+    by_method, right = dict[str, dict[str, Any]](), {}
+    for record in records:
+        by_method.setdefault(record["method"], {})[record["id"]] = record
     for spec, method in chosen.items():
-        own = {r["id"]: r for r in records if r["method"] == method.spec()}
+        own = by_method[method.spec()]
         failed = next((r["error"] for r in own.values() if r["error"] is not None), None)
         if failed is None:
             right[spec] = "".join("01"[own[s.id]["correct"]] for s in asked)
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.output_dir is None:
         parser.error("ask needs --output-dir")
-    RESULTS.write_text(json.dumps(ask(args.questions, args.output_dir), indent=1) + "\n")
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in ask(args.questions, args.output_dir).items()]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 0
 
 

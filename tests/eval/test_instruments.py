@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -113,3 +115,13 @@ def test_the_published_tables_are_those_of_the_answers_of_the_weights_that_ship(
     assert len(made) == 7 and all(table in published for table in made)
     for answers in found:
         assert answers.weights == instruments.weights_of(answers.model), answers.name
+
+
+def test_the_published_table_of_divmerge_is_that_of_its_answers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    study = importlib.import_module("divmerge")
+    found = json.loads(study.RESULTS.read_text())
+    assert min(found["images"]) >= study.BEFORE and len({len(hits) for hits in found["right"].values()}) == 1
+    assert study.table(found) in (FILE.parents[1] / "docs" / "results.md").read_text()
+    for name in ("divmerge", "instruments"):
+        sys.modules.pop(name)
