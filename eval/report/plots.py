@@ -138,7 +138,7 @@ def pareto(
             continue
         xs, ys = [places[i][0] for i in own], [places[i][1] for i in own]
         low = [max(0.0, places[i][1] - base - _lowest(shown[i], max_drop is not None)) for i in own]
-        high = [max(0.0, shown[i]["difference_interval"][1] - places[i][1] + base) for i in own]
+        high = [max(0.0, _ends(shown[i])[1] - places[i][1] + base) for i in own]
         sides = _sides([shown[i]["ttft_ratio"] for i in own], xs) if cost is ttft else None
         axes.errorbar(
             xs, ys, yerr=[low, high], xerr=sides, color=colour, marker=marker, ms=size.marker, lw=0.23 * size.marker,
@@ -322,7 +322,13 @@ def _frame(axes: Axes, theme: Theme, size: Size = PAGE) -> None:
     axes.set_axisbelow(True)
 
 
+def _ends(row: dict[str, Any]) -> tuple[float, float]:
+    """The interval of the difference to the baseline; where there is none, as of captions, the difference itself."""
+    low, high = row["difference_interval"] or (row["difference"],) * 2
+    return float(low), float(high)
+
+
 def _lowest(row: dict[str, Any], decides: bool) -> float:
     """Where a whisker ends. decides: whether the score is what the row's bound is of."""
-    low = float(row["difference_interval"][0])
+    low = _ends(row)[0]
     return min(low, row["bound"]) if decides and row.get("bound") is not None else low
