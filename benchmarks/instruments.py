@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("ask", "table"))
     parser.add_argument("--output-dir", type=Path, help="where answers are recorded as they come, to go on from there")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the files of right and wrong answers are")
-    parser.add_argument("--questions", type=int, default=420)
+    parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--only", action="append", help="a model; repeatable")
     args = parser.parse_args(argv)

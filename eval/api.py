@@ -80,7 +80,7 @@ def evaluate(
     how: dict[str, Any] = {"output_dir": None if output_dir is None else Path(output_dir), "progress": _progress(progress)}
     with lent(model, processor, seed) as loaded:
         if public:
-            asked = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks)
+            asked = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks, _progress(progress))
             return _on_tasks(loaded, asked, specs, how)
         from .harness import with_baselines
 
@@ -148,7 +148,7 @@ def sweep(
     )
     specs = [m if isinstance(m, str) else built(m).spec() for m in many(methods)]
     one_of("match", match, (None, "flops"))
-    wanted = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks) if public else None
+    wanted = task_options(suite, tasks, limit, batch_size, max_new_tokens, image_range, of_tasks, _progress(progress)) if public else None
     ask = asker(
         wanted, None if data is None else Path(data), suite=suite, categories=listed(categories),
         split=one_of("split", or_usual(split, "test"), SPLITS), limit=limit, batch_size=batch_size,
@@ -287,7 +287,7 @@ def named_among(chosen: Sequence[Compressor], against: Method | None) -> str | N
 
 def task_options(
     suite: str | None, tasks: Sequence[str] | None, limit: int | None, batch_size: int | None, max_new_tokens: int | None,
-    image_range: str, more: dict[str, Any],
+    image_range: str, more: dict[str, Any], progress: Progress,
 ) -> TaskOptions:  # fmt: skip
     """What public tasks are asked, by name or by the name of a suite."""
     from .lmms.evaluate import even, task_names
@@ -299,7 +299,7 @@ def task_options(
     names, usual = task_names(listed(tasks), suite)
     paths: dict[str, Any] = {name: Path(more.pop(name)) for name in ("data_root", "cache", "coco_instances") if more.get(name) is not None}
     return TaskOptions(
-        names, even(names, limit or usual, suite), batch_size or 1, max_new_tokens=max_new_tokens, image_range=image_range,
+        names, even(names, limit or usual, suite, progress), batch_size or 1, max_new_tokens=max_new_tokens, image_range=image_range,
         **paths, **more,
     )  # fmt: skip
 

@@ -53,11 +53,11 @@ def task_names(tasks: str | None, suite: str | None) -> tuple[tuple[str, ...], i
     return found, None
 
 
-def even(names: Sequence[str], limit: int | None, suite: str | None, progress: Progress = SILENT) -> int | None:
+def even(names: Sequence[str], limit: int | None, suite: str | None, progress: Progress) -> int | None:
     """A suite's limit, which is one for all of its tasks: the next even number where one of them asks in pairs."""
     if suite is None or limit is None or limit % 2 == 0 or not any(n in known() and known()[n].pairs for n in names):
         return limit
-    progress.say(f"--limit {limit + 1}: a task of {suite} asks in pairs")
+    progress.warn(f"--limit {limit + 1}: a task of {suite} asks in pairs")
     return limit + 1
 
 

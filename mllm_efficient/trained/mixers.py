@@ -39,9 +39,7 @@ class PoolMixer(nn.Module):
         self.norm, self.scale = nn.GroupNorm(1, width), nn.Parameter(torch.zeros(width, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(
-            x.contiguous()
-        )  # on channels-last features without a gradient, torch 2.13's backward of a group norm ends the process
+        n = self.norm(x.contiguous())  # torch 2.13's group norm does not train on every memory format
         return x + self.scale * (F.avg_pool2d(n, 3, 1, 1, count_include_pad=False) - n)
 
 

@@ -405,10 +405,10 @@ def test_a_limit_of_a_suite_is_even_where_a_task_asks_in_pairs(capsys):
     from mllm_efficient.eval.lmms.evaluate import even
     from mllm_efficient.progress import Progress
 
-    assert even(["me_gqa", "me_mme"], 25, "quick", Progress()) == 26
+    assert even(["me_gqa", "me_mme"], 25, "quick", Progress(quiet=True)) == 26
     assert "--limit 26: a task of quick asks in pairs" in capsys.readouterr().err
-    assert even(["me_gqa"], 25, "quick") == 25 and even(["me_mme"], 24, "quick") == 24
-    assert even(["me_mme"], 25, None) == 25  # which is refused by the task's name
+    assert even(["me_gqa"], 25, "quick", Progress(quiet=True)) == 25 and even(["me_mme"], 24, "quick", Progress(quiet=True)) == 24
+    assert even(["me_mme"], 25, None, Progress()) == 25  # which is refused by the task's name
 
 
 def test_a_reference_says_which_settings_differ():

@@ -11,7 +11,7 @@ from mllm_efficient.eval.builtin.hard.suite import samples
 from mllm_efficient.patches import adapter_for
 
 from ..families import VOCABULARY, noise, process, tiny
-from .test_pixelprune import FAMILIES, document, inputs_of, reference
+from .test_pixelprune import FAMILIES, document, inputs_of, reference, said_by_neighbours
 
 
 def slow(pixels, before, tau):
@@ -33,13 +33,8 @@ def rebuilt(kept, dropped, before):
             out[r, c] = next(left)
         elif (c > 0 and not new(r, c - 1)) or (r > 0 and not new(r - 1, c)):
             out[r, c] = before[r, c]
-        elif r == 0:
-            out[r, c] = out[r, c - 1]
-        elif c == 0:
-            out[r, c] = out[r - 1, c]
         else:
-            corner, beside, above = out[r - 1, c - 1], out[r, c - 1], out[r - 1, c]
-            out[r, c] = above if torch.equal(corner, beside) and not torch.equal(corner, above) else beside
+            out[r, c] = said_by_neighbours(out, r, c)
     return out
 
 

@@ -14,8 +14,6 @@ from mllm_efficient.measure import counter
 from mllm_efficient.measure.flops import cost, load_shape, shape_of
 from mllm_efficient.patches import transformers_version
 from mllm_efficient.patches.facts import FACTS
-from mllm_efficient.patches.families.llama4 import Llama4Adapter
-from mllm_efficient.tokens import Plane
 
 from ..families import VOCABULARY
 
@@ -28,6 +26,7 @@ def answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 RUNS = FACTS["llama4"].broken != transformers_version()
+needs_calls = pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
 X, Y, WHOLE = 20, 21, 22  # ids that stand for the text between tiles
 
 
@@ -85,7 +84,7 @@ def test_llama4_that_raises_by_itself_is_one_clear_line():
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@needs_calls
 @pytest.mark.parametrize("row", ["tiled", "touching", "one tile"])
 @pytest.mark.parametrize(
     "spec", ["uniform:keep=0.3", "divprune:keep=0.1", "random:keep=0.5,per=tile", "divprune:keep=0.1,newline=keep", "pool:keep=0.5"]
@@ -122,7 +121,7 @@ def test_llama4_equals_the_slow_reference(spec, row):
     )
 
 
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@needs_calls
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("spec", ["divprune:keep=0.1", "pool:keep=0.5"])
 def test_llama4_in_a_batch_answers_as_one_by_one(spec, beams):
@@ -137,7 +136,7 @@ def test_llama4_in_a_batch_answers_as_one_by_one(spec, beams):
     assert torch.equal(given[:, width:], wanted)
 
 
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@needs_calls
 def test_a_loss_of_llama4_is_that_of_what_is_left_and_reaches_tower_and_projector():
     model, inputs, _ = llama4("tiled")
     labels = torch.where(torch.arange(inputs["input_ids"].shape[1]) < inputs["input_ids"].shape[1] - 3, -100, inputs["input_ids"])
@@ -200,7 +199,7 @@ def scout() -> Any:
     return counter.build_on_meta(load_shape("llama-4-scout-109b"))
 
 
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@needs_calls
 @pytest.mark.parametrize(
     ("spec", "size"),
     [("random:keep=0.5,per=tile", (672, 672)), ("divmerge:keep=0.1", (1000, 336))],
@@ -214,7 +213,7 @@ def test_llama4_costs_what_torch_counts(spec, size):
     assert (found.vision, found.compress, found.prefill, found.decode) == (closed.vision, closed.compress, closed.prefill, closed.decode)
 
 
-@pytest.mark.skipif(not RUNS, reason="every call of Llama 4 raises in this version of transformers itself")
+@needs_calls
 def test_a_tiny_llama4_costs_what_torch_counts():
     """Layers with experts in turn with dense ones, and a cache whose chunk is shorter than the prompt."""
     model = llama4("tiled")[0]
@@ -223,27 +222,3 @@ def test_a_tiny_llama4_costs_what_torch_counts():
     found = counter.count(model, shape, me.build("none"), image_size=(48, 48), new_tokens=3, text_tokens=40)
     closed = cost(shape, image_size=(48, 48), new_tokens=3, text_tokens=40)
     assert (found.vision, found.prefill, found.decode) == (closed.vision, closed.prefill, closed.decode)
-
-
-@pytest.mark.parametrize("most, largest", [(4, False), (16, False), (16, True)])
-@pytest.mark.parametrize("size", [(700, 650), (300, 1000), (336, 168), (100, 90), (900, 336)], ids=str)
-def test_a_token_is_drawn_where_the_processor_took_its_pixels(size, most, largest):
-    """Of a picture whose colours say where a pixel is, each tile's pixels lie where ``place`` puts the tile; what is outside is padding."""
-    pytest.importorskip("torchvision", reason="the processor of Llama 4 needs torchvision")
-    import numpy as np
-    from PIL import Image
-    from transformers import Llama4ImageProcessor
-
-    wide, high = size
-    across, down = (np.arange(n, dtype=np.float32)[None] * 255 / (n - 1) for n in size)
-    picture = np.stack([across.repeat(high, 0), down.T.repeat(wide, 1), np.full((high, wide), 255)], -1).round().astype(np.uint8)
-    processor = Llama4ImageProcessor(max_patches=most, resize_to_max_canvas=largest)
-    tiles = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"].float() / 2 + 0.5
-    planes = tuple(Plane(12, 12, tile=i) for i in range(len(tiles)))
-    middles = (torch.arange(336) + 0.5) / 336
-    for tile, plane in zip(tiles, Llama4Adapter.place(llama4_rules(), planes, size, processor), strict=True):
-        top, left, bottom, right = plane.box
-        x, y = left + middles * (right - left), top + middles * (bottom - top)
-        inside = ((y < 0.98)[:, None] & (x < 0.98)[None]) & ((y > 0.02)[:, None] & (x > 0.02)[None])
-        assert (tile[0] - x[None])[inside].abs().max() < 0.02 and (tile[1] - y[:, None])[inside].abs().max() < 0.02
-        assert (tile[2][inside] > 0.99).all() and (tile[2][(y > 1.02)[:, None] | (x > 1.02)[None]] < 0.6).all()

@@ -40,16 +40,16 @@ def rebuilt(kept, dropped, rows, columns):
     out, left = torch.full((rows, columns, kept.shape[1]), float("nan")), iter(kept)
     for i, gone in enumerate(dropped.tolist()):
         r, c = divmod(i, columns)
-        if not gone:
-            out[r, c] = next(left)
-        elif r == 0:
-            out[r, c] = out[r, c - 1]
-        elif c == 0:
-            out[r, c] = out[r - 1, c]
-        else:
-            corner, before, above = out[r - 1, c - 1], out[r, c - 1], out[r - 1, c]
-            out[r, c] = above if torch.equal(corner, before) and not torch.equal(corner, above) else before
+        out[r, c] = said_by_neighbours(out, r, c) if gone else next(left)
     return out
+
+
+def said_by_neighbours(out, r, c):
+    """What the rule says of a token that is left out, not the first, from a picture that is rebuilt up to it."""
+    if r == 0 or c == 0:
+        return out[r, c - 1] if r == 0 else out[r - 1, c]
+    corner, before, above = out[r - 1, c - 1], out[r, c - 1], out[r - 1, c]
+    return above if torch.equal(corner, before) and not torch.equal(corner, above) else before
 
 
 @pytest.mark.parametrize("seed", range(20))
