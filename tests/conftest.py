@@ -10,9 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start too: there 
 import copy
 import functools
 import gc
-import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +21,6 @@ from .once import pytest_collection_modifyitems, pytest_runtest_protocol, pytest
 
 torch.set_num_threads(1)
 
-LACKING = [name for name in ("torchvision", "gradio", "vllm", "lmms_eval", "peft", "torchao", "bitsandbytes") if find_spec(name) is None]
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 WORDS = "user assistant : ? . , what is the a an how many are in on of left right red blue green ring cross big small yes no".split()
 VOCABULARY = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
@@ -52,13 +49,6 @@ def pytest_runtest_setup() -> None:
     """What measures times lets go of all that is frozen when it is done, and every collection for the rest of the run would take longer."""
     if gc.get_freeze_count() == 0:
         gc.freeze()
-
-
-@pytest.fixture(autouse=True)
-def _no_made_up_library():
-    """What a test puts in place of a library that is not installed is gone after it, or others would take it for installed."""
-    yield
-    assert not [name for name in LACKING if sys.modules.get(name)], "a test leaves a made-up library behind"
 
 
 @functools.cache

@@ -11,6 +11,14 @@ import torch
 from mllm_efficient.patches import torchvision_cpu
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """A made-up torchvision that stayed would be taken for installed by the tests after this one."""
+    before = sys.modules.get("torchvision")
+    yield
+    assert sys.modules.get("torchvision") is before
+
+
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """``installed(version)``: a torchvision that says so, found on the path; what would be declared."""
