@@ -58,6 +58,7 @@ def test_sizes_around_a_power_of_two(n, dtype, metric):
 
 @pytest.mark.parametrize(("batch", "n", "k"), [(2, 576, 57), (1, 2880, 282)])
 def test_the_sizes_of_llava(batch, n, k):
+    k = k if DEVICE == "cuda" else k // 8  # interpreted, every token that is picked costs as much as the first
     same(torch.randn(batch, n, 32, generator=torch.Generator().manual_seed(n)), k)
 
 

@@ -71,8 +71,11 @@ def means(costs: list, what: str = "prefill") -> float:
 # ------------------------------------------------------------------------------------------------ against torch's counter
 
 
-@pytest.mark.parametrize("kept", [None, 64])
-@pytest.mark.parametrize("name", COUNTED)
+# all tokens as well where a layer is not plain causal attention, and of two plain ones
+BOTH = ("gemma-3-4b", "llava-1.5-7b", "qwen2.5-vl-7b", "qwen3.5-9b")
+
+
+@pytest.mark.parametrize(("name", "kept"), [*((name, 64) for name in COUNTED), *((name, None) for name in BOTH)])
 def test_the_language_model_costs_what_torch_counts(name, kept):
     """Prefill with the head for one position and two steps of decoding, on the meta device: no mask, with a cache."""
     model, shape = on_meta(name), load_shape(name)
