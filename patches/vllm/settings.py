@@ -17,7 +17,7 @@ REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
 OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
 OF_PIXELS = ("qwen2_5_vl", "qwen3_vl")  # model types whose towers of vLLM run on the patches that stay
-OF_TEXT = ("llava", "llava_next", "llava_onevision", *OF_PIXELS)  # whose front end hands a prompt's text to the model
+OF_TEXT = ("llava", "llava_next", "llava_onevision", "internvl", *OF_PIXELS)  # whose front end hands a prompt's text to the model
 OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
 
 
@@ -33,6 +33,11 @@ class Settings:
         """Everything that the tokens of an image depend on besides the image; goes into vLLM's hash of it."""
         content = json.dumps([__version__, self.method.to_dict(), self.allowed], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def methods(self) -> list[Compressor]:
+        """The method at its own budget and at every other that a request may ask for."""
+        return [self.method, *map(self.of_request, self.allowed)]
 
     def of_request(self, tokens: Any) -> Compressor:
         """The method at a request's budget. Raises ``BadBudgetError`` (HTTP 400) for one that is not allowed."""
