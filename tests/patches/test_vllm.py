@@ -24,7 +24,7 @@ from mllm_efficient.patches.vllm.shapes import Shapes
 from ..families import ASPECTS, VOCABULARY, noise
 from ..vllm_engine import MARK
 from ..vllm_forks import forked
-from ..vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, saved_processor_of
+from ..vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, quantized, saved_processor_of
 
 KEY = served.KEY
 BUDGETS = ("divprune:tokens=9", "divprune:keep=0.3", "uniform:keep=0.5", "pool:keep=0.3", "random:tokens=7", "divprune:keep=1")
@@ -361,3 +361,14 @@ def test_two_ranks_pick_the_same_tokens(questions):
         distributed_executor_backend="mp", environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )  # fmt: skip
     assert found["answers"] == of_transformers(questions, "divprune:tokens=36", 40)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_weights_and_activations_of_eight_bits(questions, tmp_path):
+    """The decoder's layers quantized by hand (compressed-tensors W8A8), in bfloat16 as vLLM's kernel for CPUs asks, against transformers
+    with the same rounding."""
+    loaded = load(ModelOptions(device="cpu", dtype="bfloat16"))
+    quantized(loaded.model, tmp_path / "w8a8", builtin_folder())
+    (found,) = engine(tmp_path / "w8a8", [call(questions, n=40)], hf_overrides={KEY: "divprune:tokens=36"}, dtype="bfloat16")
+    assert found["answers"] == of_transformers((loaded, questions[1], {}), "divprune:tokens=36", 40)
