@@ -19,6 +19,7 @@ OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its proje
 OF_PIXELS = ("qwen2_5_vl", "qwen3_vl")  # model types whose towers of vLLM run on the patches that stay
 OF_TEXT = ("llava", "llava_next", "llava_onevision", "internvl", *OF_PIXELS)  # whose front end hands a prompt's text to the model
 OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
+EIGHT_BITS = "int-quantized"  # weights and activations, as compressed-tensors calls their format
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def is_projector(settings: Settings | None) -> bool:
 def untested(config: Any) -> list[str]:
     """What of vLLM's configuration no test has run with the plugin."""
     parallel, images, lora = config.parallel_config, config.model_config.multimodal_config, config.lora_config
+    scheme = (getattr(config.model_config.hf_config, "quantization_config", None) or {}).get("format")
     found = {
         "pipeline parallel": parallel.pipeline_parallel_size > 1,
-        "data parallel": parallel.data_parallel_size > 1,
         "encoder data-parallel": images is not None and images.mm_encoder_tp_mode == "data",
-        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None,
+        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None and scheme != EIGHT_BITS,
         "LoRA of tower and connector": lora is not None and lora.enable_tower_connector_lora,
         "an external KV connector": config.kv_transfer_config is not None,
         "an external encoder cache": config.ec_transfer_config is not None,

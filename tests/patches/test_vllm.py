@@ -108,17 +108,20 @@ def test_what_no_test_has_run_is_named():
     """As vLLM's configuration has it when nothing of that is asked, and when all of it is."""
     none = SimpleNamespace
     plain = none(
-        parallel_config=none(pipeline_parallel_size=1, data_parallel_size=1),
-        model_config=none(multimodal_config=none(mm_encoder_tp_mode="weights"), quantization=None),
+        parallel_config=none(pipeline_parallel_size=1),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="weights"), quantization=None, hf_config=none()),
         lora_config=None, kv_transfer_config=None, ec_transfer_config=None, speculative_config=None,
     )  # fmt: skip
     assert served.untested(plain) == []
     every = none(
-        parallel_config=none(pipeline_parallel_size=2, data_parallel_size=2),
-        model_config=none(multimodal_config=none(mm_encoder_tp_mode="data"), quantization="fp8"),
+        parallel_config=none(pipeline_parallel_size=2),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="data"), quantization="fp8", hf_config=none(quantization_config={})),
         lora_config=none(enable_tower_connector_lora=True), kv_transfer_config=1, ec_transfer_config=1, speculative_config=1,
     )  # fmt: skip
-    assert len(served.untested(every)) == 8 and "quantization (fp8)" in served.untested(every)
+    assert len(served.untested(every)) == 7 and "quantization (fp8)" in served.untested(every)
+    for scheme, unknown in (("int-quantized", False), ("pack-quantized", True)):
+        plain.model_config.quantization, plain.model_config.hf_config.quantization_config = "compressed-tensors", {"format": scheme}
+        assert served.untested(plain) == ["quantization (compressed-tensors)"] * unknown
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])

@@ -54,7 +54,7 @@ def running(folder, log, *more, **environment):
         )
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
     try:
-        for _ in range(300):
+        for _ in range(900):
             assert server.poll() is None, log.read_text()[-3000:]
             try:
                 client.models.list()
