@@ -1,4 +1,4 @@
-"""Tiny models of families that have no class in the plugin, with processors that a folder can name, for vLLM's Transformers backend."""
+"""Tiny models with processors that a folder can name: InternVL, and families that vLLM's Transformers backend runs."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def gemma3() -> Any:
 
 def internvl() -> Any:
     pictures = copy.deepcopy(families.EVERY["internvl"].processor("left").image_processor)
+    pictures.crop_to_patches = False  # as in released folders: it is the processor of the family that cuts
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     videos = transformers.InternVLVideoProcessor(size={"height": 24, "width": 24})
     return transformers.InternVLProcessor(image_processor=pictures, tokenizer=words(names), video_processor=videos, image_seq_length=9)
@@ -190,12 +191,13 @@ SERVED = {
     "cohere2_vision": Served(of("cohere2_vision"), cohere2_vision, "<IMG_CONTEXT>", "divprune:keep=0.4,per=tile"),
     "glm46v": Served(of("glm46v"), glm, FRAMED),
     "idefics3": Served(of("idefics3"), idefics3, spec="divprune:keep=0.4,per=tile"),
-    "internvl": Served(of("internvl"), internvl, "<IMG_CONTEXT>"),
+    "internvl": Served(of("internvl"), internvl, "<IMG_CONTEXT>", "cdpruner:keep=0.4"),
     "lighton_ocr": Served(lighton_config, lighton_ocr),
     "mistral3": Served(of("mistral3"), pixtral),
     "qwen2_vl": Served(of("qwen2_vl"), qwen2_vl, FRAMED),
     "vipllava": Served(vipllava_config, vipllava),
 }
+OWN = ("internvl",)  # with a class of its own in the plugin
 ALIKE = {"lighton_ocr": "mistral3"}  # whose engines do the same as another's: theirs are not started
 # What vLLM's runner for CPUs does not do as transformers, whether compressed or not.
 NOT_ON_CPUS = {"gemma3": (Served(of("gemma3"), gemma3, "<img>"), "tokens of an image see each other")}

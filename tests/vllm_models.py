@@ -96,3 +96,43 @@ def model_of(name):
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
     return model
+
+
+class W8A8(torch.nn.Module):
+    """A linear layer of whole numbers: weights rounded for each output, inputs for each token, both between -127 and 127."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.data.float()
+        self.scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        self.whole = (weight / self.scale).round()
+
+    def forward(self, x):
+        scale = x.float().abs().amax(dim=-1, keepdim=True) / 127
+        return ((x.float() / scale).round() @ self.whole.T * scale * self.scale[:, 0]).to(x.dtype)
+
+
+def quantized(model, folder, plain):
+    """Rounds the decoder's layers of a model in place, and writes them as compressed-tensors W8A8, with the other files of ``plain``."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(plain, folder)
+    weights = load_file(folder / "model.safetensors")
+    layers = model.get_submodule("model.language_model.layers")
+    for name, linear in [(n, m) for n, m in layers.named_modules() if isinstance(m, torch.nn.Linear)]:
+        rounded, (parent, _, own) = W8A8(linear), name.rpartition(".")
+        setattr(layers.get_submodule(parent), own, rounded)
+        (key,) = [k for k in weights if k.endswith(f"layers.{name}.weight") and "language_model" in k]
+        weights |= {key: rounded.whole.to(torch.int8), f"{key}_scale": rounded.scale}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    of_weights = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": of_weights, "input_activations": {**of_weights, "dynamic": True, "strategy": "token"}}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"], "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))

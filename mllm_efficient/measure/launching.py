@@ -32,6 +32,7 @@ from .workload import usual_size
 
 START = 1800.0  # seconds that a server may take to answer
 KV_SPACE = "4"  # GiB of a server's KV cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise
+BY_SIZE = ("llava", "llava_next", "llava_onevision")  # types whose plans follow from a picture's size, without their processor
 SLACK = 128  # tokens of a prompt beside text and images: the chat template's
 
 
@@ -70,7 +71,7 @@ class Launch:
         if name not in SERVED:
             raise UnsupportedModelError(f"{options.model} is a {name}, and the served models are {', '.join(SERVED)}")
         self.shapes = Shapes(self.config)
-        if self.shapes.adapter.mrope:
+        if self.config.model_type not in BY_SIZE:
             raise UnsupportedModelError(f"{name} is not started here: run a server for each method and give --server NAME=URL for each")
         self.image_size = image_size or usual_size(self.shapes.adapter)
         self.methods = [NoCompression(), *(m for m in methods if m.spec() != NoCompression.name)]

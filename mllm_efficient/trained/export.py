@@ -27,7 +27,8 @@ from .base_model import base_of
 from .files import CONFIG, SERVED
 from .folder import move, parts_of, save
 
-TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's CLIP and SigLIP have the second after the first
+TOWER, INNER = "vision_tower.", "vision_model."  # vLLM's towers of these types have the second after the first
+WITH_INNER = ("clip_vision_model", "siglip_vision_model")
 
 
 def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[int] = ()) -> None:
@@ -82,7 +83,7 @@ def _write(loaded: Loaded, adapter: Any, method: Compressor, plain: Resizer | No
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     if adapter.name in FAMILIES:  # others are loaded by transformers itself, under its own names
-        _named_for_vllm(folder)
+        _named_for_vllm(folder, adapter.config.vision_config.model_type in WITH_INNER)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **extra}, indent=2) + "\n")
 
@@ -123,15 +124,18 @@ def _projector(loaded: Loaded, adapter: Any, method: Projector, folder: Path) ->
     return dict(about.config)
 
 
-def _named_for_vllm(folder: Path) -> None:
-    """Renames the tower's weights as vLLM looks for them, and lists the projector's in the index where there is one."""
+def _named_for_vllm(folder: Path, inner: bool) -> None:
+    """Renames the tower's weights as vLLM looks for them, and lists the projector's in the index where there is one.
+
+    inner: whether vLLM's tower has ``INNER`` in its names.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     renamed: dict[str, str] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
-            names = {k: _name(k) for k in content.keys()}  # noqa: SIM118
+            names = {k: _name(k) if inner else k for k in content.keys()}  # noqa: SIM118
             tensors: dict[str, Tensor] = {}
             if any(k != v for k, v in names.items()):
                 tensors = {v: content.get_tensor(k) for k, v in names.items()}

@@ -22,6 +22,7 @@ SERVED = {
     "Qwen2_5_VLForConditionalGeneration": "qwen:CompressedQwen25VL",
     "Qwen3VLForConditionalGeneration": "qwen:CompressedQwen3VL",
     "Qwen3_5ForConditionalGeneration": "qwen:CompressedQwen35",
+    "InternVLForConditionalGeneration": "internvl:CompressedInternVL",
 }
 BACKEND = {  # what vLLM runs by transformers itself: every family without a class here
     "TransformersMultiModalForCausalLM": "generic:TransformersMultiModalForCausalLM",

@@ -26,7 +26,7 @@ from .shapes import Shapes
 try:
     from vllm.multimodal.inputs import MultiModalFieldConfig
     from vllm.multimodal.parse import ImageEmbeddingItems
-    from vllm.multimodal.processing import PromptReplacement
+    from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 except (ImportError, AttributeError) as error:
     raise UnsupportedModelError(
         f"this vLLM lacks what the plugin of mllm-efficient stands on ({error}): 0.31 to 0.33 are known to have it; "
@@ -114,11 +114,30 @@ class CompressedInfo(Planned):
         if self.settings is None or not self.settings.allowed:
             return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
         size = self.get_image_size_with_most_features()
-        methods = [self.settings.method, *(self.settings.of_request(n) for n in self.settings.allowed)]
-        most = {"image": max(self.count(m, size.height, size.width) for m in methods)}
+        most = {"image": max(self.count(m, size.height, size.width) for m in self.settings.methods)}
         if "video" in self.get_supported_mm_limits():
             most["video"] = self.get_max_video_tokens(seq_len, mm_counts)
         return most
+
+
+class AnySizeInfo(CompressedInfo):
+    """Images of any size. Videos are refused where settings are given: they are not compressed."""
+
+    @property
+    def image_token(self) -> int:
+        return self.hf.image_token_id
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        return super().get_supported_mm_limits() if self.settings is None else {"image": None, "video": 0}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        if self.settings is None:
+            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {"image": max(map(self.most, self.settings.methods))}
+
+    def most(self, method: Compressor) -> int:
+        """Tokens that a method leaves of the largest image."""
+        raise TypeError(f"{type(self).__name__} must define most")
 
 
 def fingerprint(image: Any, asked: int | None) -> int:
@@ -136,10 +155,11 @@ def stock_kwargs(given: Mapping[str, object]) -> dict[str, object]:
 class CompressedProcessor(Stock):
     """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed.
 
-    one_each: what the processor makes one of for each image.
+    one_each: what the processor makes one of for each image. around: tokens that vLLM puts before and after its placeholders.
     """
 
     one_each = "pixel_values"
+    around: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(info, *args, **kwargs)
@@ -176,11 +196,11 @@ class CompressedProcessor(Stock):
 
     def _question(self, prompt: Sequence[int]) -> list[int]:
         """The tokens of a prompt that stand for no image. Raises ``CountMismatchError`` (HTTP 400) for one without."""
-        images = set(self.info.shapes.adapter.placeholders.values())
-        words = [int(token) for token in prompt if token not in images]
-        if words or not COUNTED.get():
-            return words or [0]
-        raise CountMismatchError(f"{self.info.settings.method.name} chooses by the text of the prompt, and this prompt has none")
+        images, (before, after) = set(self.info.shapes.adapter.placeholders.values()), self.around
+        if COUNTED.get() and images.issuperset(prompt):
+            raise CountMismatchError(f"{self.info.settings.method.name} chooses by the text of the prompt, and this prompt has none")
+        words = [word for token in prompt for word in ((*before, *after) if token in images else (int(token),))]
+        return words or [0]
 
     def _require_known(self, inputs: Any) -> None:
         """Raises for settings of the image processor, which would give an image other tokens than planned, and for broken embeddings."""
@@ -244,8 +264,10 @@ class CompressedProcessor(Stock):
             return stock
         method = settings.of_request(hf_processor_mm_kwargs.get(REQUEST))
 
-        def replacement(index: int) -> list[int]:
-            return [token] * self.rows(method, mm_items, out_mm_kwargs, index)
+        def replacement(index: int) -> Any:
+            before, after = self.around
+            ids = [*before, *[token] * self.rows(method, mm_items, out_mm_kwargs, index), *after]
+            return PromptUpdateDetails.select_token_id(ids, token) if before or after else ids
 
         images = PromptReplacement(modality="image", target=[token], replacement=replacement)
         return [images, *(u for u in stock if u.modality != "image")]

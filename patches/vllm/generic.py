@@ -12,15 +12,13 @@ from typing import Any
 
 import torch
 
-from mllm_efficient.apply.compress import Context, rows_of
 from mllm_efficient.apply.plan import describe
-from mllm_efficient.compressors.base import Compressor, generator_for
+from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.errors import CountMismatchError, UnsupportedModelError
 
-from ..base import Encoding
 from .alone import Image, each_alone
-from .front import FIELD, CompressedInfo, CompressedProcessor, stock_kwargs
-from .models import MULTIMODAL_REGISTRY, CompressedModel, logger
+from .front import FIELD, AnySizeInfo, CompressedProcessor, stock_kwargs
+from .models import MULTIMODAL_REGISTRY, CompressedModel, logger, shortened
 from .pieces import Pieces, kept_of_row, pieces_of, rules_of, runs_of, shapes_of, shortened_ids
 from .qwen import COLUMNS, PlacesKept, keep_places, with_places
 from .settings import KEY, REQUEST, is_projector, settings_of, untested
@@ -37,20 +35,13 @@ IDS = "image_replacement_ids"  # of vLLM's processor: the tokens that stand for 
 GRID = "image_grid_thw"
 
 
-class TransformersInfo(CompressedInfo, multimodal.MultiModalProcessingInfo):
+class TransformersInfo(AnySizeInfo, multimodal.MultiModalProcessingInfo):
     """What the front end and the model both ask of the processor."""
 
     plain = multimodal.MultiModalProcessingInfo
 
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return super().get_supported_mm_limits() if self.settings is None else {"image": None, "video": 0}
-
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        if self.settings is None:
-            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
-        full = self.get_max_image_tokens()
-        methods = [self.settings.method, *(self.settings.of_request(n) for n in self.settings.allowed)]
-        return {"image": max(kept_of_row(self.rules, method, full) for method in methods)}
+    def most(self, method: Compressor) -> int:
+        return kept_of_row(self.rules, method, self.get_max_image_tokens())
 
     def uncompressed(self, height: int, width: int) -> int:
         return int(self._get_num_mm_tokens(image_sizes=([height, width],))["num_image_tokens"][0])
@@ -172,7 +163,7 @@ class CompressedTransformers(PlacesKept, CompressedModel):
             if sum(lengths) != len(whole):
                 raise CountMismatchError(f"vLLM gave {len(whole)} rows for an image that has {sum(lengths)}")
             parts = zip(pieces[i].plans, whole.split(lengths))
-            return torch.cat([rows_of(methods[i], p, Encoding(f, p.shape), Context(generator_for(methods[i], 0))) for p, f in parts])
+            return torch.cat([shortened(methods[i], p, f) for p, f in parts])
 
         return each_alone([Image(int(m[1]), f, p.kept, width) for m, f, p in zip(marks, features, pieces)], rows)
 

@@ -7,6 +7,7 @@ and hands back as many rows. vLLM would cut a longer answer off without a word, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,6 +55,27 @@ def marked(marks: Any, images: int, questions: Any = None) -> list[Mark]:
     """The marks of so many images; none are given for what vLLM makes up to measure memory."""
     words = [None] * images if questions is None else list(questions)
     return [Mark()] * images if marks is None else [Mark(int(m[0]), int(m[1]), text) for m, text in zip(marks, words, strict=True)]
+
+
+def in_parts(tokens: Sequence[int], rows: Sequence[int], room: int) -> Iterator[tuple[slice, slice]]:
+    """Images, and their rows in the input, in parts that the tower takes at once: with few tokens each, the scheduler sends many together.
+
+    tokens, rows: of each image. room: tokens of a part, unless one image alone has more.
+    """
+    ends, starts, low = [0, *itertools.accumulate(tokens)], [0, *itertools.accumulate(rows)], 0
+    while low < len(tokens):
+        high = low + 1
+        while high < len(tokens) and ends[high + 1] - ends[low] <= room:
+            high += 1
+        yield slice(low, high), slice(starts[low], starts[high])
+        low = high
+
+
+def shortened(method: Compressor, plan: Plan, features: torch.Tensor, text: torch.Tensor | None = None, **beside: Any) -> torch.Tensor:
+    """(K, D) of the features (N, D) of an image. text: (T, D) of its prompt. beside: what the tower says of its tokens."""
+    if len(features) != plan.shape.length:
+        raise CountMismatchError(f"vLLM gave {len(features)} rows for an image that has {plan.shape.length} in transformers")
+    return rows_of(method, plan, Encoding(features, plan.shape, **beside), Context(generator_for(method, 0), text))
 
 
 class CompressedModel(Planned):
@@ -107,21 +129,13 @@ class CompressedModel(Planned):
         if self.settings is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         others = {k: v for k, v in kwargs.items() if k not in ("pixel_values", "image_sizes")}
-        out: list[torch.Tensor] = []
-        for pixels, sizes, own in self._batches(
-            kwargs["pixel_values"], kwargs.get("image_sizes"), marked(marks, len(kwargs["pixel_values"]), questions)
-        ):
-            out += self._compressed(pixels, sizes, own)
+        pixels, sizes = kwargs["pixel_values"], kwargs.get("image_sizes")
+        own, out = marked(marks, len(pixels), questions), list[torch.Tensor]()
+        for part, _ in in_parts([self._largest()] * len(pixels), [1] * len(pixels), self.room):
+            out += self._compressed(pixels[part], None if sizes is None else sizes[part], own[part])
         if any(v is not None for v in others.values()):
             out += list(super().embed_multimodal(**others))
         return tuple(out)
-
-    def _batches(self, pixels: Any, sizes: Any, marks: list[Mark]) -> Iterator[tuple[Any, Any, list[Mark]]]:
-        """The images in parts that the tower takes at once: with few tokens each, the scheduler sends many of them together."""
-        together = max(1, self.room // self._largest())
-        for low in range(0, len(pixels), together):
-            part = slice(low, low + together)
-            yield pixels[part], None if sizes is None else sizes[part], marks[part]
 
     def _compressed(self, pixels: Any, sizes: Any, marks: Sequence[Mark]) -> list[torch.Tensor]:
         assert self.settings is not None
@@ -140,11 +154,8 @@ class CompressedModel(Planned):
         def rows(i: int) -> torch.Tensor:
             if is_projector(self.settings):
                 return features[i]
-            if len(features[i]) != plans[i].shape.length:
-                raise CountMismatchError(f"vLLM gave {len(features[i])} rows for an image that has {plans[i].shape.length} in transformers")
-            own: dict[str, Any] = {name: values[i] for name, values in beside.items()}
-            encoding = Encoding(features[i], plans[i].shape, **own)
-            return rows_of(methods[i], plans[i], encoding, Context(generator_for(methods[i], 0), self.embedded(marks[i].words)))
+            own = {name: values[i] for name, values in beside.items()}
+            return shortened(methods[i], plans[i], features[i], self.embedded(marks[i].words), **own)
 
         width = self.hf.get_text_config().hidden_size
         return each_alone([Image(m.mark, f, length(plan), width) for m, f, plan in zip(marks, features, plans)], rows)

@@ -9,8 +9,7 @@ of it.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from mllm_efficient.errors import CountMismatchError, MllmEfficientError, Unsupp
 
 from ..base import Encoding
 from .alone import Image, each_alone
-from .front import COUNTED, FIELD, QUESTION, CompressedInfo, CompressedProcessor, Stock, stock_kwargs
-from .models import MULTIMODAL_REGISTRY, CompressedModel, Mark, marked
+from .front import COUNTED, FIELD, QUESTION, AnySizeInfo, CompressedInfo, CompressedProcessor, Stock, stock_kwargs
+from .models import MULTIMODAL_REGISTRY, CompressedModel, Mark, in_parts, marked
 from .settings import KEY, settings_of
 from .sparse import STAY, cut, places_of, require_tower, run_on, split_of
 
@@ -47,15 +46,8 @@ def asks_again() -> bool:
 # ------------------------------------------------------------------------------------------------------- front end
 
 
-class QwenInfo(CompressedInfo):
-    """Images of any size, each one grid. Videos are refused where settings are given: they are not compressed."""
-
-    @property
-    def image_token(self) -> int:
-        return self.hf.image_token_id
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return super().get_supported_mm_limits() if self.settings is None else {"image": None, "video": 0}
+class QwenInfo(AnySizeInfo):
+    """Images that are one grid each."""
 
     def get_num_image_tokens(self, **sizes: Any) -> int:
         full = super(CompressedInfo, self).get_num_image_tokens(**sizes)
@@ -65,12 +57,8 @@ class QwenInfo(CompressedInfo):
         """Of so many tokens; the most there can be where the pixels say it."""
         return full if method.by_pixels else self.shapes.plan_of_grid(method, 1, full).kept
 
-    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
-        if self.settings is None:
-            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
-        full = self.plain(self.ctx).get_max_image_tokens()
-        methods = [self.settings.method, *(self.settings.of_request(n) for n in self.settings.allowed)]
-        return {"image": max(self.kept(m, full) for m in methods)}
+    def most(self, method: Compressor) -> int:
+        return self.kept(method, self.plain(self.ctx).get_max_image_tokens())
 
 
 class QwenProcessor(CompressedProcessor):
@@ -229,29 +217,17 @@ class CompressedQwen(PlacesKept, CompressedModel):
         tokens, out = [t * h * w // merged for t, h, w in sizes], list[torch.Tensor]()
         if stay is not None:
             return tuple(self._on_patches(kwargs["pixel_values"], sizes, stay.split(tokens), own))
-        for part, rows in self._parts(tokens, merged if name == "pixel_values" else 1):
+        each = merged if name == "pixel_values" else 1
+        for part, rows in in_parts(tokens, [n * each for n in tokens], self.room):
             given = self._parse_and_validate_image_input(**{name: kwargs[name][rows], "image_grid_thw": grids[part]})
             features = self._process_image_input(given)
             out += self._compressed_images(features, sizes[part], own[part], made=name == "image_embeds")
         return tuple(out)
 
-    def _parts(self, tokens: Sequence[int], rows_each: int) -> Iterator[tuple[slice, slice]]:
-        """Images, and their rows in the input, in parts that the tower takes at once: as many tokens as a batch of the scheduler.
-
-        tokens: of each image. rows_each: of a token.
-        """
-        ends, low = [0, *itertools.accumulate(tokens)], 0
-        while low < len(tokens):
-            high = low + 1
-            while high < len(tokens) and ends[high + 1] - ends[low] <= self.room:
-                high += 1
-            yield slice(low, high), slice(ends[low] * rows_each, ends[high] * rows_each)
-            low = high
-
     def _on_patches(self, pixels: Any, sizes: Sequence[Any], stay: Sequence[torch.Tensor], marks: Sequence[Mark]) -> list[Any]:
         """(K, D + deep layers) of each image by the tower on the patches that stay, whose places are known already."""
         kept, out = [int(part.sum()) for part in stay], list[torch.Tensor]()
-        for part, rows in self._parts(kept, self.merge**2):
+        for part, rows in in_parts(kept, [k * self.merge**2 for k in kept], self.room):
             out += run_on(self.visual, pixels[rows], sizes[part], stay[part])
         return each_alone([Image(m.mark, f, k, f.shape[1]) for m, f, k in zip(marks, out, kept)], out.__getitem__)
 

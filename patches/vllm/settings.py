@@ -17,8 +17,9 @@ REQUEST = "visual_tokens"  # in a request's mm_processor_kwargs
 ALLOWED = "allowed_tokens"
 OF_IMAGES = frozenset({"grid"})  # what vLLM gives of an image besides its projected features
 OF_PIXELS = ("qwen2_5_vl", "qwen3_vl")  # model types whose towers of vLLM run on the patches that stay
-OF_TEXT = ("llava", "llava_next", "llava_onevision", *OF_PIXELS)  # whose front end hands a prompt's text to the model
+OF_TEXT = ("llava", "llava_next", "llava_onevision", "internvl", *OF_PIXELS)  # whose front end hands a prompt's text to the model
 OF_TOWER = {"llava": frozenset({"attention", "keys"})}  # by model type, what the plugin reads in vLLM's tower
+EIGHT_BITS = "int-quantized"  # weights and activations, as compressed-tensors calls their format
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Settings:
         """Everything that the tokens of an image depend on besides the image; goes into vLLM's hash of it."""
         content = json.dumps([__version__, self.method.to_dict(), self.allowed], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def methods(self) -> list[Compressor]:
+        """The method at its own budget and at every other that a request may ask for."""
+        return [self.method, *map(self.of_request, self.allowed)]
 
     def of_request(self, tokens: Any) -> Compressor:
         """The method at a request's budget. Raises ``BadBudgetError`` (HTTP 400) for one that is not allowed."""
@@ -138,11 +144,11 @@ def is_projector(settings: Settings | None) -> bool:
 def untested(config: Any) -> list[str]:
     """What of vLLM's configuration no test has run with the plugin."""
     parallel, images, lora = config.parallel_config, config.model_config.multimodal_config, config.lora_config
+    scheme = (getattr(config.model_config.hf_config, "quantization_config", None) or {}).get("format")
     found = {
         "pipeline parallel": parallel.pipeline_parallel_size > 1,
-        "data parallel": parallel.data_parallel_size > 1,
         "encoder data-parallel": images is not None and images.mm_encoder_tp_mode == "data",
-        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None,
+        f"quantization ({config.model_config.quantization})": config.model_config.quantization is not None and scheme != EIGHT_BITS,
         "LoRA of tower and connector": lora is not None and lora.enable_tower_connector_lora,
         "an external KV connector": config.kv_transfer_config is not None,
         "an external encoder cache": config.ec_transfer_config is not None,

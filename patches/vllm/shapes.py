@@ -11,6 +11,7 @@ import torch
 
 from mllm_efficient.apply.plan import Plan, check, plan
 from mllm_efficient.compressors.base import Compressor
+from mllm_efficient.tokens import VisualShape
 
 from ..base import Item
 
@@ -48,7 +49,12 @@ class Shapes:
     def plan_of_grid(self, method: Compressor, rows: int, columns: int) -> Plan:
         """The same of an image that is one grid, on models that take any size."""
         with torch.device("cpu"):
-            return _plan_of_grid(self, method, rows, columns)
+            return _plan_of(self, method, self.adapter.shape("image", 1, (rows, columns)))
+
+    def plan_of_tiles(self, method: Compressor, tiles: int) -> Plan:
+        """The same of an image in so many tiles, on models whose tiles are alike."""
+        with torch.device("cpu"):
+            return _plan_of(self, method, self.adapter.shape(tiles, (self.adapter.side,) * 2))
 
     def plan(self, method: Compressor, height: int, width: int) -> Plan:
         """What a method does to an image of this size."""
@@ -69,5 +75,5 @@ def _plan(shapes: Shapes, method: Compressor, height: int, width: int) -> Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_of_grid(shapes: Shapes, method: Compressor, rows: int, columns: int) -> Plan:
-    return plan(shapes.adapter, method, Item({}, shapes.adapter.shape("image", 1, (rows, columns))))
+def _plan_of(shapes: Shapes, method: Compressor, shape: VisualShape) -> Plan:
+    return plan(shapes.adapter, method, Item({}, shape))

@@ -24,7 +24,7 @@ from mllm_efficient.patches.vllm.shapes import Shapes
 from ..families import ASPECTS, VOCABULARY, noise
 from ..vllm_engine import MARK
 from ..vllm_forks import forked
-from ..vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, saved_processor_of
+from ..vllm_models import ENVIRONMENT, config_of, model_of, needs_vllm, processor_of, quantized, saved_processor_of
 
 KEY = served.KEY
 BUDGETS = ("divprune:tokens=9", "divprune:keep=0.3", "uniform:keep=0.5", "pool:keep=0.3", "random:tokens=7", "divprune:keep=1")
@@ -108,17 +108,20 @@ def test_what_no_test_has_run_is_named():
     """As vLLM's configuration has it when nothing of that is asked, and when all of it is."""
     none = SimpleNamespace
     plain = none(
-        parallel_config=none(pipeline_parallel_size=1, data_parallel_size=1),
-        model_config=none(multimodal_config=none(mm_encoder_tp_mode="weights"), quantization=None),
+        parallel_config=none(pipeline_parallel_size=1),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="weights"), quantization=None, hf_config=none()),
         lora_config=None, kv_transfer_config=None, ec_transfer_config=None, speculative_config=None,
     )  # fmt: skip
     assert served.untested(plain) == []
     every = none(
-        parallel_config=none(pipeline_parallel_size=2, data_parallel_size=2),
-        model_config=none(multimodal_config=none(mm_encoder_tp_mode="data"), quantization="fp8"),
+        parallel_config=none(pipeline_parallel_size=2),
+        model_config=none(multimodal_config=none(mm_encoder_tp_mode="data"), quantization="fp8", hf_config=none(quantization_config={})),
         lora_config=none(enable_tower_connector_lora=True), kv_transfer_config=1, ec_transfer_config=1, speculative_config=1,
     )  # fmt: skip
-    assert len(served.untested(every)) == 8 and "quantization (fp8)" in served.untested(every)
+    assert len(served.untested(every)) == 7 and "quantization (fp8)" in served.untested(every)
+    for scheme, unknown in (("int-quantized", False), ("pack-quantized", True)):
+        plain.model_config.quantization, plain.model_config.hf_config.quantization_config = "compressed-tensors", {"format": scheme}
+        assert served.untested(plain) == ["quantization (compressed-tensors)"] * unknown
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -361,3 +364,14 @@ def test_two_ranks_pick_the_same_tokens(questions):
         distributed_executor_backend="mp", environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )  # fmt: skip
     assert found["answers"] == of_transformers(questions, "divprune:tokens=36", 40)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_weights_and_activations_of_eight_bits(questions, tmp_path):
+    """The decoder's layers quantized by hand (compressed-tensors W8A8), in bfloat16 as vLLM's kernel for CPUs asks, against transformers
+    with the same rounding."""
+    loaded = load(ModelOptions(device="cpu", dtype="bfloat16"))
+    quantized(loaded.model, tmp_path / "w8a8", builtin_folder())
+    (found,) = engine(tmp_path / "w8a8", [call(questions, n=40)], hf_overrides={KEY: "divprune:tokens=36"}, dtype="bfloat16")
+    assert found["answers"] == of_transformers((loaded, questions[1], {}), "divprune:tokens=36", 40)

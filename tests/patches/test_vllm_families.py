@@ -1,4 +1,4 @@
-"""Families without a class in the plugin, which vLLM runs by transformers: answers equal transformers' own."""
+"""InternVL by its own class, and families that vLLM runs by transformers: answers equal transformers' own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import transformers
 from PIL import Image
 
 import mllm_efficient as me
+from mllm_efficient.loading.models import Loaded, ModelOptions
+from mllm_efficient.trained.export import export
 
 from ..families import ASPECTS, MARKED, noise
-from ..vllm_families import ALIKE, NOT_ON_CPUS, SERVED
+from ..vllm_families import ALIKE, NOT_ON_CPUS, OWN, SERVED
 from ..vllm_models import needs_vllm
 from .test_vllm import KEY, engine
+from .test_vllm_processor import front_end
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 
@@ -57,14 +60,15 @@ def as_served(inputs, kind):
 def test_answers_equal_transformers(name, pictures, tmp_path):
     family = SERVED[name]
     model, folder = family.model(), tmp_path / "model"
-    model.save_pretrained(folder)
-    family.processor().save_pretrained(folder)
+    if name in OWN:
+        export(Loaded(model, family.processor(), ModelOptions(model="tiny")), me.build(family.spec), folder, [3])
+        more = {}
+    else:
+        model.save_pretrained(folder)
+        family.processor().save_pretrained(folder)
+        more = {"hf_overrides": {KEY: {**me.build(family.spec).to_dict(), "allowed_tokens": [3]}}, "model_impl": "transformers"}
     call = {"prompts": prompts(family, pictures), "images": pictures, "tokens": None, "new": 6}
-    given = {**me.build(family.spec).to_dict(), "allowed_tokens": [3]}
-    found = engine(
-        folder, [call, {**call, "tokens": 3}], asks_again=True, hf_overrides={KEY: given}, model_impl="transformers",
-        max_num_batched_tokens=32, max_num_seqs=4,
-    )  # fmt: skip
+    found = engine(folder, [call, {**call, "tokens": 3}], asks_again=True, max_num_batched_tokens=32, max_num_seqs=4, **more)
     asked = family.spec.replace("keep=0.4", "tokens=3")
     for answer, spec in zip(found, (family.spec, asked)):
         answers, lengths = of_transformers(model, folder, family, pictures, spec)
@@ -72,6 +76,30 @@ def test_answers_equal_transformers(name, pictures, tmp_path):
         assert answer["prompt_tokens"] == lengths
         assert answer["answers"] == answers
     assert len(set(found[0]["answers"])) > 3  # the pictures matter
+
+
+def test_tiles_in_the_front_end(pictures, tmp_path):
+    """InternVL: as many placeholders as ``prepare`` leaves of every shape, whole pictures in the counters, names that no two share."""
+    family = SERVED["internvl"]
+    model, processor = family.model(), family.processor()
+    export(Loaded(model, processor, ModelOptions(model="tiny")), me.Uniform(tokens=9), tmp_path / "model")
+    specs = ("divprune:keep=0.3,per=tile", "pool:keep=0.3", "mmtok:tokens=5")
+    calls = [{"prompt": t, "images": p} for t, p in zip(prompts(family, pictures), pictures)]
+    jobs = [{"model": str(tmp_path / "model"), "settings": s, "calls": [{"warm_up": True}, *calls, {"counted": True}]} for s in specs]
+    found, each = front_end(jobs), len(calls) + 1
+    for i, spec in enumerate(specs):
+        *answers, counted = found[each * i : each * (i + 1)]
+        counts = [0, 0, 0]
+        for call, answer in zip(calls, answers):
+            images = [Image.open(p).convert("RGB") for p in call["images"]]
+            prepared = me.prepare(model, spec, **processor(text=[call["prompt"]], images=[images], return_tensors="pt"))
+            kept = [image.kept for image in prepared.report.images]
+            assert answer["lengths"] == [k + 2 for k in kept]  # between the image's begin and its end
+            assert answer["prompt"] == prepared.model_kwargs["input_ids"].shape[1]
+            counts = [a + b for a, b in zip(counts, (sum(im.full for im in prepared.report.images), sum(kept), len(kept)))]
+        assert counted == {"method": spec.partition(":")[0], "counts": counts}
+    hashes = [h for answer in found if len(answer.get("hashes", ())) == 1 for h in answer["hashes"]]
+    assert len(hashes) == len(set(hashes))
 
 
 @pytest.mark.parametrize("name", NOT_ON_CPUS)

@@ -79,10 +79,10 @@ def test_on_qwen_and_in_hashes(tmp_path):
 
 @pytest.mark.once
 def test_where_the_question_is_known():
-    for kind in ("llava", "llava_next", "qwen3_vl"):
+    for kind in ("llava", "llava_next", "internvl", "qwen3_vl"):
         require_served(me.CDPruner(tokens=9), kind)
         assert {"cdpruner", "mmtok"} <= {*servable(kind)} and "hawk" not in servable(kind)
-    for kind in ("internvl", "qwen3_5", ""):
+    for kind in ("mistral3", "qwen3_5", ""):
         with pytest.raises(me.UnsupportedModelError, match="cdpruner looks at the question"):
             require_served(me.CDPruner(tokens=9), kind)
     with pytest.raises(me.UnsupportedModelError, match="looks at the question"):

@@ -54,7 +54,7 @@ def running(folder, log, *more, **environment):
         )
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
     try:
-        for _ in range(300):
+        for _ in range(900):
             assert server.poll() is None, log.read_text()[-3000:]
             try:
                 client.models.list()
@@ -69,10 +69,11 @@ def running(folder, log, *more, **environment):
 
 @pytest.fixture(scope="module")
 def serving(tmp_path_factory):
-    """One that compresses, as ``export`` says to start it; its client and its log."""
+    """One that compresses, as ``export`` says to start it but of two ranks of data, each with an engine and an HTTP server of its own; its
+    client and its log."""
     folder = tmp_path_factory.mktemp("served") / "model"
     assert main(["export", "--method", "divprune:tokens=36", "--allowed-tokens", "16,36,72", "--output-dir", str(folder)]) == 0
-    flags = ["--trust-request-mm-kwargs", "--middleware", "mllm_efficient.patches.vllm.naming.Named"]
+    flags = ["--trust-request-mm-kwargs", "--middleware", "mllm_efficient.patches.vllm.naming.Named", "--data-parallel-size", 2]
     log = folder.with_name("log.txt")
     with running(folder, log, *flags, **faulty(folder.parent)) as client:
         yield client, log
