@@ -34,7 +34,7 @@ _HOME = {
     "Scope": "compressors.scope", "PruMergePlus": "compressors.prumerge_plus",
     "MMTok": "compressors.mmtok", "ApET": "compressors.apet", "PruneSID": "compressors.prunesid", "OTPrune": "compressors.otprune",
     "Hawk": "compressors.hawk", "VScan": "compressors.vscan",
-    "EVS": "compressors.evs", "VidCom2": "compressors.vidcom2", "VCast": "compressors.vcast",
+    "EVS": "compressors.evs", "VidCom2": "compressors.vidcom2", "VCast": "compressors.vcast", "FastVID": "compressors.fastvid",
     "register": "registry", "list_methods": "registry", "get_method": "registry", "build": "registry",
     "builtin": "eval.builtin.sample", "sample": "eval.builtin.sample",
     "evaluate": "eval.api", "sweep": "eval.api", "bench": "eval.api", "flops": "eval.api", "Results": "eval.results",
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from .compressors.evs import EVS as EVS
     from .compressors.fastervlm import FasterVLM as FasterVLM
     from .compressors.fastv import FastV as FastV
+    from .compressors.fastvid import FastVID as FastVID
     from .compressors.flowcut import FlowCut as FlowCut
     from .compressors.hawk import Hawk as Hawk
     from .compressors.merger import Merger as Merger

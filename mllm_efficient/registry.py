@@ -36,7 +36,7 @@ CONDITIONED = ("cdpruner", "spp", "tome")
 IN_TOWER = ("flowcut", "pixelprune")
 ATTENTIVE = ("fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus")
 OF_2026 = ("mmtok", "apet", "prunesid", "otprune", "hawk", "vscan")
-OF_VIDEO = ("evs", "vidcom2", "vcast")
+OF_VIDEO = ("evs", "vidcom2", "vcast", "fastvid")
 BUILTIN = {
     name: f"mllm_efficient.compressors.{name}"
     for name in (

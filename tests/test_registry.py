@@ -16,7 +16,7 @@ ROOT = Path(me.__file__).parent.parent
 BUILTIN = ["none", "random", "uniform", "pool", "resize", "native", "divprune", "divmerge", "tokenflex"]
 BUILTIN += ["fastv", "pyramiddrop", "sparsevlm", "dart", "dpn", "proportional"]
 BUILTIN += ["cdpruner", "spp", "tome", "fastervlm", "vispruner", "visionzip", "scope", "prumerge_plus", "flowcut", "pixelprune"]
-BUILTIN += ["mmtok", "apet", "prunesid", "otprune", "hawk", "vscan", "evs", "vidcom2", "vcast"]
+BUILTIN += ["mmtok", "apet", "prunesid", "otprune", "hawk", "vscan", "evs", "vidcom2", "vcast", "fastvid"]
 for name in BUILTIN:
     me.get_method(name)  # a builtin registers itself once per process, at import
 
@@ -66,6 +66,7 @@ def test_the_builtin_methods_are_listed_baseline_first():
         ("evs", "EVS"),
         ("vidcom2", "VidCom2"),
         ("vcast", "VCast"),
+        ("fastvid", "FastVID"),
     ],
 )
 def test_a_builtin_name_is_the_public_class(name, cls):

@@ -13,6 +13,8 @@ from .selector import Selector
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .base import Compressor
+
 
 @dataclass(frozen=True, kw_only=True)
 class OverFrames(Selector):
@@ -24,8 +26,7 @@ class OverFrames(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.per != "image":
-            raise BadSettingError(f"{self.name} shares one budget out to the frames of a video: leave per= out")
+        require_whole_video(self)
 
     def least(self, frames: int, each: int) -> int:
         """The fewest tokens that stay of so many frames of ``each`` tokens."""
@@ -47,6 +48,12 @@ class OverFrames(Selector):
             if most is not None and most < least:
                 raise BadBudgetError(f"{self.name} keeps at least {least} tokens of a video of {frames} frames: {name}={most} is too few")
         return least
+
+
+def require_whole_video(method: Compressor) -> None:
+    """Raises ``BadSettingError`` where ``per`` asks for a budget for each part of what has one budget."""
+    if method.per != "image":
+        raise BadSettingError(f"{method.name} shares one budget out to the frames of a video: leave per= out")
 
 
 def frames_of(v: VisualTokens, name: str) -> tuple[int, int]:

@@ -58,6 +58,8 @@ OWN = {
     "tome.r": "pairs merged in a round; left out: as many as leave K tokens after all rounds",
     "vispruner.r": "share of the kept tokens that is chosen by attention, the rest by diversity",
     "visionzip.contextual": "share of the kept tokens that are merged contextual ones",
+    "fastvid.contextual": "share of a frame's tokens that others are merged into; the rest is what attention points at",
+    "fastvid.threshold": "cosine of the means of two frames below which a video is cut between them",
     "scope.alpha": "how much attention counts beside coverage; 0: coverage alone",
     "prumerge_plus.uniform": "share of the kept tokens that is sampled evenly",
     "prumerge_plus.neighbours": "how many of the most similar tokens are merged into each kept one",

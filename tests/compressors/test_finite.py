@@ -17,7 +17,7 @@ NEW = {"max_new_tokens": 2, "do_sample": False}
 SPECS = (
     "divprune:tokens=9", "random:tokens=9", "uniform:tokens=9", "pool:tokens=9", "pool:tokens=9,op=gem", "spp:tokens=9", "resize:tokens=9",
     "divmerge:tokens=9", "uniform:tokens=9,merge=mean", "mmtok:tokens=9", "apet:tokens=9", "prunesid:tokens=9", "otprune:tokens=9",
-    "hawk:tokens=9", "vscan:tokens=9", "vidcom2:tokens=9", "vcast:tokens=9",
+    "hawk:tokens=9", "vscan:tokens=9", "vidcom2:tokens=9", "vcast:tokens=9", "fastvid:tokens=9",
     "cdpruner:tokens=9", "tome:tokens=9", "tome:tokens=18,at=tower", "flowcut:tokens=9", "fastervlm:tokens=9", "vispruner:tokens=9",
     "visionzip:tokens=9",
     "scope:tokens=9", "prumerge_plus:tokens=9", "tokenflex:tokens=9,weights=random", "fastv:layer=1,ratio=0.5",

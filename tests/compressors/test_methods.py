@@ -48,6 +48,7 @@ OWN = {
     "flowcut": ({"keep": 0.25, "entropy": 0.5},),
     "vispruner": ({"keep": 0.25, "r": 0.2},),
     "visionzip": ({"keep": 0.25, "contextual": 0.4},),
+    "fastvid": ({"keep": 0.25, "contextual": 0.5, "threshold": 0.84},),
     "scope": ({"keep": 0.25, "alpha": 2},),
     "prumerge_plus": ({"keep": 0.25, "uniform": 0.25, "neighbours": 3},),
     "uniform": ({"keep": 0.25, "raster": True},),

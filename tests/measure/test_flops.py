@@ -166,7 +166,7 @@ def test_a_tower_of_flat_patches_costs_what_torch_counts(name, size):
         ),
         *("cdpruner:keep=0.3", "pool:keep=0.3,op=gem", "spp:keep=0.3", "tome:keep=0.3", "tome:keep=0.3,r=10"),
         *("divmerge:keep=0.3", "random:keep=0.3,merge=similarity", "apet:keep=0.3", "prunesid:keep=0.3", "otprune:keep=0.3"),
-        *("vscan:keep=0.3", "vidcom2:keep=0.3", "vcast:keep=0.3", "evs:keep=0.3"),
+        *("vscan:keep=0.3", "vidcom2:keep=0.3", "vcast:keep=0.3", "evs:keep=0.3", "fastvid:keep=0.3"),
     ],
 )
 def test_a_method_costs_what_torch_counts(spec):
@@ -178,7 +178,7 @@ def test_a_method_costs_what_torch_counts(spec):
     else:
         assert counted(lambda: method.compress(v, 36)) == computed
     multiplies = spec == "divprune:keep=0.3" or method.name in ("cdpruner", "tome", "scope", "visionzip", "prumerge_plus")
-    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec or method.name in ("apet", "prunesid", "otprune", "vscan")
+    multiplies |= spec == "vispruner:keep=0.3" or "merge" in spec or method.name in ("apet", "prunesid", "otprune", "vscan", "fastvid")
     assert (computed > 0) == multiplies
 
 
