@@ -26,10 +26,10 @@ import numpy as np
 
 import mllm_efficient as me
 from mllm_efficient.compressors.mixing import MIXERS, POOLINGS, QUERIES, mixer_flops, pooling_flops
-from mllm_efficient.eval.builtin.architecture import GRID
+from mllm_efficient.eval.builtin.architecture import GRID, VOCABULARY
 from mllm_efficient.eval.builtin.questions import CATEGORIES
 from mllm_efficient.eval.builtin.recipe.data import build
-from mllm_efficient.measure.flops import cost
+from mllm_efficient.measure.flops import cost, load_shape
 from mllm_efficient.stats import TAIL as TAIL_OF
 from mllm_efficient.stats import Hits, accuracy, draws, interval
 
@@ -37,7 +37,7 @@ COUNTS, WIDTH = (36, 16, 9), 128  # of the tower
 SQUARES = tuple(side * side for side in range(1, GRID + 1))
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {}, "plain-long": {}, "distill": {}, "tail": {"pooling": "prefix"},
-    **{mixer: {"mixer": mixer} for mixer in MIXERS[1:]}, **{pooling: {"pooling": pooling} for pooling in POOLINGS[2:]},
+    **{mixer: {"mixer": mixer} for mixer in MIXERS[1:]}, **{p: {"pooling": p} for p in POOLINGS[2:] if p != "question"},
 }  # fmt: skip
 CONTROLS = ("plain", "plain-long", "distill", "tail")
 ORDER = ("plain", *(a for a in ARMS if a not in CONTROLS), "tail", "plain-long", "distill")
@@ -92,6 +92,20 @@ def projected(projector: Any, x: Any, count: int) -> Any:
     return projector(x, side=round(count**0.5), grid=(GRID, GRID))
 
 
+def seen(packed: Any, projector: Any, x: Any, count: int, blocks: Any, ask_at: Any) -> tuple[Any, Any, Any]:
+    """Visual tokens (B, count, D) and the questions (B, Q, T) that share them, with their ":"; where tokens depend on the question,
+    (B Q, count, D) and (B Q, 1, T)."""
+    import torch
+
+    if not projector.asks:
+        return projected(projector, x, count), blocks, ask_at
+    blocks, ask_at, each = blocks.flatten(0, 1), ask_at.flatten(), x.repeat_interleave(blocks.shape[1], 0)
+    start = torch.tensor([VOCABULARY[word] for word in ("<s>", "user", ":")])
+    embed = packed.model.get_input_embeddings()
+    text = [embed(torch.cat([start, block[: at + 1]])) for block, at in zip(blocks, ask_at.tolist())]
+    return projector(each, side=round(count**0.5), grid=(GRID, GRID), text=text), blocks[:, None], ask_at[:, None]
+
+
 def train(arm: str, seed: int, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
@@ -120,15 +134,15 @@ def train(arm: str, seed: int, folder: Path) -> tuple[Any, Any, dict[str, Any]]:
             torch.from_numpy(np.take_along_axis(arrays[k][images], chosen[..., None], 1).astype(np.int64)) for k in ("blocks", "meta")
         )
         features_of = torch.from_numpy(np.array(x[images])).float()
-        visual = projected(projector, features_of, count)
+        visual, blocks, ask_at = seen(packed, projector, features_of, count, blocks, meta[..., 0])
         blind, weight = torch.zeros(blocks.shape[:2], dtype=torch.bool), torch.ones(blocks.shape[:2])
-        given = blocks, meta[..., 0], torch.ones(IMAGES), blind
+        given = blocks, ask_at, torch.ones(len(visual)), blind
         loss, _ = packed.answer_loss(visual, *given, weight)
         if arm == "distill" and count != max(COUNTS):
             with torch.no_grad():
                 larger = packed.answer(projected(projector, features_of, max(COUNTS)), *given)[:, :, 0].flatten(0, 1)
             own = packed.answer(visual, *given)[:, :, 0].flatten(0, 1)
-            wanted = blocks.gather(2, (meta[..., 0] + 1)[..., None]).flatten()
+            wanted = blocks.gather(2, (ask_at + 1)[..., None]).flatten()
             loss = loss + ramped(0.5, step, steps) * consistency(own, larger, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -154,11 +168,13 @@ def asked(packed: Any, projector: Any, split: str, counts: Sequence[int], folder
                     torch.from_numpy(np.array(arrays[k][low : low + 50, :most])[: len(x) - low].astype(np.int64))
                     for k in ("blocks", "meta")
                 )
-                visual = projected(projector, torch.from_numpy(np.array(x[low : low + 50])).float(), count)
+                there = meta[..., 1] != 255
+                features_of = torch.from_numpy(np.array(x[low : low + 50])).float()
+                visual, blocks, ask_at = seen(packed, projector, features_of, count, blocks, meta[..., 0])
                 none = torch.zeros(blocks.shape[:2], dtype=torch.bool)
-                logits = packed.answer(visual, blocks, meta[..., 0], torch.ones(len(blocks)), none)[:, :, 0]
-                wanted = blocks.gather(2, (meta[..., 0] + 1)[..., None])[..., 0]
-                hits.append((logits.argmax(-1) == wanted)[meta[..., 1] != 255])
+                logits = packed.answer(visual, blocks, ask_at, torch.ones(len(blocks)), none)[:, :, 0]
+                wanted = blocks.gather(2, (ask_at + 1)[..., None])[..., 0]
+                hits.append((logits.argmax(-1) == wanted).view_as(there)[there])
             out[str(count)] = "".join(str(int(h)) for h in torch.cat(hits).tolist())
     return out
 
@@ -229,7 +245,7 @@ def flops(arm: str, count: int) -> int:
     """FLOPs of a whole call with 16 text tokens and a square count: tower, mixer, pooling, projector and prefill."""
     settings, grid = ARMS[arm], (GRID, GRID)
     added = mixer_flops(settings.get("mixer", "none"), WIDTH, grid)
-    added += pooling_flops(settings.get("pooling", "bilinear"), WIDTH, grid, count)
+    added += pooling_flops(settings.get("pooling", "bilinear"), WIDTH, grid, count, load_shape("builtin").projector.outputs)
     return cost("builtin", method=f"tokenflex:tokens={count}", text_tokens=16).total + added
 
 

@@ -235,11 +235,13 @@ class Adapter(Rules):
         """(views of all items, N, D): what the model hands to its projector, without class tokens. The projector does not run."""
         raise TypeError(f"{type(self).__name__} must define before_projector")
 
-    def project(self, items: list[Item], projector: Any, side: int) -> list[Encoding]:
-        """Every image through another projector, which gives each of its tiles side x side tokens."""
-        tokens = projector(self.before_projector(items), side=side, grid=self.unit(items[0]))
-        parts = tokens.split([len(item.arguments["pixel_values"]) for item in items])
-        return [Encoding(part.flatten(0, 1), self.projected(item, side)) for item, part in zip(items, parts)]
+    def encoding(self, features: Tensor, shape: VisualShape) -> Encoding:
+        """Of an item that gave nothing else."""
+        return Encoding(features, shape)
+
+    def views_of(self, item: Item) -> int:
+        """How many pictures the tower sees of an item: of an image its views, of a video its frames."""
+        return len(item.arguments["pixel_values"])
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Embeddings (T, D) of text tokens (T,)."""

@@ -282,15 +282,15 @@ class Patient:
         """Logits (1, vocabulary) after a prompt whose placeholders gave way to the tokens of the projector in the model."""
         import torch
 
-        owner, name = self.adapter.projector_at
+        from mllm_efficient.apply.projecting import through
+
         ids = call["input_ids"]
         visual = (ids[0] == self.adapter.placeholders["image"]).nonzero()[:, 0]
         with torch.no_grad():
             (item,) = self.adapter.items(call)
-            features = self.adapter.project([item], getattr(owner, name), method.side(self.adapter.unit(item)))[0].features
+            features = through(self.adapter, method, [item], getattr(*self.adapter.projector_at))[0].features
             text = self.model.get_input_embeddings()(ids)[0]
-            mixed = torch.cat([text[: visual[0]], features.to(text), text[visual[-1] + 1 :]])
-            return self.model(inputs_embeds=mixed[None]).logits[:, -1]
+            return self.model(inputs_embeds=torch.cat([text[: visual[0]], features.to(text), text[visual[-1] + 1 :]])[None]).logits[:, -1]
 
     def _padded(self) -> dict[str, Any]:
         """The prompts as one batch, padded on the left."""

@@ -47,6 +47,7 @@ OTHER_WAY = {
     "apply.in_llm -> patches.decoder.staging": "the records that hooks on the decoder read",
     "apply.context -> patches.tower.clip": "relevance=clip reads the question with CLIP's text tower",
     "apply.encode -> trained.folder": "reads what was trained",
+    "apply.projecting -> trained.folder": "reads what was trained",
     "apply.prepare -> trained.install": "reads what was trained",
     "apply.wrap -> patches.trainer": "Trainer counts labels by what wrap leaves of a prompt",
     "apply.wrap -> trained.install": "wrap puts trained parts in",

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from .call import Call
 
 
-def contexts_of(call: Call, placed: list[PlacedImage]) -> list[Context]:
-    """One for each image of a call.
+def contexts_of(call: Call, placed: list[PlacedImage], asked: bool = False) -> list[Context]:
+    """One for each image of a call. asked: whether the projector that the model holds is shown the text, whatever the method.
 
     Where labels say where the answer begins, as in training, the method is not shown what it could not know when it generates.
     """
     adapter, method, labels = call.adapter, call.token_method, call.loss_labels
     ids, mask = call.input_ids[:, call.start :], call.mask_cpu[:, call.start :]
-    instruction = clip = None
-    if {"text", "clip_text"} & set(method.needs):
+    instruction, clip, needs = None, None, set(method.needs) | ({"text"} if asked else set())
+    if {"text", "clip_text"} & needs:
         instruction = _instruction(call.visual[:, call.start :], mask, None if labels is None else labels[:, call.start :])
         clip = _clip(adapter, method) if placed else None
     out, number, clip_text = list[Context](), call.cached_images, dict[int, Tensor | None]()
@@ -33,7 +33,7 @@ def contexts_of(call: Call, placed: list[PlacedImage]) -> list[Context]:
         key = number[image.row] if call.image_keys is None else call.image_keys[i]
         number[image.row] += 1
         words = None if instruction is None else ids[image.row][instruction[image.row].to(ids.device)]
-        text = adapter.embed_text(words) if words is not None and "text" in method.needs else None
+        text = adapter.embed_text(words) if words is not None and "text" in needs else None
         if clip is not None and words is not None and image.row not in clip_text:
             clip_text[image.row] = _text_by_clip(adapter, clip, words)
         heads = functools.partial(adapter.text_to_vision, text) if text is not None and len(text) and "heads" in method.needs else None

@@ -17,6 +17,7 @@ from ..trained.folder import held, module_of, require_held
 from .active import active_on
 from .conversation import items_of
 from .plan import plan
+from .projecting import project
 from .prompt import require
 from .vision_cache import Part, VisionCache, key_of, state_of, together, usable
 
@@ -78,8 +79,7 @@ def _run(adapter: Any, method: Compressor, items: list[Any], keys: Sequence[tupl
     needs = keys[0][0] if keys else frozenset()
     projector = projector_of(method)
     if items and projector is not None:
-        (side,) = {plan(adapter, projector, item).side for item in items}
-        return list(adapter.project(items, module_of(adapter, projector), side))
+        return project(adapter, projector, items)
     inside = before_of(method)
     if inside is not None and any(other[0] == IN_TOWER for _, other in keys):
         return list(adapter.reduce_in_tower(inside, items, [plan(adapter, inside, item) for item in items]))
@@ -110,7 +110,9 @@ def encoding_key(adapter: Any, method: Compressor, item: Any) -> tuple[frozenset
     """What the vision side does for a method on an item: (extra tensors, smaller grid or other projector). Equal keys, equal output."""
     before, projector = before_of(method), projector_of(method)
     seen = plan(adapter, before or NoCompression(), item)
-    other: Any = (seen.smaller, held(adapter)) if projector is None else (projector.name, projector.weights, seen.side)
+    other: Any = (seen.smaller, held(adapter))
+    if projector is not None:
+        other = projector.name, projector.weights, seen.side, projector.together(item)
     if seen.rounds or seen.stay:
         assert before is not None
         other = (IN_TOWER, before.name, seen.rounds or seen.stay, getattr(before, "by_content", False), held(adapter))

@@ -13,9 +13,8 @@ from ..registry import runnable
 from ..tokens import VisualTokens
 from .call import parse_call
 from .compress import jobs_of
-from .context import contexts_of
 from .encode import encode_items
-from .prepare import plan_images
+from .prepare import plan_images, with_text
 
 
 def membership(method: Compressor, v: VisualTokens, k: int) -> Tensor:
@@ -57,12 +56,14 @@ def areas(model: Any, compressor: Any, **inputs: Any) -> list[Tensor | None]:
     with torch.no_grad():
         encoded = encode_items(call.adapter, call.pre_llm, [image.item for image in sorted(placed, key=lambda image: image.index)])
     out: list[Tensor | None] = []
-    for image, plan, context in zip(placed, plans, contexts_of(call, placed)):
+    with torch.no_grad():
+        encodings, contexts = with_text(call, placed, [encoded.encodings[image.index] for image in placed])
+    for plan, encoding, context in zip(plans, encodings, contexts):
         if plan.untouched or not plan.groups:
             out.append(None)
             continue
         joined, count = torch.full((plan.seen.n,), -1), 0
-        for group, part, _ in jobs_of(plan, encoded.encodings[image.index], context):
+        for group, part, _ in jobs_of(plan, encoding, context):
             own = torch.arange(plan.seen.n) if group.indices is None else group.indices
             found = membership(method, part, group.k)
             joined[own] = torch.where(found < 0, found, found + count)

@@ -18,7 +18,7 @@ from ..compressors.composed import stages_of
 from ..registry import runnable
 from ..report import CacheUse, CompressionReport, ImageReport
 from .call import Call, parse_call
-from .compress import CompressedImage, compress_images
+from .compress import CompressedImage, Context, compress_images
 from .context import contexts_of
 from .encode import Encoded, caches, encode, encode_items, encoding_key, has_pixels, keeps_all
 from .in_llm import report_of, shortened_image, staging_of, whole_image
@@ -26,6 +26,7 @@ from .labels import count_for, leaves_alone
 from .locate import PlacedImage
 from .plan import Plan, check
 from .positions import native, place
+from .projecting import answered, asks
 from .prompt import EncoderOutputs, Layout, lay_out, require, take_columns, with_text_row
 
 Features = list[tuple[str, Tensor, tuple[Tensor, ...]]]
@@ -167,9 +168,23 @@ def encode_and_compress(call: Call, placed: list[PlacedImage], plans: list[Image
         return Compressed(encodings, None, use=encoded.use)
     fresh = call.in_llm is None or call.past is None or not placed
     require(fresh, "new images on a cache that holds a conversation: start with an empty cache")
-    images, seconds, done = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts_of(call, placed))
+    encodings, contexts = with_text(call, placed, encodings)
+    images, seconds, done = compress_images(call.token_method, [p.pre_llm for p in plans], encodings, contexts)
     then = [p if d is p.pre_llm else ImagePlan(d, d) for p, d in zip(plans, done)]  # a method that settles plans has no later stage
     return Compressed(encodings, images, seconds, encoded.use, then)
+
+
+def with_text(call: Call, placed: list[PlacedImage], encodings: list[Any]) -> tuple[list[Any], list[Context]]:
+    """The encodings of images in prompt order, those of a projector that asks for the text finished, and what a method may ask for.
+
+    Raises ``CountMismatchError`` where such a projector finds a row without text.
+    """
+    asked = asks(call.adapter, call.pre_llm)
+    contexts = contexts_of(call, placed, asked)
+    if asked:
+        items, text = [image.item for image in placed], [context.text for context in contexts]
+        encodings = answered(call.adapter, call.pre_llm, items, encodings, text)
+    return encodings, contexts
 
 
 def assemble(call: Call, placed: list[PlacedImage], plans: list[ImagePlan], compressed: Compressed) -> Prepared:

@@ -7,7 +7,9 @@ import math
 from ..errors import BadSettingError
 
 MIXERS = ("none", "pool", "raft", "strip", "shift", "csw", "dwconv")
-POOLINGS = ("bilinear", "adaptive", "tap", "attsets", "ggem", "regional_gem", "prefix")
+POOLINGS = ("bilinear", "adaptive", "tap", "attsets", "ggem", "regional_gem", "prefix", "question")
+OVER = ("image", "views", "frames")  # what AttSets makes one set of tokens of, beyond the cells of a view
+QUESTION = "question"  # the pooling that is shown the prompt's text
 SIDED = ("raft", "strip")  # mixers with weights of places, which mixer_side counts
 SIDE = 12  # of the grid that they are trained on
 QUERIES = 64  # of the prefix pooling: the most tokens that it can give
@@ -20,6 +22,7 @@ DW_KERNEL = 5
 TAP_BRANCHES = 4
 HEAD = 64  # channels that share a power (ggem) or the weights of a query (prefix)
 NARROW, LOW_RANK = 1152, 64  # widths above the first have attention weights of the second's rank (attsets)
+QUESTION_RANK = 256  # the most products of a token and a question (question)
 
 
 def require_width(what: str, width: int, of: int, least: int = 1) -> None:
@@ -73,13 +76,25 @@ def _stripes(long: int, wide: int, width: int) -> int:
     return stripes * (4 * members**2 * width + 2 * members * width * 9)
 
 
-def pooling_flops(name: str, width: int, grid: tuple[int, int], tokens: int) -> int:
-    """FLOPs of a pooling from one grid of (rows, columns) to so many tokens."""
+def question_rank(width: int) -> int:
+    """Products of a token of a tower of this width and a question."""
+    return min(width, QUESTION_RANK)
+
+
+def pooling_flops(name: str, width: int, grid: tuple[int, int], tokens: int, outputs: int = 0) -> int:
+    """FLOPs of a pooling from one grid of (rows, columns) to so many tokens. outputs: width of the language model, for ``question``."""
     n = grid[0] * grid[1]
     if name == "tap":
         return 2 * n * 9 * TAP_BRANCHES * (width + TAP_BRANCHES)
     if name == "attsets":
-        return 2 * n * width * width if width <= NARROW else 4 * n * width * LOW_RANK
+        return attsets_flops(width, n)
     if name == "prefix":
         return 2 * n * width * width + 4 * n * tokens * width
+    if name == QUESTION:
+        return 2 * question_rank(width) * (2 * n * width + outputs)
     return 0
+
+
+def attsets_flops(width: int, n: int) -> int:
+    """FLOPs of the scores of n tokens in AttSets."""
+    return 2 * n * width * (width if width <= NARROW else 2 * LOW_RANK)

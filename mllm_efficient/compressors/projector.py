@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import BadBudgetError, BadSettingError, UnsupportedModelError
 from ..plans import Plan
-from ..tokens import VisualShape
+from ..tokens import Plane, VisualShape
 from .base import Compressor
 from .kinds import PROJECTOR
 
@@ -64,9 +64,22 @@ class Projector(Compressor):
         """FLOPs of making n tokens, matrix products alone."""
         raise TypeError(f"{type(self).__name__} must define projector_flops(inputs, outputs, n)")
 
-    def mixing_flops(self, inputs: int, grid: tuple[int, int], n: int | None) -> int:
+    def mixing_flops(self, inputs: int, outputs: int, grid: tuple[int, int], n: int | None) -> int:
         """FLOPs of what is done to a view's features on their grid before they become n tokens, or one each (None)."""
         return 0
+
+    def joining_flops(self, inputs: int, n: int) -> int:
+        """FLOPs of making one of n tokens of a view and those of other views at their places, for each view."""
+        return 0
+
+    def together(self, item: Any) -> bool:
+        """Whether all views or frames of an item are one set, whose places get one token each."""
+        return False
+
+    @property
+    def asks(self) -> bool:
+        """Whether the folder that it names holds a projector whose tokens depend on the prompt's text."""
+        return False
 
     @property
     def as_projector(self) -> Projector:
@@ -78,10 +91,10 @@ class Projector(Compressor):
 
     def plan(self, adapter: Family, item: Any) -> Plan:
         shape: VisualShape = item.shape
-        if shape.modality != "image":
+        if shape.modality != "image" and not self.together(item):
             raise UnsupportedModelError(f"{self.name} projects pictures, and this call has a video")
-        side = self.side(adapter.unit(item))
-        after: VisualShape = adapter.projected(item, side)
+        side = self.side(adapter.unit(item) if shape.modality == "image" else (shape.planes[0].rows, shape.planes[0].columns))
+        after: VisualShape = as_one(shape, side) if self.together(item) else adapter.projected(item, side)
         if after.n > shape.n:
             raise BadBudgetError(
                 f"{self.name}: {side * side} tokens for each of {len(after.planes)} views are {after.n}: the prompt has room for {shape.n}"
@@ -90,3 +103,9 @@ class Projector(Compressor):
 
     def check_budget(self, adapter: Family, usual: VisualShape) -> None:
         self.budget.count(len(usual.planes[-1]), fixed=adapter.fixed_count)
+
+
+def as_one(shape: VisualShape, side: int) -> VisualShape:
+    """What an image or video becomes all of whose views or frames are one set. Views of an image are of different parts of it."""
+    video = shape.modality == "video"
+    return VisualShape((Plane(side, side, frame=0 if video else None, placed=video),), shape.modality)

@@ -38,6 +38,7 @@ SHARED = {
     "p": "the power of gem, or of each group of ggem such as 1/3/5; left out: 3",
 }  # fmt: skip
 OWN = {
+    "tokenflex.over": "`views` or `frames` of a picture or video become one set of tokens, with weights that were trained for it",
     "none.on": "a trained method whose weights the model holds meanwhile; none@tokenflex says it short",
     "uniform.raster": "the earlier rule: every (N/K)-th token of the raster",
     "sparsevlm.recycle": "share of the dropped tokens, the best rated, that are merged by groups instead of lost",

@@ -79,6 +79,7 @@ def count(
     """
     from ..apply.encode import Encoded, encode_items, encoding_key
     from ..apply.prepare import prepare
+    from ..apply.projecting import asks
     from ..patches import adapter_for
     from ..trained.install import installed
 
@@ -97,7 +98,7 @@ def count(
         with flop_counter() as vision:
             encoded = encode_items(adapter, method, items)
         if meta:
-            _require_no_values(method)
+            _require_no_values(method, asks(adapter, method))
             known = [replace(e, **_random(e)) for e in encoded.encodings]
             encoded = Encoded(items, known, [encoding_key(adapter, method, i) for i in items])
         unknown = Uncounted()
@@ -138,12 +139,12 @@ def _images(shape: ModelShape, visual_tokens: int | None, image_size: Size | Non
     return found
 
 
-def _require_no_values(method: Compressor) -> None:
-    """Raises for a method that decides by what a model without weights has not."""
+def _require_no_values(method: Compressor, asked: bool) -> None:
+    """Raises for a method that decides by what a model without weights has not. asked: whether its projector is shown the text."""
     inside = inside_of(method)
     if inside is not None and inside.has_router:
         raise MllmEfficientError(f"{inside.name} routes by what it sees, and a model without weights sees nothing: count a fixed kernel")
-    if {"text", "clip_text"} & set(method.needs):
+    if asked or {"text", "clip_text"} & set(method.needs):
         raise MllmEfficientError(f"{method.name} reads the prompt's embeddings, which a model without weights has not")
 
 

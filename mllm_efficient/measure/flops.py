@@ -170,6 +170,8 @@ def _before_flops(model: ModelShape, method: Compressor, kept: Sequence[Kept], t
     layers = 1 + model.rules.deep_layers if of_tokens.merges else 1  # those of later layers are merged as the features are
     total = layers * sum(of_tokens.flops(n, width, k) for one in kept for n, k in one.groups)
     total += sum(of_tokens.merge_flops(n, features, k) for one in kept for n, k in one.groups)
+    if method.as_projector is not None and method.as_projector.asks:
+        total += sum(_joined(model, one.picture, method.as_projector, one.side) for one in kept)
     total += sum(of_tokens.text_flops(n, model.decoder.width, text, model.decoder) for one in kept for n, _ in one.groups)
     if "clip_text" in method.needs and any(one.groups for one in kept):
         total += clip_flops(str(getattr(of_tokens, "clip", None)), model.tower.width, tokens, text)
@@ -220,17 +222,24 @@ def vision_flops(model: ModelShape, picture: Views, method: Compressor | None = 
     """Tower and projector of one image or video; the method's own projector, if it brings one. among: as in ``tower_flops``."""
     other = None if method is None or method.installs is None else method.installs.as_projector
     if other is not None and kept is not None:
-        n = picture.projected if kept.side is None else kept.side**2
-        project = other.projector_flops(model.projector.inputs, model.projector.outputs, n)
-        project += other.mixing_flops(model.projector.inputs, picture.patches, None if kept.side is None else n)
+        project = 0 if other.asks and kept.side is not None else _joined(model, picture, other, kept.side)
     elif kept is not None and kept.rounds and method is not None:
         inside = next(stage for stage in stages_of(method) if stage.in_tower)
         return sum(_view_inside(model, picture, inside, rounds) for rounds in kept.rounds)
     else:
-        project = projector_flops(model.projector, picture.projected)
+        project = picture.views * projector_flops(model.projector, picture.projected)
     if picture.also:
         return sum(_view_flops(model, picture, patches) for patches in (picture.patches, *picture.also))
-    return picture.views * (tower_flops(model.tower, picture.patches, among, picture.projected) + project)
+    return picture.views * tower_flops(model.tower, picture.patches, among, picture.projected) + project
+
+
+def _joined(model: ModelShape, picture: Views, other: Any, side: int | None) -> int:
+    """All views of a picture through a trained projector; one that asks for the text runs when that is known, after the tower."""
+    inputs, outputs, n = model.projector.inputs, model.projector.outputs, picture.projected if side is None else side**2
+    grid = model.rules.taken(picture) if picture.shape.modality == "video" else picture.patches  # type: ignore[attr-defined]
+    mixing, one = other.mixing_flops(inputs, outputs, grid, None if side is None else n), side is not None and other.together(picture)
+    joining = picture.views * other.joining_flops(inputs, n) if one else 0
+    return picture.views * mixing + joining + (1 if one else picture.views) * other.projector_flops(inputs, outputs, n)
 
 
 def _view_flops(model: ModelShape, picture: Views, patches: tuple[int, int]) -> int:

@@ -21,7 +21,7 @@ from ..records import read_all
 from ..records.files import fail
 from ..registry import get_method
 from ..trained import folder as trained
-from ..trained.files import RANDOM
+from ..trained.files import RANDOM, open_folder
 from ..trained.install import install
 from .config import DataConfig, Recipe, StageConfig
 from .data import builtin_records
@@ -108,7 +108,8 @@ def method_of(recipe: Recipe) -> Any:
     cls: Any = get_method(recipe.method)
     weights = recipe.start or RANDOM
     if issubclass(cls, Projector):
-        return cls(tokens=next(iter(recipe.counts)), weights=weights)
+        over = recipe.settings.get("over") if recipe.start is None else open_folder(recipe.start).config.get("over")
+        return cls(tokens=next(iter(recipe.counts)), weights=weights, **({} if over is None else {"over": over}))
     from ..registry import build
 
     return build({"method": recipe.method, "weights": weights, **recipe.settings})

@@ -97,6 +97,8 @@ def _check_projector(recipe: Recipe) -> None:
     parts = {part for s in recipe.stages for part in s.train}
     if "vision_tower" in parts:
         raise MllmEfficientError("the vision tower stays as it is: a trained projector has no place for its weights")
+    if recipe.settings.get("over") == "frames":
+        raise MllmEfficientError("settings.over=frames: training takes no videos; train over=views, whose weights over=frames uses too")
     if "router" in parts or recipe.routing != RoutingConfig() or any(s.routing != "learned" for s in recipe.stages):
         raise MllmEfficientError(f"{recipe.method} has no router: leave router and routing out")
 

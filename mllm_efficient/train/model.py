@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..apply.call import parse_call
+from ..apply.context import contexts_of
 from ..apply.encode import Encoded, encode_items, has_pixels
 from ..apply.locate import locate
 from ..apply.prepare import Prepared, prepare
+from ..apply.projecting import asks
 from ..apply.prompt import IGNORE
 from ..compressors.base import Compressor
 from ..compressors.none import NoCompression
@@ -129,10 +132,24 @@ class TrainingModel(nn.Module):
             wanted = own.to(features.device)(features)
             plane = wanted.transpose(1, 2).unflatten(2, grid)
             wanted = F.adaptive_avg_pool2d(plane, side).flatten(2).transpose(1, 2)
-        made = self.trained_module(features, side=side, grid=grid)
+        more = self._asked_of(method, batch, items)
+        if any(method.together(item) for item in items):
+            more["sets"] = sets = [adapter.views_of(item) for item in items]
+            wanted = torch.stack([views.mean(0) for views in wanted.split(sets)])
+        made = self.trained_module(features, side=side, grid=grid, **more)
         loss = F.mse_loss(made.float(), wanted.float()) / wanted.float().var()
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "right": zero, "asked": zero}
+
+    def _asked_of(self, method: Projector, batch: dict[str, Any], items: list[Any]) -> dict[str, Any]:
+        """The text that a projector which asks is shown with each view of the batch's pictures; of packed turns the first one's."""
+        adapter = self.outside[0]
+        if not asks(adapter, method):
+            return {}
+        given = {k: v for k, v in batch.items() if k != "turns"}
+        call = parse_call(adapter, method, dict.fromkeys(("attention_mask", "labels", "image_keys", "encoded", "past")) | given)
+        texts = {image.index: context.text for image, context in zip(call.placed, contexts_of(call, call.placed, asked=True))}
+        return {"text": [texts[i] for i, item in enumerate(items) for _ in range(adapter.views_of(item))]}
 
     def answers(self, method: Projector, batch: dict[str, Any], teacher: tuple[int, float] | None = None) -> dict[str, Tensor]:
         """Cross-entropy of the answers, the mean over their tokens, and consistency with the same weights at a larger count."""
@@ -142,13 +159,17 @@ class TrainingModel(nn.Module):
             with torch.no_grad():
                 larger, _ = self._answered(replace(method, tokens=teacher[0]), batch)
             loss = loss + teacher[1] * consistency(chosen, larger, wanted)
-        if not has_pixels(batch):  # every process must have a gradient for the projector
+        some_idle = getattr(self.trained_module, "across", None) is not None  # without views or frames
+        if some_idle or not has_pixels(batch):  # every process must have a gradient for the projector
             loss = loss + 0 * sum(p.float().sum() for p in self.trained_module.parameters() if p.requires_grad)
         return {"loss": loss, "right": (chosen.detach().argmax(-1) == wanted).sum(), "asked": torch.tensor(len(wanted))}
 
     def _answered(self, method: Projector, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits (A, V) and tokens (A,) of the answers, under a projector at its count."""
         batch = dict(batch)
+        if batch.get("turns") is not None and asks(self.outside[0], method):  # every turn has tokens of its own
+            rows, encoded = self._each_turn(method, batch, 1)
+            batch = {"encoded": encoded, **rows}
         turns = batch.pop("turns", None)
         prepared = prepare(self.host, method, **batch)
         call = prepared.model_kwargs
@@ -160,14 +181,9 @@ class TrainingModel(nn.Module):
 
     def answers_routed(self, method: Reducer, batch: dict[str, Any], seed: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Cross-entropy of the answers and the routing loss; every turn is a prompt of its own where the batch has ``turns``."""
-        adapter, how = self.outside[0], self.routing
-        batch = dict(batch)
+        how, batch = self.routing, dict(batch)
         samples = how.samples if method.has_router and self.training else 1
-        rows, records = separated(batch, samples)
-        vision = {k: v for k, v in batch.items() if k in adapter.encode_keys}
-        tensors = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-        items = adapter.items({**vision, **tensors}) if has_pixels(batch) else []
-        encoded = _for_rows(encode_items(adapter, NONE, items), tensors["input_ids"], adapter, records) if items else None
+        rows, encoded = self._each_turn(NONE, batch, samples)
         prepared = prepare(self.host, method, encoded=encoded, **rows)
         if prepared.staging is not None:
             generator = None if seed is None else torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -188,6 +204,16 @@ class TrainingModel(nn.Module):
         # every process must have a gradient for all that moves, whether or not its batch has pictures
         loss = loss + 0 * sum(p.float().sum() for p in self.parameters() if p.requires_grad)
         return {"loss": loss, **out}
+
+    def _each_turn(self, method: Compressor, batch: dict[str, Any], samples: int) -> tuple[dict[str, Any], Encoded | None]:
+        """``separated`` prompts of a batch, and what the vision side made for a method of its pictures, each seen once."""
+        adapter = self.outside[0]
+        rows, records = separated(batch, samples)
+        vision = {k: v for k, v in batch.items() if k in adapter.encode_keys}
+        tensors = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        items = adapter.items({**vision, **tensors}) if has_pixels(batch) else []
+        encoded = _for_rows(encode_items(adapter, method, items), tensors["input_ids"], adapter, records) if items else None
+        return rows, encoded
 
     def _asked(self, call: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (A, V) in float32 and tokens (A,) of the answers, and the row of each."""

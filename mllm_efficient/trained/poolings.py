@@ -6,12 +6,13 @@ All but the generalised means with a power of their own to begin with, and the o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compressors.mixing import LOW_RANK, NARROW, QUERIES, TAP_BRANCHES, groups_of, require_width
+from ..compressors.mixing import LOW_RANK, NARROW, QUERIES, TAP_BRANCHES, groups_of, question_rank, require_width
 from ..compressors.pool import cells
 from ..errors import CountMismatchError
 
@@ -102,6 +103,31 @@ class AttSets(nn.Module):
         scores = self.score(self.down(plane.movedim(1, -1))).movedim(-1, 1)  # once for a token, of however many cells it is
         members, outside = in_cells(plane, side)
         return self.aggregate(members, outside, in_cells(scores, side)[0])
+
+
+class Question(nn.Module):
+    """Sum of a cell's tokens under a softmax over them, channel by channel, of what token and question say together.
+
+    Both go through a linear layer and a tanh into a space of min(D, 256) channels and are multiplied there; a last layer, which
+    begins at zero, the average, makes a score for each channel of the products. The question is the mean of the text's embeddings,
+    normalised. Source: low-rank bilinear attention (MLB), one of the fusions that "On Bilinear Pooling in Video-QA" (arXiv 2012.10285)
+    compares, there of whole videos; without its normalisation of the products.
+    """
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        rank = question_rank(width)
+        self.token, self.norm, self.text = nn.Linear(width, rank), nn.LayerNorm(outputs), nn.Linear(outputs, rank)
+        self.score = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, plane: Tensor, side: int, text: Sequence[Tensor]) -> Tensor:
+        """text: (T, outputs) of each picture of the batch."""
+        question = torch.stack([words.mean(0) for words in text]).to(plane)
+        together = self.token(plane.movedim(1, -1)).tanh() * self.text(self.norm(question)).tanh()[:, None, None]
+        members, outside = in_cells(plane, side)
+        scores = in_cells(self.score(together).movedim(-1, 1), side)[0].masked_fill(outside, float("-inf"))
+        return (scores.softmax(-2) * members).sum(-2)
 
 
 class Ggem(nn.Module):

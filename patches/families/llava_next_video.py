@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mllm_efficient.errors import MllmEfficientError, UnsupportedModelError
 from mllm_efficient.tokens import Grid
 
@@ -28,6 +30,9 @@ class LlavaNextVideoRules(VideoRules):
 
     def typical(self) -> list[Views]:
         return [self.video(self.FRAMES)]
+
+    def taken(self, item: Any) -> Grid:
+        return item.shape.planes[0].rows, item.shape.planes[0].columns  # frames are pooled before
 
     def of_tokens(self, n: int, exact: bool) -> list[Views]:
         each = self.video(1).shape.n

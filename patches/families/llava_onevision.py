@@ -17,7 +17,7 @@ from mllm_efficient.tokens import Grid, Plane, VisualShape
 from ..base import Encoding, Item, smaller_pixels, uncropped
 from ..pictures import ASPECT_RATIO, SHARED
 from ..rules import Size, Views
-from ..running import at_hand
+from ..running import at_hand, input_of
 from ..tower.attention import positions_at_hand, tower_of
 from .anyres import AnyresRules
 from .llava_next import LlavaNextAdapter
@@ -38,6 +38,10 @@ class VideoRules(AnyresRules):
     def pooled(self, side: int) -> int:
         """Tokens along a side of a frame of ``side`` x ``side`` patches."""
         raise TypeError(f"{type(self).__name__} must define pooled")
+
+    def taken(self, item: Any) -> Grid:
+        """(rows, columns) of what the projector is given of each frame of a video."""
+        return self.side, self.side
 
     def video_shape(self, frames: int, side: int) -> VisualShape:
         """Of a video of so many frames of ``side`` x ``side`` patches."""
@@ -78,6 +82,17 @@ class VideoFrames(LlavaNextAdapter, VideoRules):
 
     def unit(self, item: Item) -> Grid:
         return self.side, self.side
+
+    def views_of(self, item: Item) -> int:
+        return super().views_of(item) if item.shape.modality == "image" else item.arguments["pixel_values_videos"].shape[1]
+
+    def before_projector(self, items: list[Item]) -> Tensor:
+        if items[0].shape.modality == "image":
+            return super().before_projector(items)
+        call = {k: v for k, v in items[0].arguments.items() if k in LlavaNextAdapter.call_settings}
+        pixels = torch.cat([i.arguments["pixel_values_videos"].flatten(0, 1) for i in items])[None]  # frames are seen apart
+        features = input_of(getattr(*self.projector_at), lambda: self.model.model.get_video_features(pixels, return_dict=True, **call))
+        return features.flatten(0, -3)[:, features.shape[-2] - math.prod(self.taken(items[0])) :]
 
     def shape_at(self, item: Item, grid: Grid) -> VisualShape:
         if item.shape.modality == "image":

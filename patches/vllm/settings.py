@@ -104,6 +104,10 @@ def _why_not(method: Compressor, kind: str) -> str | None:
         why = "works inside the decoder, and vLLM gives every layer the same tokens"
     elif "clip_text" in method.needs or ("text" in method.needs and kind not in OF_TEXT):
         why = "looks at the question, and vLLM keeps an image's tokens by the image alone"
+    elif method.as_projector is not None and method.as_projector.asks:
+        why = "makes tokens by the question, and vLLM keeps an image's tokens by the image alone: train one with another pooling"
+    elif getattr(method, "over", "image") != "image":
+        why = "with over= joins views or frames, which vLLM's towers hand over one by one here"
     elif method.by_pixels and kind not in OF_PIXELS:
         why = f"looks at pixels, of which the towers of {' and '.join(OF_PIXELS)} alone run without those that go"
     elif method.in_tower and not method.by_pixels:

@@ -97,6 +97,8 @@ def log_of(folder, stage="full"):
     ("settings={layers: conv}", "layers='conv' of a TokenFLEX projector: swiglu, mlp"),
     ("settings={mixer: rafts}", "mixer='rafts' of a TokenFLEX projector: none, pool, raft"),
     ("settings={width: 3}", "no setting width"),
+    ("settings={over: frames}", "training takes no videos; train over=views"),
+    ("settings={over: views}", "over=views has no effect on LlavaForConditionalGeneration, whose images have no views"),
     ("settings.distill=-1", "settings.distill=-1.0: at least 0"),
     ("settings.distill=much", "distill='much': a number is wanted"),
     ("settings.distill=0.5;counts={36: 1}", "settings.distill has no effect on a single count"),
