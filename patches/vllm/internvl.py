@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +47,7 @@ class InternVLInfo(AnySizeInfo, interns1.InternS1ProcessingInfo):
 class InternVLProcessor(CompressedProcessor, interns1.InternS1MultiModalProcessor):
     one_each = TILES
 
-    @functools.cached_property
+    @property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
         processor = self.info.get_hf_processor()
         return [processor.start_image_token_id], [processor.end_image_token_id]
