@@ -155,16 +155,20 @@ def stock_kwargs(given: Mapping[str, object]) -> dict[str, object]:
 class CompressedProcessor(Stock):
     """Over a ``MultiModalProcessor`` of vLLM: takes the request's count, and replaces each placeholder by as many as will be needed.
 
-    one_each: what the processor makes one of for each image. around: tokens that vLLM puts before and after its placeholders.
+    one_each: what the processor makes one of for each image.
     """
 
     one_each = "pixel_values"
-    around: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(info, *args, **kwargs)
         if info.settings is not None:
             _ = info.tally  # so that the counters are there, and the method is known, before the first picture
+
+    @functools.cached_property
+    def around(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Tokens that the family puts before and after an image's placeholders."""
+        return (), ()
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Of pictures that nobody sent, so they are not counted."""
