@@ -27,7 +27,7 @@ TARGET = 0.8  # of what the FLOPs allow
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="bench-0.3b", help="a shape, with weights that vLLM makes up")
+    parser.add_argument("--model", default="bench-0.3b", help="a shape or a config.json, with weights that vLLM makes up")
     parser.add_argument("--method", action="append", help="default: divprune:tokens=64")
     parser.add_argument("--threads-of", type=processors, default=(0,), help="processors of the servers, such as 0,1")
     parser.add_argument("--client-on", type=processors, default=(1,), help="processors of the client")
@@ -42,7 +42,12 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where a request's time goes; costs a little of it")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    found = measured(options)
+    from mllm_efficient.errors import MllmEfficientError
+
+    try:
+        found = measured(options)
+    except MllmEfficientError as error:
+        parser.error(str(error))
     for row in found["rows"]:
         print(line(row))
         for part, ms in (row.get("excess_ms") or {}).items():

@@ -55,6 +55,8 @@ def register() -> None:
     from mllm_efficient.patches.vllm import models
 
     command = Path(f"/proc/{os.getsid(0)}/cmdline").read_text().split("\0")
+    if "--port" not in command:  # the client
+        return
     ledger = Ledger(Path(os.environ[FOLDER]), int(command[command.index("--port") + 1]))
     timed(BaseMultiModalProcessor, "apply", ledger, lambda *_, **__: PICTURES)
     timed(models.CompressedLlava, "_process_image_input", ledger, lambda *_, **__: TOWER)

@@ -165,9 +165,9 @@ class CompressedProcessor(Stock):
         if info.settings is not None:
             _ = info.tally  # so that the counters are there, and the method is known, before the first picture
 
-    @property
+    @functools.cached_property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
-        """Tokens that vLLM puts before and after the placeholders of an image."""
+        """Tokens that the family puts before and after an image's placeholders."""
         return (), ()
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:

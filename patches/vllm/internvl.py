@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class InternVLInfo(AnySizeInfo, interns1.InternS1ProcessingInfo):
 class InternVLProcessor(CompressedProcessor, interns1.InternS1MultiModalProcessor):
     one_each = TILES
 
-    @property
+    @functools.cached_property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
         processor = self.info.get_hf_processor()
         return [processor.start_image_token_id], [processor.end_image_token_id]
