@@ -227,6 +227,22 @@ def every_method() -> str:
     return table(["", *(f"{at} tokens" for at in budgets)], rows)
 
 
+def all_flops() -> str:
+    """The table of ``benchmarks/results/towers.csv``: the share of all FLOPs, of the tower's, and accuracy with its difference, cheapest last."""
+    with (ROOT / "benchmarks" / "results" / "towers.csv").open() as file:
+        found = sorted(csv.DictReader(file), key=lambda row: -float(row["flops_ratio"]))
+    whole, rows = found[0], []
+    for row in found:
+        tower = float(row["vision_tflops"]) / float(whole["vision_tflops"])
+        low, high = (float(row[f"difference_interval_{end}"]) for end in ("low", "high"))
+        against = "" if row["role"] == "baseline" else f"{float(row['difference']):+.1f} [{low:+.1f}, {high:+.1f}]"
+        kept = f"{float(row['visual_tokens_kept']):.0f}"
+        rows.append(
+            [f"`{row['method']}`", kept, f"{100 * float(row['flops_ratio']):.0f}%", f"{100 * tower:.0f}%", f"{float(row['score']):.1f}", against]
+        )
+    return table(["", "tokens", "of all FLOPs", "of the tower's", "right", "difference"], rows)
+
+
 # ------------------------------------------------------------------------------------------------ README
 
 NAMES = {
@@ -277,7 +293,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "methods.md": {"table": methods_table, "methods": methods_in_full},
     "families.md": {"families": families_table, "facts": facts_table, "refused": refused_table, "decoders": decoders},
     "cli.md": {"commands": commands},
-    "results.md": {"every method": every_method},
+    "results.md": {"every method": every_method, "all FLOPs": all_flops},
 }
 
 

@@ -13,6 +13,7 @@ from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
 from .by_content import ByContent
+from .math.cosine import parts_of
 from .math.finite import ADVICE
 from .math.precision import full_float32 as full_float32
 from .math.whitening import whitened, whitening_flops
@@ -118,7 +119,9 @@ def distances(x: Tensor, metric: str = "cosine", name: str = "divprune") -> Tens
             x = torch.ldexp(x.to(full), -exponent.to(full))
             norm = torch.linalg.vector_norm(x, dim=-1)
             norm = torch.where(norm == 0, torch.ones_like(norm), norm)
-        similarity = products(x).div_(norm[..., :, None] * norm[..., None, :])
+        similarity = products(x)
+        for part in parts_of(similarity) if similarity.ndim == 2 else [slice(None)]:  # no second matrix of their lengths
+            similarity[..., part, :].div_(norm[..., part, None] * norm[..., None, :])
         return torch.sub(1, similarity, out=similarity)
 
 

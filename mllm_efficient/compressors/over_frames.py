@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import BadBudgetError, BadSettingError, CountMismatchError
 from ..lazy import torch
 from ..tokens import VisualShape, VisualTokens
+from .math.cosine import parts_of
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -72,6 +74,16 @@ def first_of(scores: Tensor, counts: Tensor) -> Tensor:
     order = scores.sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
     return rank < counts[:, None]
+
+
+def columns_of(x: Tensor) -> Iterator[slice]:
+    """Columns of rows (N, D) in parts, as ``parts_of`` has rows."""
+    return parts_of(x.T)
+
+
+def of_rows(parts: Tensor, rows: slice, n: int, each: int) -> Tensor:
+    """What belongs to some of n rows, (R, D), or (1, D) where all are one part; ``each`` rows after another share a row of parts (T, D)."""
+    return parts if len(parts) == 1 else parts[torch.arange(*rows.indices(n), device=parts.device) // each]
 
 
 def wide(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
+from .math.cosine import parts_of
 from .math.finite import require_finite
-from .over_frames import OverFrames, first_of, frames_of, wide
+from .over_frames import OverFrames, columns_of, first_of, frames_of, of_rows, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +40,18 @@ class VCast(OverFrames):
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         frames, each = frames_of(v, self.name)
         require_finite(v.features, self.name, "visual tokens")
-        x = wide(v.features.detach()).view(frames, each, -1)
-        means = x.mean(1)
+        x = v.features.detach()
+        means = torch.cat([wide(x[:, part]).view(frames, each, -1).mean(1) for part in columns_of(x)], 1)
         means = means / torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp(min=EPSILON)
         counts = shared_out(curvature(means), k, each)
-        length = torch.linalg.vector_norm(x, dim=2)
+        length, like = (means.new_empty(len(v)) for _ in range(2))
+        for part in parts_of(x):
+            rows = wide(x[part])
+            length[part] = torch.linalg.vector_norm(rows, dim=1)
+            like[part] = cosine(rows, of_rows(means, part, len(v), each))
+        length = length.view(frames, each)
         low, high = length.aminmax(dim=1, keepdim=True)
-        score = 1 - cosine(x, means[:, None]) + (length - low) / (high - low + EPSILON)
+        score = 1 - like.view(frames, each) + (length - low) / (high - low + EPSILON)
         return first_of(score.float(), counts).flatten().to(torch.uint8).sort(descending=True, stable=True).indices[:k]
 
 

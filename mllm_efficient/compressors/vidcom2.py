@@ -9,8 +9,9 @@ from ..budget import Budget
 from ..lazy import torch
 from ..registry import register
 from ..tokens import VisualTokens
+from .math.cosine import parts_of
 from .math.finite import require_finite
-from .over_frames import OverFrames, first_of, frames_of, wide
+from .over_frames import OverFrames, columns_of, first_of, frames_of, of_rows, wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +45,9 @@ class VidCom2(OverFrames):
     def select(self, v: VisualTokens, k: int) -> Tensor:  # type: ignore[override]
         frames, each = frames_of(v, self.name)
         require_finite(v.features, self.name, "visual tokens")
-        x = wide(v.features.detach())
-        calm = x.var(0, unbiased=False).float().sort(stable=True).indices[: max(1, x.shape[1] // 2)]
-        x = x[:, calm]
-        x = (x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=1e-12)).view(frames, each, -1)
-        to_video, to_frame = likeness(x, x.mean((0, 1), keepdim=True)), likeness(x, x.mean(1, keepdim=True))
+        x = calm_half(v.features.detach())
+        to_video = likeness(x, x.mean(0, keepdim=True), len(v)).view(frames, each)
+        to_frame = likeness(x, x.view(frames, each, -1).mean(1), each).view(frames, each)
         share = self.fraction or k / len(v)
         p = (to_video.mean(1) / -TEMPERATURE).softmax(0)
         counts = (share * (1 + p - p.mean())).clamp(max=1).mul(each).round().clamp(1, each)
@@ -58,10 +57,22 @@ class VidCom2(OverFrames):
         return order[apart[order].to(torch.uint8).sort(descending=True, stable=True).indices[:k]]
 
 
-def likeness(x: Tensor, centre: Tensor) -> Tensor:
-    """(T, P) sums of Gaussians of x (T, P, D) around a centre that broadcasts to it."""
-    squared = (x - centre).square().sum(-1)
-    total = torch.zeros_like(squared)
-    for width in WIDTHS:
-        total += (squared / (-2 * width)).exp()
+def calm_half(x: Tensor) -> Tensor:
+    """(N, D / 2) the channels of rows x (N, D) that vary least, each row at length 1; made part by part, the only wide copy."""
+    spread = torch.cat([wide(x[:, part]).var(0, unbiased=False) for part in columns_of(x)])
+    calm = spread.float().sort(stable=True).indices[: max(1, x.shape[1] // 2)]
+    out = x.new_empty(len(x), len(calm), dtype=spread.dtype)
+    for part in parts_of(out):
+        rows = wide(x[part].index_select(1, calm))
+        torch.div(rows, torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12), out=out[part])
+    return out
+
+
+def likeness(x: Tensor, centres: Tensor, each: int) -> Tensor:
+    """(N,) sums of Gaussians of x (N, D), each of them around the centre (N / each, D) of its rows."""
+    total = x.new_zeros(len(x))
+    for part in parts_of(x):
+        squared = (x[part] - of_rows(centres, part, len(x), each)).square().sum(-1)
+        for width in WIDTHS:
+            total[part] += (squared / (-2 * width)).exp()
     return total

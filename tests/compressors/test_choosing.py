@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.once
 
 NAIVE = Path(__file__).parents[2] / "benchmarks" / "naive.py"
 METHODS = ("cdpruner", "vispruner", "scope", "prumerge_plus", "visionzip", "tome")
+OVER_FRAMES = ("evs", "vidcom2", "vcast", "fastvid")
 
 
 def tokens(seed: int, n: int = 0, d: int = 0, dtype: torch.dtype = torch.float32) -> me.VisualTokens:
@@ -174,10 +176,12 @@ def test_the_bytes_counted_are_those_alive_at_a_time():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "divprune", *OVER_FRAMES])
 def test_choosing_takes_the_similarities_and_one_copy_of_the_features(name, dtype):
-    n, d, k = 1500, 1024, 100
+    n, d, k = 1500, 1024, 150
     v, method = tokens(0, n, d, dtype), me.build({"method": name, "tokens": k})
+    if name in OVER_FRAMES:
+        v = dataclasses.replace(v, frame=torch.arange(n) // 150)
     assert most_bytes(lambda: method.compress(v, k)) <= 1.2 * 4 * n * n + 4 * n * d
 
 
