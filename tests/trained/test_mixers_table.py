@@ -29,7 +29,8 @@ def test_every_arm_is_there_and_the_best_have_three_seeds(study):
     found = study.read(study.RESULTS)
     assert {(arm, 0) for arm in study.ARMS} <= set(found)
     several = {arm for arm in study.ARMS if all((arm, seed) in found for seed in range(3))}
-    assert several == {"plain", *study.best(found, study.questions("val"))}
+    chosen = {"plain", *study.best(found, study.questions("val"))}
+    assert chosen <= several <= {*chosen, *study.LATER}
     for run in found.values():
         assert run["settings"] == study.ARMS[run["arm"]] and run["steps"] == study.STEPS * (2 if run["arm"] == "plain-long" else 1)
 
