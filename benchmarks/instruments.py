@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,13 @@ METHODS = (
     "scope", "vispruner", "visionzip", "prumerge_plus", "fastervlm", "vscan", "cdpruner:relevance=llm", "mmtok", "hawk",
     "fastv:layer=1", "pyramiddrop", "sparsevlm", "dart:layer=1",
 )  # fmt: skip
+FILMED = ("evs", "vidcom2", "vcast", "fastvid")  # for videos alone
 MOVED = ("random", "divprune", "divmerge")  # methods that are asked with both rules of positions
-PAIRS = (("builtin", "builtin"), ("builtin-qwen", "builtin"), ("builtin-qwen", "builtin-hard"))  # model, benchmark
+PARTED = ("uniform", "random", "divprune", "divmerge")  # and with a budget of each tile or frame instead of the whole
+PAIRS = (
+    ("builtin", "builtin", None), ("builtin-qwen", "builtin", None), ("builtin-qwen", "builtin-hard", None),
+    ("builtin-video", "builtin-hard", "video"),
+)  # fmt: skip  # model, benchmark, categories
 FLAT = "without deepstack"
 BASELINE, OTHER_RULE = "none", {"keep": "renumber", "renumber": "keep"}
 
@@ -85,7 +91,7 @@ def weights_of(model: str) -> str:
     return hashlib.sha256((Path(model_source(model)) / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def ask(model: str, suite: str, questions: int, folder: Path, batch_size: int) -> Answers:
+def ask(model: str, suite: str, categories: str | None, questions: int, folder: Path, batch_size: int) -> Answers:
     """Asks what is not recorded in ``folder`` yet."""
     from mllm_efficient.apply.plan import check
     from mllm_efficient.errors import MllmEfficientError
@@ -104,9 +110,12 @@ def ask(model: str, suite: str, questions: int, folder: Path, batch_size: int) -
 
     weights = weights_of(model)
     loaded, embedded = load(ModelOptions(model)), embedded_suite(suite)
-    asked = embedded.samples("test", questions, embedded.asks(None, loaded.processor, print))
+    asked = embedded.samples("test", questions, embedded.asks(categories, loaded.processor, print))
     adapter, methods, refused = require_supported(loaded), {BASELINE: runnable(BASELINE)}, dict[str, str]()
-    wanted = [with_settings(m, f"keep={keep}") for keep in KEEPS for m in METHODS]
+    video = categories == "video"
+    part = f"per={'frame' if video else 'tile'}"
+    wanted = [with_settings(m, f"keep={keep}") for keep in KEEPS for m in (*METHODS, *(FILMED if video else ()))]
+    wanted += [with_settings(m, f"keep={keep}", part) for keep in KEEPS for m in PARTED]
     wanted += [with_settings(m, f"keep={keep}", f"positions={OTHER_RULE[adapter.positions]}") for keep in KEEPS for m in MOVED]
     for spec in wanted:
         try:
@@ -153,7 +162,7 @@ def _value(value: Any) -> str:
 
 def read(folder: Path) -> list[Answers]:
     """In the order of ``PAIRS``. Raises SystemExit where there is none."""
-    paths = [folder / f"{model}-{suite}.json" for model, suite in PAIRS]
+    paths = [folder / f"{model}-{suite}.json" for model, suite, _ in PAIRS]
     found = [Answers(**json.loads(path.read_text())) for path in paths if path.exists()]
     if not found:
         raise SystemExit(f"no answers in {folder}: 'python benchmarks/instruments.py ask --output-dir DIR' makes them")
@@ -181,7 +190,7 @@ def lined(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def methods_table(answers: Answers) -> str:
     """Every method at every budget, the best mean over budgets first."""
     rows = []
-    for method in METHODS:
+    for method in (*METHODS, *FILMED):
         arms = [with_settings(method, f"keep={keep}") for keep in KEEPS]
         if not any(arm in answers.right for arm in arms):
             continue
@@ -208,6 +217,17 @@ def positions_table(all_answers: Sequence[Answers]) -> str:
                 cells.append(against(answers, *arms) if answers.has(arms) else "")
             rows.append([f"{answers.name}: {method}", *cells])
     return lined(["positions kept, against renumbered", *(f"keep={keep}" for keep in KEEPS)], rows)
+
+
+def parts_table(all_answers: Sequence[Answers]) -> str:
+    """Points that a budget of each tile or frame gains over one of the whole picture or video."""
+    rows = []
+    for answers in all_answers:
+        for part, method in product(("tile", "frame"), PARTED):
+            arms = [[with_settings(method, f"keep={keep}", *s) for s in ((f"per={part}",), ())] for keep in KEEPS]
+            if any(answers.has(pair) for pair in arms):
+                rows.append([f"{answers.name}: {method}, per={part}", *(against(answers, *p) if answers.has(p) else "" for p in arms)])
+    return lined(["a budget of each part, against one of the whole", *(f"keep={keep}" for keep in KEEPS)], rows)
 
 
 def deepstack_table(all_answers: Sequence[Answers]) -> str:
@@ -252,7 +272,7 @@ def best_table(all_answers: Sequence[Answers]) -> str:
     for answers in all_answers:
         cells = []
         for keep in KEEPS:
-            arms = {with_settings(m, f"keep={keep}"): m for m in METHODS if answers.has([with_settings(m, f"keep={keep}")])}
+            arms = {with_settings(m, f"keep={keep}"): m for m in (*METHODS, *FILMED) if answers.has([with_settings(m, f"keep={keep}")])}
             scores = answers.scores(list(arms))
             best = max(arms, key=lambda arm: scores.values[arm][-2])
             close = [m for arm, m in arms.items() if arm != best and scores.of(arm, len(answers.categories), best).interval()[1] >= 0]
@@ -264,7 +284,7 @@ def best_table(all_answers: Sequence[Answers]) -> str:
 def tables(found: Sequence[Answers]) -> list[str]:
     """All of them, as Markdown."""
     each = [methods_table(answers) for answers in found]
-    return [*each, positions_table(found), deepstack_table(found), agreement_table(found), best_table(found)]
+    return [*each, positions_table(found), parts_table(found), deepstack_table(found), agreement_table(found), best_table(found)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,9 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "ask":
         if args.output_dir is None:
             parser.error("ask needs --output-dir")
-        for model, suite in PAIRS:
+        for model, suite, categories in PAIRS:
             if args.only is None or model in args.only:
-                answers = ask(model, suite, args.questions, args.output_dir, args.batch_size)
+                answers = ask(model, suite, categories, args.questions, args.output_dir, args.batch_size)
                 write(answers, args.results)
                 print(f"{answers.name}: {len(answers.right)} arms, {len(answers.refused)} refused", file=sys.stderr)
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import MllmEfficientError, did_you_mean
 
 FIRST = "builtin"
-FOLDERS = {FIRST: "model", "builtin-qwen": "qwen"}
+FOLDERS = {FIRST: "model", "builtin-qwen": "qwen", "builtin-video": "video"}
 
 
 def embedded(*parts: str) -> Path:
@@ -17,7 +17,7 @@ def embedded(*parts: str) -> Path:
 
 
 def model_source(name: str) -> str:
-    """The folder of an embedded model by its name, ``builtin`` or ``builtin-qwen``; another name as it is.
+    """The folder of an embedded model by its name, ``builtin``, ``builtin-qwen`` or ``builtin-video``; another name as it is.
 
     Raises ``MllmEfficientError`` for a name of their kind that none has.
     """

@@ -9,12 +9,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .chat import CELL, VOCABULARY, chat_template, save_processor, text_settings
 
 TILE = 112  # pixels: a side of the tower's picture
 FRAMED = CELL // 2  # pixels: a patch of a frame, four of which are pooled to one token
 # tiles of the largest picture: 3 x 3, as the harder benchmark's have at most 336 pixels a side
-PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in product((1, 2, 3), repeat=2) if rows * columns > 1]
+PINPOINTS = [[TILE * rows, TILE * columns] for rows, columns in product((1, 2, 3), repeat=2)]
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 LOOK = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
 
@@ -26,17 +28,41 @@ def _tower(hidden: int, layers: int, patch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tiles_model(hidden: int = 128, layers: int = 4, vision: int = 128, vision_layers: int = 4) -> Any:
-    """A LLaVA-NeXT of random weights: a CLIP tower whose patches are cells of 28 pixels, Llama."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+def _text(hidden: int, layers: int) -> Any:
+    """Qwen3: its queries and keys are normalised, which lets large steps train from nothing."""
+    from transformers import Qwen3Config
+
+    rope = {"rope_type": "default", "rope_theta": 1000.0}
+    return Qwen3Config(**text_settings(hidden, layers), head_dim=32, rope_parameters=rope, architectures=["Qwen3ForCausalLM"])
+
+
+@torch.no_grad()
+def placed(model: Any) -> Any:
+    """The same model; its tower's learned positions begin as sines of row and column, as large as what a patch shows.
+
+    At random they are a fiftieth of it, and the language model's loss alone takes thousands of steps to find them.
+    """
+    tower = model.model.vision_tower
+    positions = tower.embeddings.position_embedding.weight
+    grid = tower.config.image_size // tower.config.patch_size
+    angle = 1.5 * torch.arange(grid)[:, None] * (1 / 30) ** torch.linspace(0, 1, positions.shape[1] // 4)
+    one = torch.cat([angle.sin(), angle.cos()], 1)
+    each = torch.cat([one[:, None].expand(-1, grid, -1), one.expand(grid, -1, -1)], -1).flatten(0, 1)
+    positions[len(positions) - len(each) :] = each  # behind the class token, where there is one
+    return model
+
+
+def tiles_model(hidden: int = 128, layers: int = 4, vision: int = 160, vision_layers: int = 4) -> Any:
+    """A LLaVA-NeXT of random weights: a CLIP tower whose patches are cells of 28 pixels, Qwen3."""
+    from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     tower = CLIPVisionConfig(**_tower(vision, vision_layers, CELL), hidden_act="gelu", projection_dim=hidden)
     config = LlavaNextConfig(
-        vision_config=tower, text_config=LlamaConfig(**text_settings(hidden, layers)), image_token_index=VOCABULARY[IMAGE],
+        vision_config=tower, text_config=_text(hidden, layers), image_token_index=VOCABULARY[IMAGE],
         image_grid_pinpoints=PINPOINTS, vision_feature_layer=-1, vision_feature_select_strategy="default",
         image_seq_length=(TILE // CELL) ** 2, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlavaNextForConditionalGeneration(config)
+    return placed(LlavaNextForConditionalGeneration(config))
 
 
 def save_tiles(folder: Path) -> None:
@@ -52,16 +78,16 @@ def save_tiles(folder: Path) -> None:
 
 
 def video_model(hidden: int = 128, layers: int = 4, vision: int = 128, vision_layers: int = 4) -> Any:
-    """A LLaVA-OneVision of random weights: a SigLIP tower with patches of 14 pixels, Qwen2."""
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+    """A LLaVA-OneVision of random weights: a SigLIP tower with patches of 14 pixels, Qwen3."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, SiglipVisionConfig
 
     tower = SiglipVisionConfig(**_tower(vision, vision_layers, FRAMED), vision_use_head=False)
     config = LlavaOnevisionConfig(
-        vision_config=tower, text_config=Qwen2Config(**text_settings(hidden, layers)), image_token_index=VOCABULARY[IMAGE],
+        vision_config=tower, text_config=_text(hidden, layers), image_token_index=VOCABULARY[IMAGE],
         video_token_index=VOCABULARY[VIDEO], image_grid_pinpoints=PINPOINTS, vision_feature_layer=-1,
         vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_9", tie_word_embeddings=True,
     )  # fmt: skip
-    return LlavaOnevisionForConditionalGeneration(config)
+    return placed(LlavaOnevisionForConditionalGeneration(config))
 
 
 def save_video(folder: Path) -> None:

@@ -21,7 +21,7 @@ def builtin(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     """An embedded model and its processor, as transformers' classes.
 
     Args:
-        name: None is a LLaVA-1.5 of 1.6 M parameters, "qwen" a Qwen3-VL of 2.0 M.
+        name: None is a LLaVA-1.5 of 1.6 M parameters, "qwen" a Qwen3-VL of 2.0 M, "video" a LLaVA-OneVision of 1.7 M for videos.
         options: fields of ``ModelOptions``: ``device``, ``dtype``, ``attn_implementation`` ...
 
     Returns:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mllm_efficient.errors import MllmEfficientError
+from mllm_efficient.loading.processor import why_no_videos
 
 from . import architecture, chat, questions, suite
 from .architecture import WORDS
@@ -108,13 +109,13 @@ class Suite:
         if categories is None:
             missing = VIDEO in self.categories and not able
             kept = tuple(c for c in self.categories if able or c != VIDEO)
-            return kept, f"without the category {VIDEO}: this model's processor takes no videos" if missing else None
+            return kept, f"without the category {VIDEO}: {why_no_videos(processor)}" if missing else None
         names = tuple(dict.fromkeys(part.strip() for part in categories.split(",") if part.strip()))
         unknown = [name for name in names if name not in self.categories]
         if unknown or not names:
             raise MllmEfficientError(f"--categories {categories!r}: {self.name} has {', '.join(self.categories)}")
         if VIDEO in names and not able:
-            raise MllmEfficientError(f"--categories {categories!r}: this model's processor takes no videos")
+            raise MllmEfficientError(f"--categories {categories!r}: {why_no_videos(processor)}")
         return tuple(c for c in self.categories if c in names), None
 
     def asks(self, categories: str | None, processor: Any, say: Callable[[str], None]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def flops(
     model: Annotated[
-        str, typer.Option("--model", help="A shape such as llava-1.5-7b, a folder, a hub id, builtin or builtin-qwen.")
+        str, typer.Option("--model", help="A shape such as llava-1.5-7b, a folder, a hub id, builtin, builtin-qwen or builtin-video.")
     ] = "builtin",
     method: Annotated[list[str] | None, typer.Option("--method", help="Specification or YAML file. Repeatable.")] = None,
     text_tokens: Annotated[str, typer.Option("--text-tokens", help="Tokens of the prompt that are not visual; a list zips.")] = "64",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..loading.models import Loaded
 
 NOTE = 130  # characters of a line below a table, where no terminal says
-Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a model; 'builtin' and 'builtin-qwen' are embedded.")]
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id; 'builtin', 'builtin-qwen' and 'builtin-video' are embedded.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Accelerate's device map, such as auto.")]

@@ -19,6 +19,11 @@ ALWAYS = ("crop_to_patches",)  # what InternVL's processor says anew in every ca
 NEEDS_VIDEO = 'videos need torchvision: pip install "mllm-efficient[video]"'
 
 
+def why_no_videos(processor: Any) -> str:
+    """Of a processor without a video processor: what to install, or that its model takes none."""
+    return NEEDS_VIDEO if getattr(processor, "video_token", None) else "this model's processor takes no videos"
+
+
 def open_processor(source: str, config: Any, **common: Any) -> Any:
     """A folder's or hub model's processor. Without torchvision one that takes videos too is opened for pictures alone.
 

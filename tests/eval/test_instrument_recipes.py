@@ -101,6 +101,21 @@ def test_the_packed_forward_equals_the_stock_model_on_videos():
     torch.testing.assert_close(packed[0, 0], stock, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("recipe", [tiles.RECIPE, video.RECIPE], ids=lambda r: r.name)
+def test_a_new_tower_begins_with_a_decoder_that_knows_the_words(recipe):
+    """And with places in its tower: two patches side by side are told apart before a step is taken."""
+    model, known = recipe.model(), load(ModelOptions(model="builtin-qwen", device="cpu")).model.model.language_model.state_dict()
+    own = model.model.language_model.state_dict()
+    assert own.keys() == known.keys() and all(torch.equal(own[key], known[key]) for key in own)
+    tower = model.model.vision_tower
+    grid, places = tower.config.image_size // tower.config.patch_size, tower.embeddings.position_embedding.weight
+    places = places[len(places) - grid**2 :]
+    assert torch.cdist(places, places).fill_diagonal_(9).min() > 1
+    width = places.shape[1] // 2
+    rows, columns = places.view(grid, grid, -1).split(width, -1)
+    assert torch.equal(rows[:, :1].expand_as(rows), rows) and torch.equal(columns[:1].expand_as(columns), columns)
+
+
 def test_a_question_is_encoded_as_the_processor_encodes_it():
     tokenizer = build_tokenizer()
     for category in HARD:

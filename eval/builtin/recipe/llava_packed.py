@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from mllm_efficient.loading.models import ModelOptions, load
 
 from ..chat import USER, VOCABULARY
 from ..llava_architectures import LOOK, PINPOINTS, TILE
@@ -46,6 +49,22 @@ def filmed(prompts: Sequence[Sequence[np.ndarray]]) -> Seen:
     frames = [[np.asarray(Image.fromarray(f).resize((TILE, TILE), Image.Resampling.BICUBIC)) for f in frames] for frames in prompts]
     pixels = torch.from_numpy(np.array(frames)).movedim(-1, 2).float()
     return Seen((pixels / 255 - 0.5) / 0.5, None, [1] * len(prompts))
+
+
+@torch.no_grad()
+def begun(model: Any) -> Any:
+    """The same model with the decoder of ``builtin-qwen`` to begin with; its tower is random, and the projector orthogonal.
+
+    A new decoder finds where things are by M-RoPE's rows and columns at once, and by positions of one axis not in a thousand steps;
+    one that knows the words and what is asked for finds it while the tower learns to see. 20 gives features the length that the
+    decoder expects.
+    """
+    decoder = load(ModelOptions(model="builtin-qwen", device="cpu")).model.model.language_model
+    model.model.language_model.load_state_dict(decoder.state_dict())
+    projector = model.model.multi_modal_projector
+    torch.nn.init.orthogonal_(projector.linear_1.weight)
+    torch.nn.init.orthogonal_(projector.linear_2.weight, 20.0)
+    return model
 
 
 class PackedLlava(PackedLanguage):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -228,12 +228,20 @@ SMALL = {"tiny": tiny_prompt, "large": large_prompt}
 
 @dataclass(frozen=True)
 class Kind:
-    """What one micro-batch is drawn from: prompts of some categories with the same number of pictures and at most so many tokens."""
+    """What one micro-batch is drawn from: prompts of some categories with the same number of pictures and at most so many tokens.
+
+    whole: one side of a picture is a multiple of so many pixels, so that a processor that cuts tiles of them does not scale it.
+    """
 
     categories: tuple[str, ...]
     pictures: int
     low: int
     high: int
+    whole: int = field(default=0, kw_only=True)
+
+    def takes(self, height: int, width: int) -> bool:
+        fits = not self.whole or height % self.whole == 0 or width % self.whole == 0
+        return fits and self.low < height * width // CELL**2 <= self.high
 
 
 def draw_prompt(kind: Kind, rng: np.random.Generator) -> Prompt:
@@ -242,15 +250,18 @@ def draw_prompt(kind: Kind, rng: np.random.Generator) -> Prompt:
         category = kind.categories[int(rng.integers(len(kind.categories)))]
         index = int(rng.integers(1 << 30))
         if category in SMALL:
-            return SMALL[category](index, rng)
+            prompt = SMALL[category](index, rng)
+            if kind.takes(prompt.height, prompt.width):
+                return prompt
+            continue
         if category == "old":
-            sizes = [s for s in (140, *OLD_SIZES) if kind.low < (s // CELL) ** 2 <= kind.high]
+            sizes = [s for s in (140, *OLD_SIZES) if kind.takes(s, s)]
             if sizes:
                 return old_prompt(index, sizes[int(rng.integers(len(sizes)))], rng)
             continue
         for _ in range(400):
             item = make_item("train", index, category)
-            size = item.pictures[0].height * item.pictures[0].width // CELL**2
-            if len(item.pictures) == kind.pictures and kind.low < size <= kind.high:
+            first = item.pictures[0]
+            if len(item.pictures) == kind.pictures and kind.takes(first.height, first.width):
                 return hard_prompt(index, category, rng)
             index = int(rng.integers(1 << 30))
