@@ -72,6 +72,7 @@ def named(cls: Any, ledger: Ledger, who: str) -> None:
     """The process that makes one of these is called so."""
     stock = cls.__init__
 
+    @functools.wraps(stock)  # vLLM asks the signature of a model what it takes
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
         ledger.who = who
         stock(self, *args, **kwargs)
