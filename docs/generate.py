@@ -228,7 +228,7 @@ def every_method() -> str:
 
 
 def all_flops() -> str:
-    """The table of ``benchmarks/results/towers.csv``, cheapest last: the share of all FLOPs and of the tower's, accuracy and its difference."""
+    """Of ``benchmarks/results/towers.csv``: shares of all FLOPs and of the tower's, accuracy and its difference, cheapest last."""
     with (ROOT / "benchmarks" / "results" / "towers.csv").open() as file:
         found = sorted(csv.DictReader(file), key=lambda row: -float(row["flops_ratio"]))
     whole, rows = found[0], []
