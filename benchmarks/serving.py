@@ -131,7 +131,7 @@ def beside_flops(
             "ideal": ideal, "reached": None if row["failed"] else row["requests_ratio"]["median"] / ideal,
             "gflops": {name: getattr(own, name) / 1e9 for name in ("vision", "compress", "prefill", "decode")},
         }  # fmt: skip
-        if parts:
+        if parts and not row["failed"]:
             more |= {"parts_ms": parts[row["method"]], "excess_ms": excess(parts[row["method"]], parts[base["method"]], ideal)}
         out.append({**row, **more})
     return out

@@ -20,7 +20,7 @@ FOLDER = "SERVING_PARTS"  # variable of the environment: where processes write
 PERIOD = 0.2  # seconds between two writings of a process
 PICTURES, TOWER, METHOD, HEAD = "pictures and prompt", "tower", "method", "head"
 PROMPTS, DECODING = "decoder, prompts", "decoder, next tokens"
-FRONT, ENGINE = "front end, rest", "engine, rest"
+FRONT, ENGINE, WORKER = "front end, rest", "engine, rest", "worker, rest"
 
 
 class Ledger:
@@ -59,26 +59,34 @@ def register() -> None:
         return
     ledger = Ledger(Path(os.environ[FOLDER]), int(command[command.index("--port") + 1]))
     timed(BaseMultiModalProcessor, "apply", ledger, lambda *_, **__: PICTURES)
-    timed(models.CompressedLlava, "_process_image_input", ledger, lambda *_, **__: TOWER)
-    timed(models.CompressedLlava, "compute_logits", ledger, lambda *_, **__: HEAD)
-    timed(models.CompressedLlava, "forward", ledger, decoding)
+    for cls in (models.CompressedLlava, models.CompressedLlavaNext, models.CompressedLlavaOnevision):
+        timed(cls, "_process_image_input", ledger, lambda *_, **__: TOWER)
+        timed(cls, "compute_logits", ledger, lambda *_, **__: HEAD)
+        timed(cls, "forward", ledger, decoding)
+        named(cls, ledger, WORKER)
     models.each_alone = part_of(models.each_alone, ledger, lambda *_, **__: METHOD)
-    stock = EngineCore.__init__
+    named(EngineCore, ledger, ENGINE)
 
+
+def named(cls: Any, ledger: Ledger, who: str) -> None:
+    """The process that makes one of these is called so."""
+    stock = cls.__init__
+
+    @functools.wraps(stock)  # vLLM asks the signature of a model what it takes
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        ledger.who = ENGINE
+        ledger.who = who
         stock(self, *args, **kwargs)
 
-    EngineCore.__init__ = begin
+    cls.__init__ = begin
 
 
-def decoding(model: Any, input_ids: Any, positions: Any, *_: Any, **kwargs: Any) -> str:
-    """Whether a step of the decoder has prompts in it: where it has more tokens than requests, they are of prompts."""
+def decoding(*_: Any, **__: Any) -> str:
+    """Whether a step of the decoder has parts of prompts in it, or a token of each request alone."""
     from vllm.forward_context import get_forward_context
 
     about = get_forward_context().attn_metadata
     about = next(iter(about.values())) if isinstance(about, dict) else about
-    return DECODING if about is None or len(positions) <= len(about.seq_lens) else PROMPTS
+    return PROMPTS if about is not None and about.max_query_len > 1 else DECODING
 
 
 def timed(cls: Any, name: str, ledger: Ledger, part: Callable[..., str]) -> None:
@@ -139,10 +147,10 @@ class Probe:
         return run
 
     def of(self, url: str, requests: int) -> dict[str, float]:
-        """Milliseconds of one request by part, the median over the runs."""
+        """Milliseconds of one request by part, the median over the runs; empty without any."""
         from statistics import median
 
-        runs = self.runs[url]
+        runs = self.runs.get(url, [])
         return {part: 1000 * median(run.get(part, 0.0) for run in runs) / requests for part in sorted({p for run in runs for p in run})}
 
 

@@ -228,7 +228,7 @@ def every_method() -> str:
 
 
 def all_flops() -> str:
-    """The table of ``benchmarks/results/towers.csv``: the share of all FLOPs, of the tower's, and accuracy with its difference, cheapest last."""
+    """Of ``benchmarks/results/towers.csv``: shares of all FLOPs and of the tower's, accuracy and its difference, cheapest last."""
     with (ROOT / "benchmarks" / "results" / "towers.csv").open() as file:
         found = sorted(csv.DictReader(file), key=lambda row: -float(row["flops_ratio"]))
     whole, rows = found[0], []
@@ -238,7 +238,14 @@ def all_flops() -> str:
         against = "" if row["role"] == "baseline" else f"{float(row['difference']):+.1f} [{low:+.1f}, {high:+.1f}]"
         kept = f"{float(row['visual_tokens_kept']):.0f}"
         rows.append(
-            [f"`{row['method']}`", kept, f"{100 * float(row['flops_ratio']):.0f}%", f"{100 * tower:.0f}%", f"{float(row['score']):.1f}", against]
+            [
+                f"`{row['method']}`",
+                kept,
+                f"{100 * float(row['flops_ratio']):.0f}%",
+                f"{100 * tower:.0f}%",
+                f"{float(row['score']):.1f}",
+                against,
+            ]
         )
     return table(["", "tokens", "of all FLOPs", "of the tower's", "right", "difference"], rows)
 

@@ -70,3 +70,18 @@ def test_a_process_says_what_its_parts_took(scripts, tmp_path):
         child.stdin.close()
     assert found["tower"] >= 0.3 and found[parts.FRONT] >= 0.45  # the system counts in hundredths
     assert probe.so_far("http://127.0.0.1:8123") == {}  # it has ended
+
+
+def test_a_class_that_names_its_process_takes_what_it_took(scripts):
+    """vLLM asks a model's signature which arguments it has."""
+    import inspect
+
+    class Model:
+        def __init__(self, *, vllm_config, prefix=""):
+            self.config = vllm_config
+
+    _, parts = scripts
+    ledger = SimpleNamespace(who=parts.FRONT)
+    parts.named(Model, ledger, parts.WORKER)
+    assert [*inspect.signature(Model.__init__).parameters] == ["self", "vllm_config", "prefix"]
+    assert Model(vllm_config=1).config == 1 and ledger.who == parts.WORKER

@@ -58,7 +58,8 @@ def largest(scores: np.ndarray, many: int, best: int) -> np.ndarray:
 
 def parts_of_rows(count: int, width: int) -> list[np.ndarray]:
     """Numbers 0 to count - 1 in parts, each of as many rows of a width as caches hold."""
-    return np.array_split(np.arange(count), -(-count // max(1, IN_CACHE // width)))
+    parts = -(-count // max(1, IN_CACHE // width))
+    return [np.arange(count)] if parts == 1 else np.array_split(np.arange(count), parts)
 
 
 def most_coverage(alike: Tensor, saliency: Tensor, k: int) -> Tensor:

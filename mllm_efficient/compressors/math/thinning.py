@@ -52,6 +52,7 @@ def _list_anew(rows: np.ndarray, left: np.ndarray, some: np.ndarray, values: np.
     """Lists of some tokens, of those that are left alone."""
     count = min(tokens.shape[1], len(left))
     near = rows[some][:, left]
-    best = np.argpartition(-near, count - 1, axis=1)[:, :count]
-    best = np.take_along_axis(best, np.argsort(-np.take_along_axis(near, best, 1), axis=1), 1)
-    tokens[some, :count], values[some, :count] = left[best], np.take_along_axis(near, best, 1)
+    best, row = np.argpartition(-near, count - 1, axis=1)[:, :count], np.arange(len(some))[:, None]
+    value = near[row, best]
+    order = np.argsort(-value, axis=1)
+    tokens[some, :count], values[some, :count] = left[best[row, order]], value[row, order]
