@@ -65,19 +65,19 @@ def register() -> None:
         timed(cls, "forward", ledger, decoding)
         named(cls, ledger, WORKER)
     models.each_alone = part_of(models.each_alone, ledger, lambda *_, **__: METHOD)
-    named(EngineCore, ledger, ENGINE)
+    named(EngineCore, ledger, ENGINE, "_initialize_kv_caches")  # its __init__ is what loads this
 
 
-def named(cls: Any, ledger: Ledger, who: str) -> None:
-    """The process that makes one of these is called so."""
-    stock = cls.__init__
+def named(cls: Any, ledger: Ledger, who: str, method: str = "__init__") -> None:
+    """The process that calls this method is called so."""
+    stock = getattr(cls, method)
 
     @functools.wraps(stock)  # vLLM asks the signature of a model what it takes
-    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
         ledger.who = who
-        stock(self, *args, **kwargs)
+        return stock(self, *args, **kwargs)
 
-    cls.__init__ = begin
+    setattr(cls, method, begin)
 
 
 def decoding(*_: Any, **__: Any) -> str:
