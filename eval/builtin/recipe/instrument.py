@@ -26,7 +26,7 @@ from mllm_efficient.loading.models import ModelOptions, load
 from .muon import Muon
 from .packed_language import PackedLanguage, Questions, questions
 from .phases import Phase, phase_of, rate
-from .prompts import GROUND, Kind, draw_prompt, picked
+from .prompts import Kind, draw_prompt, picked
 from .state import Log, restore, save
 from .validation import Asked, publish, validate
 
@@ -169,7 +169,7 @@ def main(recipe: Recipe, doc: str | None, argv=None) -> int:
         for opt in opts:
             opt.step()
         if step % LOG_EVERY == LOG_EVERY - 1 or step == total - 1:
-            shown = {c: round(100 * tally[c][0] / tally[c][1]) for c in (*recipe.categories, GROUND) if c in tally}
+            shown = {c: round(100 * tally[c][0] / tally[c][1]) for c in sorted(tally)}
             log(step=step + 1, loss=round(float(np.mean(losses)), 4), hits=shown)
             tally, losses = {}, []
         if step % VAL_EVERY == VAL_EVERY - 1 or step == total - 1:

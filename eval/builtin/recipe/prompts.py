@@ -143,7 +143,9 @@ def hard_prompt(index: int, category: str, rng: np.random.Generator, split: str 
     for order, picture in zip(ORDER, item.pictures) if split == "train" and not item.video else ():
         grounding += grounded(_all_seen(picture), rng, f" in the {order} image" if len(item.pictures) > 1 else "")
     draw = tuple(picture.draw for picture in item.pictures)
-    return Prompt(first.height, first.width, draw, tuple((category, q.text, q.answer) for q in asked), tuple(grounding))
+    forms = split == "train" and category == VIDEO  # of a video in training, one for each form of question
+    own = tuple((f"{category} {q.form}" if forms else category, q.text, q.answer) for q in asked)
+    return Prompt(first.height, first.width, draw, own, tuple(grounding))
 
 
 def old_prompt(index: int, size: int, rng: np.random.Generator, split: str = "train") -> Prompt:
@@ -198,7 +200,9 @@ def large_prompt(index: int, rng: np.random.Generator) -> Prompt:
     return Prompt(height, width, (picture.draw,), tuple(asked), tuple(asked))
 
 
-WEIGHTS = {"object": 0.4, "attribute": 1.3, "count": 0.8, "position": 1.5, "presence": 1.3, "reading": 1.0, "comparison": 1.3}
+WEIGHTS = {"object": 0.4, "attribute": 1.3, "count": 0.8, "position": 1.5, "presence": 1.3, "reading": 1.0, "comparison": 1.3} | {
+    "video motion": 1.5, "video appeared": 3.0, "video before": 0.7,
+}  # fmt: skip
 
 
 def picked(prompt: Prompt, grounding: float, rng: np.random.Generator, count: int = QUESTIONS) -> list[tuple[str, tuple[int, ...], float]]:

@@ -22,7 +22,8 @@ FILM = Drawn((VIDEO,), 8, 0, 36, 12, 1.0, 6)
 
 PHASES = (
     Phase(400, 2, 1.0, (STILL,)),
-    Phase(2500, 2, 0.7, (replace(STILL, share=0.2), replace(FILM, share=0.8))),
+    Phase(1860, 2, 0.7, (replace(STILL, share=0.2), replace(FILM, share=0.8))),
+    Phase(840, 2, 0.7, (replace(STILL, share=0.05), replace(FILM, share=0.95))),
 )
 
 
