@@ -116,7 +116,8 @@ def ask(model: str, suite: str, categories: str | None, questions: int, folder: 
     part = f"per={'frame' if video else 'tile'}"
     wanted = [with_settings(m, f"keep={keep}") for keep in KEEPS for m in (*METHODS, *(FILMED if video else ()))]
     wanted += [with_settings(m, f"keep={keep}", part) for keep in KEEPS for m in PARTED]
-    wanted += [with_settings(m, f"keep={keep}", f"positions={OTHER_RULE[adapter.positions]}") for keep in KEEPS for m in MOVED]
+    moved = (*METHODS, *FILMED) if video else MOVED  # when something happens is in the positions alone
+    wanted += [with_settings(m, f"keep={keep}", f"positions={OTHER_RULE[adapter.positions]}") for keep in KEEPS for m in moved]
     for spec in wanted:
         try:
             method = runnable(spec)
@@ -187,16 +188,16 @@ def lined(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def methods_table(answers: Answers) -> str:
-    """Every method at every budget, the best mean over budgets first."""
+def methods_table(answers: Answers, *settings: str) -> str:
+    """Every method at every budget, the best mean over budgets first. settings: of all of them."""
     rows = []
     for method in (*METHODS, *FILMED):
-        arms = [with_settings(method, f"keep={keep}") for keep in KEEPS]
+        arms = [with_settings(method, f"keep={keep}", *settings) for keep in KEEPS]
         if not any(arm in answers.right for arm in arms):
             continue
         cells = [against(answers, arm, BASELINE) if arm in answers.right else "" for arm in arms]
         rows.append((sum(float(c.split(",")[0]) for c in cells if c) / sum(map(bool, cells)), [method, *cells]))
-    header = [f"{answers.name}, none {answers.scores([BASELINE]).values[BASELINE][-2]:.1f}"]
+    header = [f"{', '.join([answers.name, *settings])}, none {answers.scores([BASELINE]).values[BASELINE][-2]:.1f}"]
     header += [f"{with_budget(answers, keep)} tokens" for keep in KEEPS]
     return lined(header, [cells for _, cells in sorted(rows, key=lambda row: -row[0])])
 
@@ -283,7 +284,12 @@ def best_table(all_answers: Sequence[Answers]) -> str:
 
 def tables(found: Sequence[Answers]) -> list[str]:
     """All of them, as Markdown."""
-    each = [methods_table(answers) for answers in found]
+    each = []
+    for answers in found:
+        each.append(methods_table(answers))
+        other = f"positions={OTHER_RULE[answers.positions]}"
+        if any(answers.has([with_settings(m, f"keep={KEEPS[0]}", other)]) for m in METHODS if m not in MOVED):
+            each.append(methods_table(answers, other))
     return [*each, positions_table(found), parts_table(found), deepstack_table(found), agreement_table(found), best_table(found)]
 
 
