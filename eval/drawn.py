@@ -11,7 +11,7 @@ from mllm_efficient.compressors.base import Compressor
 from mllm_efficient.compressors.words import title
 from mllm_efficient.errors import MllmEfficientError
 from mllm_efficient.loading.models import Loaded
-from mllm_efficient.loading.processor import NEEDS_VIDEO
+from mllm_efficient.loading.processor import NEEDS_VIDEO, for_pictures_alone
 from mllm_efficient.measure.native import asked
 from mllm_efficient.media.overlay import Result
 
@@ -30,7 +30,7 @@ def run_method(
     from mllm_efficient.patches import adapter_for
 
     processor = getattr(loaded.processor, "video_processor", None) if video else None
-    if video and processor is None and getattr(loaded.processor, "video_token", None):
+    if video and for_pictures_alone(loaded.processor):
         raise MllmEfficientError(NEEDS_VIDEO)
     if processor is not None and method.sets_processor:
         raise MllmEfficientError(f"{method.spec()} sets the processor of pictures, and a video has another: leave --video out")

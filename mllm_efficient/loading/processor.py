@@ -19,9 +19,14 @@ ALWAYS = ("crop_to_patches",)  # what InternVL's processor says anew in every ca
 NEEDS_VIDEO = 'videos need torchvision: pip install "mllm-efficient[video]"'
 
 
+def for_pictures_alone(processor: Any) -> bool:
+    """Whether the family takes videos and the processor was opened without what they need."""
+    return bool(getattr(processor, "video_token", None)) and getattr(processor, "video_processor", None) is None
+
+
 def why_no_videos(processor: Any) -> str:
     """Of a processor without a video processor: what to install, or that its model takes none."""
-    return NEEDS_VIDEO if getattr(processor, "video_token", None) else "this model's processor takes no videos"
+    return NEEDS_VIDEO if for_pictures_alone(processor) else "this model's processor takes no videos"
 
 
 def open_processor(source: str, config: Any, **common: Any) -> Any:

@@ -18,7 +18,7 @@ from ..compressors.resizer import Resizer
 from ..errors import MllmEfficientError
 from ..loading.lora import resolved
 from ..loading.models import Loaded, require_supported
-from ..loading.processor import NEEDS_VIDEO
+from ..loading.processor import NEEDS_VIDEO, for_pictures_alone
 from ..patches.vllm import BACKEND, PREFIX, PROJECTOR
 from ..patches.vllm import SERVED as FAMILIES
 from ..patches.vllm.settings import ALLOWED, Settings, require_served
@@ -43,7 +43,7 @@ def export(loaded: Loaded, method: Compressor, folder: Path, allowed: Sequence[i
     base, lora = resolved(loaded.options.model, loaded.options.adapter)
     if lora is not None:
         raise MllmEfficientError(f"{lora} is an adapter of {base}, and a served folder has whole weights: merge it with PEFT first")
-    if getattr(loaded.processor, "video_token", None) and getattr(loaded.processor, "video_processor", None) is None:
+    if for_pictures_alone(loaded.processor):
         raise MllmEfficientError(f"a served folder of {adapter.name} has a video processor: {NEEDS_VIDEO}")
     if adapter.name not in FAMILIES and method.as_projector is not None:
         raise MllmEfficientError(f"{method.name} is not served on {adapter.name}: on {', '.join(FAMILIES)} it is")

@@ -26,6 +26,7 @@ from mllm_efficient.eval.builtin.recipe.prompts import (
     ORDER,
     QUESTIONS,
     VIDEO,
+    WEIGHTS,
     Kind,
     draw_prompt,
     encode,
@@ -186,6 +187,22 @@ def test_a_prompt_is_of_its_kind_and_its_questions_are_shared_out():
         chosen = picked(prompt, 0.0, rng)
         assert len(chosen) == QUESTIONS and any(category != GROUND for category, _, _ in chosen)
         assert all(category == GROUND for category, _, _ in picked(prompt, 1.0, rng))
+
+
+def test_pictures_that_tiles_show_in_their_own_size():
+    rng, tile = np.random.default_rng(2), 112
+    for categories in (("tiny",), ("old", "document", "chart")):
+        drawn = [draw_prompt(Kind(categories, 1, 0, 64, whole=tile), rng) for _ in range(12)]
+        assert all(p.height % tile == 0 or p.width % tile == 0 for p in drawn)
+
+
+def test_questions_of_a_video_count_by_their_form_in_training_alone():
+    asked = {
+        split: {c for i in range(12) for c, *_ in hard_prompt(i, VIDEO, np.random.default_rng(0), split).questions}
+        for split in ("train", "val")
+    }
+    assert asked == {"train": {f"{VIDEO} {form}" for form in ("motion", "appeared", "earliest", "before")}, "val": {VIDEO}}
+    assert {c for c in WEIGHTS if c.startswith(VIDEO)} < asked["train"]
 
 
 def test_the_test_is_of_other_pictures_or_of_none_where_that_is_asked(loaded):

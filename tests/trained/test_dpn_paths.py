@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,19 @@ def study():
         spec = importlib.util.spec_from_file_location("dpn_paths_study", ROOT / "benchmarks" / "dpn_paths.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return module
+    yield module
+    for name in ("dpn_training", "mixers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def training(study):
+    return sys.modules["dpn_training"]
 
 
 @pytest.mark.parametrize("path", [((1, 2), (2, 2), (1, 1)), ((2, 2), (2, 2), (2, 2))])
 @torch.no_grad()
-def test_a_path_is_what_dpn_runs_with_its_kernels_forced(study, path):
+def test_a_path_is_what_dpn_runs_with_its_kernels_forced(study, training, path):
     loaded, asked = load(ModelOptions()), samples("test", scenes=1)[:3]
     picture = asked[0].picture(144)
     model, spec = loaded.model, f"dpn:weights=random,routing=fixed,min_tokens=1,kernel={study.name_of(path)}"
@@ -40,9 +48,9 @@ def test_a_path_is_what_dpn_runs_with_its_kernels_forced(study, path):
             wanted.append(model(**inputs).logits[0, -1])
     visual = model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output[0][None]
     blocks, ask_at = zip(*(pack(sample.question)[:2] for sample in asked))
-    logits = study.along(model.model.language_model, visual, torch.tensor([blocks]), torch.tensor([ask_at]), path)
+    logits = training.along(model.model.language_model, visual, torch.tensor([blocks]), torch.tensor([ask_at]), path)
     torch.testing.assert_close(logits[0], torch.stack(wanted), atol=1e-3, rtol=1e-3)
-    assert study.layers_of(path) == [144, *by_hand(path)]
+    assert training.layers_of(path) == [144, *by_hand(path)]
 
 
 def by_hand(path):
