@@ -135,7 +135,7 @@ def _named_for_vllm(folder: Path, inner: bool) -> None:
     renamed: dict[str, str] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as content:
-            names = {k: _name(k) if inner else k for k in content.keys()}  # noqa: SIM118
+            names = {k: name_for_vllm(k) if inner else k for k in content.keys()}  # noqa: SIM118
             tensors: dict[str, Tensor] = {}
             if any(k != v for k, v in names.items()):
                 tensors = {v: content.get_tensor(k) for k, v in names.items()}
@@ -153,6 +153,7 @@ def _named_for_vllm(folder: Path, inner: bool) -> None:
         index.write_text(json.dumps(listed, indent=2) + "\n")
 
 
-def _name(key: str) -> str:
+def name_for_vllm(key: str) -> str:
+    """What a weight of a CLIP or SigLIP tower is called in hub checkpoints, which vLLM reads alone; transformers reads both names."""
     head, found, tail = key.partition(TOWER)
     return key if not found or tail.startswith(INNER) else f"{head}{TOWER}{INNER}{tail}"

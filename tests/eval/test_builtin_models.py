@@ -12,6 +12,7 @@ import mllm_efficient as me
 from mllm_efficient.embedded import FOLDERS, embedded
 from mllm_efficient.loading.models import ModelOptions, load
 from mllm_efficient.measure.shapes import load_shape
+from mllm_efficient.trained.export import name_for_vllm
 
 KINDS = {"qwen": ("qwen3_vl", "Qwen3VL"), "video": ("llava_onevision", "LlavaOnevision")}
 
@@ -34,6 +35,13 @@ def test_it_is_small_safe_and_stock(name):
     model, family = load(ModelOptions(model=f"builtin-{name}", device="cpu")).model, KINDS[name][0]
     assert type(model).__module__ == f"transformers.models.{family}.modeling_{family}"
     assert sum(p.numel() for p in model.parameters()) <= 2.5e6 and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDERS.values()))
+def test_vllm_finds_the_towers_weights_without_an_export(folder):
+    with safe_open(embedded(folder) / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert names == [name_for_vllm(name) for name in names]
 
 
 def test_it_is_had_in_python_and_its_shape_without_weights(name):

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mllm_efficient.trained.export import name_for_vllm
+
 from ..architecture import build_config, build_processor
 from ..questions import CATEGORIES
 from .data import POOL, build
@@ -242,17 +244,10 @@ def run_stage(stage: str, args) -> None:
 
 
 def publish(packed: Packed, folder: Path) -> None:
-    """The model and its processor with ``save_pretrained``, tower weights under the names hub checkpoints have.
-
-    transformers 5 writes ``vision_tower.embeddings``; vLLM reads ``vision_tower.vision_model.embeddings`` alone, and
-    transformers reads both.
-    """
+    """The model and its processor with ``save_pretrained``, tower weights under the names hub checkpoints have."""
     packed.model.eval().save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    weights = {
-        k.replace("vision_tower.", "vision_tower.vision_model.", 1) if "vision_model" not in k else k: v
-        for k, v in load_file(folder / "model.safetensors").items()
-    }
+    weights = {name_for_vllm(k): v for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm_efficient.trained.export import name_for_vllm
+
 from ..chat import IMAGE_SIZE
 from .packed_language import PackedLanguage, questions
 from .prompts import BLOCK, OLD, Kind, Prompt, hard_prompt, old_prompt, pack
@@ -97,8 +99,8 @@ def validate(packed: PackedLanguage, about: Asked) -> dict[str, float]:
 
 
 def publish(model: Any, processor: Callable[[Path], None], folder: Path) -> None:
-    """The model in half precision and its processor, as ``from_pretrained`` reads them."""
+    """The model in half precision and its processor, as ``from_pretrained`` and vLLM read them."""
     model.eval().save_pretrained(folder)
-    weights = {k: v.to(torch.float16).contiguous() for k, v in load_file(folder / "model.safetensors").items()}
+    weights = {name_for_vllm(k): v.to(torch.float16).contiguous() for k, v in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     processor(folder)
